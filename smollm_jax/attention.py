@@ -1,0 +1,107 @@
+"""The ways a query may attend, each an `attend` function the caller hands to the model.
+
+`attend(q, k, v, memory) -> (out, memory)`: the layers know neither masks nor caches. `memory` is None, or the
+KV cache that travels with the activations from layer to layer.
+
+B batch, T query tokens, S cached tokens, N query heads, K KV heads, H head dim, L layers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from smollm_jax.config import Config
+from smollm_jax.errors import UsageError
+
+Implementation = Literal["xla", "cudnn"]
+Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mask: Bool[Array, "#B 1 #T S"] | None = None,
+    is_causal: bool = False,
+    implementation: Implementation = "xla",
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention scaled by H**-0.5, softmax in at least float32; query head i reads KV head i // (N/K)."""
+    if q.dtype == jnp.float64:
+        # jax.nn.dot_product_attention rounds the scores to float32 before its softmax whatever the inputs are.
+        B, T, N, H = q.shape
+        scores = jnp.einsum("BTKGH,BSKH->BKGTS", q.reshape(B, T, k.shape[2], -1, H), k) * H**-0.5
+        if is_causal:
+            mask = jnp.logical_and(True if mask is None else mask, jnp.tri(T, k.shape[1], dtype=bool))
+        if mask is not None:
+            scores = jnp.where(mask[..., None, :, :], scores, -0.7 * jnp.finfo(scores.dtype).max)
+        return jnp.einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(scores), v).reshape(B, T, N, H)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation=implementation)
+
+
+def causal(implementation: Implementation = "xla") -> Attend:
+    """Every token sees itself and all tokens before it."""
+
+    def attend(q, k, v, memory):
+        return attention(q, k, v, is_causal=True, implementation=implementation), memory
+
+    return attend
+
+
+def packed(segment_ids: Int[Array, "B T"], implementation: Implementation = "xla") -> Attend:
+    """Causal within a document: a token sees only earlier tokens of its own segment.
+
+    Raises `UsageError` for "cudnn", which would turn the mask into a dense bias (jax#28974).
+    """
+    if implementation != "xla":
+        raise UsageError(f"packed documents need attention implementation 'xla', got {implementation!r}")
+    mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+
+    def attend(q, k, v, memory):
+        return attention(q, k, v, mask=mask, is_causal=True), memory
+
+    return attend
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer. Slots below `length` are written; `layer` is where the next `attend` writes."""
+
+    keys: Float[Array, "L B S K H"]
+    values: Float[Array, "L B S K H"]
+    length: Int[Array, ""]
+    layer: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, config: Config, batch_size: int, slots: int, dtype: jnp.dtype) -> "KVCache":
+        """A cache for `slots` tokens a row: `cost.cache_bytes_per_token` bytes each."""
+        shape = (config.num_hidden_layers, batch_size, slots, config.num_key_value_heads, config.head_dim)
+        zero = jnp.zeros((), jnp.int32)
+        return cls(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype), length=zero, layer=zero)
+
+    def advance(self, tokens: int) -> "KVCache":
+        """The cache as the next forward pass wants it, `tokens` slots later and back at the first layer."""
+        return dataclasses.replace(self, length=self.length + tokens, layer=jnp.zeros((), jnp.int32))
+
+
+def cached(start: Int[Array, "B"]) -> Attend:
+    """Causal over the cache: row b sees slots `start[b]` to its own, so left padding below `start` is never attended."""
+
+    def attend(q, k, v, cache: KVCache):
+        zero = jnp.zeros((), jnp.int32)
+        at = (cache.layer, zero, cache.length, zero, zero)
+        # The cache stays whole in the scan's carry: as scanned inputs and outputs XLA copies it three times.
+        keys = jax.lax.dynamic_update_slice(cache.keys, k[None].astype(cache.keys.dtype), at)
+        values = jax.lax.dynamic_update_slice(cache.values, v[None].astype(cache.values.dtype), at)
+        slot = jnp.arange(keys.shape[2])
+        query = cache.length + jnp.arange(q.shape[1])
+        mask = (slot <= query[:, None]) & (slot >= start[:, None, None])
+        out = attention(q, keys[cache.layer], values[cache.layer], mask=mask[:, None])
+        return out, dataclasses.replace(cache, keys=keys, values=values, layer=cache.layer + 1)
+
+    return attend

@@ -1,0 +1,188 @@
+"""What a SmolLM2 is, in numbers: the config shared by the JAX model and its PyTorch twin.
+
+Framework-free on purpose: reading a config imports neither jax nor torch. Fields carry Hugging Face's names and
+none has a default, because a model constant that is guessed (rope_theta 10,000 for 100,000, say) gives a model that
+runs and is wrong.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from smollm_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The shape and constants of one Llama-style decoder, as in Hugging Face's `LlamaConfig`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    initializer_range: float
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_id: int | tuple[int, ...] | None
+    pad_token_id: int | None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise UsageError(f"config field {field.name} must be a positive integer, got {value!r}")
+            if field.type is float:
+                if type(value) not in (int, float) or not (0 < value < math.inf):
+                    raise UsageError(f"config field {field.name} must be a positive finite number, got {value!r}")
+                object.__setattr__(self, field.name, float(value))
+        if type(self.tie_word_embeddings) is not bool:
+            raise UsageError(f"config field tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}")
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, tuple) else (value,):
+                if token is not None and (type(token) is not int or not 0 <= token < self.vocab_size):
+                    raise UsageError(f"config field {name} must be a token id below {self.vocab_size}, got {token!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UsageError(
+                f"config field num_key_value_heads ({self.num_key_value_heads}) must divide "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        if self.head_dim % 2:
+            raise UsageError(f"config field head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text; empty when the config names none."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "Config":
+        """The config a Hugging Face `config.json` describes, in its old (rope_theta) or new (rope_parameters) spelling.
+
+        Raises `UsageError` for a key this model cannot honour, so that nothing in the file is ignored in silence.
+        Source: transformers, models/llama/configuration_llama.py.
+        """
+        if not isinstance(config, dict):
+            raise UsageError(f"config must be a JSON object, got {type(config).__name__}")
+        rest = dict(config)
+        for key, allowed in _FIXED.items():
+            if key in rest and rest.pop(key) not in allowed:
+                raise UsageError(f"config key {key}={config[key]!r} is not supported, only {allowed[0]!r} is")
+        rope = {"rope_theta": rest.pop("rope_theta", None)}
+        for key in ("rope_parameters", "rope_scaling"):  # the new spelling, and the old one's place for variants
+            parameters = rest.pop(key, None)
+            if parameters is None:
+                continue
+            if not isinstance(parameters, dict):
+                raise UsageError(f"config key {key} must be an object, got {parameters!r}")
+            parameters = dict(parameters)
+            kind = parameters.pop("rope_type", parameters.pop("type", "default"))
+            theta = parameters.pop("rope_theta", None)
+            if kind != "default" or parameters:
+                raise UsageError(f"config key {key}={config[key]!r} is not supported, only plain rotary embeddings are")
+            if None not in (theta, rope["rope_theta"]) and theta != rope["rope_theta"]:
+                raise UsageError(f"config keys rope_theta={rope['rope_theta']} and {key}={config[key]!r} disagree")
+            rope["rope_theta"] = rope["rope_theta"] if theta is None else theta
+        rest |= {} if rope["rope_theta"] is None else rope
+        # What LlamaConfig itself does with these when a file leaves them out.
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            rest.setdefault(key, None)
+        if type(rest.get("num_attention_heads")) is int and rest["num_attention_heads"] > 0:
+            if rest.get("num_key_value_heads") is None:
+                rest["num_key_value_heads"] = rest["num_attention_heads"]
+            if rest.get("head_dim") is None and type(rest.get("hidden_size")) is int:
+                rest["head_dim"] = rest["hidden_size"] // rest["num_attention_heads"]
+        names = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(rest) - names - _BOOKKEEPING):
+            raise UsageError(f"config has keys this model cannot honour: {', '.join(unknown)}")
+        if missing := sorted(names - set(rest)):
+            raise UsageError(f"config lacks {', '.join(missing)}: no model constant is guessed")
+        return cls(**{name: rest[name] for name in names})
+
+    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
+        """A Hugging Face `config.json` as a dict, in the old and the new spelling, so that every reader finds its own."""
+        config = dataclasses.asdict(self)
+        if isinstance(self.eos_token_id, tuple):
+            config["eos_token_id"] = list(self.eos_token_id)
+        return config | {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "mlp_bias": False,
+            "rope_scaling": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "torch_dtype": dtype,
+            "dtype": dtype,
+            "use_cache": True,
+        }
+
+
+# Keys with one value this model computes: the first is what we write, the others mean the same.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "architectures": (["LlamaForCausalLM"], None),
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "attention_dropout": (0.0, None),
+    "mlp_bias": (False, None),
+    "pretraining_tp": (1, None),
+    "rope_interleaved": (False, None),  # False is the half-split layout every LlamaForCausalLM has
+}
+# Keys that change nothing the model computes.
+_BOOKKEEPING = frozenset(
+    "_name_or_path dtype is_llama_config torch_dtype transformers.js_config transformers_version use_cache "
+    "output_attentions output_hidden_states return_dict chunk_size_feed_forward is_encoder_decoder "
+    "id2label label2id problem_type".split()
+)
+
+
+def _preset(hidden, mlp, layers, heads, kv_heads, theta, positions, std, **changes) -> Config:
+    values = {
+        "vocab_size": 49_152,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 64,
+        "max_position_embeddings": positions,
+        "rope_theta": theta,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": std,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    return Config(**(values | changes))
+
+
+# Sources: the released config.json of each model; for "-pretrain" huggingface/smollm,
+# text/pretraining/smollm2/config_smollm2_135M.yaml. The two 135M configs differ in theta and length only.
+PRESETS: dict[str, Config] = {
+    "smollm2-135m": _preset(576, 1536, 30, 9, 3, 100_000.0, 8192, 1 / 24),
+    "smollm2-135m-pretrain": _preset(576, 1536, 30, 9, 3, 10_000.0, 2048, 1 / 24),
+    "smollm2-360m": _preset(960, 2560, 32, 15, 5, 100_000.0, 8192, 0.02),
+    "smollm2-1.7b": _preset(2048, 8192, 24, 32, 32, 130_000.0, 8192, 0.02),
+    # For tests: real vocabulary, two KV heads of three query heads each, every size distinct but D = N x H.
+    "tiny": _preset(96, 256, 3, 6, 2, 100_000.0, 512, 96**-0.5, head_dim=16),
+}
+
+
+def preset(name: str) -> Config:
+    """The named preset; raises `UsageError` with the known names otherwise."""
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}, known: {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,57 @@
+"""The errors a user can cause, each with its exit code, and the wrapper that prints one as one line.
+
+Exit codes of every script: 0 finished, 1 bug, 2 usage or config, 3 bad input file, 4 no usable checkpoint,
+5 storage, 7 diverged. (argparse and tyro use 2 for a wrong flag too.)
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class SmolLMError(ValueError):
+    """Base of the errors below: the message is one line that names the file, tensor, field or step."""
+
+    exit_code = 1
+
+
+class UsageError(SmolLMError):
+    """A flag, a config field or a combination of them that cannot be honoured."""
+
+    exit_code = 2
+
+
+class InputFileError(SmolLMError):
+    """A file that was given to us is missing, malformed or not what its name says."""
+
+    exit_code = 3
+
+
+class CheckpointError(SmolLMError):
+    """No checkpoint of the run can be used."""
+
+    exit_code = 4
+
+
+class StorageError(SmolLMError):
+    """Something could not be written."""
+
+    exit_code = 5
+
+
+class DivergedError(SmolLMError):
+    """The training loss is no longer a finite number."""
+
+    exit_code = 7
+
+
+def run(main: Callable[[], None]) -> None:
+    """Exits with `main`'s documented code; an expected error becomes one line, `--debug` keeps the traceback."""
+    try:
+        main()
+    except (SmolLMError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code if isinstance(error, SmolLMError) else StorageError.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,88 @@
+"""Cross-entropy over the vocabulary that never holds the logits of all tokens.
+
+64 x 2048 tokens of float32 logits are 25.8 GB. Here tokens go through the head in chunks, and the gradients are
+computed in the same pass, so that the head costs three matrix products instead of four.
+
+M tokens, D hidden, V vocab.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "M D"], head: Float[Array, "V D"], targets: Int[Array, "M"], chunk_tokens: int = 4096
+) -> Float[Array, ""]:
+    """The sum over tokens of -log softmax(hidden @ head.T)[target], in at least float32; a target < 0 counts nothing.
+
+    A sum, so that the caller divides by all valid tokens once: a mean of micro-batch means is wrong when they differ
+    in valid tokens (transformers#34191). Products run in `hidden.dtype`; the gradient of `head` keeps head's dtype,
+    so float32 master weights get a float32 sum over chunks.
+    """
+    return _linear_cross_entropy(hidden, head, targets, chunk_tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear_cross_entropy(hidden, head, targets, chunk_tokens):
+    weight = head.astype(hidden.dtype)
+
+    def step(total, chunk):
+        return total + _chunk(weight, *chunk)[0], None
+
+    chunks = _split(hidden, targets, chunk_tokens)
+    return jax.lax.scan(step, jnp.zeros((), _wide(hidden.dtype)), chunks)[0]
+
+
+def _forward(hidden, head, targets, chunk_tokens):
+    weight = head.astype(hidden.dtype)
+    wide = _wide(hidden.dtype)
+
+    def step(carry, chunk):
+        total, head_gradient = carry
+        h, target = chunk
+        loss, logits, log_normalizer, valid = _chunk(weight, h, target)
+        probability = jnp.exp(logits - log_normalizer[:, None])
+        error = probability - (jnp.arange(weight.shape[0]) == target[:, None])
+        error = (error * valid[:, None]).astype(h.dtype)
+        head_gradient += jnp.einsum("MV,MD->VD", error, h, preferred_element_type=wide)
+        return (total + loss, head_gradient), error @ weight
+
+    zero = (jnp.zeros((), wide), jnp.zeros(weight.shape, wide))
+    (total, head_gradient), hidden_gradient = jax.lax.scan(step, zero, _split(hidden, targets, chunk_tokens))
+    hidden_gradient = hidden_gradient.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    return total, (hidden_gradient, head_gradient.astype(head.dtype))
+
+
+def _backward(chunk_tokens, gradients, cotangent):
+    hidden_gradient, head_gradient = gradients
+    scaled = hidden_gradient * cotangent.astype(hidden_gradient.dtype)
+    return scaled, head_gradient * cotangent.astype(head_gradient.dtype), None
+
+
+_linear_cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunk(weight, h, target):
+    """The summed loss of one chunk, and what its gradient needs: logits, their log-normalizer, which tokens count."""
+    logits = jnp.einsum("MD,VD->MV", h, weight, preferred_element_type=_wide(h.dtype))
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    valid = target >= 0
+    chosen = jnp.take_along_axis(logits, jnp.where(valid, target, 0)[:, None], axis=-1)[:, 0]
+    return jnp.sum(jnp.where(valid, log_normalizer - chosen, 0.0)), logits, log_normalizer, valid
+
+
+def _split(hidden, targets, chunk_tokens):
+    """Hidden states `[C, m, D]` and targets `[C, m]` in chunks of equal size m, padded with targets that count nothing."""
+    M = hidden.shape[0]
+    chunks = -(-M // chunk_tokens)
+    size = -(-M // chunks)
+    padding = chunks * size - M
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(chunks, size, -1)
+    return hidden, jnp.pad(targets, (0, padding), constant_values=-1).reshape(chunks, size)
+
+
+def _wide(dtype):
+    return jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,177 @@
+"""SmolLM2: a Llama-style decoder in Flax NNX, read top to bottom.
+
+One `DecoderLayer` holds the parameters of all layers, stacked along a leading axis L, and `jax.lax.scan` runs it.
+Modules are pytrees: `jax.jit`, `jax.grad` and `jax.tree.map` work on them as on any tree of arrays.
+
+B batch, T query tokens, D hidden, N query heads, K KV heads, H head dim, F MLP, V vocab, L layers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from smollm_jax.attention import Attend, causal
+from smollm_jax.config import Config
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+    """Root-mean-square norm, computed in at least float32 and rounded to `x.dtype` before scaling.
+
+    The order matters: HF rounds first and scales second, so scaling in float32 differs in bf16.
+    Source: transformers, models/llama/modeling_llama.py, LlamaRMSNorm.forward; Zhang and Sennrich 2019.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale
+
+
+def rotary_angles(positions: Int[Array, "*B T"], config: Config, dtype: Any) -> tuple[Array, Array]:
+    """cos and sin `[*B, T, 1, H/2]` of every position and frequency, evaluated in at least float32.
+
+    Source: Su et al. 2021 (RoFormer), section 3.2; transformers, modeling_llama.py, LlamaRotaryEmbedding.
+    """
+    # NumPy on purpose: inside jit XLA may evaluate 1 / theta**x another way, one ulp off PyTorch.
+    # float32 on purpose too: these are then PyTorch's bits, and every precision shares them.
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequency = np.float32(1.0) / np.float32(config.rope_theta) ** exponent
+    wide = jnp.promote_types(dtype, jnp.float32)
+    angle = positions[..., None, None].astype(wide) * frequency.astype(wide)
+    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+
+
+def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Array, "B T heads H"]:
+    """Heads turned by their position, in HF's half-split layout: dimension i pairs with i + H/2."""
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> nnx.Param:
+    """A float32 parameter drawn from a normal distribution around 0."""
+    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32))
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions (Ainslie et al. 2023)."""
+
+    def __init__(self, config: Config, *, key: Key[Array, ""]):
+        D, H = config.hidden_size, config.head_dim
+        N, K = config.num_attention_heads, config.num_key_value_heads
+        q, k, v, o = jax.random.split(key, 4)
+        std = config.initializer_range
+        self.q_proj = normal(q, (D, N, H), std)
+        self.k_proj = normal(k, (D, K, H), std)
+        self.v_proj = normal(v, (D, K, H), std)
+        self.o_proj = normal(o, (N, H, D), residual_std(config))
+
+    def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, memory: Any):
+        q = rotate(jnp.einsum("BTD,DNH->BTNH", x, self.q_proj), cos, sin)
+        k = rotate(jnp.einsum("BTD,DKH->BTKH", x, self.k_proj), cos, sin)
+        v = jnp.einsum("BTD,DKH->BTKH", x, self.v_proj)
+        out, memory = attend(q, k, v, memory)
+        return jnp.einsum("BTNH,NHD->BTD", out, self.o_proj), memory
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Config, *, key: Key[Array, ""]):
+        D, F = config.hidden_size, config.intermediate_size
+        gate, up, down = jax.random.split(key, 3)
+        self.gate_proj = normal(gate, (D, F), config.initializer_range)
+        self.up_proj = normal(up, (D, F), config.initializer_range)
+        self.down_proj = normal(down, (F, D), residual_std(config))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return (jax.nn.silu(x @ self.gate_proj) * (x @ self.up_proj)) @ self.down_proj
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: Config, *, key: Key[Array, ""]):
+        attention, mlp = jax.random.split(key)
+        self.input_layernorm = nnx.Param(jnp.ones(config.hidden_size))
+        self.self_attn = Attention(config, key=attention)
+        self.post_attention_layernorm = nnx.Param(jnp.ones(config.hidden_size))
+        self.mlp = MLP(config, key=mlp)
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, memory: Any):
+        h, memory = self.self_attn(rms_norm(x, self.input_layernorm[...], self.eps), cos, sin, attend, memory)
+        x = x + h
+        return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps)), memory
+
+
+class SmolLM(nnx.Module):
+    """The whole model. `model(tokens)` gives next-token logits.
+
+    Fresh parameters follow the pre-training recipe: normal with std `initializer_range`, the projections into the
+    residual stream divided by sqrt(2 L), norms 1 (HF's `from_config` uses one std everywhere).
+    Source: huggingface/smollm, config_smollm2_135M.yaml; huggingface/nanotron, scaling/parametrization.py.
+    """
+
+    def __init__(self, config: Config, *, key: Key[Array, ""]):
+        embed, layers, head = jax.random.split(key, 3)
+        vocabulary = (config.vocab_size, config.hidden_size)
+        self.config = config
+        self.embed_tokens = normal(embed, vocabulary, config.initializer_range)
+        # One DecoderLayer whose every parameter has a leading layer axis L.
+        self.layers = jax.vmap(lambda k: DecoderLayer(config, key=k))(jax.random.split(layers, config.num_hidden_layers))
+        self.norm = nnx.Param(jnp.ones(config.hidden_size))
+        # A tied head is the embedding itself, stored once; None keeps the attribute readable.
+        self.lm_head = None if config.tie_word_embeddings else normal(head, vocabulary, config.initializer_range)
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The matrix that turns hidden states into logits, at its stored precision."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        dtype: Any = None,
+        positions: Int[Array, "#B T"] | None = None,
+        attend: Attend | None = None,
+        memory: Any = None,
+        remat: bool = False,
+        unroll: int = 1,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The last norm's output in `dtype` (default: the parameters'), and what `attend` left in `memory`.
+
+        `remat` recomputes each layer in the backward pass instead of keeping its activations; `unroll` layers are
+        laid out per step of the scan. A token id outside the vocabulary gives NaN (indexing alone would clamp it).
+        """
+        dtype = jnp.dtype(self.embed_tokens.dtype if dtype is None else dtype)
+        attend = causal() if attend is None else attend
+        positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
+        cos, sin = rotary_angles(positions, self.config, dtype)
+        # Gathered before the cast, so that the gradients of a token's many occurrences are summed in float32.
+        rows = self.embed_tokens[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        layers, norm = jax.tree.map(lambda parameter: parameter.astype(dtype), (self.layers, self.norm[...]))
+
+        def step(carry, layer: DecoderLayer):
+            x, memory = carry
+            return layer(x, cos, sin, attend, memory), None
+
+        step = jax.checkpoint(step, prevent_cse=False) if remat else step
+        (x, memory), _ = jax.lax.scan(step, (rows.astype(dtype), memory), layers, unroll=unroll)
+        return rms_norm(x, norm, self.config.rms_norm_eps), memory
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits of hidden states, in at least float32: no scale, no bias."""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.einsum("BTD,VD->BTV", hidden, self.head.astype(hidden.dtype), preferred_element_type=wide)
+
+    def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Float[Array, "B T V"]:
+        """Next-token logits, float32 (float64 when computed in float64); options as in `hidden_states`."""
+        return self.logits(self.hidden_states(tokens, **options)[0])
+
+
+def residual_std(config: Config) -> float:
+    """Init std of the projections that add to the residual stream: their 2 L sums then keep its variance."""
+    return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5

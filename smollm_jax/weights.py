@@ -1,0 +1,245 @@
+"""Weights by name: one table of rules between our stacked parameters and Hugging Face's tensors, both directions.
+
+`load` gives a JAX model from any kind of file; `read` and `write` convert between kinds. The table and the checks are
+framework-free, so that the PyTorch twin goes through the same door.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import einops
+import ml_dtypes
+import numpy as np
+
+from smollm_jax import formats
+from smollm_jax.checkpoint import CheckpointStore, flatten, unflatten
+from smollm_jax.config import Config
+from smollm_jax.errors import InputFileError, UsageError
+from smollm_jax.formats import Bundle
+
+if TYPE_CHECKING:
+    from smollm_jax.model import SmolLM
+
+Kind = Literal["orbax", "hf", "pt", "safetensors", "gguf"]
+
+# HF name ("*" = layer index, stacked to L): (our path, how HF's array becomes ours).
+# Load: einops.rearrange(x, rule). Save: the same rule with its two sides swapped.
+RULES = {
+    "model.embed_tokens.weight": ("embed_tokens", "V D -> V D"),
+    "model.layers.*.input_layernorm.weight": ("layers.input_layernorm", "L D -> L D"),
+    "model.layers.*.self_attn.q_proj.weight": ("layers.self_attn.q_proj", "L (N H) D -> L D N H"),
+    "model.layers.*.self_attn.k_proj.weight": ("layers.self_attn.k_proj", "L (K H) D -> L D K H"),
+    "model.layers.*.self_attn.v_proj.weight": ("layers.self_attn.v_proj", "L (K H) D -> L D K H"),
+    "model.layers.*.self_attn.o_proj.weight": ("layers.self_attn.o_proj", "L D (N H) -> L N H D"),
+    "model.layers.*.post_attention_layernorm.weight": ("layers.post_attention_layernorm", "L D -> L D"),
+    "model.layers.*.mlp.gate_proj.weight": ("layers.mlp.gate_proj", "L F D -> L D F"),
+    "model.layers.*.mlp.up_proj.weight": ("layers.mlp.up_proj", "L F D -> L D F"),
+    "model.layers.*.mlp.down_proj.weight": ("layers.mlp.down_proj", "L D F -> L F D"),
+    "model.norm.weight": ("norm", "D -> D"),
+    "lm_head.weight": ("lm_head", "V D -> V D"),  # only where the head is not tied
+}
+FLOATS = (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)
+
+
+def rules(config: Config) -> dict[str, tuple[str, str]]:
+    """The rules that apply to a config: all but the head's when the head is tied."""
+    return {name: rule for name, rule in RULES.items() if name != "lm_head.weight" or not config.tie_word_embeddings}
+
+
+def dims(config: Config) -> dict[str, int]:
+    """The sizes of the letters in the rules."""
+    return {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "L": config.num_hidden_layers,
+        "N": config.num_attention_heads,
+        "K": config.num_key_value_heads,
+        "H": config.head_dim,
+    }
+
+
+def hf_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the Hugging Face layout, in the model's order: 272 for SmolLM2-135M."""
+    sizes = dims(config)
+
+    def shape(rule: str) -> tuple[int, ...]:
+        groups = re.findall(r"\(([^)]*)\)|(\w)", rule.split("->")[0].replace("L ", ""))
+        return tuple(int(np.prod([sizes[letter] for letter in (a or b).split()])) for a, b in groups)
+
+    whole = {name: shape(rule) for name, (_, rule) in rules(config).items()}
+    stacked = [name for name in whole if "*" in name]
+    layers = range(config.num_hidden_layers)
+    expanded = {name.replace("*", str(index)): whole[name] for index in layers for name in stacked}
+    head = {name: whole[name] for name in whole if name == "model.embed_tokens.weight"}
+    tail = {name: whole[name] for name in ("model.norm.weight", "lm_head.weight") if name in whole}
+    return head | expanded | tail
+
+
+def check(bundle: Bundle, source: str | Path) -> Bundle:
+    """The bundle, complete and in the model's order; raises one `InputFileError` that names every fault.
+
+    A copy of a tied head is dropped when it equals the embedding and is a fault when it does not.
+    """
+    expected = hf_shapes(bundle.config)
+    tensors = dict(bundle.tensors)
+    faults = []
+    if bundle.config.tie_word_embeddings and "lm_head.weight" in tensors:
+        head, embedding = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+        if embedding is None or head.shape != embedding.shape or head.tobytes() != embedding.tobytes():
+            faults.append("lm_head.weight differs from model.embed_tokens.weight though the config ties them")
+    faults += [f"{name} is missing" for name in expected if name not in tensors]
+    faults += [f"{name} is not part of the model" for name in sorted(set(tensors) - set(expected))]
+    for name, shape in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            faults.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.dtype not in FLOATS:
+            faults.append(f"{name} has dtype {tensor.dtype}, expected a float")
+        elif not np.isfinite(tensor).all():
+            faults.append(f"{name} has non-finite values")
+    if faults:
+        raise InputFileError(f"{source}: {len(faults)} fault(s) in the weights: " + "; ".join(faults))
+    return Bundle({name: tensors[name] for name in expected}, bundle.config, bundle.tokenizer_files, bundle.origin)
+
+
+def to_ours(tensors: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
+    """Hugging Face's tensors as our stacked parameters, by path."""
+    ours = {}
+    for name, (path, rule) in rules(config).items():
+        names = [name.replace("*", str(index)) for index in range(config.num_hidden_layers)] if "*" in name else [name]
+        array = np.stack([tensors[n] for n in names]) if "*" in name else tensors[name]
+        ours[path] = einops.rearrange(array, rule, **_split_sizes(rule, config))
+    return ours
+
+
+def to_hf(parameters: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
+    """Our stacked parameters, by path, as Hugging Face's tensors: the inverse of `to_ours`, bit for bit."""
+    tensors = {}
+    for name, (path, rule) in rules(config).items():
+        left, right = rule.split(" -> ")
+        array = einops.rearrange(np.asarray(parameters[path]), f"{right} -> {left}")
+        if "*" in name:
+            tensors |= {name.replace("*", str(index)): layer for index, layer in enumerate(array)}
+        else:
+            tensors[name] = array
+    return {name: tensors[name] for name in hf_shapes(config)}
+
+
+def _split_sizes(rule: str, config: Config) -> dict[str, int]:
+    """The sizes einops needs to split a rule's parenthesised axes."""
+    return {letter: dims(config)[letter] for letter in "".join(re.findall(r"\(([^)]*)\)", rule)).replace(" ", "")}
+
+
+def kind_of(path: Path) -> Kind:
+    """What kind of weights a path holds; raises `InputFileError` when none can be recognised."""
+    if not path.exists():
+        raise InputFileError(f"{path}: no such file or folder")
+    if path.is_file() and path.suffix in (".pt", ".safetensors", ".gguf"):
+        return path.suffix[1:]  # type: ignore[return-value]  # one of the three just tested
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        return "orbax"
+    if path.is_dir() and any(path.glob("model*.safetensors")):
+        return "hf"
+    if path.is_dir() and path.parent.name == "checkpoints" and path.name.isdigit():
+        return "orbax"
+    raise InputFileError(
+        f"{path}: not recognised as weights; give a run folder (or one step under its checkpoints/), "
+        "a Hugging Face folder with model.safetensors, or a .pt, .safetensors or .gguf file"
+    )
+
+
+def read(path: str | Path) -> Bundle:
+    """The weights at a path of any kind, checked, in Hugging Face's names and layout at their stored precision."""
+    path = Path(path)
+    readers = {
+        "orbax": _read_orbax,
+        "hf": formats.read_hf,
+        "pt": formats.read_pt,
+        "safetensors": formats.read_safetensors_file,
+        "gguf": formats.read_gguf,
+    }
+    return check(readers[kind_of(path)](path), path)
+
+
+def write(path: str | Path, bundle: Bundle, kind: Kind) -> None:
+    """Writes checked weights as `kind`; the target must not exist, and is complete or not there at all."""
+    path = Path(path)
+    writers = {
+        "orbax": _write_orbax,
+        "hf": formats.write_hf,
+        "pt": formats.write_pt,
+        "safetensors": formats.write_safetensors_file,
+    }
+    if kind not in writers:
+        raise UsageError(f"{path}: cannot write kind {kind!r}, only {', '.join(writers)}")
+    writers[kind](path, check(bundle, path))
+
+
+def _read_orbax(path: Path) -> Bundle:
+    step = int(path.name) if path.parent.name == "checkpoints" else None
+    run = path if step is None else path.parent.parent
+    config = formats.read_config(run / "config.json")
+    with CheckpointStore(run / "checkpoints", create=False) as store:
+        step = store.latest_step() if step is None else step
+        parameters = store.read(step, "params")
+        origin = store.meta(step).get("origin") or f"step {step} of run {run.name}"
+    expected = {name for name, _ in rules(config).values()}
+    if set(parameters) != expected:
+        differing = sorted(set(parameters) ^ expected)
+        raise InputFileError(f"{path}: step {step} does not hold this config's parameters: {', '.join(differing)}")
+    try:
+        tensors = to_hf(parameters, config)
+    except einops.EinopsError as error:
+        raise InputFileError(f"{path}: step {step} has a parameter of the wrong shape: {error}") from error
+    return Bundle(tensors, config, formats.read_tokenizer_files(run), origin)
+
+
+def _write_orbax(path: Path, bundle: Bundle) -> None:
+    with formats.replacing(path) as temporary:
+        write_run_files(temporary, bundle.config, bundle.tokenizer_files, bundle.dtype)
+        with CheckpointStore(temporary / "checkpoints") as store:
+            store.save(0, {"params": to_ours(bundle.tensors, bundle.config)}, {"origin": bundle.origin})
+
+
+def write_run_files(run: Path, config: Config, tokenizer_files: dict[str, bytes], dtype: str = "float32") -> None:
+    """What lies beside the checkpoints of a run: config.json and the tokenizer's files."""
+    import json
+
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps(config.to_hf(dtype), indent=2) + "\n", encoding="utf-8")
+    for name, content in tokenizer_files.items():
+        (run / name).write_bytes(content)
+
+
+def load(path: str | Path, dtype: Any = np.float32) -> "tuple[SmolLM, Config]":
+    """The JAX model at a path of any kind, its parameters as `dtype`, and its config.
+
+    float64 needs `jax.config.update("jax_enable_x64", True)` first, else `UsageError`: JAX would truncate in silence.
+    """
+    bundle = read(path)
+    return from_bundle(bundle, dtype), bundle.config
+
+
+def from_bundle(bundle: Bundle, dtype: Any = np.float32) -> "SmolLM":
+    """The JAX model of checked weights."""
+    import jax
+    import jax.numpy as jnp
+
+    from smollm_jax.model import SmolLM
+
+    dtype = np.dtype(dtype)
+    if dtype == np.float64 and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise UsageError("float64 needs jax_enable_x64: set JAX_ENABLE_X64=1")
+    abstract = jax.eval_shape(lambda: SmolLM(bundle.config, key=jax.random.key(0)))
+    ours = to_ours(bundle.tensors, bundle.config)
+    return unflatten(abstract, {path: jnp.asarray(array.astype(dtype)) for path, array in ours.items()})
+
+
+def to_bundle(model: "SmolLM", origin: str = "", tokenizer_files: dict[str, bytes] | None = None) -> Bundle:
+    """A JAX model's parameters as Hugging Face's tensors."""
+    parameters = {path: np.asarray(array) for path, array in flatten(model).items()}
+    return Bundle(to_hf(parameters, model.config), model.config, tokenizer_files or {}, origin)
