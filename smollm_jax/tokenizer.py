@@ -23,7 +23,7 @@ class Tokenizer:
     """One tokenizer folder: `tokenizer.json`, and its `tokenizer_config.json` for eos and the chat template."""
 
     def __init__(self, core: tokenizers.Tokenizer, eos_token_id: int | None, chat_template: str | None):
-        self._core = core
+        self.core = core
         self.eos_token_id = eos_token_id
         self.chat_template = chat_template
         self.vocab_size = core.get_vocab_size()
@@ -69,16 +69,16 @@ class Tokenizer:
         return self._encode_batch(list(texts), parse_special=False)
 
     def _encode_batch(self, texts: list[str], parse_special: bool) -> list[list[int]]:
-        self._core.encode_special_tokens = not parse_special
-        return [encoding.ids for encoding in self._core.encode_batch_fast(texts, add_special_tokens=False)]
+        self.core.encode_special_tokens = not parse_special
+        return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of token ids; bytes that are no whole character show as U+FFFD."""
-        return self._core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        return self.core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def token_to_id(self, token: str) -> int | None:
         """The id of one entry of the vocabulary, or None."""
-        return self._core.token_to_id(token)
+        return self.core.token_to_id(token)
 
     def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation of {"role", "content"} messages.
@@ -106,13 +106,22 @@ class Tokenizer:
         while text:
             start, token = min(((text.find(t), t) for t in self._special if t in text), default=(len(text), ""))
             ids += self.encode(text[:start].replace(hide, ""))
-            ids += [self._core.token_to_id(token)] if token else []
+            ids += [self.core.token_to_id(token)] if token else []
             text = text[start + len(token) :]
         return ids
 
 
 def _raise_template_error(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def folder_beside(weights: Path | None) -> Path:
+    """The folder of the tokenizer that lies with some weights (a folder, a step of a run, a file), else assets/tokenizer."""
+    if weights is not None:
+        for folder in (weights, weights.parent, weights.parent.parent):
+            if (folder / "tokenizer.json").is_file():
+                return folder
+    return Path("assets/tokenizer")
 
 
 def build(vocabulary: Sequence[str], merges: Sequence[str], special: Sequence[str]) -> tokenizers.Tokenizer:

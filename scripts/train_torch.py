@@ -1,0 +1,86 @@
+"""Train the PyTorch twin with the recipe and the batches of a JAX run, to lay the two loss curves over each other.
+
+    python scripts/train_jax.py --steps 50 --out runs/jax
+    python scripts/train_torch.py --like runs/jax --out runs/torch
+    python scripts/plot_run.py runs/jax runs/torch --out curves.png
+
+Both start from the same weights: the recipe's init drawn by JAX from the run's seed, or --init-from.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import tyro
+
+from smollm_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    like: Path
+    """JAX run whose config, recipe and data are taken."""
+    out: Path
+    """Run folder to write; must not exist."""
+    data: Path = Path("assets/sotu")
+    """The text or token file the JAX run was given."""
+    init_from: Path | None = None
+    """The weights the JAX run was given, if any."""
+    steps: int | None = None
+    """Stop after this many steps of the run's schedule."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    eval_every: int = 50
+    """Steps between validations."""
+    log_every: int = 10
+    """Steps between lines when the output is no terminal."""
+    debug: bool = False
+    """Show a traceback instead of one line when something goes wrong."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    # torch and JAX in one process fight over cuDNN on a GPU (jax#19004); JAX only draws the first weights here.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import torch
+
+    from smollm_jax import cost, data, formats, metrics, weights
+    from smollm_jax import train as jax_train
+    from smollm_jax.checkpoint import CheckpointStore
+    from smollm_jax.recipe import Recipe
+    from smollm_torch import train
+    from smollm_torch.weights import from_bundle
+
+    if flags.out.exists():
+        raise errors.UsageError(f"{flags.out}: exists already; name another --out")
+    config = formats.read_config(flags.like / "config.json")
+    with CheckpointStore(flags.like / "checkpoints", create=False) as store:
+        meta = store.meta(store.latest_step())
+    recipe = Recipe(**meta["recipe"])
+    tokens = data.prepare(flags.data, flags.like, Path("data"))
+    if tokens.sha256 != meta["data_sha256"]:
+        raise errors.UsageError(f"--data {flags.data} is not what {flags.like} was trained on")
+    if flags.init_from:
+        bundle = weights.read(flags.init_from)
+    else:
+        bundle = weights.to_bundle(jax_train.fresh(config, recipe.seed))
+    module = from_bundle(bundle).to(flags.device)
+    device = torch.cuda.get_device_name() if flags.device == "cuda" else "cpu"
+    print(f"device      {device}, torch {torch.__version__}")
+    print(f"model       {cost.count_parameters(config):,} parameters, {config}")
+    print(f"recipe      {recipe}")
+    with metrics.RunLog(
+        flags.out,
+        log_every=flags.log_every,
+        flops_per_token=cost.flops_per_token(config, recipe.sequence_length),
+        peak_flops=cost.peak_flops(device),
+    ) as log:
+        train.train(
+            module, recipe, data.Batches(tokens, recipe), eval_every=flags.eval_every, log=log, stop_at=flags.steps
+        )
+    train.save(module, flags.out / "model.safetensors")
+    print(f"wrote {flags.out / 'model.safetensors'}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,192 @@
+"""Text to a token file, and a token file to batches. NumPy only.
+
+A token file is a folder with `tokens.bin` (uint16, documents one after another, each ended by eos) and `tokens.json`
+(how many, their sha256, the tokenizer's). A batch is a pure function of (recipe, step): there is no reader state to
+save or to lose.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from smollm_jax.errors import InputFileError
+from smollm_jax.formats import read_json, replacing
+from smollm_jax.recipe import Recipe
+from smollm_jax.tokenizer import Tokenizer
+
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+FORMAT = "smollm-tokens-1"
+DOCUMENTS_AT_ONCE = 256  # one call into the tokenizer, which spreads them over all cores
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFile:
+    """An opened token file: a memory map and what its sidecar says."""
+
+    path: Path
+    tokens: np.ndarray
+    sha256: str
+    tokenizer_sha256: str
+    documents: int
+
+    @classmethod
+    def open(cls, folder: Path) -> "TokenFile":
+        """Opens a prepared folder and verifies it; raises `InputFileError` if its content is not what its sidecar says."""
+        sidecar = read_json(folder / "tokens.json")
+        if not isinstance(sidecar, dict) or sidecar.get("format") != FORMAT:
+            raise InputFileError(f"{folder / 'tokens.json'}: is not the sidecar of a token file ({FORMAT})")
+        path = folder / "tokens.bin"
+        try:
+            tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        except (OSError, ValueError) as error:
+            raise InputFileError(f"{path}: cannot be mapped: {error}") from error
+        if tokens.size != sidecar["tokens"] or (found := sha256_of(path)) != sidecar["sha256"]:
+            what = f"{tokens.size} tokens" if tokens.size != sidecar["tokens"] else f"sha256 {found[:12]}"
+            raise InputFileError(f"{path}: has {what}, its tokens.json says {sidecar['tokens']}, {sidecar['sha256'][:12]}")
+        return cls(path, tokens, sidecar["sha256"], sidecar["tokenizer_sha256"], sidecar["documents"])
+
+
+def prepare(source: Path, tokenizer_folder: Path, cache: Path) -> TokenFile:
+    """The token file of a source: text file, folder of text, JSONL with a "text" field, or a prepared token file.
+
+    A text source is tokenised once and kept under `cache`, by the hash of its content and of the tokenizer.
+    """
+    if source.name == "tokens.bin":
+        source = source.parent
+    tokenizer_sha256 = sha256_of(tokenizer_folder / "tokenizer.json")
+    if (source / "tokens.json").is_file():
+        opened = TokenFile.open(source)
+        if opened.tokenizer_sha256 != tokenizer_sha256:
+            raise InputFileError(f"{source}: was prepared with another tokenizer than {tokenizer_folder}")
+        return opened
+    files = text_files(source)
+    digest = hashlib.sha256(tokenizer_sha256.encode())
+    for file in files:
+        digest.update(f"{file.relative_to(source)}\0{sha256_of(file)}\0".encode())
+    target = cache / f"{source.stem}-{digest.hexdigest()[:12]}"
+    if not (target / "tokens.json").is_file():
+        with replacing(target) as temporary:
+            _tokenize(files, source, Tokenizer.load(tokenizer_folder), tokenizer_sha256, temporary)
+    return TokenFile.open(target)
+
+
+def _tokenize(files: list[Path], source: Path, tokenizer: Tokenizer, tokenizer_sha256: str, folder: Path) -> None:
+    if tokenizer.vocab_size > 1 << 16:
+        raise InputFileError(f"a vocabulary of {tokenizer.vocab_size} does not fit the uint16 of a token file")
+    if tokenizer.eos_token_id is None:
+        raise InputFileError(f"{source}: the tokenizer names no eos token to end a document with")
+    folder.mkdir()
+    # Shuffled once, so that the tail that is held out for validation is a fair sample of the documents.
+    texts = [text for file in files for text in documents(file) if text]
+    order = np.random.default_rng(0).permutation(len(texts))
+    digest, count = hashlib.sha256(), 0
+    with (folder / "tokens.bin").open("wb") as out:
+        for start in range(0, len(texts), DOCUMENTS_AT_ONCE):
+            batch = tokenizer.encode_batch([texts[i] for i in order[start : start + DOCUMENTS_AT_ONCE]])
+            block = np.concatenate([[*ids, tokenizer.eos_token_id] for ids in batch]).astype(np.uint16).tobytes()
+            digest.update(block)
+            count += len(block) // 2
+            out.write(block)
+    if not count:
+        raise InputFileError(f"{source}: holds no text")
+    sidecar = {
+        "format": FORMAT,
+        "tokens": count,
+        "sha256": digest.hexdigest(),
+        "tokenizer_sha256": tokenizer_sha256,
+        "eos_token_id": tokenizer.eos_token_id,
+        "documents": len(texts),
+        "source": source.name,
+    }
+    (folder / "tokens.json").write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
+
+
+def text_files(source: Path) -> list[Path]:
+    """The files a text source consists of, in order; raises `InputFileError` when there are none."""
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise InputFileError(f"{source}: no such file or folder")
+    found = [file for file in sorted(source.rglob("*")) if file.suffix.lower() in (*TEXT_SUFFIXES, ".jsonl")]
+    if not found:
+        raise InputFileError(f"{source}: holds no file that ends in {', '.join(TEXT_SUFFIXES)} or .jsonl")
+    return found
+
+
+def documents(file: Path) -> Iterator[str]:
+    """The documents of one file: its whole text, or the "text" of each line of a `.jsonl`."""
+    try:
+        if file.suffix.lower() != ".jsonl":
+            yield file.read_text(encoding="utf-8")
+            return
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    text = json.loads(line)["text"]
+                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                    raise InputFileError(f"{file}: line {number} is no JSON object with a 'text': {error}") from error
+                if not isinstance(text, str):
+                    raise InputFileError(f"{file}: line {number} has a 'text' that is no string")
+                yield text
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(f"{file}: not readable as UTF-8 text: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content, in hex."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputFileError(f"{path}: cannot be read: {error}") from error
+
+
+class Batches:
+    """Batches of a token file under a recipe: windows of T + 1 tokens, T apart, each seen once an epoch.
+
+    The last `validation_fraction` of the tokens, at least one window, is held out.
+    """
+
+    def __init__(self, file: TokenFile, recipe: Recipe):
+        self.recipe = recipe
+        T = recipe.sequence_length
+        held_out = max(round(len(file.tokens) * recipe.validation_fraction), T + 1)
+        self._train = file.tokens[: max(len(file.tokens) - held_out, 0)]
+        self._validation = file.tokens[len(self._train) :]
+        self.windows = max(len(self._train) - 1, 0) // T
+        self.validation_windows = max(len(self._validation) - 1, 0) // T
+        if not self.windows or not self.validation_windows:
+            raise InputFileError(
+                f"{file.path}: {len(file.tokens)} tokens are too few for one training and one held-out "
+                f"sequence of {T}: shorten --sequence-length or give more text"
+            )
+
+    def batch(self, step: int) -> np.ndarray:
+        """The tokens `[B, T + 1]`, int32, of a step (0 = the first): inputs are all but the last, targets all but the first."""
+        first = step * self.recipe.batch_size
+        places = [divmod(i, self.windows) for i in range(first, first + self.recipe.batch_size)]
+        return _windows(self._train, [self._order(epoch)[index] for epoch, index in places], self.recipe.sequence_length)
+
+    def validation(self, batches: int) -> Iterator[np.ndarray]:
+        """Up to `batches` batches of held-out tokens, evenly spread over them, the same ones every time."""
+        count = min(batches * self.recipe.batch_size, self.validation_windows)
+        indices = np.linspace(0, self.validation_windows - 1, count).round().astype(int)
+        for start in range(0, count, self.recipe.batch_size):
+            part = indices[start : start + self.recipe.batch_size]
+            yield _windows(self._validation, list(part), self.recipe.sequence_length)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  # a run has one Batches, and a batch touches two epochs at most
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order of the windows in an epoch, from (seed, epoch) alone."""
+        return np.random.default_rng([self.recipe.seed, epoch]).permutation(self.windows)
+
+
+def _windows(tokens: np.ndarray, indices: list[int], length: int) -> np.ndarray:
+    return np.stack([tokens[i * length : (i + 1) * length + 1] for i in indices]).astype(np.int32)

@@ -1,0 +1,131 @@
+"""A run's log: `metrics.jsonl` always, a live line on a terminal, plain lines elsewhere, TensorBoard on request.
+
+Framework-free: both trainers write the same file, so that their curves can be laid over each other.
+"""
+
+import collections
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from smollm_jax.errors import InputFileError, UsageError
+
+RATE_STEPS = 20  # the throughput is the mean over this many steps
+
+
+class RunLog:
+    """Writes each step's numbers; use as a context manager so that the terminal and the files are left whole."""
+
+    def __init__(
+        self, run: Path, *, log_every: int, flops_per_token: float, peak_flops: float | None, tensorboard: bool = False
+    ):
+        run.mkdir(parents=True, exist_ok=True)
+        self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._log_every = log_every
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._writer = _tensorboard(run) if tensorboard else None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def note(self, text: str) -> None:
+        """One line for the reader; not a metric."""
+        self._console.print(text, markup=False)
+        sys.stdout.flush()
+
+    def start(self, step: int, steps: int, tokens_per_step: int) -> None:
+        """The loop begins at `step` of `steps`: the first step's time includes its compilation."""
+        self._steps, self._tokens_per_step = steps, tokens_per_step
+        self._first = step
+        self._began = time.perf_counter()
+        self._times = collections.deque([(step, self._began)], maxlen=RATE_STEPS)
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task("compiling", total=steps, completed=step)
+            self._progress.start()
+        else:
+            self.note("compiling the first step")
+
+    def resume_clock(self) -> None:
+        """Leaves the time since the last step (compiling, saving, validating) out of the throughput."""
+        self._times = collections.deque([(self._times[-1][0], time.perf_counter())], maxlen=RATE_STEPS)
+
+    def step(self, step: int, **values: float) -> None:
+        """Logs the numbers of one finished step."""
+        now = time.perf_counter()
+        self._times.append((step, now))
+        # Over several steps: metrics are read one step late, so two reads in a row can be moments apart.
+        (first, then), rate = self._times[0], math.nan
+        if now > then:
+            rate = self._tokens_per_step * (step - first) / (now - then)
+        row = {"step": step, **values, "tokens_per_second": rate, "elapsed_seconds": now - self._began}
+        if step == self._first + 1:
+            self.resume_clock()  # the first step compiled
+        mfu = rate * self._flops_per_token / self._peak_flops if self._peak_flops else None
+        self._write(row | ({} if mfu is None else {"mfu": mfu}))
+        text = (
+            f"step {step}/{self._steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"grad norm {values['gradient_norm']:.3f}  {rate:,.0f} tokens/s"
+        )
+        text += "" if mfu is None else f"  MFU {mfu:.1%}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=text)
+        elif step % self._log_every == 0 or step == self._first + 1 or step == self._steps:
+            done = step - self._first
+            left = (now - self._began) / done * (self._steps - step)
+            self.note(f"{text}  ETA {int(left // 60)}:{int(left % 60):02}")
+
+    def validation(self, step: int, loss: float) -> None:
+        """Logs the loss on held-out tokens, and its perplexity."""
+        self._write({"step": step, "validation_loss": loss, "validation_perplexity": math.exp(loss)})
+        self.note(f"step {step}/{self._steps}  validation loss {loss:.4f}  perplexity {math.exp(loss):,.1f}")
+
+    def _write(self, row: dict[str, Any]) -> None:
+        # JSON has no NaN: a diverged loss is written as null, and the error that follows names it.
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, row["step"])
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`; of a step logged twice, before and after a resume, the later row."""
+    rows: dict[tuple[int, bool], dict[str, Any]] = {}
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise InputFileError(f"{path}: no such file")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows[row["step"], "validation_loss" in row] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputFileError(f"{path}: line {number} is not a row of metrics: {error}") from error
+    return [rows[key] for key in sorted(rows)]
+
+
+def _tensorboard(run: Path) -> Any:
+    try:
+        from tensorboard.summary import Writer
+    except ImportError as error:
+        raise UsageError("--tensorboard needs the extra: pip install smollm-jax[tensorboard]") from error
+    return Writer(str(run / "tensorboard"))

@@ -1,0 +1,37 @@
+"""AdamW with a clipped gradient and the recipe's learning rate, from optax."""
+
+import optax
+
+from smollm_jax.recipe import Recipe
+
+
+def learning_rate(recipe: Recipe) -> optax.Schedule:
+    """Learning rate of step n (0 = the first): linear from 0 to the peak, then constant and linear to 0 (WSD), or cosine.
+
+    Source: Hu et al. 2024 (MiniCPM), section 4, for WSD; its numbers here are SmolLM2's.
+    """
+    peak, warmup = recipe.learning_rate, recipe.warmup_steps
+    if recipe.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, recipe.steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, 0.0, recipe.steps - recipe.decay_start),
+        ],
+        boundaries=[warmup, recipe.decay_start],
+    )
+
+
+def adamw(recipe: Recipe) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW with decoupled decay on every parameter (Loshchilov and Hutter 2019)."""
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip),
+        optax.adamw(
+            learning_rate(recipe),
+            b1=recipe.beta1,
+            b2=recipe.beta2,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+        ),
+    )

@@ -1,0 +1,68 @@
+"""What a training run is, apart from the model: shared by the JAX trainer and the PyTorch twin's, framework-free.
+
+The optimizer's numbers are the pre-training recipe's (huggingface/smollm, config_smollm2_135M.yaml).
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from smollm_jax.errors import UsageError
+
+Schedule = Literal["wsd", "cosine"]
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+# Fields that may change when a run is resumed: how far it goes, not what it computes until then.
+FREE_ON_RESUME = ("steps",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the numbers of a run: same recipe, data, config and start give the same losses."""
+
+    steps: int
+    batch_size: int  # sequences a step
+    sequence_length: int  # tokens a sequence
+    learning_rate: float  # the peak
+    warmup_steps: int
+    dtype: Dtype  # of the products; weights, moments, norms, softmax and loss stay in at least float32
+    schedule: Schedule = "wsd"
+    decay_fraction: float = 0.2  # of all steps, at the end, wsd only
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # on all parameters, norms and embedding too
+    clip: float = 1.0  # of the global gradient norm
+    validation_fraction: float = 0.01  # of the tokens, from the end of the token file
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "eps", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "decay_fraction", "validation_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise UsageError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if not 0 <= self.warmup_steps <= self.decay_start:
+            last = "the decay's first step" if self.schedule == "wsd" else "steps"
+            raise UsageError(f"warmup_steps must be between 0 and {last}, {self.decay_start}, got {self.warmup_steps}")
+
+    @property
+    def decay_start(self) -> int:
+        """The first step whose learning rate may be below the peak again."""
+        return self.steps - round(self.steps * self.decay_fraction) if self.schedule == "wsd" else self.steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens whose loss is averaged in one step."""
+        return self.batch_size * self.sequence_length
+
+    def changes(self, saved: dict[str, Any]) -> list[str]:
+        """What differs from a saved recipe and may not: one "name: old -> new" each."""
+        now = dataclasses.asdict(self)
+        names = [name for name in now | saved if name not in FREE_ON_RESUME]
+        return [f"{n}: {saved.get(n)!r} -> {now.get(n)!r}" for n in names if saved.get(n) != now.get(n)]
