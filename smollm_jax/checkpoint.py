@@ -85,7 +85,7 @@ class CheckpointStore:
         """Writes a step whole or not at all; raises `StorageError` if it cannot, or if the step is not newer."""
         if self.steps() and step <= self.steps()[-1]:
             raise StorageError(f"{self.folder}: step {step} is not newer than step {self.steps()[-1]} on disk")
-        arguments = {name: self._ocp.args.StandardSave(arrays) for name, arrays in items.items()}
+        arguments = {name: self._ocp.args.PyTreeSave(arrays) for name, arrays in items.items()}
         try:
             saved = self._manager.save(
                 step, args=self._ocp.args.Composite(**arguments, meta=self._ocp.args.JsonSave(meta))
@@ -107,7 +107,9 @@ class CheckpointStore:
         """
         for item, arrays in like.items():
             self._check(step, item, arrays)
-        return self._restore(step, **{item: self._ocp.args.StandardRestore(arrays) for item, arrays in like.items()})
+        arguments = {item: self._ocp.checkpoint_utils.construct_restore_args(arrays) for item, arrays in like.items()}
+        restores = {item: self._ocp.args.PyTreeRestore(restore_args=args) for item, args in arguments.items()}
+        return self._restore(step, **restores)
 
     def read(self, step: int, item: str) -> dict[str, np.ndarray]:
         """One item of a step as NumPy arrays at their stored precision, whatever devices saved it."""
@@ -131,7 +133,7 @@ class CheckpointStore:
             raise CheckpointError(f"{self.folder}: has no step {step}, only {self.steps()}")
         folder = self.folder / str(step) / item
         try:
-            with self._ocp.StandardCheckpointer() as reader:
+            with self._ocp.PyTreeCheckpointer() as reader:
                 return dict(reader.metadata(folder).item_metadata.tree)
         except Exception as error:
             raise CheckpointError(f"{folder}: holds no readable arrays: {error}") from error
@@ -143,6 +145,8 @@ class CheckpointStore:
         for name in like.keys() & stored.keys():
             found, wanted = stored[name], like[name]
             if tuple(found.shape) != tuple(wanted.shape) or np.dtype(found.dtype) != np.dtype(wanted.dtype):
-                faults.append(f"{name} is {found.dtype}{list(found.shape)}, expected {wanted.dtype}{list(wanted.shape)}")
+                faults.append(
+                    f"{name} is {found.dtype}{list(found.shape)}, expected {wanted.dtype}{list(wanted.shape)}"
+                )
         if faults:
             raise CheckpointError(f"{self.folder}: step {step}, {item}: " + "; ".join(sorted(faults)))

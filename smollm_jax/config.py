@@ -7,6 +7,7 @@ runs and is wrong.
 
 import dataclasses
 import math
+import struct
 from typing import Any
 
 from smollm_jax.errors import UsageError
@@ -42,7 +43,9 @@ class Config:
                     raise UsageError(f"config field {field.name} must be a positive finite number, got {value!r}")
                 object.__setattr__(self, field.name, float(value))
         if type(self.tie_word_embeddings) is not bool:
-            raise UsageError(f"config field tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}")
+            raise UsageError(
+                f"config field tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}"
+            )
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -64,6 +67,18 @@ class Config:
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    @property
+    def rotary_frequencies(self) -> tuple[float, ...]:
+        """The H/2 inverse frequencies theta**(-2i/H), float32 numbers shared by every framework and precision.
+
+        The power is evaluated in double and rounded to float32, then its reciprocal: for SmolLM2's configs these are
+        the bits of transformers' `inv_freq`. NumPy's and XLA's own float32 powers are one ulp off at some of them
+        (5 of 32 for the released 135M), which moves logits at long context by ten times the float32 noise.
+        Source: Su et al. 2021 (RoFormer), section 3.2; transformers, modeling_rope_utils.py.
+        """
+        exponents = (_float32(index / self.head_dim) for index in range(0, self.head_dim, 2))
+        return tuple(_float32(1.0 / _float32(self.rope_theta**exponent)) for exponent in exponents)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Config":
@@ -129,6 +144,10 @@ class Config:
         }
 
 
+def _float32(x: float) -> float:
+    return struct.unpack("f", struct.pack("f", x))[0]
+
+
 # Keys with one value this model computes: the first is what we write, the others mean the same.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "architectures": (["LlamaForCausalLM"], None),
@@ -142,9 +161,23 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 # Keys that change nothing the model computes.
 _BOOKKEEPING = frozenset(
-    "_name_or_path dtype is_llama_config torch_dtype transformers.js_config transformers_version use_cache "
-    "output_attentions output_hidden_states return_dict chunk_size_feed_forward is_encoder_decoder "
-    "id2label label2id problem_type".split()
+    [
+        "_name_or_path",
+        "dtype",
+        "is_llama_config",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "id2label",
+        "label2id",
+        "problem_type",
+    ]
 )
 
 

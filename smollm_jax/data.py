@@ -47,7 +47,9 @@ class TokenFile:
             raise InputFileError(f"{path}: cannot be mapped: {error}") from error
         if tokens.size != sidecar["tokens"] or (found := sha256_of(path)) != sidecar["sha256"]:
             what = f"{tokens.size} tokens" if tokens.size != sidecar["tokens"] else f"sha256 {found[:12]}"
-            raise InputFileError(f"{path}: has {what}, its tokens.json says {sidecar['tokens']}, {sidecar['sha256'][:12]}")
+            raise InputFileError(
+                f"{path}: has {what}, its tokens.json says {sidecar['tokens']}, {sidecar['sha256'][:12]}"
+            )
         return cls(path, tokens, sidecar["sha256"], sidecar["tokenizer_sha256"], sidecar["documents"])
 
 
@@ -82,7 +84,12 @@ def _tokenize(files: list[Path], source: Path, tokenizer: Tokenizer, tokenizer_s
         raise InputFileError(f"{source}: the tokenizer names no eos token to end a document with")
     folder.mkdir()
     # Shuffled once, so that the tail that is held out for validation is a fair sample of the documents.
-    texts = [text for file in files for text in documents(file) if text]
+    texts = []
+    for file in files:
+        for number, text in enumerate(documents(file), 1):
+            if reason := tokenizer.unencodable(text):
+                raise InputFileError(f"{file}: document {number} cannot be encoded: {reason}")
+            texts += [text] if text else []
     order = np.random.default_rng(0).permutation(len(texts))
     digest, count = hashlib.sha256(), 0
     with (folder / "tokens.bin").open("wb") as out:
@@ -172,7 +179,9 @@ class Batches:
         """The tokens `[B, T + 1]`, int32, of a step (0 = the first): inputs are all but the last, targets all but the first."""
         first = step * self.recipe.batch_size
         places = [divmod(i, self.windows) for i in range(first, first + self.recipe.batch_size)]
-        return _windows(self._train, [self._order(epoch)[index] for epoch, index in places], self.recipe.sequence_length)
+        return _windows(
+            self._train, [self._order(epoch)[index] for epoch, index in places], self.recipe.sequence_length
+        )
 
     def validation(self, batches: int) -> Iterator[np.ndarray]:
         """Up to `batches` batches of held-out tokens, evenly spread over them, the same ones every time."""

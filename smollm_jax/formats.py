@@ -209,7 +209,9 @@ def read_pt(path: Path) -> Bundle:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, pickle's among them
-        raise InputFileError(f"{path}: not a weights-only torch file: {str(error).splitlines()[0]}") from error
+        raise InputFileError(
+            f"{path}: not a weights-only torch file: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
     if isinstance(content, dict) and "state_dict" in content:
         state, config, origin = content["state_dict"], content.get("config"), content.get("origin", "")
     else:
@@ -227,7 +229,9 @@ def write_pt(path: Path, bundle: Bundle) -> None:
 
     state = {name: to_torch(tensor) for name, tensor in bundle.tensors.items()}
     with replacing(path) as temporary:
-        torch.save({"config": bundle.config.to_hf(bundle.dtype), "origin": bundle.origin, "state_dict": state}, temporary)
+        torch.save(
+            {"config": bundle.config.to_hf(bundle.dtype), "origin": bundle.origin, "state_dict": state}, temporary
+        )
         for name, tensor in torch.load(temporary, weights_only=True)["state_dict"].items():
             if from_torch(tensor).tobytes() != np.ascontiguousarray(bundle.tensors[name]).tobytes():
                 raise StorageError(f"{path}: tensor {name} reads back different from what was written")

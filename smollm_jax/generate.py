@@ -59,7 +59,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008  # frozen
+    sampling: Sampling = Sampling(),  # frozen
     eos_token_ids: Sequence[int] = (),
     tokens_per_call: int = 8,
 ) -> Iterator[np.ndarray]:
@@ -94,7 +94,13 @@ def generate(
     remaining = max_new_tokens
     while remaining > 0:
         state, new = decode(
-            model, state, key, numbers, steps=tokens_per_call, greedy=sampling.temperature == 0, eos=tuple(eos_token_ids)
+            model,
+            state,
+            key,
+            numbers,
+            steps=tokens_per_call,
+            greedy=sampling.temperature == 0,
+            eos=tuple(eos_token_ids),
         )
         # The last call may decode past what was asked for; those tokens are cut, not shown.
         yield np.asarray(new)[:, :remaining]
@@ -150,7 +156,9 @@ def decode(
     return state, new
 
 
-def sample(logits: Float[Array, "B V"], key: Key[Array, ""], temperature: Any, top_k: Any, top_p: Any) -> Int[Array, "B"]:
+def sample(
+    logits: Float[Array, "B V"], key: Key[Array, ""], temperature: Any, top_k: Any, top_p: Any
+) -> Int[Array, "B"]:
     """Token ids drawn from softmax(logits / temperature), cut to the top_k tokens and then to top_p of their mass.
 
     Every row draws with the same noise, so that a prompt's text does not depend on what else is in the batch.

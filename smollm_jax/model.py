@@ -29,15 +29,13 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> F
     return normed.astype(x.dtype) * scale
 
 
-def rotary_angles(positions: Int[Array, "*B T"], config: Config, dtype: Any) -> tuple[Array, Array]:
+def rotary_angles(positions: Int[Array, "*B T"], config: Config, dtype: jax.typing.DTypeLike) -> tuple[Array, Array]:
     """cos and sin `[*B, T, 1, H/2]` of every position and frequency, evaluated in at least float32.
 
     Source: Su et al. 2021 (RoFormer), section 3.2; transformers, modeling_llama.py, LlamaRotaryEmbedding.
     """
-    # NumPy on purpose: inside jit XLA may evaluate 1 / theta**x another way, one ulp off PyTorch.
-    # float32 on purpose too: these are then PyTorch's bits, and every precision shares them.
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequency = np.float32(1.0) / np.float32(config.rope_theta) ** exponent
+    # Constants on purpose: inside jit XLA may evaluate 1 / theta**x another way, one ulp off PyTorch.
+    frequency = np.array(config.rotary_frequencies)
     wide = jnp.promote_types(dtype, jnp.float32)
     angle = positions[..., None, None].astype(wide) * frequency.astype(wide)
     return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
@@ -120,7 +118,9 @@ class SmolLM(nnx.Module):
         self.config = config
         self.embed_tokens = normal(embed, vocabulary, config.initializer_range)
         # One DecoderLayer whose every parameter has a leading layer axis L.
-        self.layers = jax.vmap(lambda k: DecoderLayer(config, key=k))(jax.random.split(layers, config.num_hidden_layers))
+        self.layers = jax.vmap(lambda k: DecoderLayer(config, key=k))(
+            jax.random.split(layers, config.num_hidden_layers)
+        )
         self.norm = nnx.Param(jnp.ones(config.hidden_size))
         # A tied head is the embedding itself, stored once; None keeps the attribute readable.
         self.lm_head = None if config.tie_word_embeddings else normal(head, vocabulary, config.initializer_range)
@@ -134,7 +134,7 @@ class SmolLM(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         *,
-        dtype: Any = None,
+        dtype: jax.typing.DTypeLike | None = None,
         positions: Int[Array, "#B T"] | None = None,
         attend: Attend | None = None,
         memory: Any = None,

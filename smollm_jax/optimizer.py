@@ -1,5 +1,6 @@
 """AdamW with a clipped gradient and the recipe's learning rate, from optax."""
 
+import jax.numpy as jnp
 import optax
 
 from smollm_jax.recipe import Recipe
@@ -12,15 +13,18 @@ def learning_rate(recipe: Recipe) -> optax.Schedule:
     """
     peak, warmup = recipe.learning_rate, recipe.warmup_steps
     if recipe.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, recipe.steps)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, 0.0, recipe.steps - recipe.decay_start),
-        ],
-        boundaries=[warmup, recipe.decay_start],
-    )
+        schedule = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, recipe.steps)
+    else:
+        schedule = optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak),
+                optax.constant_schedule(peak),
+                optax.linear_schedule(peak, 0.0, recipe.steps - recipe.decay_start),
+            ],
+            boundaries=[warmup, recipe.decay_start],
+        )
+    # A float count, float64 where enabled: from an int32 count optax gives float32 whatever the run's precision.
+    return lambda count: schedule(jnp.asarray(count, float))
 
 
 def adamw(recipe: Recipe) -> optax.GradientTransformation:

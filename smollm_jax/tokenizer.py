@@ -5,6 +5,7 @@ as GPT-2's. Ids fit in uint16.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ class Tokenizer:
         self.eos_token_id = eos_token_id
         self.chat_template = chat_template
         self.vocab_size = core.get_vocab_size()
+        vocabulary = core.get_vocab(with_added_tokens=False)
+        lacking = bytes(byte for byte, symbol in enumerate(_byte_symbols()) if symbol not in vocabulary)
+        self._lacking = re.compile(b"[" + re.escape(lacking) + b"]") if lacking else None
         self._special = [token.content for token in core.get_added_tokens_decoder().values() if token.special]
 
     @classmethod
@@ -61,7 +65,11 @@ class Tokenizer:
         return cls(core, eos_token_id, template)
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """Token ids of a text. A special token typed in the text is plain text unless `parse_special`."""
+        """Token ids of a text. A special token typed in the text is plain text unless `parse_special`.
+
+        Raises `UsageError` for a character the vocabulary has no bytes for: SmolLM2's lacks six control characters
+        and U+40000 to U+BFFFF, which `tokenizers` would drop without a word.
+        """
         return self._encode_batch([text], parse_special)[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -69,8 +77,22 @@ class Tokenizer:
         return self._encode_batch(list(texts), parse_special=False)
 
     def _encode_batch(self, texts: list[str], parse_special: bool) -> list[list[int]]:
+        for text in texts:
+            if reason := self.unencodable(text):
+                raise UsageError(f"the text cannot be encoded: {reason}")
         self.core.encode_special_tokens = not parse_special
         return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def unencodable(self, text: str) -> str | None:
+        """Why a text cannot become tokens without loss, or None when it can."""
+        try:
+            lost = self._lacking and self._lacking.search(text.encode())
+        except UnicodeEncodeError as error:
+            return f"character {error.start} is a lone surrogate"
+        if not lost:
+            return None
+        place = len(lost.string[: lost.start()].decode(errors="ignore"))
+        return f"character {place}, U+{ord(text[place]):04X}, has no token in this vocabulary"
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of token ids; bytes that are no whole character show as U+FFFD."""
@@ -109,6 +131,13 @@ class Tokenizer:
             ids += [self.core.token_to_id(token)] if token else []
             text = text[start + len(token) :]
         return ids
+
+
+def _byte_symbols() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary. Source: openai/gpt-2, src/encoder.py."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _raise_template_error(message: str) -> None:

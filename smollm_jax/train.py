@@ -19,7 +19,7 @@ from smollm_jax.attention import Implementation, causal
 from smollm_jax.checkpoint import CheckpointStore, flatten, unflatten
 from smollm_jax.config import Config
 from smollm_jax.data import Batches
-from smollm_jax.errors import CheckpointError, DivergedError, UsageError
+from smollm_jax.errors import DivergedError, UsageError
 from smollm_jax.loss import linear_cross_entropy
 from smollm_jax.metrics import RunLog
 from smollm_jax.model import SmolLM
@@ -45,8 +45,8 @@ class Compute:
     unroll: int = 1
 
 
-def mean_loss(model: SmolLM, tokens: Int[Array, "B T+1"], compute: Compute) -> Float[Array, ""]:
-    """The mean over tokens of the next token's -log probability, in nats."""
+def mean_loss(model: SmolLM, tokens: Int[Array, "B window"], compute: Compute) -> Float[Array, ""]:
+    """The mean over windows of T + 1 tokens of the next token's -log probability, in nats."""
     hidden, _ = model.hidden_states(
         tokens[:, :-1],
         dtype=compute.dtype,
@@ -60,7 +60,7 @@ def mean_loss(model: SmolLM, tokens: Int[Array, "B T+1"], compute: Compute) -> F
 
 @functools.partial(jax.jit, static_argnames=("tx", "compute"), donate_argnames="state")
 def train_step(
-    state: TrainState, tokens: Int[Array, "B T+1"], *, tx: optax.GradientTransformation, compute: Compute
+    state: TrainState, tokens: Int[Array, "B window"], *, tx: optax.GradientTransformation, compute: Compute
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """The state after one optimizer step, and its loss and gradient norm (before clipping) as device scalars."""
     loss, gradients = jax.value_and_grad(mean_loss)(state.model, tokens, compute)
@@ -87,6 +87,14 @@ class Cadence:
     eval_batches: int = 8
 
 
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run is trained on: where it was found, and the sha256 of its tokens, which may not change."""
+
+    source: str
+    sha256: str
+
+
 def train(
     model: SmolLM,
     recipe: Recipe,
@@ -95,7 +103,7 @@ def train(
     run: Path,
     compute: Compute,
     cadence: Cadence,
-    data_sha256: str,
+    data: Data,
     resume: bool,
     log: RunLog,
 ) -> SmolLM:
@@ -110,10 +118,12 @@ def train(
     state = TrainState(model, tx.init(model))  # type: ignore[arg-type]  # optax takes any pytree, a module too
     with CheckpointStore(run / "checkpoints", keep=2) as store:
         if resume:
-            start, state = restore(store, state, recipe, data_sha256)
+            start, state = restore(store, state, recipe, data)
             log.note(f"resumed from step {start}")
         elif store.steps():
-            raise UsageError(f"{run}: holds a run up to step {store.latest_step()}: add --resume, or name another --out")
+            raise UsageError(
+                f"{run}: holds a run up to step {store.latest_step()}: add --resume, or name another --out"
+            )
         else:
             start = 0
         if start >= recipe.steps:
@@ -138,7 +148,7 @@ def train(
             if evaluating:
                 log.validation(done, validation_loss(state.model, batches, cadence.eval_batches, compute))
             if saving:
-                save(store, done, state, recipe, data_sha256)
+                save(store, done, state, recipe, data)
                 log.note(f"saved step {done} to {run / 'checkpoints'}")
             if saving or evaluating:
                 log.resume_clock()
@@ -153,22 +163,26 @@ def record(log: RunLog, schedule: optax.Schedule, step: int, metrics: dict[str, 
         raise DivergedError(f"step {step}: loss is {values['loss']}; the last checkpoint before it is intact")
 
 
-def save(store: CheckpointStore, step: int, state: TrainState, recipe: Recipe, data_sha256: str) -> None:
+def save(store: CheckpointStore, step: int, state: TrainState, recipe: Recipe, data: Data) -> None:
     """Writes the state after `step` steps: parameters, optimizer state, recipe and data position."""
     items = {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}
-    meta = {"step": step, "recipe": dataclasses.asdict(recipe), "data_sha256": data_sha256, "tokens_seen": None}
-    store.save(step, items, meta | {"tokens_seen": step * recipe.tokens_per_step})
+    meta = {
+        "step": step,
+        "recipe": dataclasses.asdict(recipe),
+        "data": data.source,
+        "data_sha256": data.sha256,
+        "tokens_seen": step * recipe.tokens_per_step,
+    }
+    store.save(step, items, meta)
 
 
-def restore(store: CheckpointStore, like: TrainState, recipe: Recipe, data_sha256: str) -> tuple[int, TrainState]:
+def restore(store: CheckpointStore, like: TrainState, recipe: Recipe, data: Data) -> tuple[int, TrainState]:
     """The newest step and its state; raises `UsageError` when recipe or data are not those it was saved with."""
     step = store.latest_step()
     meta = store.meta(step)
-    if "recipe" not in meta:
-        raise CheckpointError(f"{store.folder}: step {step} holds weights only: start from it with --init-from")
     changes = recipe.changes(meta["recipe"])
-    if meta["data_sha256"] != data_sha256:
-        changes.append(f"data: {meta['data_sha256'][:12]} -> {data_sha256[:12]}")
+    if meta["data_sha256"] != data.sha256:
+        changes.append(f"data: {meta['data']} ({meta['data_sha256'][:12]}) -> {data.source} ({data.sha256[:12]})")
     if changes:
         raise UsageError(f"{store.folder}: cannot resume step {step}, these changed: {'; '.join(changes)}")
     items = {"params": flatten(like.model), "optimizer": flatten(like.opt_state)}

@@ -30,11 +30,9 @@ class RMSNorm(nn.Module):
 
 def rotary_angles(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin `[B, 1, T, H/2]` of every position and frequency, evaluated in at least float32."""
-    # float32 in every precision: the model is defined by these numbers.
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequency = (1.0 / config.rope_theta**exponent).to(positions.device)
     wide = torch.promote_types(dtype, torch.float32)
-    angle = positions[:, None, :, None].to(wide) * frequency.to(wide)
+    frequency = torch.tensor(config.rotary_frequencies, dtype=wide, device=positions.device)
+    angle = positions[:, None, :, None].to(wide) * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 

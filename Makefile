@@ -1,0 +1,55 @@
+# make train   environment, text, training          make test    environment, real weights, all tests
+# Both are idempotent. Needs Python >= 3.11, make and a package index; a CUDA GPU is used when nvidia-smi is there.
+#
+# PYTHON=python3.12 on the command line: another interpreter, in an environment of its own, for the tests that need
+# no PyTorch (the PyTorch wheel is by far the largest download); add TORCH=1 for all of them.
+# ARGS="..." goes to train_jax.py.
+
+PYTHON ?= python3
+NAMED := $(filter command line,$(origin PYTHON))
+TORCH ?= $(if $(NAMED),0,1)
+VENV ?= $(if $(NAMED),.venv-$(notdir $(PYTHON)),.venv)
+BIN := $(VENV)/bin
+
+# The CUDA major version that the driver supports decides which of jax's builds fits.
+CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \([0-9]*\).*/\1/p')
+JAX := $(if $(CUDA),$(if $(filter 12,$(CUDA)),cuda12,cuda13),)
+comma := ,
+TRAIN_EXTRAS := gguf,plot$(if $(JAX),$(comma)$(JAX))
+TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)torch$(comma)hf)
+
+.PHONY: train test slow lint clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.train
+	$(BIN)/python scripts/fetch_assets.py tokenizer
+	$(BIN)/python scripts/fetch_assets.py text
+	$(BIN)/python scripts/train_jax.py --out runs/make-train $(if $(wildcard runs/make-train/checkpoints/[0-9]*),--resume) $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python scripts/fetch_assets.py
+	SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) $(BIN)/python -m pytest -m "not slow" $(PYTEST)
+
+slow: $(VENV)/.test
+	$(BIN)/python scripts/fetch_assets.py
+	$(BIN)/python -m pytest -m slow -s $(PYTEST)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[$(TRAIN_EXTRAS)]"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[$(TEST_EXTRAS)]"
+	@touch $@ $(VENV)/.train
+
+clean:
+	rm -rf .venv .venv-* build *.egg-info

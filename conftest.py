@@ -1,0 +1,73 @@
+"""Fixtures on the real weights and the real text, and shapes checked at run time in every test."""
+
+import os
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+
+# Before any import of the package: every jaxtyping annotation in it is checked on every call.
+jaxtyping.install_import_hook(["smollm_jax.attention", "smollm_jax.model", "smollm_jax.loss"], "beartype.beartype")
+jaxtyping.install_import_hook(["smollm_jax.train", "smollm_jax.generate"], "beartype.beartype")
+
+# The Makefile says so explicitly; PyTorch missing otherwise is a failure, not a silent skip.
+collect_ignore = ["parity_tests", "tests/test_torch_files.py"] if os.environ.get("SMOLLM_WITHOUT_TORCH") else []
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def pytest_report_header() -> str | None:
+    return "PyTorch left out: no parity tests" if collect_ignore else None
+
+
+def asset(name: str) -> Path:
+    assert (ASSETS / name).exists(), f"{ASSETS / name} is not there: `make test` fetches it"
+    return ASSETS / name
+
+
+@pytest.fixture(scope="session")
+def weights_path() -> Path:
+    """The real SmolLM2-135M-Instruct, dequantised Q4_1, in the Hugging Face layout."""
+    return asset("SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def text_path() -> Path:
+    return asset("sotu")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path() -> Path:
+    return asset("tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(weights_path):
+    from smollm_jax.tokenizer import Tokenizer
+
+    return Tokenizer.load(weights_path)
+
+
+@pytest.fixture(scope="session")
+def real_tokens(tokenizer, text_path) -> np.ndarray:
+    """The first 2,048 tokens `[1, 2048]` of a real text."""
+    ids = tokenizer.encode((text_path / "1861-Lincoln-1.txt").read_text(encoding="utf-8"))
+    return np.array([ids[:2048]], np.int32)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A small config with distinct sizes: 3 layers, 6 query heads on 2 KV heads."""
+    from smollm_jax.config import preset
+
+    return preset("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny):
+    import jax
+
+    from smollm_jax.model import SmolLM
+
+    return SmolLM(tiny, key=jax.random.key(0))

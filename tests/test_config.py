@@ -1,0 +1,87 @@
+"""The config reads what Hugging Face writes, and refuses what this model does not compute."""
+
+import dataclasses
+
+import pytest
+
+from smollm_jax import cost
+from smollm_jax.config import PRESETS, Config, preset
+from smollm_jax.errors import UsageError
+
+
+def test_the_released_and_the_pretraining_config_differ_in_theta_and_length_only():
+    released, pretrain = preset("smollm2-135m"), preset("smollm2-135m-pretrain")
+    assert (released.rope_theta, released.max_position_embeddings) == (100_000.0, 8192)
+    assert (pretrain.rope_theta, pretrain.max_position_embeddings) == (10_000.0, 2048)
+    assert dataclasses.replace(pretrain, rope_theta=100_000.0, max_position_embeddings=8192) == released
+
+
+def test_no_model_constant_has_a_default():
+    assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(Config))
+
+
+def test_arithmetic_gives_the_known_numbers():
+    released = preset("smollm2-135m")
+    assert cost.count_parameters(released) == 134_515_008
+    assert [count for _, _, count in cost.parameter_table(released)][0] == 28_311_552
+    assert cost.cache_bytes_per_token(released, 2) == 23_040
+    assert cost.flops_per_token(released, 2048) == pytest.approx(1.019e9, rel=1e-3)
+    assert cost.flops_per_token(released, 8192) == pytest.approx(1.656e9, rel=1e-3)
+    assert cost.count_parameters(preset("smollm2-360m")) == 361_821_120
+    assert cost.count_parameters(preset("smollm2-1.7b")) == 1_711_376_384
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_hugging_face_in_both_spellings(name):
+    config = preset(name)
+    both = config.to_hf()
+    old = {key: value for key, value in both.items() if key not in ("rope_parameters", "dtype")}
+    new = {key: value for key, value in both.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    assert Config.from_hf(both) == Config.from_hf(old) == Config.from_hf(new) == config
+
+
+def test_several_eos_tokens_survive():
+    config = dataclasses.replace(preset("tiny"), eos_token_id=(0, 2))
+    assert Config.from_hf(config.to_hf()) == config
+    assert config.eos_token_ids == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"model_type": "mistral"}, "model_type"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, "rope_theta"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+        ({"hidden_size": "576"}, "hidden_size"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"eos_token_id": 49_152}, "eos_token_id"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(change, named):
+    with pytest.raises(UsageError, match=named):
+        Config.from_hf(preset("tiny").to_hf() | change)
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "hidden_size", "initializer_range", "vocab_size"])
+def test_a_missing_constant_is_not_guessed(key):
+    values = preset("tiny").to_hf()
+    del values[key]
+    with pytest.raises(UsageError, match=key):
+        Config.from_hf(values)
+
+
+def test_a_missing_rope_theta_is_not_guessed():
+    values = {k: v for k, v in preset("tiny").to_hf().items() if k not in ("rope_theta", "rope_parameters")}
+    with pytest.raises(UsageError, match="rope_theta"):
+        Config.from_hf(values)

@@ -1,0 +1,130 @@
+"""Text becomes a token file once, and a batch is a pure function of (recipe, step)."""
+
+import json
+
+import numpy as np
+import pytest
+
+from smollm_jax.data import Batches, TokenFile, prepare
+from smollm_jax.errors import InputFileError
+from smollm_jax.recipe import Recipe
+
+
+def recipe(**changes) -> Recipe:
+    base = {"steps": 10, "batch_size": 3, "sequence_length": 16, "learning_rate": 1e-3, "warmup_steps": 0}
+    return Recipe(**(base | {"dtype": "float32", "validation_fraction": 0.2} | changes))
+
+
+@pytest.fixture
+def numbers(tmp_path) -> TokenFile:
+    """A token file whose token i is i."""
+    return TokenFile(tmp_path, np.arange(1000, dtype=np.uint16), "", "", 1)
+
+
+def test_every_window_is_seen_once_an_epoch_and_shuffled_anew_in_the_next(numbers):
+    batches = Batches(numbers, recipe())
+    assert batches.windows == 49
+    seen = np.concatenate([batches.batch(step)[:, 0] for step in range(49)])  # 3 epochs of 49 windows
+    epochs = seen.reshape(3, 49)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(0, 784, 16))
+    assert not (epochs[0] == epochs[1]).all()
+
+
+def test_targets_are_the_next_tokens(numbers):
+    batch = Batches(numbers, recipe()).batch(4)
+    assert batch.shape == (3, 17)
+    assert batch.dtype == np.int32
+    assert (np.diff(batch, axis=1) == 1).all()
+
+
+def test_a_batch_depends_on_seed_and_step_alone(numbers):
+    one, other = Batches(numbers, recipe()), Batches(numbers, recipe(steps=999))
+    for step in (30, 2, 17):
+        np.testing.assert_array_equal(one.batch(step), other.batch(step))
+    assert not np.array_equal(one.batch(0), Batches(numbers, recipe(seed=1)).batch(0))
+
+
+def test_held_out_tokens_are_never_trained_on(numbers):
+    batches = Batches(numbers, recipe())
+    trained = {int(t) for step in range(17) for t in batches.batch(step).ravel()}
+    held_out = {int(t) for batch in batches.validation(99) for t in batch.ravel()}
+    assert max(trained) < 800 <= min(held_out)
+    again = [batch.tolist() for batch in batches.validation(2)]
+    assert again == [batch.tolist() for batch in batches.validation(2)]
+
+
+def test_too_little_text_is_refused(numbers):
+    with pytest.raises(InputFileError, match="1000 tokens are too few"):
+        Batches(numbers, recipe(sequence_length=600))
+
+
+def write(folder, **files):
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("_", ".")).write_text(content, encoding="utf-8")
+    return folder
+
+
+def test_text_files_and_jsonl_become_the_same_tokens(tmp_path, tokenizer_path, tokenizer):
+    texts = ["One 12 text.\n", "Zwei: äöü 😀", "three"]
+    folder = write(tmp_path / "folder", a_txt=texts[0], b_md=texts[1], c_txt=texts[2], d_py="ignored")
+    lines = "\n".join(json.dumps({"text": text, "id": 1}) for text in texts) + "\n\n"
+    jsonl = tmp_path / "texts.jsonl"
+    jsonl.write_text(lines, encoding="utf-8")
+    files = [prepare(source, tokenizer_path, tmp_path / "cache") for source in (folder, jsonl)]
+    np.testing.assert_array_equal(files[0].tokens, files[1].tokens)
+    found = np.split(files[0].tokens, np.flatnonzero(files[0].tokens == 0) + 1)[:-1]
+    assert {tokenizer.decode(document[:-1]) for document in found} == set(texts)
+    assert files[0].documents == 3
+
+
+def test_a_prepared_file_is_reused_and_a_changed_text_is_not(tmp_path, tokenizer_path):
+    source = tmp_path / "text.txt"
+    source.write_text("some text")
+    first = prepare(source, tokenizer_path, tmp_path / "cache")
+    made = first.path.stat().st_mtime_ns
+    assert prepare(source, tokenizer_path, tmp_path / "cache").path.stat().st_mtime_ns == made
+    for given in (first.path, first.path.parent):  # the prepared file itself
+        assert prepare(given, tokenizer_path, tmp_path / "other").sha256 == first.sha256
+    source.write_text("other text")
+    assert prepare(source, tokenizer_path, tmp_path / "cache").sha256 != first.sha256
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
+def test_a_damaged_token_file_is_caught(tmp_path, tokenizer_path, damage):
+    source = tmp_path / "text.txt"
+    source.write_text("some text that is long enough to damage")
+    path = prepare(source, tokenizer_path, tmp_path / "cache").path
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[5] ^= 1
+    path.write_bytes({"truncated": content[:-2], "flipped": content, "emptied": b""}[damage])
+    with pytest.raises(InputFileError, match=r"tokens\.bin"):
+        prepare(source, tokenizer_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("bad.txt", b"caf\xe9", "bad.txt"),
+        ("empty.txt", b"", "holds no text"),
+        ("bad.jsonl", b'{"text": "ok"}\n{"text": 3}\n', "line 2"),
+        ("bad.jsonl", b'{"txt": "no"}\n', "line 1"),
+        ("bad.jsonl", b"not json\n", "line 1"),
+        ("bad.txt", b"one\x04two", "bad.txt: document 1 .* character 3, U\\+0004"),
+    ],
+)
+def test_malformed_text_is_refused_and_nothing_is_left(tmp_path, tokenizer_path, name, content, named):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputFileError, match=named):
+        prepare(tmp_path / name, tokenizer_path, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_missing_source_and_a_folder_without_text_are_refused(tmp_path, tokenizer_path):
+    with pytest.raises(InputFileError, match="no such file"):
+        prepare(tmp_path / "nowhere", tokenizer_path, tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputFileError, match="holds no file"):
+        prepare(tmp_path / "empty", tokenizer_path, tmp_path / "cache")

@@ -1,0 +1,198 @@
+"""Training goes on exactly where it stopped, learns, and refuses what would lose a run. Real processes, tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smollm_jax.checkpoint import CheckpointStore
+from smollm_jax.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(run: Path, *flags: str, preset: str = "tiny", data: Path = ROOT / "assets/sotu") -> list[str]:
+    small = ["--sequence-length", "64"] if preset == "tiny" else []
+    script = [sys.executable, str(ROOT / "scripts/train_jax.py"), "--preset", preset, "--out", str(run), *small]
+    tokenizer = ["--tokenizer", str(ROOT / "assets/tokenizer"), "--data", str(data)]
+    return [*script, *tokenizer, "--learning-rate", "3e-3", *flags]
+
+
+def train(run: Path, *flags: str, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command(run, *flags, **options), capture_output=True, text=True, check=False, cwd=run.parent, env=environment
+    )
+
+
+def losses(run: Path) -> list[str]:
+    """Each step's loss as a hex float: equal means the same bits."""
+    return [float(row["loss"]).hex() for row in read_metrics(run) if "loss" in row]
+
+
+def final_state(run: Path) -> dict[str, bytes]:
+    with CheckpointStore(run / "checkpoints", create=False) as store:
+        step = store.latest_step()
+        items = {item: store.read(step, item) for item in ("params", "optimizer")}
+    return {f"{item}.{name}": array.tobytes() for item, arrays in items.items() for name, array in arrays.items()}
+
+
+def kill_after(run: Path, step: int, *flags: str, **options) -> None:
+    """Starts a training and kills it, without warning, once `step` is in its log."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command(run, *flags, **options), cwd=run.parent, env=environment, stdout=subprocess.DEVNULL
+    ) as process:
+        metrics, deadline = run / "metrics.jsonl", time.monotonic() + 600
+        while not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
+            assert process.poll() is None, "training ended before it could be killed"
+            assert time.monotonic() < deadline, "training did not get there"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """A run of 40 steps without interruption."""
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    done = train(run, "--steps", "40", "--save-every", "20")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.mark.parametrize(
+    "preset",
+    ["tiny", pytest.param("smollm2-135m-pretrain", marks=pytest.mark.slow)],  # full shape: about 8 minutes
+)
+def test_killed_and_resumed_is_bit_equal_to_straight(tmp_path, straight, preset):
+    if preset != "tiny":
+        straight = tmp_path / "straight"
+        assert train(straight, "--steps", "40", "--save-every", "20", preset=preset).returncode == 0
+    flags = ("--steps", "40", "--save-every", "20")
+    kill_after(tmp_path / "killed", 23, *flags, preset=preset)
+    resumed = train(tmp_path / "killed", *flags, "--resume", preset=preset)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from step 20" in resumed.stdout
+    assert losses(tmp_path / "killed") == losses(straight)
+    assert len(losses(straight)) == 40
+    state = final_state(straight)
+    assert final_state(tmp_path / "killed") == state
+    assert len(state) == 11 + 2 * 11 + 2, "parameters, two moments of each, two step counts"
+    assert not list((tmp_path / "killed/checkpoints").glob("*tmp*"))
+
+
+def test_training_learns(straight):
+    rows = read_metrics(straight)
+    first, last = (row["loss"] for row in (rows[0], [row for row in rows if "loss" in row][-1]))
+    assert last < first - 1
+    assert rows[-1]["validation_loss"] < first - 1
+    assert rows[-1]["validation_perplexity"] == pytest.approx(np.exp(rows[-1]["validation_loss"]))
+
+
+def test_the_run_folder_is_complete_and_loads_as_weights(straight):
+    import jax.numpy as jnp
+
+    from smollm_jax import weights
+    from smollm_jax.tokenizer import Tokenizer
+
+    model, config = weights.load(straight)
+    assert model(jnp.asarray([Tokenizer.load(straight).encode("The quick")])).shape[-1] == config.vocab_size
+    assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["20", "40"]
+    meta = json.loads((straight / "checkpoints/40/meta/metadata").read_text())
+    assert meta["tokens_seen"] == 40 * 2 * 64
+
+
+def test_what_training_prints(tmp_path):
+    done = train(tmp_path / "run", "--steps", "2")
+    for part in ("no GPU found", "5,014,176 parameters", "products    float32", "2 x 64 = 128 tokens a step"):
+        assert part in done.stdout
+    assert "The quick brown fox|" in done.stdout
+    assert "predicted next token:" in done.stdout
+
+
+def test_a_finished_run_says_so_and_goes_on_when_asked_for_more(tmp_path):
+    assert train(tmp_path / "run", "--steps", "3", "--decay-fraction", "0").returncode == 0
+    again = train(tmp_path / "run", "--resume")
+    assert again.returncode == 0
+    assert "already at step 3 of 3" in again.stdout
+    more = train(tmp_path / "run", "--steps", "5", "--resume")
+    assert more.returncode == 0
+    assert len(losses(tmp_path / "run")) == 5
+
+
+def test_a_run_is_never_written_over(straight):
+    before = (straight / "metrics.jsonl").read_bytes()
+    done = train(straight, "--steps", "40")
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--seed", "1"], "seed: 0 -> 1"),
+        (["--learning-rate", "1e-4"], "learning_rate: 0.003 -> 0.0001"),
+        (["--batch-size", "4"], "batch_size: 2 -> 4"),
+    ],
+)
+def test_resuming_under_another_recipe_is_refused_by_name(straight, flags, named):
+    done = train(straight, "--steps", "60", "--resume", *flags)
+    assert done.returncode == 2
+    assert named in done.stderr
+
+
+def test_resuming_on_other_data_is_refused(straight, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("entirely different words " * 4000)
+    done = train(straight, "--steps", "60", "--resume", data=other)
+    assert done.returncode == 2
+    assert "data: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "named"),
+    [
+        (["--steps", "0"], 2, "steps"),
+        (["--preset", "smollm3"], 2, "smollm2-135m-pretrain"),
+        (["--sequence-length", "1024"], 2, "512 positions"),
+        (["--attention", "cudnn"], 2, "cudnn"),
+        (["--data", "nowhere"], 3, "nowhere"),
+        (["--init-from", "nowhere"], 3, "nowhere"),
+        (["--tokenizer", "nowhere"], 3, "nowhere"),
+        (["--resume"], 4, "checkpoint"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line_and_an_exit_code(tmp_path, flags, code, named):
+    done = train(tmp_path / "run", *flags)
+    assert done.returncode == code, done.stderr
+    assert named in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists() or code == 4
+
+
+def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    done = train(run, "--steps", "30", "--save-every", "1", "--learning-rate", "1e9", "--warmup-steps", "0")
+    assert done.returncode == 7
+    assert "loss is" in done.stderr
+    with CheckpointStore(run / "checkpoints", create=False) as store:
+        assert store.steps()
+
+
+def test_init_from_starts_at_the_weights(tmp_path, straight):
+    done = train(tmp_path / "run", "--steps", "1", "--init-from", str(straight), "--learning-rate", "1e-9")
+    assert done.returncode == 0, done.stderr
+    trained = read_metrics(straight)[-1]["validation_loss"]
+    assert read_metrics(tmp_path / "run")[-1]["validation_loss"] == pytest.approx(trained, rel=1e-5)
+
+
+def test_tensorboard_files_are_written_on_request(tmp_path):
+    assert train(tmp_path / "run", "--steps", "2", "--tensorboard").returncode == 0
+    assert list((tmp_path / "run/tensorboard").iterdir())

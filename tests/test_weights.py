@@ -1,0 +1,210 @@
+"""Weights keep every bit through every format, and faulty ones are named, all at once."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from smollm_jax import formats, weights
+from smollm_jax.checkpoint import flatten
+from smollm_jax.config import preset
+from smollm_jax.errors import InputFileError, StorageError, UsageError
+from smollm_jax.model import SmolLM
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_model):
+    return weights.to_bundle(tiny_model, "tiny, random")
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def test_the_table_names_the_272_tensors_of_the_released_model():
+    shapes = weights.hf_shapes(preset("smollm2-135m"))
+    assert len(shapes) == 272
+    assert shapes["model.layers.29.self_attn.k_proj.weight"] == (192, 576)
+    assert shapes["model.layers.0.mlp.down_proj.weight"] == (576, 1536)
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 134_515_008
+
+
+def test_each_rule_puts_each_number_where_it_belongs(tiny):
+    """Distinct numbers everywhere: a missed transpose or a swap of two square matrices cannot hide."""
+    counter = iter(range(10**9))
+    tensors = {}
+    for name, shape in weights.hf_shapes(tiny).items():
+        tensors[name] = np.array([next(counter) for _ in range(int(np.prod(shape)))]).reshape(shape)
+    ours = weights.to_ours(tensors, tiny)
+    N, K, H = tiny.num_attention_heads, tiny.num_key_value_heads, tiny.head_dim
+    for layer in range(tiny.num_hidden_layers):
+        of = {n.split(".")[-2]: t for n, t in tensors.items() if f"layers.{layer}." in n}
+        for head in range(N):
+            rows = slice(head * H, (head + 1) * H)
+            np.testing.assert_array_equal(ours["layers.self_attn.q_proj"][layer, :, head], of["q_proj"][rows].T)
+            np.testing.assert_array_equal(ours["layers.self_attn.o_proj"][layer, head], of["o_proj"][:, rows].T)
+        for head in range(K):
+            rows = slice(head * H, (head + 1) * H)
+            np.testing.assert_array_equal(ours["layers.self_attn.k_proj"][layer, :, head], of["k_proj"][rows].T)
+            np.testing.assert_array_equal(ours["layers.self_attn.v_proj"][layer, :, head], of["v_proj"][rows].T)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            np.testing.assert_array_equal(ours[f"layers.mlp.{name}"][layer], of[name].T)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            np.testing.assert_array_equal(ours[f"layers.{name}"][layer], of[name])
+    same(weights.to_hf(ours, tiny), tensors)
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax", "safetensors"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_format_keeps_every_bit(tmp_path, tiny, kind, dtype, tied):
+    config = dataclasses.replace(tiny, tie_word_embeddings=tied, vocab_size=512, eos_token_id=(0, 2))
+    model = SmolLM(config, key=jax.random.key(2))
+    bundle = weights.to_bundle(model, "random")
+    bundle.tensors = {name: tensor.astype(dtype) for name, tensor in bundle.tensors.items()}
+    path = tmp_path / ("x.safetensors" if kind == "safetensors" else "folder with ö")
+    weights.write(path, bundle, kind)
+    found = weights.read(path)
+    same(found.tensors, bundle.tensors)
+    assert (found.config, found.origin) == (config, "random")
+
+
+def test_there_and_back_through_jax_is_bit_equal(tmp_path, bundle, tiny_model):
+    weights.write(tmp_path / "hf", bundle, "hf")
+    model, config = weights.load(tmp_path / "hf")
+    assert config == tiny_model.config
+    for name, array in flatten(tiny_model).items():
+        np.testing.assert_array_equal(flatten(model)[name], array)
+    same(weights.to_bundle(model).tensors, bundle.tensors)
+
+
+def test_shards_are_read(tmp_path, bundle):
+    weights.write(tmp_path / "hf", bundle, "hf")
+    names = list(bundle.tensors)
+    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    for file, part in parts.items():
+        formats.write_safetensors(tmp_path / "hf" / file, {n: bundle.tensors[n] for n in part}, {})
+    (tmp_path / "hf/model.safetensors").unlink()
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (tmp_path / "hf/model.safetensors.index.json").write_text(json.dumps(index))
+    same(weights.read(tmp_path / "hf").tensors, bundle.tensors)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_load_gives_the_dtype_asked_for(tmp_path, bundle, dtype):
+    weights.write(tmp_path / "hf", bundle, "hf")
+    model, _ = weights.load(tmp_path / "hf", dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype(dtype)}
+    assert model(jnp.array([[1, 2]])).dtype == jnp.float32
+
+
+def test_float64_is_refused_where_jax_would_truncate_it(tmp_path, bundle):
+    weights.write(tmp_path / "hf", bundle, "hf")
+    with pytest.raises(UsageError, match="JAX_ENABLE_X64"):
+        weights.load(tmp_path / "hf", np.float64)
+
+
+def test_one_error_names_every_fault_and_nothing_is_written(tmp_path, bundle):
+    tensors = dict(bundle.tensors)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.7.mlp.up_proj.weight"] = tensors["model.norm.weight"]
+    tensors["model.layers.0.mlp.down_proj.weight"] = tensors["model.layers.0.mlp.down_proj.weight"].T
+    tensors["model.layers.2.self_attn.q_proj.weight"] = tensors["model.layers.2.self_attn.q_proj.weight"].astype(int)
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+    faulty = dataclasses.replace(bundle, tensors=tensors)
+    with pytest.raises(InputFileError) as raised:
+        weights.write(tmp_path / "out", faulty, "hf")
+    message = str(raised.value)
+    for part in (
+        "5 fault(s)",
+        "layers.1.mlp.up_proj.weight is missing",
+        "layers.7.mlp.up_proj.weight is not part of the model",
+        "layers.0.mlp.down_proj.weight has shape [256, 96], expected [96, 256]",
+        "layers.2.self_attn.q_proj.weight has dtype int64",
+        "model.norm.weight has non-finite values",
+    ):
+        assert part in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_of_the_tied_head_is_dropped_and_a_different_one_refused(bundle):
+    head = bundle.tensors["model.embed_tokens.weight"].copy()
+    with_head = dataclasses.replace(bundle, tensors=bundle.tensors | {"lm_head.weight": head})
+    same(weights.check(with_head, "x").tensors, bundle.tensors)
+    head[0, 0] += 1
+    with pytest.raises(InputFileError, match=r"lm_head\.weight differs"):
+        weights.check(with_head, "x")
+
+
+def arrays():
+    base = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    return {
+        "transposed": base.T,
+        "fortran": np.asfortranarray(base),
+        "strided": base[::2, ::3],
+        "reversed": base[::-1],
+        "broadcast": np.broadcast_to(base[0], (5, 8)),
+        "scalar": np.array(3.5, np.float32),
+        "big endian": base.astype(">f4"),
+        "bfloat16, transposed": base.astype(ml_dtypes.bfloat16).T,
+    }
+
+
+def test_the_safetensors_writer_keeps_arrays_of_any_memory_order(tmp_path):
+    formats.write_safetensors(tmp_path / "x.safetensors", arrays(), {})
+    found, _ = formats.read_safetensors(tmp_path / "x.safetensors")
+    for name, array in arrays().items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o044, "others cannot read the file"
+
+
+def test_the_writer_notices_what_reads_back_different(tmp_path, monkeypatch):
+    def garbage(tensors, path, metadata):
+        formats_save({name: tensor + 1 for name, tensor in tensors.items()}, path, metadata)
+
+    formats_save = formats.save_file
+    monkeypatch.setattr(formats, "save_file", garbage)
+    with pytest.raises(StorageError, match="tensor a reads back different"):
+        formats.write_safetensors(tmp_path / "x.safetensors", {"a": np.ones(3, np.float32)}, {})
+
+
+def test_an_existing_target_is_never_touched(tmp_path, bundle):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        weights.write(tmp_path / "out", bundle, "hf")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 7, b"\xff" * 4096, (10**12).to_bytes(8, "little") + b"{}"])
+def test_a_malformed_safetensors_file_is_refused_by_name(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(InputFileError, match=r"x\.safetensors"):
+        weights.read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(64), b"no gguf at all" * 9])
+def test_a_malformed_gguf_file_is_refused_by_name(tmp_path, content):
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(InputFileError, match=r"x\.gguf"):
+        weights.read(tmp_path / "x.gguf")
+
+
+def test_a_path_that_is_no_weights_is_refused(tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(InputFileError, match=str(path.name)):
+            weights.read(path)
+
+
+def test_the_real_weights_are_whole(weights_path):
+    bundle = weights.read(weights_path)
+    assert len(bundle.tensors) == 272
+    assert sum(tensor.size for tensor in bundle.tensors.values()) == 134_515_008
+    assert "dequantised Q4_1" in bundle.origin
+    assert bundle.config == dataclasses.replace(preset("smollm2-135m"), bos_token_id=1, eos_token_id=2, pad_token_id=2)
