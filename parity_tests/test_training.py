@@ -29,7 +29,7 @@ def recipe(dtype, **changes):
 
 def jax_curve(model, recipe, batches):
     tx = optimizer.adamw(recipe)
-    state, rows = train.TrainState(model, tx.init(model)), []
+    state, rows = train.begin(model, tx), []
     for step in range(recipe.steps):
         tokens = jnp.asarray(batches.batch(step))
         state, metrics = train.train_step(state, tokens, tx=tx, compute=train.Compute(recipe.dtype))
@@ -58,9 +58,7 @@ def test_losses_and_gradient_norms_agree_at_every_step(tiny, token_file, dtype, 
         ours, _ = jax_curve(model, chosen, batches)
         theirs = torch_curve(module, chosen, batches)
         error = np.abs(ours / theirs - 1)
-        print(
-            f"{dtype}, {schedule}: largest relative difference of loss {error[:, 0].max():.1e}, norm {error[:, 1].max():.1e}"
-        )
+        print(f"{dtype}, {schedule}: largest difference of loss {error[:, 0].max():.1e}, norm {error[:, 1].max():.1e}")
         assert ours[-1, 0] < ours[0, 0] - 0.5, "nothing was learned: the curves would agree anyway"
         assert error[:, 0].max() < tolerance
         assert error[:, 1].max() < tolerance

@@ -32,7 +32,8 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
-    kind = flags.to or {".pt": "pt", ".safetensors": "safetensors"}.get(flags.dst.suffix)
+    suffixes: dict[str, Literal["pt", "safetensors"]] = {".pt": "pt", ".safetensors": "safetensors"}
+    kind = flags.to or suffixes.get(flags.dst.suffix)
     if kind is None:
         raise errors.UsageError(f"{flags.dst}: which kind? Add --to hf or --to orbax, or a suffix .pt or .safetensors")
     if flags.dst.exists():

@@ -90,7 +90,7 @@ class KVCache:
 
 
 def cached(start: Int[Array, "B"]) -> Attend:
-    """Causal over the cache: row b sees slots `start[b]` to its own, so left padding below `start` is never attended."""
+    """Causal over the cache: row b sees slots `start[b]` to its own, and never the left padding below `start`."""
 
     def attend(q, k, v, cache: KVCache):
         zero = jnp.zeros((), jnp.int32)

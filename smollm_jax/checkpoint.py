@@ -25,7 +25,7 @@ def flatten(tree: Any) -> Arrays:
 
 
 def unflatten(like: Any, arrays: Arrays) -> Any:
-    """A tree of `like`'s structure with the arrays of the same names; raises `CheckpointError` naming each that differs.
+    """A tree of `like`'s structure with the arrays of the same names; `CheckpointError` names each that differs.
 
     `like` may hold abstract leaves (`jax.eval_shape`). Shapes must agree; dtypes are the arrays' own.
     """

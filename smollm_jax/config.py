@@ -125,7 +125,7 @@ class Config:
         return cls(**{name: rest[name] for name in names})
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """A Hugging Face `config.json` as a dict, in the old and the new spelling, so that every reader finds its own."""
+        """A Hugging Face `config.json` as a dict, in the old and the new spelling: every reader finds its own."""
         config = dataclasses.asdict(self)
         if isinstance(self.eos_token_id, tuple):
             config["eos_token_id"] = list(self.eos_token_id)

@@ -36,7 +36,7 @@ class TokenFile:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenFile":
-        """Opens a prepared folder and verifies it; raises `InputFileError` if its content is not what its sidecar says."""
+        """Opens a prepared folder; raises `InputFileError` if its content is not what its sidecar says."""
         sidecar = read_json(folder / "tokens.json")
         if not isinstance(sidecar, dict) or sidecar.get("format") != FORMAT:
             raise InputFileError(f"{folder / 'tokens.json'}: is not the sidecar of a token file ({FORMAT})")
@@ -45,8 +45,9 @@ class TokenFile:
             tokens = np.memmap(path, dtype=np.uint16, mode="r")
         except (OSError, ValueError) as error:
             raise InputFileError(f"{path}: cannot be mapped: {error}") from error
-        if tokens.size != sidecar["tokens"] or (found := sha256_of(path)) != sidecar["sha256"]:
-            what = f"{tokens.size} tokens" if tokens.size != sidecar["tokens"] else f"sha256 {found[:12]}"
+        found = sha256_of(path)
+        if tokens.size != sidecar["tokens"] or found != sidecar["sha256"]:
+            what = f"{tokens.size} tokens, sha256 {found[:12]}"
             raise InputFileError(
                 f"{path}: has {what}, its tokens.json says {sidecar['tokens']}, {sidecar['sha256'][:12]}"
             )
@@ -176,7 +177,7 @@ class Batches:
             )
 
     def batch(self, step: int) -> np.ndarray:
-        """The tokens `[B, T + 1]`, int32, of a step (0 = the first): inputs are all but the last, targets all but the first."""
+        """The tokens `[B, T + 1]`, int32, of a step, 0 the first. Inputs are all but the last, targets all but the first."""
         first = step * self.recipe.batch_size
         places = [divmod(i, self.windows) for i in range(first, first + self.recipe.batch_size)]
         return _windows(

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import einops
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -173,14 +174,14 @@ def read_hf(folder: Path) -> Bundle:
 def write_hf(folder: Path, bundle: Bundle) -> None:
     """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load, with the tied head left out."""
     config = bundle.config
-    ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
-    ids["eos_token_id"] = list(config.eos_token_ids) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: value for name, value in config.to_hf().items() if name in names and value is not None}
     with replacing(folder) as temporary:
         temporary.mkdir()
         write_safetensors(temporary / "model.safetensors", bundle.tensors, {})
         texts = {
             "config.json": json.dumps(config.to_hf(bundle.dtype), indent=2) + "\n",
-            "generation_config.json": json.dumps({k: v for k, v in ids.items() if v is not None}, indent=2) + "\n",
+            "generation_config.json": json.dumps(ids, indent=2) + "\n",
             "README.md": _model_card(bundle),
             "ORIGIN.txt": bundle.origin + "\n",
         }
@@ -293,7 +294,7 @@ def read_gguf(path: Path) -> Bundle:
             heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
             for projection, count in heads.items():
                 if name.endswith(f"self_attn.{projection}.weight"):
-                    array = array.reshape(count, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+                    array = einops.rearrange(array, "(heads h two) D -> (heads two h) D", heads=count, two=2)
             tensors[name] = array
             kinds.add(tensor.tensor_type.name)
     except InputFileError:

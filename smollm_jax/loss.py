@@ -75,7 +75,7 @@ def _chunk(weight, h, target):
 
 
 def _split(hidden, targets, chunk_tokens):
-    """Hidden states `[C, m, D]` and targets `[C, m]` in chunks of equal size m, padded with targets that count nothing."""
+    """Hidden states `[C, m, D]` and targets `[C, m]` in chunks of equal size m, padded with targets < 0."""
     M = hidden.shape[0]
     chunks = -(-M // chunk_tokens)
     size = -(-M // chunks)

@@ -7,7 +7,7 @@ from smollm_jax.recipe import Recipe
 
 
 def learning_rate(recipe: Recipe) -> optax.Schedule:
-    """Learning rate of step n (0 = the first): linear from 0 to the peak, then constant and linear to 0 (WSD), or cosine.
+    """Learning rate of step n (0 = the first): linear from 0 to the peak, then flat and linear to 0 (WSD), or cosine.
 
     Source: Hu et al. 2024 (MiniCPM), section 4, for WSD; its numbers here are SmolLM2's.
     """

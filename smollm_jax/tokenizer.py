@@ -128,7 +128,7 @@ class Tokenizer:
         while text:
             start, token = min(((text.find(t), t) for t in self._special if t in text), default=(len(text), ""))
             ids += self.encode(text[:start].replace(hide, ""))
-            ids += [self.core.token_to_id(token)] if token else []
+            ids += self.encode(token, parse_special=True)
             text = text[start + len(token) :]
         return ids
 
@@ -145,7 +145,7 @@ def _raise_template_error(message: str) -> None:
 
 
 def folder_beside(weights: Path | None) -> Path:
-    """The folder of the tokenizer that lies with some weights (a folder, a step of a run, a file), else assets/tokenizer."""
+    """The folder of the tokenizer that lies with some weights (folder, step of a run, file), else assets/tokenizer."""
     if weights is not None:
         for folder in (weights, weights.parent, weights.parent.parent):
             if (folder / "tokenizer.json").is_file():
@@ -158,7 +158,7 @@ def build(vocabulary: Sequence[str], merges: Sequence[str], special: Sequence[st
 
     transformers 5.23 rebuilds it from a GGUF without Digits, and then "12" is one token where the model knows two.
     """
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     core = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=pairs))
     digits = pre_tokenizers.Digits(individual_digits=True)
     core.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -45,6 +45,11 @@ class Compute:
     unroll: int = 1
 
 
+def begin(model: Any, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step: the model and moments of zero."""
+    return TrainState(model, tx.init(model))
+
+
 def mean_loss(model: SmolLM, tokens: Int[Array, "B window"], compute: Compute) -> Float[Array, ""]:
     """The mean over windows of T + 1 tokens of the next token's -log probability, in nats."""
     hidden, _ = model.hidden_states(
@@ -64,9 +69,10 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """The state after one optimizer step, and its loss and gradient norm (before clipping) as device scalars."""
     loss, gradients = jax.value_and_grad(mean_loss)(state.model, tokens, compute)
-    updates, opt_state = tx.update(gradients, state.opt_state, state.model)
-    metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
-    return TrainState(optax.apply_updates(state.model, updates), opt_state), metrics
+    parameters: Any = state.model  # optax's types know arrays and dicts; a module is a pytree like them
+    updates, opt_state = tx.update(gradients, state.opt_state, parameters)
+    model: Any = optax.apply_updates(parameters, updates)
+    return TrainState(model, opt_state), {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
 
 
 eval_step = jax.jit(mean_loss, static_argnames="compute")
@@ -115,7 +121,7 @@ def train(
     """
     tx = optimizer.adamw(recipe)
     schedule = optimizer.learning_rate(recipe)
-    state = TrainState(model, tx.init(model))  # type: ignore[arg-type]  # optax takes any pytree, a module too
+    state = begin(model, tx)
     with CheckpointStore(run / "checkpoints", keep=2) as store:
         if resume:
             start, state = restore(store, state, recipe, data)
@@ -158,7 +164,7 @@ def train(
 def record(log: RunLog, schedule: optax.Schedule, step: int, metrics: dict[str, Any]) -> None:
     """Reads a finished step's metrics and logs them; raises `DivergedError` if the loss is not finite."""
     values = {name: float(value) for name, value in metrics.items()}
-    log.step(step, learning_rate=float(schedule(step - 1)), **values)
+    log.step(step, learning_rate=float(np.asarray(schedule(step - 1))), **values)
     if not np.isfinite(values["loss"]):
         raise DivergedError(f"step {step}: loss is {values['loss']}; the last checkpoint before it is intact")
 

@@ -35,7 +35,7 @@ def adamw(module: SmolLM, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def mean_loss(module: SmolLM, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mean over tokens `[B, T + 1]` of the next token's -log probability; below float32 the products are autocast."""
+    """The mean over tokens `[B, T + 1]` of the next token's -log probability; bfloat16 products are autocast."""
     with torch.autocast(tokens.device.type, dtype, enabled=dtype == torch.bfloat16):
         logits = module(tokens[:, :-1])
     return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())

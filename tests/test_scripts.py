@@ -1,5 +1,6 @@
 """The commands of the README work, start light, and fail in one line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -89,7 +90,8 @@ def test_debug_shows_the_traceback():
 
 
 def test_plot_draws_a_run(tmp_path):
-    rows = ['{"step": %d, "loss": %f, "learning_rate": 0.1, "tokens_per_second": 5.0}' % (i, 9 / i) for i in (1, 2, 3)]
+    step = {"learning_rate": 0.1, "tokens_per_second": 5.0}
+    rows = [json.dumps(step | {"step": i, "loss": 9 / i}) for i in (1, 2, 3)]
     rows.append('{"step": 3, "validation_loss": 2.5, "validation_perplexity": 12.2}')
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
     done = run("scripts/plot_run.py", tmp_path, tmp_path, "--out", tmp_path / "two.png")
