@@ -177,7 +177,10 @@ class Batches:
             )
 
     def batch(self, step: int) -> np.ndarray:
-        """The tokens `[B, T + 1]`, int32, of a step, 0 the first. Inputs are all but the last, targets all but the first."""
+        """The tokens `[B, T + 1]`, int32, of a step (0 = the first).
+
+        Inputs are all but the last of each row, targets all but the first.
+        """
         first = step * self.recipe.batch_size
         places = [divmod(i, self.windows) for i in range(first, first + self.recipe.batch_size)]
         return _windows(
