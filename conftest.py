@@ -7,6 +7,12 @@ import jaxtyping
 import numpy as np
 import pytest
 
+# A deliberate bug, for parity_tests/mutants.py to see that a test catches it.
+if mutant := os.environ.get("SMOLLM_MUTANT"):
+    from parity_tests import mutants
+
+    mutants.apply(mutant)
+
 # Before any import of the package: every jaxtyping annotation in it is checked on every call.
 jaxtyping.install_import_hook(["smollm_jax.attention", "smollm_jax.model", "smollm_jax.loss"], "beartype.beartype")
 jaxtyping.install_import_hook(["smollm_jax.train", "smollm_jax.generate"], "beartype.beartype")

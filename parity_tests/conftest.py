@@ -1,26 +1,71 @@
-"""The three implementations on the same real weights, loaded once."""
+"""The three implementations on the same real weights, and the float64 truth, each computed once."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import smollm_torch.weights
+from parity_tests import ladder
 from smollm_jax import weights
 
-
-@pytest.fixture(scope="session")
-def jax_model(weights_path):
-    return weights.load(weights_path)[0]
+LENGTH = 512  # tokens of the fast rungs
 
 
 @pytest.fixture(scope="session")
-def twin(weights_path):
-    return smollm_torch.weights.load(weights_path)[0]
+def bundle(weights_path):
+    return weights.read(weights_path)
+
+
+@pytest.fixture(scope="session")
+def jax_model(bundle):
+    return weights.from_bundle(bundle)
+
+
+@pytest.fixture(scope="session")
+def twin(bundle):
+    return smollm_torch.weights.from_bundle(bundle)
 
 
 @pytest.fixture(scope="session")
 def hf(weights_path):
     return load_hf(weights_path)
+
+
+@pytest.fixture(scope="session")
+def short(real_tokens) -> np.ndarray:
+    return real_tokens[:, :LENGTH]
+
+
+@pytest.fixture(scope="session")
+def truth(bundle, short):
+    """Residual stream `[L, 1, T, D]` and logits `[1, T, V]` of the JAX model in float64."""
+    return ladder.jax_stream(bundle, short, "float64")
+
+
+@pytest.fixture(scope="session")
+def texts(tokenizer, text_path) -> np.ndarray:
+    """The first 128 tokens of eight real texts `[8, 128]`."""
+    paths = sorted(text_path.glob("*.txt"))[::31][:8]
+    return np.array([tokenizer.encode(path.read_text(encoding="utf-8"))[:128] for path in paths], np.int32)
+
+
+@pytest.fixture(scope="session")
+def texts_truth(bundle, texts):
+    """Residual stream and logits of the JAX model in float64 on the eight texts."""
+    return ladder.jax_stream(bundle, texts, "float64")
+
+
+@pytest.fixture(scope="session")
+def window(real_tokens) -> np.ndarray:
+    """T + 1 tokens: inputs and targets."""
+    return real_tokens[:, : LENGTH + 1]
+
+
+@pytest.fixture(scope="session")
+def true_gradient(bundle, window):
+    """Loss and gradient of the JAX model in float64."""
+    return ladder.jax_gradients(bundle, window, "float64")
 
 
 def load_hf(path, **options):

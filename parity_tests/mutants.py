@@ -1,0 +1,212 @@
+"""Deliberate, realistic bugs in the JAX code, each of which a named fast test must catch.
+
+    python -m parity_tests.mutants            # all of them, about 4 minutes on 2 cores; exit status 1 if one survives
+    python -m parity_tests.mutants gelu       # those whose name contains a word
+
+A mutant is one replacement in one module's source, made when the module is imported (`conftest.py`), in a process of
+its own. The text to replace must occur exactly once, so that a mutant cannot rot.
+"""
+
+import concurrent.futures
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FAMILY = "parity_tests/test_10_family.py::test_a_small_model"
+STEPS = "parity_tests/test_7_training.py::test_ten_steps"
+ADAMW = "parity_tests/test_6_optimizer.py"
+CACHE = "tests/test_attention.py::test_prefill_in_chunks_equals_at_once"
+LOSS = "tests/test_loss.py::test_it_equals_the_dense_loss_in_float64"
+GENERATE = "tests/test_generate.py"
+MODEL = "tests/test_model.py"
+KEPT = "jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation=implementation)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    name: str
+    module: str
+    old: str
+    new: str
+    test: str  # the test that catches it
+
+
+def attention(q: str = "q", k: str = "k", v: str = "v", mask: str = "mask", causal: str = "is_causal", more: str = ""):
+    return f"jax.nn.dot_product_attention({q}, {k}, {v}, mask={mask}, is_causal={causal}{more})"
+
+
+TILED = "jnp.tile({0}, (1, 1, q.shape[2] // k.shape[2], 1))"
+MUTANTS = [
+    Mutant("rotary interleaved", "model", "jnp.split(x, 2, axis=-1)", "(x[..., ::2], x[..., 1::2])", FAMILY),
+    Mutant("rotary backwards", "model", "a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin", FAMILY),
+    Mutant("theta 10,000 for 100,000", "config", "self.rope_theta**exponent", "10_000.0**exponent", FAMILY),
+    Mutant(
+        "frequencies in bfloat16",
+        "model",
+        "np.array(config.rotary_frequencies)",
+        "np.array(config.rotary_frequencies, jnp.bfloat16).astype(float)",
+        FAMILY,
+    ),
+    Mutant(
+        "frequencies one ulp off",
+        "config",
+        "_float32(1.0 / _float32(self.rope_theta**exponent))",
+        "_float32(1.0 / _float32(self.rope_theta**exponent) * (1 + 2**-23))",
+        "parity_tests/test_4_modules.py::test_rotary_frequencies_are_transformers_bits",
+    ),
+    Mutant(
+        "queries one position late",
+        "model",
+        "q = rotate(project(x, self.q_proj[...]), cos, sin)",
+        "q = rotate(project(x, self.q_proj[...]), jnp.roll(cos, -1, 1), jnp.roll(sin, -1, 1))",
+        FAMILY,
+    ),
+    Mutant("KV heads tiled", "attention", KEPT, attention(k=TILED.format("k"), v=TILED.format("v")), FAMILY),
+    Mutant("scale 1/H", "attention", KEPT, attention(more=", scale=1 / q.shape[-1]"), FAMILY),
+    Mutant(
+        "mask off by one",
+        "attention",
+        KEPT,
+        attention(mask="mask if mask is not None else jnp.tri(q.shape[1], k.shape[1], 1, bool)[None, None]", causal="False"),
+        f"{MODEL}::test_the_future_does_not_change_the_past",
+    ),
+    Mutant(
+        "attention in bfloat16",
+        "attention",
+        KEPT,
+        attention(*(f"{x}.astype(jnp.bfloat16)" for x in "qkv")) + ".astype(q.dtype)",
+        FAMILY,
+    ),
+    Mutant(
+        "q rows in another head order", "weights", '"L (N H) D -> L D N H"', '"L (H N) D -> L D N H"', FAMILY
+    ),
+    Mutant("o_proj transposed", "weights", '"L D (N H) -> L N H D"', '"L (N H) D -> L N H D"', FAMILY),
+    Mutant(
+        "k and v swapped",
+        "weights",
+        '("layers.self_attn.k_proj", "L (K H) D -> L D K H"),\n'
+        '    "model.layers.*.self_attn.v_proj.weight": ("layers.self_attn.v_proj"',
+        '("layers.self_attn.v_proj", "L (K H) D -> L D K H"),\n'
+        '    "model.layers.*.self_attn.v_proj.weight": ("layers.self_attn.k_proj"',
+        FAMILY,
+    ),
+    Mutant(
+        "GGUF k rows with q's heads",
+        "formats",
+        '"k_proj": config.num_key_value_heads',
+        '"k_proj": config.num_attention_heads',
+        "parity_tests/test_conversion.py::test_a_gguf_is_read_as_transformers_reads_it",
+    ),
+    Mutant("gate and up swapped", "model", "jax.nn.silu(gate) * up", "jax.nn.silu(up) * gate", FAMILY),
+    Mutant("gelu for silu", "model", "jax.nn.silu(gate)", "jax.nn.gelu(gate)", FAMILY),
+    Mutant(
+        "norm scaled before it is rounded",
+        "model",
+        "return normed.astype(x.dtype) * scale",
+        "return (normed * scale).astype(x.dtype)",
+        f"{MODEL}::test_rms_norm_rounds_before_it_scales",
+    ),
+    Mutant("norm scaled by 1 + weight", "model", "normed.astype(x.dtype) * scale", "normed.astype(x.dtype) * (1 + scale)", FAMILY),
+    Mutant("eps 1e-6", "model", "keepdims=True) + eps)", "keepdims=True) + 1e-6)", FAMILY),
+    Mutant(
+        "eps outside the root",
+        "model",
+        "wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)",
+        "wide / (jnp.sqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True)) + eps)",
+        FAMILY,
+    ),
+    Mutant("norm before the MLP skipped", "model", "self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps))", "self.mlp(x)", FAMILY),
+    Mutant("last norm skipped", "model", "return rms_norm(x, norm, self.config.rms_norm_eps), memory", "return x, memory", FAMILY),
+    Mutant("head scaled", "model", "return project(hidden, self.head.astype(hidden.dtype).T)", "return project(hidden, self.head.astype(hidden.dtype).T) / 24", FAMILY),
+    Mutant(
+        "residual projections not scaled at init",
+        "model",
+        "return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5",
+        "return config.initializer_range",
+        f"{MODEL}::test_the_init_is_the_recipes",
+    ),
+    Mutant(
+        "head not trained", "train", "model.head, targets", "jax.lax.stop_gradient(model.head), targets", STEPS
+    ),
+    Mutant(
+        "labels shifted twice", "train", "tokens[:, 1:].reshape(-1)", "jnp.roll(tokens[:, 1:], -1, 1).reshape(-1)", STEPS
+    ),
+    Mutant(
+        "loss averaged per chunk",
+        "loss",
+        "return jnp.sum(jnp.where(valid, log_normalizer - chosen, 0.0)), logits",
+        "return h.shape[0] * jnp.sum(jnp.where(valid, log_normalizer - chosen, 0.0)) / jnp.maximum(valid.sum(), 1), logits",
+        LOSS,
+    ),
+    Mutant("head's gradient of the last chunk only", "loss", "head_gradient += ", "head_gradient = ", LOSS),
+    Mutant("masked labels in the gradient", "loss", "(error * valid[:, None])", "(error)", LOSS),
+    Mutant("decay not on the norms", "optimizer", "weight_decay=recipe.weight_decay,", "weight_decay=recipe.weight_decay, mask=lambda p: {k: v.ndim > 1 for k, v in p.items()},", ADAMW),
+    Mutant("beta2 0.999", "optimizer", "b2=recipe.beta2", "b2=0.999", ADAMW),
+    Mutant("bias correction missing", "optimizer", "optax.adamw(\n", "(lambda lr, b1, b2, eps, weight_decay: optax.chain(optax.scale_by_rms(b2, eps), optax.ema(b1, debias=False), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(lr)))(\n", ADAMW),
+    Mutant("clip by value", "optimizer", "optax.clip_by_global_norm(recipe.clip)", "optax.clip(recipe.clip)", ADAMW),
+    Mutant("warmup off by one", "optimizer", "schedule(jnp.asarray(count, float))", "schedule(jnp.asarray(count + 1, float))", ADAMW),
+    Mutant("cache written one slot late", "attention", "at = (cache.layer, zero, cache.length, zero, zero)", "at = (cache.layer, zero, cache.length + 1, zero, zero)", CACHE),
+    Mutant("unwritten cache slots attended", "attention", "(slot <= query[:, None])", "(slot <= query[:, None] + 1)", CACHE),
+    Mutant("cache of the first layer read", "attention", "keys[cache.layer], values[cache.layer]", "keys[0], values[0]", CACHE),
+    Mutant("left padding attended", "attention", " & (slot >= start[:, None, None])", " & (slot >= 0 * start[:, None, None])", "tests/test_attention.py::test_left_padding_is_never_attended"),
+    Mutant("decoded tokens one position late", "generate", "positions = (state.cache.length - state.start)[:, None]", "positions = (state.cache.length - state.start)[:, None] + 1", f"{GENERATE}::test_greedy_with_a_cache_equals_greedy_without"),
+    Mutant("top-p drops the token that crosses it", "generate", "jnp.cumsum(probability, axis=-1) - probability < top_p", "jnp.cumsum(probability, axis=-1) <= top_p", f"{GENERATE}::test_samples_follow_the_cut_distribution"),
+    Mutant("packed documents see each other", "attention", "(segment_ids[:, :, None] == segment_ids[:, None, :])", "(segment_ids[:, :, None] >= 0 * segment_ids[:, None, :])", "tests/test_attention.py::test_packed_attention_is_the_formula_with_the_segments_mask"),
+    Mutant("held-out tokens trained on", "data", "file.tokens[: max(len(file.tokens) - held_out, 0)]", "file.tokens[: len(file.tokens) - 17]", "tests/test_data.py::test_held_out_tokens_are_never_trained_on"),
+]  # fmt: skip
+
+
+def apply(name: str) -> None:
+    """Imports the mutated module in place of the real one; for `conftest.py`, before anything else imports it."""
+    (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
+    qualified = f"smollm_jax.{mutant.module}"
+    spec = importlib.util.find_spec(qualified)
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    assert source.count(mutant.old) == 1, f"mutant {name!r}: its text occurs {source.count(mutant.old)} times"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[qualified] = module
+    exec(compile(source.replace(mutant.old, mutant.new), spec.origin, "exec"), module.__dict__)
+    setattr(sys.modules["smollm_jax"], mutant.module, module)
+
+
+def hunt(mutant: Mutant) -> tuple[bool, str]:
+    """Whether the mutant's test caught it, and how: the largest margin measured, or the line that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        measured = Path(folder) / "measured.jsonl"
+        environment = os.environ | {"SMOLLM_MUTANT": mutant.name, "SMOLLM_MEASURED": str(measured)}
+        # --maxfail: several failures, so that the margin is not only the first one's
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--maxfail=4"]
+        done = subprocess.run(
+            [*command, mutant.test], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        rows = [json.loads(line) for line in measured.read_text().splitlines()] if measured.exists() else []
+    # 1: tests ran and some failed. An error on the way to the test is no catch.
+    caught = done.returncode == 1 and " failed" in done.stdout and "ERROR" not in done.stdout
+    margins = [row["measured"] / row["bound"] for row in rows if row["bound"] and not row["measured"] <= row["bound"]]
+    if margins:
+        return caught, f"{max(margins):.1e} times the bound"
+    lines = [line[1:].strip() for line in done.stdout.splitlines() if line.startswith("E  ")]
+    return caught, lines[0][:90] if lines else done.stdout.strip()[-300:]
+
+
+def main() -> None:
+    chosen = [mutant for mutant in MUTANTS if all(word in mutant.name for word in sys.argv[1:])]
+    survivors = []
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for mutant, (caught, how) in zip(chosen, pool.map(hunt, chosen), strict=True):
+            print(f"{'dead    ' if caught else 'SURVIVES'}  {mutant.name}  [{mutant.test}]  {how}", flush=True)
+            survivors += [] if caught else [mutant.name]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants caught")
+    sys.exit(1 if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Rung 2: in float32 JAX is as close to the truth as transformers is, layer by layer, and they agree at the logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from parity_tests import ladder
+from parity_tests.tolerances import ARGMAX_MARGIN, FLOAT32_LOGITS, FLOAT32_MAX_RATIO, FLOAT32_RMS_RATIO, within
+
+
+def test_no_layer_is_further_from_the_truth_than_transformers(bundle, hf, texts, texts_truth):
+    truth = texts_truth
+    ours, theirs = ladder.jax_stream(bundle, texts, "float32"), ladder.torch_stream(hf, texts)
+    (rms, largest), (hf_rms, hf_largest) = (ladder.layer_errors(side[0], truth[0]) for side in (ours, theirs))
+    assert (rms > 0).all(), "the float32 model was computed in float64"
+    within((rms / hf_rms).max(), FLOAT32_RMS_RATIO, "float32 RMS error over transformers', worst layer")
+    within((largest / hf_largest).max(), FLOAT32_MAX_RATIO, "float32 largest error over transformers', worst layer")
+    (rms, largest), (hf_rms, hf_largest) = (ladder.logit_errors(side[1], truth[1]) for side in (ours, theirs))
+    within(rms / hf_rms, FLOAT32_RMS_RATIO, "float32 RMS error over transformers', logits")
+    within(largest / hf_largest, FLOAT32_MAX_RATIO, "float32 largest error over transformers', logits")
+
+
+@pytest.fixture(scope="module")
+def hf_logits(hf, real_tokens):
+    with torch.inference_mode():
+        return hf(torch.tensor(real_tokens)).logits.numpy()
+
+
+def jax_logits(model, tokens):
+    return np.asarray(jax.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(tokens)))
+
+
+def twin_logits(model, tokens):
+    with torch.inference_mode():
+        return model(torch.tensor(tokens)).numpy()
+
+
+@pytest.mark.parametrize("length", [600, 2048])
+@pytest.mark.parametrize("side", ["jax", "twin"])
+def test_logits_equal_transformers_at_every_position(side, length, hf_logits, jax_model, twin, real_tokens):
+    """At default precision, as a user calls it; transformers is causal, so its shorter text is a prefix."""
+    tokens, theirs = real_tokens[:, :length], hf_logits[:, :length]
+    ours = jax_logits(jax_model, tokens) if side == "jax" else twin_logits(twin, tokens)
+    assert ours.shape == theirs.shape == (1, length, 49_152)
+    within(np.abs(ours - theirs).max() / np.abs(theirs).max(), FLOAT32_LOGITS, f"float32 logits, {side}, T={length}")
+    best = np.sort(theirs, axis=-1)
+    clear = best[..., -1] - best[..., -2] > ARGMAX_MARGIN
+    assert (ours.argmax(-1) == theirs.argmax(-1))[clear].all()
+    assert clear.mean() > 0.99
+
+
+def test_the_model_knows_the_capital_of_france(jax_model, tokenizer):
+    logits = jax_logits(jax_model, np.array([tokenizer.encode("The capital of France is")]))
+    assert tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"

@@ -1,0 +1,124 @@
+"""Rung 7: from the same weights on the same batches, the JAX trainer and the twin's take the same steps."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import smollm_torch.train
+import smollm_torch.weights
+from parity_tests.ladder import precisely
+from parity_tests.tolerances import (
+    TRAINING_FLOAT32_FACTOR,
+    TRAINING_FLOAT32_FULL,
+    TRAINING_FLOAT32_SHORT,
+    TRAINING_FLOAT64,
+    TRAINING_FLOAT64_SHORT,
+    within,
+)
+from smollm_jax import data, optimizer, train, weights
+from smollm_jax.config import preset
+from smollm_jax.recipe import Recipe
+
+STEPS = 10
+HUNDRED = {"steps": 100, "warmup_steps": 10, "batch_size": 1, "sequence_length": 32}
+
+
+@pytest.fixture(scope="module")
+def token_file(text_path, tokenizer_path, tmp_path_factory):
+    return data.prepare(text_path / "1861-Lincoln-1.txt", tokenizer_path, tmp_path_factory.mktemp("data"))
+
+
+def recipe(dtype, **changes):
+    base = {"steps": STEPS, "batch_size": 2, "sequence_length": 64, "learning_rate": 3e-3, "warmup_steps": 2}
+    return Recipe(**(base | {"dtype": dtype, "weight_decay": 0.1} | changes))
+
+
+def jax_curve(model, recipe, batches):
+    tx = optimizer.adamw(recipe)
+    state, rows = train.begin(model, tx), []
+    for step in range(recipe.steps):
+        tokens = jnp.asarray(batches.batch(step))
+        state, metrics = train.train_step(state, tokens, tx=tx, compute=train.Compute(recipe.dtype))
+        rows.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
+    return np.array(rows), state.model
+
+
+def torch_curve(module, recipe, batches):
+    optimizer, rows = smollm_torch.train.adamw(module.train(), recipe), []
+    for step in range(recipe.steps):
+        tokens = torch.from_numpy(batches.batch(step).astype(np.int64))
+        metrics = smollm_torch.train.train_step(module, optimizer, tokens, recipe, step)
+        rows.append((metrics["loss"], metrics["gradient_norm"]))
+    return np.array(rows)
+
+
+def both_curves(config, chosen, batches):
+    """Loss and gradient norm of every step `[steps, 2]`, ours and the twin's, from the same fresh weights."""
+    with precisely(chosen.dtype):
+        model = train.fresh(config, seed=0)
+        bundle = weights.to_bundle(model)
+        module = smollm_torch.weights.from_bundle(bundle, getattr(torch, chosen.dtype))
+        ours, _ = jax_curve(weights.from_bundle(bundle, chosen.dtype), chosen, batches)
+    return ours, torch_curve(module, chosen, batches)
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", TRAINING_FLOAT32_SHORT), ("float64", TRAINING_FLOAT64_SHORT)])
+def test_ten_steps(tiny, token_file, dtype, bound, schedule):
+    chosen = recipe(dtype, schedule=schedule)
+    ours, theirs = both_curves(tiny, chosen, data.Batches(token_file, chosen))
+    error = np.abs(ours / theirs - 1)
+    within(error[:, 0].max(), bound, f"loss of 10 steps, {dtype}, {schedule}")
+    within(error[:, 1].max(), bound, f"gradient norm of 10 steps, {dtype}, {schedule}")
+    assert ours[-1, 0] < ours[0, 0] - 0.5, "nothing was learned: the curves would agree anyway"
+    assert ours[0, 1] > chosen.clip, "no gradient was clipped"
+
+
+def test_a_hundred_steps_in_float64(tiny, token_file):
+    chosen = recipe("float64", **HUNDRED)
+    ours, theirs = both_curves(tiny, chosen, data.Batches(token_file, chosen))
+    within(np.abs(ours / theirs - 1)[:, 0].max(), TRAINING_FLOAT64, "loss of 100 steps, float64")
+    assert ours[-1, 0] < ours[0, 0] - 2
+
+
+class Reordered(torch.nn.Linear):
+    """The same product with its terms in reverse order: what float32 noise alone does to a training."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x.flip(-1), self.weight.flip(-1))
+
+
+def test_a_hundred_steps_in_float32_part_no_faster_than_the_twin_from_itself(tiny, token_file):
+    chosen = recipe("float32", **HUNDRED)
+    batches = data.Batches(token_file, chosen)
+    ours, theirs = both_curves(tiny, chosen, batches)
+    other = smollm_torch.weights.from_bundle(weights.to_bundle(train.fresh(tiny, seed=0)))
+    for module in other.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Reordered
+    noise = np.abs(torch_curve(other, chosen, batches)[:, 0] / theirs[:, 0] - 1)
+    error = np.abs(ours[:, 0] / theirs[:, 0] - 1)
+    print(f"100 float32 steps: JAX against the twin {error.max():.1e}, the twin against itself {noise.max():.1e}")
+    within(
+        error.max(), TRAINING_FLOAT32_FACTOR * noise.max(), "loss of 100 steps, float32, against float32's own noise"
+    )
+
+
+@pytest.mark.slow
+def test_ten_steps_at_the_full_shape(token_file):
+    chosen = recipe("float32", batch_size=1, sequence_length=256, learning_rate=1e-3)
+    ours, theirs = both_curves(preset("smollm2-135m-pretrain"), chosen, data.Batches(token_file, chosen))
+    within(np.abs(ours / theirs - 1)[:, 0].max(), TRAINING_FLOAT32_FULL, "loss of 10 steps at 134.5M parameters")
+    assert ours[-1, 0] < ours[0, 0] - 1
+
+
+def test_held_out_loss_is_the_same(tiny, token_file):
+    chosen = recipe("float32")
+    batches = data.Batches(token_file, dataclasses.replace(chosen, validation_fraction=0.2))
+    model = train.fresh(tiny, seed=0)
+    module = smollm_torch.weights.from_bundle(weights.to_bundle(model))
+    ours = train.validation_loss(model, batches, 3, train.Compute("float32"))
+    assert ours == pytest.approx(smollm_torch.train.validation_loss(module, chosen, batches, 3), rel=1e-6)
