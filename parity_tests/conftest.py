@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import smollm_torch.weights
 from parity_tests import ladder
+from parity_tests.sides import load_transformers
 from smollm_jax import weights
 
 LENGTH = 512  # tokens of the fast rungs
@@ -68,9 +68,5 @@ def true_gradient(bundle, window):
     return ladder.jax_gradients(bundle, window, "float64")
 
 
-def load_hf(path, **options):
-    """transformers' own model, eager and float32; it would load missing or extra tensors without an exception."""
-    options = {"dtype": torch.float32, "attn_implementation": "eager"} | options
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
-    assert not any(info.values()), info
-    return model.eval()
+def load_hf(path, dtype=torch.float32):
+    return load_transformers(path, dtype=dtype)

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests import ladder
+from parity_tests import compare, ladder
 from parity_tests.tolerances import ARGMAX_MARGIN, FLOAT32_LOGITS, FLOAT32_MAX_RATIO, FLOAT32_RMS_RATIO, within
 
 
 def test_no_layer_is_further_from_the_truth_than_transformers(bundle, hf, texts, texts_truth):
     truth = texts_truth
     ours, theirs = ladder.jax_stream(bundle, texts, "float32"), ladder.torch_stream(hf, texts)
-    (rms, largest), (hf_rms, hf_largest) = (ladder.layer_errors(side[0], truth[0]) for side in (ours, theirs))
+    (rms, largest), (hf_rms, hf_largest) = (compare.layer_errors(side[0], truth[0]) for side in (ours, theirs))
     assert (rms > 0).all(), "the float32 model was computed in float64"
     within((rms / hf_rms).max(), FLOAT32_RMS_RATIO, "float32 RMS error over transformers', worst layer")
     within((largest / hf_largest).max(), FLOAT32_MAX_RATIO, "float32 largest error over transformers', worst layer")
-    (rms, largest), (hf_rms, hf_largest) = (ladder.logit_errors(side[1], truth[1]) for side in (ours, theirs))
+    (rms, largest), (hf_rms, hf_largest) = (compare.logit_errors(side[1], truth[1]) for side in (ours, theirs))
     within(rms / hf_rms, FLOAT32_RMS_RATIO, "float32 RMS error over transformers', logits")
     within(largest / hf_largest, FLOAT32_MAX_RATIO, "float32 largest error over transformers', logits")
 

@@ -1,0 +1,359 @@
+"""Show that JAX, PyTorch and transformers compute the same function on your weights, and how exactly.
+
+    python scripts/parity_report.py --weights assets/SmolLM2-135M-Instruct       # writes report/index.html
+    python scripts/parity_report.py --weights runs/my-run --out report-my-run
+    python scripts/parity_report.py --weights PATH --device gpu                   # the same ladder on a GPU
+
+For weights of any kind; the thing to run after converting some. Writes a self-contained page and report.json; exit
+status 1 when a rung fails. Needs the extras "torch" and "plot", and "hf" for the comparison with transformers.
+"""
+
+import base64
+import dataclasses
+import html
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from smollm_jax import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    weights: Path
+    """Weights of any kind: a run, a Hugging Face folder, a .pt, .safetensors or .gguf file."""
+    out: Path = Path("report")
+    """Folder to write; an older report in it is replaced."""
+    text: Path = Path("assets/sotu")
+    """Real text to measure on: a file, a folder or .jsonl of at least 9 documents or 3,000 tokens."""
+    tokenizer: Path | None = None
+    """Folder with tokenizer.json; default: the weights', else assets/tokenizer."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where the models run; torch and JAX always run in separate processes."""
+    readme: Path | None = None
+    """Also write the table into this file, between its parity markers."""
+    debug: bool = False
+    """Show a traceback instead of one line when something goes wrong."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """One claim: a measured number, the noise it is to be read against, and the bound it must not exceed."""
+
+    rung: str
+    claim: str
+    measured: float
+    bound: float
+    noise: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.measured <= self.bound  # False for NaN
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    for module, extra in (("torch", "torch"), ("matplotlib", "plot")):
+        if importlib.util.find_spec(module) is None:
+            raise errors.UsageError(f"parity_report.py needs the extra: pip install smollm-jax[{extra}]")
+    sys.path.insert(0, str(ROOT))
+    from smollm_jax import weights
+    from smollm_jax.tokenizer import Tokenizer, folder_beside
+
+    began = time.time()
+    bundle = weights.read(flags.weights)
+    tokenizer = Tokenizer.load(flags.tokenizer or folder_beside(flags.weights))
+    sides = ["jax", "twin"] + (["transformers"] if importlib.util.find_spec("transformers") else [])
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        job = make_job(flags.text, tokenizer, bundle.config.vocab_size)
+        import numpy as np
+
+        np.savez(work / "job.npz", **job)
+        weights.write(work / "hf", bundle, "hf")
+        for side in sides:
+            print(f"measuring {side} on the {flags.device}", flush=True)
+            measure(side, work, flags.device)
+        data = {side: work / side for side in sides}
+        rungs, curves = compare(data, job)
+        versions = {side: json.loads((path / "versions.json").read_text()) for side, path in data.items()}
+    report = {
+        "weights": str(flags.weights),
+        "origin": bundle.origin,
+        "config": bundle.config.to_hf(bundle.dtype),
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(time.time() - began),
+        "command": f"python scripts/parity_report.py --weights {flags.weights} --device {flags.device}",
+        "versions": versions,
+        "passed": all(rung.passed for rung in rungs),
+        "rungs": [dataclasses.asdict(rung) | {"passed": rung.passed} for rung in rungs],
+        "curves": curves,
+    }
+    flags.out.mkdir(parents=True, exist_ok=True)
+    (flags.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (flags.out / "index.html").write_text(page(report, rungs), encoding="utf-8")
+    for rung in rungs:
+        print(
+            f"{'pass' if rung.passed else 'FAIL'}  {rung.rung:<12} {rung.claim}: {rung.measured:.2e} <= {rung.bound:.1e}"
+        )
+    if flags.readme:
+        write_readme(flags.readme, report, rungs)
+    print(f"{'all rungs hold' if report['passed'] else 'a rung FAILED'}: {flags.out / 'index.html'}")
+    if not report["passed"]:
+        sys.exit(1)
+
+
+def make_job(text: Path, tokenizer: Any, vocab_size: int) -> dict[str, Any]:
+    """What every side is to compute: texts, a window for gradients, batches to train on, prompts to continue."""
+    import numpy as np
+
+    from smollm_jax.data import documents, text_files
+    from smollm_jax.recipe import Recipe
+
+    files = text_files(text)
+    chosen = files[:: max(1, len(files) // 9)][:9]
+    ids = [tokenizer.encode(document) for file in chosen for document in documents(file)]
+    stream = [token for document in ids for token in document]
+    if len(stream) < 3000:
+        raise errors.InputFileError(f"{text}: {len(stream)} tokens are too few for the report, it needs 3,000")
+    if max(stream) >= vocab_size:
+        raise errors.UsageError(f"the tokenizer gives id {max(stream)}, the weights know {vocab_size}")
+    starts = [document[:128] for document in ids if len(document) >= 128]
+    while len(starts) < 8:  # few documents: pieces of the whole text
+        starts.append(stream[128 * len(starts) : 128 * (len(starts) + 1)])
+    recipe = Recipe(
+        steps=10,
+        batch_size=1,
+        sequence_length=256,
+        learning_rate=1e-4,
+        warmup_steps=2,
+        dtype="float32",
+        schedule="cosine",
+    )
+    batches = np.array([stream[i * 256 : i * 256 + 257] for i in range(recipe.steps)], np.int32)[:, None]
+    prompts = np.full((10, 32), -1, np.int32)
+    for index, row in enumerate(prompts):
+        length = 4 + 3 * index
+        row[:length] = stream[200 * index : 200 * index + length]
+    return {
+        "texts": np.array(starts[:8], np.int32),
+        "window": np.array([stream[:513]], np.int32),
+        "batches": batches,
+        "prompts": prompts,
+        "recipe": json.dumps(dataclasses.asdict(recipe)),
+    }
+
+
+def measure(side: str, work: Path, device: str) -> None:
+    """Runs one side in a process of its own; its results are in `work/side`."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "parity_tests.sides", side, "--weights", work / "hf", "--job", work / "job.npz"]
+    done = subprocess.run(
+        [*map(str, command), "--out", str(work / side), "--device", device],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"measuring {side} failed:\n{done.stderr}")
+
+
+def compare(data: dict[str, Path], job: dict[str, Any]) -> tuple[list[Rung], dict[str, Any]]:
+    """The rungs of the ladder from what the sides left, and the numbers to plot."""
+    import numpy as np
+
+    from parity_tests import compare as of
+    from parity_tests import tolerances as bound
+
+    def load(side: str, name: str) -> Any:
+        return np.load(data[side] / f"{name}.npy")
+
+    texts, others = job["texts"], [side for side in data if side != "jax"]
+    truth, true_logits = load("jax", "stream-float64"), load("jax", "logits-float64")
+    true_gradient = np.load(data["jax"] / "gradient-float64.npz")
+    largest = np.abs(true_logits).max()
+    rungs, curves = [], {"layers": {}, "positions": {}, "training": {}}
+
+    error = np.abs(load("twin", "logits-float64") - true_logits).max() / largest
+    rungs.append(Rung("1 float64", "logits, JAX against the twin", error, bound.FLOAT64_LOGITS, "1e-16 a rounding"))
+    errors = of.gradient_errors(np.load(data["twin"] / "gradient-float64.npz"), true_gradient)
+    rungs.append(Rung("1 float64", "gradients, worst tensor", max(errors.values()), bound.FLOAT64_GRADIENTS))
+
+    layers, logits = {}, {}
+    for side in data:
+        for dtype in ("float32", "bfloat16"):
+            layers[side, dtype] = of.layer_errors(load(side, f"stream-{dtype}"), truth)
+            logits[side, dtype] = load(side, f"logits-{dtype}")
+            curves["layers"][f"{side}, {dtype}"] = layers[side, dtype][0].tolist()
+    for side in data:
+        by_position = np.abs(logits[side, "float32"] - true_logits).max(axis=(0, 2))
+        curves["positions"][side] = by_position.tolist()
+
+    reference = others[-1]  # transformers where it is installed, else the twin
+    rms, most = (
+        ours / theirs for ours, theirs in zip(layers["jax", "float32"], layers[reference, "float32"], strict=True)
+    )
+    noise = (
+        f"{reference}: {np.abs(logits[reference, 'float32'] - true_logits).max() / largest:.1e} of the largest logit"
+    )
+    rungs.append(
+        Rung("2 float32", f"RMS error over {reference}'s, worst layer", rms.max(), bound.FLOAT32_RMS_RATIO, noise)
+    )
+    rungs.append(
+        Rung("2 float32", f"largest error over {reference}'s, worst layer", most.max(), bound.FLOAT32_MAX_RATIO)
+    )
+    for side in others:
+        error = np.abs(logits["jax", "float32"] - logits[side, "float32"]).max() / largest
+        rungs.append(Rung("2 float32", f"logits, JAX against {side}", error, bound.FLOAT32_LOGITS, noise))
+
+    found = {side: of.distribution(logits[side, "bfloat16"], true_logits, texts) for side in data}
+    exact = of.distribution(true_logits, true_logits, texts)
+    curves["bfloat16"] = found | {"truth": exact}
+    noise = f"{reference}: KL {found[reference]['kl']:.1e} nats a token"
+    rungs.append(
+        Rung(
+            "3 bfloat16",
+            f"KL(truth, JAX) over KL(truth, {reference})",
+            found["jax"]["kl"] / found[reference]["kl"],
+            bound.BFLOAT16_KL_RATIO,
+            noise,
+        )
+    )
+    lost = found[reference]["argmax"] - found["jax"]["argmax"]
+    noise = f"JAX {found['jax']['argmax']:.3f}, {reference} {found[reference]['argmax']:.3f}"
+    rungs.append(Rung("3 bfloat16", f"argmaxes lost against {reference}", lost, bound.BFLOAT16_ARGMAX_LOSS, noise))
+    perplexity = abs(found["jax"]["perplexity"] / exact["perplexity"] - 1)
+    noise = f"truth {exact['perplexity']:.3f}, JAX {found['jax']['perplexity']:.3f}"
+    rungs.append(Rung("3 bfloat16", "perplexity, relative to the truth", perplexity, bound.BFLOAT16_PERPLEXITY, noise))
+    if (data["jax"] / "logits-bfloat16-cudnn.npy").exists():
+        cudnn = of.distribution(load("jax", "logits-bfloat16-cudnn"), true_logits, texts)
+        ratio = cudnn["kl"] / found[reference]["kl"]
+        rungs.append(Rung("3 bfloat16", f"KL with cudnn attention over {reference}'s", ratio, bound.BFLOAT16_KL_RATIO))
+
+    gradients = {side: np.load(data[side] / "gradient-float32.npz") for side in data}
+    errors = {side: max(of.gradient_errors(gradients[side], true_gradient).values()) for side in data}
+    noise = f"{reference}: {errors[reference]:.1e}"
+    rungs.append(
+        Rung("5 gradients", "float32, against the truth, worst tensor", errors["jax"], bound.FLOAT32_GRADIENTS, noise)
+    )
+
+    training = {side: load(side, "curve") for side in ("jax", "twin")}
+    curves["training"] = {side: curve.tolist() for side, curve in training.items()}
+    parted = np.abs(training["jax"] / training["twin"] - 1).max()
+    rungs.append(
+        Rung("7 training", "loss of 10 float32 steps, JAX against the twin", parted, bound.TRAINING_FLOAT32_FULL)
+    )
+
+    if "transformers" in data:
+        texts_differ = (load("jax", "greedy") != load("transformers", "greedy")).any(axis=1).sum()
+        rungs.append(
+            Rung("8 generation", "of 10 greedy texts, how many differ from transformers'", float(texts_differ), 0.0)
+        )
+    packed = np.abs(load("jax", "packed")).max() / largest
+    rungs.append(Rung("9 packing", "packed documents against separate ones", packed, bound.PACKED_LOGITS))
+    return rungs, curves
+
+
+def page(report: dict[str, Any], rungs: list[Rung]) -> str:
+    """The report as one HTML page without any outside asset."""
+    rows = "".join(
+        f"<tr class={'pass' if r.passed else 'fail'}><td>{r.rung}</td><td>{html.escape(r.claim)}</td>"
+        f"<td>{r.measured:.2e}</td><td>{html.escape(r.noise)}</td><td>{r.bound:.1e}</td>"
+        f"<td>{'pass' if r.passed else 'FAIL'}</td></tr>"
+        for r in rungs
+    )
+    verdict = "The same function" if report["passed"] else "NOT the same function: a rung failed"
+    absent = (
+        "" if "transformers" in report["versions"] else "<p>transformers is not installed: its columns are absent.</p>"
+    )
+    versions = "".join(f"<li>{s}: {html.escape(json.dumps(v))}</li>" for s, v in report["versions"].items())
+    images = "".join(
+        f'<img alt="{name}" src="data:image/png;base64,{png}">' for name, png in plots(report["curves"]).items()
+    )
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Parity report</title>
+<meta name="viewport" content="width=device-width"><style>
+:root {{ color-scheme: light dark }} body {{ font: 16px/1.5 system-ui; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }}
+h1.pass {{ color: #0a7d33 }} h1.fail, tr.fail td {{ color: #c62828; font-weight: bold }} .wide {{ overflow-x: auto }}
+table {{ border-collapse: collapse }} td, th {{ padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #8885 }}
+td:nth-child(3), td:nth-child(5) {{ font-variant-numeric: tabular-nums; white-space: nowrap }}
+img {{ max-width: 100%; background: #fff; border-radius: 8px; margin: .5rem 0 }} code {{ overflow-wrap: anywhere }}
+</style><h1 class={"pass" if report["passed"] else "fail"}>{verdict}</h1>
+<p>Weights: <code>{html.escape(report["weights"])}</code> ({html.escape(report["origin"] or "origin not recorded")}).
+{report["date"]}, {report["seconds"]} s: <code>{html.escape(report["command"])}</code></p>{absent}
+<div class="wide"><table><tr><th>rung</th><th>claim</th><th>measured</th><th>to be read against</th><th>bound</th><th></th></tr>
+{rows}</table></div><h2>Where the errors are</h2>{images}<h2>Versions</h2><ul>{versions}</ul></html>"""
+
+
+def plots(curves: dict[str, Any]) -> dict[str, str]:
+    """PNG plots, base64: error per layer, error against position, the loss curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = {"jax": "#0072b2", "twin": "#d55e00", "transformers": "#009e73"}
+    images = {}
+
+    def keep(name: str, figure: Any, axes: Any) -> None:
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=130)
+        pyplot.close(figure)
+        images[name] = base64.b64encode(buffer.getvalue()).decode()
+
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    for name, values in curves["layers"].items():
+        side, dtype = name.split(", ")
+        axes.semilogy(values, color=colors[side], linestyle="-" if dtype == "float32" else "--", label=name)
+    axes.set(
+        xlabel="layer", ylabel="RMS error of the residual stream", title="Error against the float64 truth, per layer"
+    )
+    keep("error per layer", figure, axes)
+
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    for side, values in curves["positions"].items():
+        axes.semilogy(values, color=colors[side], label=f"{side}, float32", linewidth=1)
+    axes.set(xlabel="position", ylabel="largest error of a logit", title="Error against position")
+    keep("error against position", figure, axes)
+
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    for (side, values), (line, width) in zip(curves["training"].items(), (("-", 4), ("--", 1.5)), strict=True):
+        axes.plot(range(1, len(values) + 1), values, line, linewidth=width, color=colors[side], label=side)
+    axes.set(xlabel="step", ylabel="loss, nats per token", title="Ten training steps from these weights, float32")
+    keep("training curves", figure, axes)
+    return images
+
+
+def write_readme(path: Path, report: dict[str, Any], rungs: list[Rung]) -> None:
+    """Replaces what lies between the parity markers of a Markdown file with the table."""
+    begin, end = "<!-- parity:begin -->", "<!-- parity:end -->"
+    text = path.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise errors.InputFileError(f"{path}: has no {begin} and {end}")
+    rows = "\n".join(f"| {r.rung} | {r.claim} | {r.measured:.1e} | {r.bound:.1e} | {r.noise} |" for r in rungs)
+    table = f"| rung | claim | measured | bound | to be read against |\n|---|---|---:|---:|---|\n{rows}"
+    versions = report["versions"]["jax"] | report["versions"]["twin"] | report["versions"].get("transformers", {})
+    source = (
+        f"Written by `{report['command']} --readme {path.name}` on {report['date']}: {report['origin']}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
+    before, after = text.split(begin)[0], text.split(end)[1]
+    path.write_text(f"{before}{begin}\n{table}\n\n{source}.\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    errors.run(main)
