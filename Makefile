@@ -1,4 +1,5 @@
-# make train   environment, text, training          make test    environment, real weights, all tests
+# make train   environment, text, training          make test    environment, real weights, all fast tests
+# make parity  the whole parity ladder and its report     make slow    every test that takes minutes
 # Both are idempotent. Needs Python >= 3.11, make and a package index; a CUDA GPU is used when nvidia-smi is there.
 #
 # PYTHON=python3.12 on the command line: another interpreter, in an environment of its own, for the tests that need
@@ -18,7 +19,7 @@ comma := ,
 TRAIN_EXTRAS := gguf,plot$(if $(JAX),$(comma)$(JAX))
 TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)torch$(comma)hf)
 
-.PHONY: train test slow lint clean
+.PHONY: train test parity slow lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -29,6 +30,11 @@ train: $(VENV)/.train
 test: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py
 	SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) $(BIN)/python -m pytest -m "not slow" $(PYTEST)
+
+parity: $(VENV)/.test
+	$(BIN)/python scripts/fetch_assets.py
+	$(BIN)/python -m pytest parity_tests -rP $(PYTEST)
+	$(BIN)/python scripts/parity_report.py --weights assets/SmolLM2-135M-Instruct --out report --readme README.md
 
 slow: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py

@@ -8,6 +8,7 @@ parent, `scripts/parity_report.py`, compares what the sides leave and imports ne
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ def write_gradient(out: Path, dtype: str, loss: float, gradient: dict[str, np.nd
 
 def measure_jax(weights_path: Path, job: dict[str, np.ndarray], out: Path, device: str) -> None:
     """Streams, logits, gradients, a training curve, greedy text and packed logits of the JAX model."""
+    if mutant := os.environ.get("SMOLLM_MUTANT"):  # so that a test can see the report fail
+        from parity_tests import mutants
+
+        mutants.apply(mutant)
     import jax
     import jax.numpy as jnp
 
@@ -44,6 +49,8 @@ def measure_jax(weights_path: Path, job: dict[str, np.ndarray], out: Path, devic
         stream, logits = ladder.jax_stream(bundle, job["texts"], dtype)
         write(out, f"stream-{dtype}", stream.astype(np.float64 if dtype == "float64" else np.float32))
         write(out, f"logits-{dtype}", logits)
+        if dtype != "bfloat16":
+            write(out, f"first-{dtype}", ladder.jax_stream(bundle, job["firsts"], dtype)[0])
     if device == "gpu":
         stream, logits = ladder.jax_stream(bundle, job["texts"], "bfloat16", implementation="cudnn")
         write(out, "stream-bfloat16-cudnn", stream.astype(np.float32))
@@ -110,6 +117,7 @@ def measure_torch(side: str, weights_path: Path, job: dict[str, np.ndarray], out
         write(out, f"stream-{dtype}", stream.astype(np.float64 if dtype == "float64" else np.float32))
         write(out, f"logits-{dtype}", logits)
         if dtype != "bfloat16":
+            write(out, f"first-{dtype}", ladder.torch_stream(model, job["firsts"])[0])
             write_gradient(out, dtype, *ladder.torch_gradients(model, job["window"]))
     model = module("float32")
     if side == "twin":

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from parity_tests import ladder
+from parity_tests.tolerances import ARGMAX_MARGIN, within
 from smollm_jax.generate import NO_TOKEN, generate
 
 PROMPTS = [
@@ -42,3 +44,32 @@ def test_greedy_text_equals_hugging_faces(batched, jax_model, tokenizer, hf_text
     ours = [[int(token) for token in row if token != NO_TOKEN] for row in rows]
     assert ours == hf_texts
     assert any(len(text) == NEW_TOKENS for text in ours), "every text ended early: nothing was decoded at length"
+
+
+LONG = 256
+
+
+@pytest.mark.slow
+def test_greedy_256_tokens_on_50_real_prompts(bundle, jax_model, hf, tokenizer, text_path):
+    """A difference is accepted only where the truth prefers one token to the other by less than float32's noise."""
+    ids = [tokenizer.encode(p.read_text(encoding="utf-8")) for p in sorted(text_path.glob("*.txt"))[::4][:50]]
+    prompts = [document[len(document) // 2 :][:24] for document in ids]  # of one length: transformers needs no padding
+    tokens = torch.tensor(prompts)
+    options = {"max_new_tokens": LONG, "do_sample": False, "pad_token_id": 0}
+    theirs = hf.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[:, tokens.shape[1] :].tolist()
+    eos = jax_model.config.eos_token_ids
+    ours = np.concatenate(list(generate(jax_model, prompts, max_new_tokens=LONG, eos_token_ids=eos)), axis=1).tolist()
+    equal = 0
+    for index, (prompt, mine, other) in enumerate(zip(prompts, ours, theirs, strict=True)):
+        mine = [token for token in mine if token != NO_TOKEN]
+        other = other[: len(mine)] if set(mine) & set(eos) else other  # after eos transformers pads
+        if mine == other:
+            equal += 1
+            continue
+        place = next(i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b)
+        truth = ladder.jax_stream(bundle, np.array([prompt + mine[:place]]), "float64")[1][0, -1]
+        margin = abs(truth[mine[place]] - truth[other[place]])
+        print(f"prompt {index}: token {place} differs, float64 margin {margin:.1e}")
+        within(margin, ARGMAX_MARGIN, f"float64 margin where greedy text {index} differs")
+    print(f"{equal} of 50 greedy texts of up to {LONG} tokens are equal")
+    assert equal >= 45, "so many near-ties are no accident"

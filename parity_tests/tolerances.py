@@ -15,7 +15,8 @@ FLOAT64_LOGITS = 1e-10
 FLOAT64_GRADIENTS = 1e-9  # per tensor, norm of the difference over the norm
 
 # Rung 2, float32 against the float64 truth: JAX's error over transformers' (eager), at every layer and at the logits.
-# Eight texts of 128 tokens, so that the attention-sink token, where errors are largest, is there eight times.
+# Measured on 256 first tokens (the attention sink, where errors are largest) and on the other tokens of eight texts:
+# at most 0.83 (RMS) and 1.08 (largest); other samples gave up to 0.95 and 1.21.
 FLOAT32_RMS_RATIO = 1.5
 FLOAT32_MAX_RATIO = 2.0
 # The difference of two float32 models: each is about 4e-6 off the truth (HF eager 1.7e-4 absolute at a largest logit
