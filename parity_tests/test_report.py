@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,15 +40,35 @@ def rungs(out):
     return {rung["claim"]: rung for rung in json.loads((out / "report.json").read_text())["rungs"]}
 
 
-def test_it_reports_every_rung_on_any_weights(tiny_weights, tmp_path):
-    done = report(tiny_weights, tmp_path / "report")
-    found = rungs(tmp_path / "report")
+@pytest.fixture(scope="module")
+def dry_run():
+    """Folder and summary of the GPU suite, run at toy size on the CPU."""
+    for old in ROOT.glob("benchmarks/dry-run-test-*"):
+        shutil.rmtree(old)
+    command = ["bash", "scripts/gpu_suite.sh", "--dry-run", "dry-run-test"]
+    environment = os.environ | {"PYTHON": sys.executable}
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    (folder,) = ROOT.glob("benchmarks/dry-run-test-*")
+    return folder, json.loads((folder / "summary.json").read_text())
+
+
+def test_every_stage_of_the_gpu_suite_runs(dry_run):
+    folder, summary = dry_run
+    stages = {row["stage"]: row["exit_status"] for row in summary["stages"]}
+    passed = json.loads((folder / "parity/report.json").read_text())["passed"]
+    # On random weights transformers' error is no yardstick: the report may say so, having run.
+    assert stages.pop("parity") == (0 if passed else 1)
+    assert len(stages) == 6
+    assert not any(stages.values()), stages
+
+
+def test_it_reports_every_rung_on_any_weights(dry_run):
+    folder, _ = dry_run
+    found = rungs(folder / "parity")
     assert {rung["rung"][0] for rung in found.values()} >= {*"1235789"}
-    # On random weights transformers' error is no yardstick, but equality holds.
     equal = ("logits, JAX against the twin", "gradients, worst tensor", "logits, JAX against transformers")
-    assert all(found[claim]["passed"] for claim in equal), done.stdout
-    assert done.returncode == (0 if all(rung["passed"] for rung in found.values()) else 1)
-    page = (tmp_path / "report/index.html").read_text()
+    assert all(found[claim]["passed"] for claim in equal)
+    page = (folder / "parity/index.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page, "the page asks for something from outside"
 

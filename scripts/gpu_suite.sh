@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Everything worth seeing on a GPU, in one command; each stage has its own time limit and loses one row, not the run.
+#
+#   bash scripts/gpu_suite.sh                # on a machine with a CUDA GPU: the full 134.5M shape, under 25 minutes
+#   bash scripts/gpu_suite.sh --dry-run      # the same stages at toy size on the CPU
+#
+# Works from the source tree, without installing the package: PYTHON names the interpreter. Needs assets/tokenizer and
+# assets/sotu; weights are seeded random ones of the full shape, so that no large file has to travel. Writes
+# benchmarks/<device>-<date>/: a log a stage, the parity report, and summary.json with versions and every exit status.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+if [ "${1:-}" = "--dry-run" ]; then
+    device=cpu preset=tiny length=64 long=128 steps=4 name=${2:-dry-run}
+    export JAX_PLATFORMS=cpu
+else
+    device=gpu preset=smollm2-135m length=2048 long=8192 steps=20
+    name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-')
+fi
+out="benchmarks/$name-$(date +%Y-%m-%d)"
+rm -rf "$out"
+mkdir -p "$out"
+stages="[]"
+
+stage() { # name, seconds, command ...
+    local title=$1 limit=$2 began=$SECONDS status
+    shift 2
+    echo "== $title: $*"
+    timeout --kill-after=10 "$limit" "$@" >"$out/$title.log" 2>&1
+    status=$?
+    tail -n 4 "$out/$title.log" | cut -c1-200
+    echo "   exit status $status after $((SECONDS - began)) s"
+    stages=$("$PYTHON" -c 'import json, sys; rows = json.loads(sys.argv[1]); rows.append(dict(
+        stage=sys.argv[2], exit_status=int(sys.argv[3]), seconds=int(sys.argv[4]), command=sys.argv[5])); print(json.dumps(rows))' \
+        "$stages" "$title" "$status" "$((SECONDS - began))" "$*")
+}
+
+stage weights 300 "$PYTHON" scripts/random_weights.py --preset "$preset" --out "$out/weights" --tokenizer assets/tokenizer
+stage parity 480 "$PYTHON" scripts/parity_report.py --weights "$out/weights" --out "$out/parity" --device "$device"
+train=("$PYTHON" scripts/train_jax.py --preset "$preset" --tokenizer assets/tokenizer --log-every 1)
+more=$((steps + 5))
+stage train 240 "${train[@]}" --steps "$steps" --sequence-length "$length" --out "$out/run"
+stage train-resumed 240 "${train[@]}" --steps "$more" --out "$out/run" --resume
+stage train-remat 240 "${train[@]}" --steps "$steps" --sequence-length "$length" --remat --out "$out/run-remat"
+stage train-long 300 "${train[@]}" --steps "$steps" --sequence-length "$long" --batch-size 2 --out "$out/run-long"
+stage generate 180 "$PYTHON" scripts/generate.py --weights "$out/run" --prompt "Fellow citizens" --max-new-tokens 64
+
+rm -rf "$out"/weights "$out"/run*/checkpoints # large, and seeded: any machine can make them again
+"$PYTHON" - "$out" "$stages" <<'PY'
+import json, platform, sys
+from importlib.metadata import version
+out, stages = sys.argv[1], json.loads(sys.argv[2])
+packages = {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "torch", "transformers")}
+summary = {"command": "bash scripts/gpu_suite.sh", "python": platform.python_version(), "versions": packages, "stages": stages}
+with open(f"{out}/summary.json", "w", encoding="utf-8") as file:
+    file.write(json.dumps(summary, indent=1) + "\n")
+failed = [row["stage"] for row in stages if row["exit_status"]]
+print(f"{len(stages) - len(failed)} of {len(stages)} stages finished: {out}/summary.json" + (f"; failed: {', '.join(failed)}" if failed else ""))
+sys.exit(bool(failed))
+PY

@@ -1,0 +1,42 @@
+"""Write seeded random weights of a preset: the recipe's init, the same numbers on every machine of a kind.
+
+    python scripts/random_weights.py --preset smollm2-135m --out random/ --tokenizer assets/tokenizer
+
+For measuring where the real weights cannot be had: shapes and speed are the real ones, the text is not.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from smollm_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    preset: str
+    """Model shape: see smollm_jax/config.py."""
+    out: Path
+    """Hugging Face folder to write; must not exist."""
+    tokenizer: Path | None = None
+    """Folder whose tokenizer files go along."""
+    seed: int = 0
+    """Of the numbers."""
+    debug: bool = False
+    """Show a traceback instead of one line when something goes wrong."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    from smollm_jax import formats, train, weights
+    from smollm_jax.config import preset
+
+    files = formats.read_tokenizer_files(flags.tokenizer) if flags.tokenizer else {}
+    model = train.fresh(preset(flags.preset), flags.seed)
+    weights.write(flags.out, weights.to_bundle(model, f"random, recipe's init, seed {flags.seed}", files), "hf")
+    print(f"{flags.out}: written")
+
+
+if __name__ == "__main__":
+    errors.run(main)
