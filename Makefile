@@ -17,6 +17,7 @@ CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \([0-9]*\).*/
 JAX := $(if $(CUDA),$(if $(filter 12,$(CUDA)),cuda12,cuda13),)
 comma := ,
 TRAIN_EXTRAS := gguf,plot$(if $(JAX),$(comma)$(JAX))
+TESTS := $(if $(filter 1,$(TORCH)),,tests)
 TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)torch$(comma)hf)
 
 .PHONY: train test parity slow lint clean
@@ -29,7 +30,7 @@ train: $(VENV)/.train
 
 test: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py
-	SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) $(BIN)/python -m pytest -m "not slow" $(PYTEST)
+	SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) $(BIN)/python -m pytest $(TESTS) -m "not slow" $(PYTEST)
 
 parity: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py
