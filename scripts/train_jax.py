@@ -192,7 +192,7 @@ def show(model, tokenizer, prompt: str, max_new_tokens: int = 32) -> None:
     ids = tokenizer.encode(prompt)
     pieces = generate(model, [ids], max_new_tokens=max_new_tokens, eos_token_ids=model.config.eos_token_ids)
     new = np.concatenate(list(pieces), axis=1)[0]
-    print(f"\n{prompt}|{tokenizer.decode(new[new != NO_TOKEN])}")
+    print(f"\n{prompt} -> {tokenizer.decode(new[new != NO_TOKEN])!r}")
     probability = jax.nn.softmax(jax.jit(lambda model, ids: model(ids)[0, -1])(model, jnp.asarray([ids])))
     top = [f"{tokenizer.decode([int(i)])!r} {float(probability[i]):.3f}" for i in jnp.argsort(-probability)[:5]]
     print(f"predicted next token: {', '.join(top)}")

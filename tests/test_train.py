@@ -112,7 +112,7 @@ def test_what_training_prints(tmp_path):
     done = train(tmp_path / "run", "--steps", "2")
     for part in ("no GPU found", "5,014,176 parameters", "products    float32", "2 x 64 = 128 tokens a step"):
         assert part in done.stdout
-    assert "The quick brown fox|" in done.stdout
+    assert "The quick brown fox -> " in done.stdout
     assert "predicted next token:" in done.stdout
 
 
