@@ -20,13 +20,16 @@ TRAIN_EXTRAS := gguf,plot$(if $(JAX),$(comma)$(JAX))
 TESTS := $(if $(filter 1,$(TORCH)),,tests)
 TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)torch$(comma)hf)
 
+# Whole checkpoints only: a save that was killed leaves a folder 100.orbax-checkpoint-tmp.
+RESUME = $(shell ls runs/make-train/checkpoints 2>/dev/null | grep -qx '[0-9][0-9]*' && echo --resume)
+
 .PHONY: train test parity slow lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
 	$(BIN)/python scripts/fetch_assets.py tokenizer
 	$(BIN)/python scripts/fetch_assets.py text
-	$(BIN)/python scripts/train_jax.py --out runs/make-train $(if $(wildcard runs/make-train/checkpoints/[0-9]*),--resume) $(ARGS)
+	$(BIN)/python scripts/train_jax.py --out runs/make-train $(RESUME) $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py

@@ -7,6 +7,10 @@ import jaxtyping
 import numpy as np
 import pytest
 
+# On a GPU machine too: bounds are for float32 as it is, not TF32, and torch and JAX in one process fight over cuDNN
+# there (jax#19004). The GPU has its own suite, scripts/gpu_suite.sh.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 # A deliberate bug, for parity_tests/mutants.py to see that a test catches it.
 if mutant := os.environ.get("SMOLLM_MUTANT"):
     from parity_tests import mutants

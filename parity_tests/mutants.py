@@ -147,6 +147,13 @@ MUTANTS = [
         LOSS,
     ),
     Mutant("head's gradient of the last chunk only", "loss", "head_gradient += ", "head_gradient = ", LOSS),
+    Mutant(
+        "1/tokens rounded to bfloat16",
+        "loss",
+        "(hidden_gradient.astype(cotangent.dtype) * cotangent).astype(hidden_gradient.dtype)",
+        "hidden_gradient * cotangent.astype(hidden_gradient.dtype)",
+        "tests/test_loss.py::test_the_mean_over_any_number_of_tokens_is_scaled_right_in_bfloat16",
+    ),
     Mutant("masked labels in the gradient", "loss", "(error * valid[:, None])", "(error)", LOSS),
     Mutant("decay not on the norms", "optimizer", "weight_decay=recipe.weight_decay,", "weight_decay=recipe.weight_decay, mask=lambda p: {k: v.ndim > 1 for k, v in p.items()},", ADAMW),
     Mutant("beta2 0.999", "optimizer", "b2=recipe.beta2", "b2=0.999", ADAMW),

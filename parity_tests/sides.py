@@ -3,7 +3,7 @@
     python -m parity_tests.sides jax --weights PATH --job job.npz --out FOLDER [--device gpu]
 
 Torch and JAX in one process fight over cuDNN on a GPU (jax#19004); apart, they also do not share their memory. The
-parent, `scripts/parity_report.py`, compares what the sides leave and imports neither.
+parent, `scripts/parity_report.py`, compares what the sides leave.
 """
 
 import argparse

@@ -11,6 +11,7 @@ import smollm_torch.train
 import smollm_torch.weights
 from parity_tests.ladder import precisely
 from parity_tests.tolerances import (
+    TRAINING_BFLOAT16,
     TRAINING_FLOAT32_FACTOR,
     TRAINING_FLOAT32_FULL,
     TRAINING_FLOAT32_SHORT,
@@ -113,6 +114,17 @@ def test_ten_steps_at_the_full_shape(token_file):
     ours, theirs = both_curves(preset("smollm2-135m-pretrain"), chosen, data.Batches(token_file, chosen))
     within(np.abs(ours / theirs - 1)[:, 0].max(), TRAINING_FLOAT32_FULL, "loss of 10 steps at 134.5M parameters")
     assert ours[-1, 0] < ours[0, 0] - 1
+
+
+def test_bfloat16_curves_stay_together_and_losses_are_float32(tiny, token_file):
+    chosen = recipe("bfloat16")
+    bundle = weights.to_bundle(train.fresh(tiny, seed=0))
+    ours, _ = jax_curve(weights.from_bundle(bundle), chosen, data.Batches(token_file, chosen))
+    theirs = torch_curve(smollm_torch.weights.from_bundle(bundle), chosen, data.Batches(token_file, chosen))
+    within(np.abs(ours / theirs - 1)[:, 0].max(), TRAINING_BFLOAT16, "loss of 10 steps, bfloat16")
+    for losses in (ours[:, 0], theirs[:, 0]):
+        rounded = torch.tensor(losses).to(torch.bfloat16).double().numpy()
+        assert (rounded != losses).sum() > 7, "losses were rounded to bfloat16"
 
 
 def test_held_out_loss_is_the_same(tiny, token_file):

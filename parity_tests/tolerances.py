@@ -58,6 +58,7 @@ TRAINING_FLOAT64_SHORT = 1e-13  # 10 steps: measured 4.4e-16 (loss) and 3.8e-15 
 TRAINING_FLOAT32_SHORT = 3e-6  # 10 steps: measured 1.8e-7 (loss) and 7.6e-7 (gradient norm)
 TRAINING_FLOAT32_FULL = 2e-5  # 10 steps at the full shape: measured 1.7e-6 from fresh, 3.6e-6 from the real weights
 TRAINING_FLOAT32_FACTOR = 3.0  # 100 steps: times the twin against itself with its sums in another order
+TRAINING_BFLOAT16 = 3e-3  # 10 steps, tiny shape: a bfloat16 rounding is 2**-9 = 2e-3
 
 # Rung 9, packed documents against separate ones, float32: sums over more keys, most of them masked.
 PACKED_LOGITS = 1e-5

@@ -46,8 +46,11 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
+    import jax
     import jax.numpy as jnp
 
+    if flags.dtype == "float32":  # on a GPU JAX's default is TF32
+        jax.config.update("jax_default_matmul_precision", "float32")
     from smollm_jax import weights
     from smollm_jax.generate import NO_TOKEN, Sampling, generate
     from smollm_jax.tokenizer import Tokenizer, folder_beside

@@ -50,9 +50,14 @@ stage generate 180 "$PYTHON" scripts/generate.py --weights "$out/run" --prompt "
 rm -rf "$out"/weights "$out"/run*/checkpoints # large, and seeded: any machine can make them again
 "$PYTHON" - "$out" "$stages" <<'PY'
 import json, platform, sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+def found(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 out, stages = sys.argv[1], json.loads(sys.argv[2])
-packages = {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "torch", "transformers")}
+packages = {name: found(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "torch", "transformers")}
 summary = {"command": "bash scripts/gpu_suite.sh", "python": platform.python_version(), "versions": packages, "stages": stages}
 with open(f"{out}/summary.json", "w", encoding="utf-8") as file:
     file.write(json.dumps(summary, indent=1) + "\n")

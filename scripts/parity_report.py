@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -67,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     for module, extra in (("torch", "torch"), ("matplotlib", "plot")):
         if importlib.util.find_spec(module) is None:
             raise errors.UsageError(f"parity_report.py needs the extra: pip install smollm-jax[{extra}]")
+    if flags.device == "gpu" and shutil.which("nvidia-smi") is None:
+        raise errors.UsageError("--device gpu: this machine has no NVIDIA driver")
     sys.path.insert(0, str(ROOT))
     from smollm_jax import weights
     from smollm_jax.tokenizer import Tokenizer, folder_beside

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     import jax
 
     from smollm_jax import cost, data, formats, metrics, train, weights
-    from smollm_jax.checkpoint import CheckpointStore
+    from smollm_jax.checkpoint import CheckpointStore, steps_in
     from smollm_jax.config import preset
     from smollm_jax.recipe import Recipe
     from smollm_jax.tokenizer import Tokenizer, folder_beside
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     on_gpu = device.platform == "gpu"
     run = flags.out or (newest_run() if flags.resume else Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{flags.preset}"))
     given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) is not None}
-    source, bundle = flags.data or Path("assets/sotu"), None
+    source, bundle, saved = flags.data or Path("assets/sotu"), None, {}
     if flags.resume:
         with CheckpointStore(run / "checkpoints", create=False) as store:
             saved = store.meta(store.latest_step())
@@ -113,8 +113,14 @@ def main(argv: list[str] | None = None) -> None:
             raise errors.CheckpointError(f"{run}: holds weights only: start from them with --init-from")
         config = formats.read_config(run / "config.json")
         recipe = Recipe(**(saved["recipe"] | given))
+        if recipe.steps != saved["recipe"]["steps"]:
+            print(f"note: the schedule now ends at step {recipe.steps}, it was made for {saved['recipe']['steps']}")
         source = flags.data or Path(saved["data"])
     else:
+        if steps := steps_in(run):
+            raise errors.UsageError(f"{run}: holds a run up to step {steps[-1]}: add --resume, or name another --out")
+        if any(run.glob("*.safetensors")):
+            raise errors.UsageError(f"{run}: holds weights, not a run: name another --out")
         bundle = weights.read(flags.init_from) if flags.init_from else None
         config = bundle.config if bundle else preset(flags.preset)
         chosen = (GPU if on_gpu else CPU) | given
@@ -123,7 +129,13 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError(
             f"--sequence-length {recipe.sequence_length} exceeds the model's {config.max_position_embeddings} positions"
         )
-    attention = flags.attention or ("cudnn" if on_gpu and recipe.dtype == "bfloat16" else "xla")
+    if flags.log_every < 1:
+        raise errors.UsageError(f"--log-every must be at least 1, got {flags.log_every}")
+    if recipe.dtype == "float32":  # on a GPU JAX's default is TF32
+        jax.config.update("jax_default_matmul_precision", "float32")
+    # cuDNN's attention needs Ampere or later.
+    fused = on_gpu and recipe.dtype == "bfloat16" and float(getattr(device, "compute_capability", "0")) >= 8
+    attention = flags.attention or ("cudnn" if fused else "xla")
     if attention == "cudnn" and not (on_gpu and recipe.dtype == "bfloat16"):
         raise errors.UsageError(
             f"--attention cudnn needs a CUDA GPU and bfloat16, not {device.platform}, {recipe.dtype}"
@@ -138,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if not on_gpu:
         print("no GPU found: training the full-size model on the CPU, at a demo size")
-    print(f"device      {device.device_kind} x {jax.device_count()}, jax {jax.__version__}")
+    print(f"device      {device.device_kind}, 1 of {jax.device_count()}, jax {jax.__version__}")
     print(f"model       {cost.count_parameters(config):,} parameters, {config}")
     start = f"weights of {flags.init_from} ({bundle.origin})" if bundle else f"recipe's init, seed {recipe.seed}"
     print(f"start       {'newest checkpoint' if flags.resume else start}")
@@ -150,8 +162,9 @@ def main(argv: list[str] | None = None) -> None:
     tokens = data.prepare(source, tokenizer_folder, Path("data"))
     batches = data.Batches(tokens, recipe)
     print(f"data        {source}: {tokens.documents:,} documents, {len(tokens.tokens):,} tokens in {tokens.path}")
-    if not flags.resume and not (run / "checkpoints").exists():
+    if not flags.resume:  # also over what a run left that died before its first checkpoint
         weights.write_run_files(run, config, formats.read_tokenizer_files(tokenizer_folder))
+        (run / "metrics.jsonl").unlink(missing_ok=True)
     model = weights.from_bundle(bundle) if bundle else train.fresh(config, recipe.seed)
     flops = cost.flops_per_token(config, recipe.sequence_length)
     peak = cost.peak_flops(device.device_kind)
@@ -166,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
             compute=compute,
             cadence=cadence,
             data=train.Data(str(source), tokens.sha256),
+            start_from=str(flags.init_from or "") if not flags.resume else saved["start_from"],
             resume=flags.resume,
             log=log,
         )
@@ -175,10 +189,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def newest_run() -> Path:
     """The newest run under runs/ that has a checkpoint."""
-    runs = [folder for folder in Path("runs").glob("*") if any((folder / "checkpoints").glob("[0-9]*"))]
-    if not runs:
+    from smollm_jax.checkpoint import steps_in
+
+    newest = {run: run / "checkpoints" / str(steps_in(run)[-1]) for run in Path("runs").glob("*") if steps_in(run)}
+    if not newest:
         raise errors.CheckpointError("--resume: no run under runs/ has a checkpoint; name one with --out")
-    return max(runs, key=lambda folder: max(p.stat().st_mtime for p in (folder / "checkpoints").glob("[0-9]*")))
+    return max(newest, key=lambda run: newest[run].stat().st_mtime)
 
 
 def show(model, tokenizer, prompt: str, max_new_tokens: int = 32) -> None:

@@ -10,6 +10,7 @@ Both start from the same weights: the recipe's init drawn by JAX from the run's 
 import dataclasses
 import os
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -28,8 +29,8 @@ class Flags:
     """The weights the JAX run was given, if any."""
     steps: int | None = None
     """Stop after this many steps of the run's schedule."""
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to train."""
     eval_every: int = 50
     """Steps between validations."""
     log_every: int = 10
@@ -51,12 +52,18 @@ def main(argv: list[str] | None = None) -> None:
     from smollm_torch import train
     from smollm_torch.weights import from_bundle
 
+    if flags.steps is not None and flags.steps < 1:
+        raise errors.UsageError(f"--steps must be at least 1, got {flags.steps}")
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        raise errors.UsageError("--device cuda: this torch finds no CUDA GPU")
     if flags.out.exists():
         raise errors.UsageError(f"{flags.out}: exists already; name another --out")
     config = formats.read_config(flags.like / "config.json")
     with CheckpointStore(flags.like / "checkpoints", create=False) as store:
         meta = store.meta(store.latest_step())
     recipe = Recipe(**meta["recipe"])
+    if meta["start_from"] and not flags.init_from:
+        raise errors.UsageError(f"{flags.like} began with {meta['start_from']}: add --init-from {meta['start_from']}")
     tokens = data.prepare(flags.data, flags.like, Path("data"))
     if tokens.sha256 != meta["data_sha256"]:
         raise errors.UsageError(f"--data {flags.data} is not what {flags.like} was trained on")
@@ -78,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         train.train(
             module, recipe, data.Batches(tokens, recipe), eval_every=flags.eval_every, log=log, stop_at=flags.steps
         )
+    weights.write_run_files(flags.out, config, formats.read_tokenizer_files(flags.like))
     train.save(module, flags.out / "model.safetensors")
     print(f"wrote {flags.out / 'model.safetensors'}")
 

@@ -49,6 +49,11 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
+def steps_in(run: Path) -> list[int]:
+    """The steps a run folder holds whole, oldest first, without opening them; an unfinished save does not count."""
+    return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
+
+
 class CheckpointStore:
     """Saves and restores numbered steps under one folder, synchronously; keeps the newest `keep`."""
 
@@ -126,7 +131,10 @@ class CheckpointStore:
         try:
             return self._manager.restore(step, args=self._ocp.args.Composite(**arguments))
         except Exception as error:  # tensorstore, json and the file system each raise their own
-            raise CheckpointError(f"{self.folder}: step {step} cannot be restored: {error}") from error
+            raise CheckpointError(
+                f"{self.folder}: step {step} cannot be restored; move {self.folder / str(step)} away to go on from an "
+                f"older step: {error}"
+            ) from error
 
     def _stored(self, step: int, item: str) -> dict[str, Any]:
         if step not in self.steps():

@@ -40,6 +40,9 @@ class TokenFile:
         sidecar = read_json(folder / "tokens.json")
         if not isinstance(sidecar, dict) or sidecar.get("format") != FORMAT:
             raise InputFileError(f"{folder / 'tokens.json'}: is not the sidecar of a token file ({FORMAT})")
+        keys = ("tokens", "sha256", "tokenizer_sha256", "documents")
+        if missing := [key for key in keys if key not in sidecar]:
+            raise InputFileError(f"{folder / 'tokens.json'}: lacks {', '.join(missing)}")
         path = folder / "tokens.bin"
         try:
             tokens = np.memmap(path, dtype=np.uint16, mode="r")

@@ -6,6 +6,7 @@ Framework-free: torch is imported for `.pt` only, gguf for `.gguf` only. What th
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -58,13 +59,21 @@ def replacing(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.rename(temporary, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise StorageError(f"{target}: cannot be written: {error}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def need(module: str, path: Path) -> Any:
+    """An optional package, imported; raises `UsageError` naming the extra that has it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(f"{path}: needs the extra: pip install smollm-jax[{module}]") from error
 
 
 def read_json(path: Path) -> Any:
@@ -155,7 +164,8 @@ def read_hf(folder: Path) -> Bundle:
     """A Hugging Face model folder: config.json, and model.safetensors or its shards."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = read_json(index).get("weight_map")
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise InputFileError(f"{index}: has no weight_map of tensor name to file name")
         tensors: dict[str, np.ndarray] = {}
@@ -205,7 +215,7 @@ def _model_card(bundle: Bundle) -> str:
 
 def read_pt(path: Path) -> Bundle:
     """A `.pt` file that holds {"config": ..., "state_dict": ...} or a bare state dict; never runs pickled code."""
-    import torch
+    torch = need("torch", path)
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -226,13 +236,15 @@ def read_pt(path: Path) -> Bundle:
 
 def write_pt(path: Path, bundle: Bundle) -> None:
     """The PyTorch twin's weights as {"config", "origin", "state_dict"}, read back and compared."""
-    import torch
+    torch = need("torch", path)
 
     state = {name: to_torch(tensor) for name, tensor in bundle.tensors.items()}
     with replacing(path) as temporary:
-        torch.save(
-            {"config": bundle.config.to_hf(bundle.dtype), "origin": bundle.origin, "state_dict": state}, temporary
-        )
+        content = {"config": bundle.config.to_hf(bundle.dtype), "origin": bundle.origin, "state_dict": state}
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise StorageError(f"{path}: cannot be written: {error}") from error
         for name, tensor in torch.load(temporary, weights_only=True)["state_dict"].items():
             if from_torch(tensor).tobytes() != np.ascontiguousarray(bundle.tensors[name]).tobytes():
                 raise StorageError(f"{path}: tensor {name} reads back different from what was written")
@@ -242,6 +254,7 @@ def from_torch(tensor: Any) -> np.ndarray:
     """A CPU tensor as a NumPy array; bfloat16 bit for bit."""
     import torch
 
+    tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
@@ -279,8 +292,7 @@ def read_gguf(path: Path) -> Bundle:
     GGUF stores the rows of q and k for interleaved rotary pairs; here they go back to HF's half-split order, each
     with its own number of heads. Source: llama.cpp, conversion of LlamaModel (`permute`).
     """
-    import gguf
-
+    gguf = need("gguf", path)
     from smollm_jax.tokenizer import files_from_gguf
 
     try:

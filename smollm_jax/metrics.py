@@ -94,8 +94,9 @@ class RunLog:
 
     def validation(self, step: int, loss: float) -> None:
         """Logs the loss on held-out tokens, and its perplexity."""
-        self._write({"step": step, "validation_loss": loss, "validation_perplexity": math.exp(loss)})
-        self.note(f"step {step}/{self._steps}  validation loss {loss:.4f}  perplexity {math.exp(loss):,.1f}")
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        self._write({"step": step, "validation_loss": loss, "validation_perplexity": perplexity})
+        self.note(f"step {step}/{self._steps}  validation loss {loss:.4f}  perplexity {perplexity:,.1f}")
 
     def _write(self, row: dict[str, Any]) -> None:
         # JSON has no NaN: a diverged loss is written as null, and the error that follows names it.

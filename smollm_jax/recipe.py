@@ -11,7 +11,7 @@ from smollm_jax.errors import UsageError
 Schedule = Literal["wsd", "cosine"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 
-# Fields that may change when a run is resumed: how far it goes, not what it computes until then.
+# Fields that may change when a run is resumed: how far it goes. (Its end moves the schedule's decay with it.)
 FREE_ON_RESUME = ("steps",)
 
 
@@ -47,9 +47,11 @@ class Recipe:
                 raise UsageError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if not 0 <= self.weight_decay < float("inf"):
             raise UsageError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        if not 0 <= self.warmup_steps <= self.decay_start:
-            last = "the decay's first step" if self.schedule == "wsd" else "steps"
-            raise UsageError(f"warmup_steps must be between 0 and {last}, {self.decay_start}, got {self.warmup_steps}")
+        if self.seed < 0:
+            raise UsageError(f"seed must be at least 0, got {self.seed}")
+        most = self.decay_start if self.schedule == "wsd" else self.steps - 1
+        if not 0 <= self.warmup_steps <= most:
+            raise UsageError(f"warmup_steps must be between 0 and {most} here, got {self.warmup_steps}")
 
     @property
     def decay_start(self) -> int:

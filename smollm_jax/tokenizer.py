@@ -94,9 +94,9 @@ class Tokenizer:
         place = len(lost.string[: lost.start()].decode(errors="ignore"))
         return f"character {place}, U+{ord(text[place]):04X}, has no token in this vocabulary"
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; bytes that are no whole character show as U+FFFD."""
-        return self.core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        return self.core.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_to_id(self, token: str) -> int | None:
         """The id of one entry of the vocabulary, or None."""

@@ -111,12 +111,14 @@ def train(
     cadence: Cadence,
     data: Data,
     resume: bool,
+    start_from: str = "",
     log: RunLog,
 ) -> SmolLM:
     """The trained model. Checkpoints go to `run/checkpoints`, metrics to `log`.
 
     `model` is where step 0 starts and, on `resume`, only the shape of what is restored. Raises `UsageError` when the
     run has checkpoints and `resume` is false, or when resumed under another recipe or on other data;
+    `start_from` is noted in the checkpoints: the weights the run began with, empty for the recipe's init.
     `CheckpointError` when there is nothing to resume; `DivergedError` when the loss is not finite.
     """
     tx = optimizer.adamw(recipe)
@@ -151,25 +153,32 @@ def train(
             if saving or evaluating:
                 record(log, schedule, *pending)
                 pending = None
+            if saving:
+                save(store, done, state, recipe, data, start_from)
+                log.note(f"saved step {done} to {run / 'checkpoints'}")
             if evaluating:
                 log.validation(done, validation_loss(state.model, batches, cadence.eval_batches, compute))
-            if saving:
-                save(store, done, state, recipe, data)
-                log.note(f"saved step {done} to {run / 'checkpoints'}")
             if saving or evaluating:
                 log.resume_clock()
     return state.model
 
 
 def record(log: RunLog, schedule: optax.Schedule, step: int, metrics: dict[str, Any]) -> None:
-    """Reads a finished step's metrics and logs them; raises `DivergedError` if the loss is not finite."""
+    """Reads a finished step's metrics and logs them; raises `DivergedError` if one is not finite.
+
+    The gradient's norm too: a loss is taken before its update, and a gradient that is not finite ruins the parameters.
+    """
     values = {name: float(value) for name, value in metrics.items()}
     log.step(step, learning_rate=float(np.asarray(schedule(step - 1))), **values)
-    if not np.isfinite(values["loss"]):
-        raise DivergedError(f"step {step}: loss is {values['loss']}; the last checkpoint before it is intact")
+    for name, value in values.items():
+        if not np.isfinite(value):
+            what = name.replace("_", " ")
+            raise DivergedError(f"step {step}: {what} is {value}; the checkpoints before it are intact")
 
 
-def save(store: CheckpointStore, step: int, state: TrainState, recipe: Recipe, data: Data) -> None:
+def save(
+    store: CheckpointStore, step: int, state: TrainState, recipe: Recipe, data: Data, start_from: str = ""
+) -> None:
     """Writes the state after `step` steps: parameters, optimizer state, recipe and data position."""
     items = {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}
     meta = {
@@ -177,6 +186,7 @@ def save(store: CheckpointStore, step: int, state: TrainState, recipe: Recipe, d
         "recipe": dataclasses.asdict(recipe),
         "data": data.source,
         "data_sha256": data.sha256,
+        "start_from": start_from,
         "tokens_seen": step * recipe.tokens_per_step,
     }
     store.save(step, items, meta)

@@ -35,9 +35,13 @@ def adamw(module: SmolLM, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def mean_loss(module: SmolLM, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mean over tokens `[B, T + 1]` of the next token's -log probability; bfloat16 products are autocast."""
-    with torch.autocast(tokens.device.type, dtype, enabled=dtype == torch.bfloat16):
-        logits = module(tokens[:, :-1])
+    """The mean over tokens `[B, T + 1]` of the next token's -log probability, in at least float32.
+
+    Computed with a copy of the parameters in `dtype`, cast once a step as in the JAX trainer; the gradient arrives at
+    the parameters themselves. (Autocast would keep the residual stream in float32 and round the logits.)
+    """
+    parameters = {name: parameter.to(dtype) for name, parameter in module.named_parameters()}
+    logits = torch.func.functional_call(module, parameters, (tokens[:, :-1],))
     return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
@@ -89,7 +93,7 @@ def train(
     module.train()
     device = next(module.parameters()).device
     optimizer = adamw(module, recipe)
-    last = min(stop_at or recipe.steps, recipe.steps)
+    last = recipe.steps if stop_at is None else min(stop_at, recipe.steps)
     log.start(0, last, recipe.tokens_per_step)
     for step in range(last):
         tokens = torch.from_numpy(batches.batch(step).astype(np.int64)).to(device)

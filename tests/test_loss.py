@@ -53,6 +53,16 @@ def test_the_heads_gradient_is_summed_in_float32_when_products_are_bfloat16():
     assert float(jnp.abs(gradient - exact).max() / jnp.abs(exact).max()) < 2e-3
 
 
+def test_the_mean_over_any_number_of_tokens_is_scaled_right_in_bfloat16():
+    """1/49 is no bfloat16 number: rounded before it multiplies, it would put every gradient off."""
+    draw = np.random.default_rng(2)
+    hidden, head = jnp.asarray(draw.normal(size=(48, 32)), jnp.bfloat16), jnp.asarray(draw.normal(size=(64, 32)))
+    targets = jnp.asarray(draw.integers(0, 64, 48))
+    mean = jax.grad(lambda h: linear_cross_entropy(h, head, targets) / 49)(hidden).astype(jnp.float32)
+    whole = jax.grad(lambda h: linear_cross_entropy(h, head, targets))(hidden).astype(jnp.float32)
+    assert abs(float((mean * whole).sum() / (whole * whole).sum()) * 49 - 1) < 5e-4
+
+
 def test_the_compiled_step_holds_no_more_than_one_chunk_of_logits():
     M, D, V, chunk = 4096, 64, 49_152, 512
     shapes = jax.ShapeDtypeStruct((M, D), jnp.bfloat16), jax.ShapeDtypeStruct((V, D), jnp.float32)

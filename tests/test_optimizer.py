@@ -48,6 +48,8 @@ def test_decay_is_on_every_parameter_norms_and_embedding_too(tiny_model):
         {"learning_rate": float("nan")},
         {"learning_rate": -1.0},
         {"warmup_steps": 81},
+        {"warmup_steps": 100, "schedule": "cosine"},
+        {"seed": -1},
         {"beta2": 1.0},
         {"weight_decay": -0.1},
         {"clip": 0.0},

@@ -11,8 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smollm_jax import weights
 from smollm_jax.checkpoint import CheckpointStore
-from smollm_jax.metrics import read_metrics
+from smollm_jax.config import PRESETS, Config
+from smollm_jax.errors import DivergedError
+from smollm_jax.metrics import RunLog, read_metrics
+from smollm_jax.train import record
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +102,6 @@ def test_training_learns(straight):
 def test_the_run_folder_is_complete_and_loads_as_weights(straight):
     import jax.numpy as jnp
 
-    from smollm_jax import weights
     from smollm_jax.tokenizer import Tokenizer
 
     model, config = weights.load(straight)
@@ -160,6 +163,7 @@ def test_resuming_on_other_data_is_refused(straight, tmp_path):
     ("flags", "code", "named"),
     [
         (["--steps", "0"], 2, "steps"),
+        (["--log-every", "0"], 2, "--log-every"),
         (["--preset", "smollm3"], 2, "smollm2-135m-pretrain"),
         (["--sequence-length", "1024"], 2, "512 positions"),
         (["--attention", "cudnn"], 2, "cudnn"),
@@ -181,9 +185,36 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path):
     run = tmp_path / "run"
     done = train(run, "--steps", "30", "--save-every", "1", "--learning-rate", "1e9", "--warmup-steps", "0")
     assert done.returncode == 7
-    assert "loss is" in done.stderr
+    assert " is nan; the checkpoints before it are intact" in done.stderr
     with CheckpointStore(run / "checkpoints", create=False) as store:
         assert store.steps()
+
+
+def test_what_a_run_left_that_died_before_its_first_checkpoint_is_replaced(tmp_path):
+    """Its config above all: weights trained under one rope_theta and read back under another are wrong in silence."""
+    run = tmp_path / "run"
+    (run / "checkpoints/1.orbax-checkpoint-tmp").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(PRESETS["smollm2-135m"].to_hf()))
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert train(run, "--steps", "2", "--resume").returncode == 4
+    assert train(run, "--steps", "2").returncode == 0
+    assert Config.from_hf(json.loads((run / "config.json").read_text())) == PRESETS["tiny"]
+    assert len(losses(run)) == 2
+
+
+def test_a_folder_of_weights_is_not_written_over(tmp_path, straight):
+    folder = tmp_path / "hf"
+    weights.write(folder, weights.read(straight), "hf")
+    done = train(folder, "--steps", "2")
+    assert done.returncode == 2
+    assert "holds weights" in done.stderr
+
+
+def test_a_gradient_that_is_not_finite_stops_a_run_before_it_is_saved(tmp_path):
+    with RunLog(tmp_path, log_every=1, flops_per_token=1.0, peak_flops=None) as log:
+        log.start(0, 1, 1)
+        with pytest.raises(DivergedError, match="step 1: gradient norm is nan"):
+            record(log, lambda step: 0.0, 1, {"loss": 2.0, "gradient_norm": float("nan")})
 
 
 def test_init_from_starts_at_the_weights(tmp_path, straight):
