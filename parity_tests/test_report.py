@@ -86,10 +86,3 @@ def test_a_bug_fails_it_and_missing_transformers_is_said(tiny_weights, tmp_path)
     assert "measuring transformers" not in done.stdout
     assert "logits, JAX against twin" in found
     assert "transformers is not installed" in page
-
-
-@pytest.mark.slow
-def test_the_real_weights_pass_it(weights_path, tmp_path):
-    done = report(weights_path, tmp_path / "report")
-    assert done.returncode == 0, done.stdout
-    assert "all rungs hold" in done.stdout

@@ -119,8 +119,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if steps := steps_in(run):
             raise errors.UsageError(f"{run}: holds a run up to step {steps[-1]}: add --resume, or name another --out")
-        if any(run.glob("*.safetensors")):
-            raise errors.UsageError(f"{run}: holds weights, not a run: name another --out")
+        foreign = run.is_dir() and any(run.iterdir()) and not (run / "metrics.jsonl").exists()
+        if foreign or any(run.glob("*.safetensors")):
+            raise errors.UsageError(f"{run}: exists and is no run of this trainer: name another --out")
         bundle = weights.read(flags.init_from) if flags.init_from else None
         config = bundle.config if bundle else preset(flags.preset)
         chosen = (GPU if on_gpu else CPU) | given
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError(f"{tokenizer_folder} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
 
     if not on_gpu:
-        print("no GPU found: training the full-size model on the CPU, at a demo size")
+        print("no GPU found: training on the CPU, at a demo size")
     print(f"device      {device.device_kind}, 1 of {jax.device_count()}, jax {jax.__version__}")
     print(f"model       {cost.count_parameters(config):,} parameters, {config}")
     start = f"weights of {flags.init_from} ({bundle.origin})" if bundle else f"recipe's init, seed {recipe.seed}"
