@@ -100,7 +100,7 @@ MUTANTS = [
     ),
     Mutant(
         "GGUF k rows with q's heads",
-        "formats",
+        "gguf_file",
         '"k_proj": config.num_key_value_heads',
         '"k_proj": 1',
         "parity_tests/test_conversion.py::test_a_gguf_is_read_as_transformers_reads_it",

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         jax.config.update("jax_default_matmul_precision", "float32")
     from smollm_jax import weights
     from smollm_jax.generate import NO_TOKEN, Sampling, generate
-    from smollm_jax.tokenizer import Tokenizer, folder_beside
+    from smollm_jax.tokenizer import TextStream, Tokenizer, folder_beside
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     model, config = weights.load(flags.weights, jnp.dtype(flags.dtype))
@@ -67,20 +67,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not flags.chat:
         print(flags.prompt, end="", flush=True)
-    new: list[int] = []
-    text, shown, began = "", 0, None
+    stream, count, began = TextStream(tokenizer), 0, None
     for piece in pieces:
-        new += [int(token) for token in piece[0] if token != NO_TOKEN]
-        text = tokenizer.decode([token for token in new if token not in config.eos_token_ids])
-        # Bytes that are not yet a whole character decode to U+FFFD: held back until the next piece.
-        whole = len(text.rstrip("\ufffd"))
-        print(text[shown:whole], end="", flush=True)
-        shown = whole
-        began = began or (time.perf_counter(), len(new))  # the first piece compiled
-    print(text[shown:])
-    if began and len(new) > began[1]:
-        rate = (len(new) - began[1]) / (time.perf_counter() - began[0])
-        print(f"{len(new)} tokens, {rate:.1f} tokens/s after the first {began[1]}", file=sys.stderr)
+        new = [int(token) for token in piece[0] if token != NO_TOKEN]
+        print(stream.add(token for token in new if token not in config.eos_token_ids), end="", flush=True)
+        count += len(new)
+        began = began or (time.perf_counter(), count)  # the first piece compiled
+    print(stream.end())
+    if began and count > began[1]:
+        rate = (count - began[1]) / (time.perf_counter() - began[0])
+        print(f"{count} tokens, {rate:.1f} tokens/s after the first {began[1]}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,37 @@ runs and is wrong.
 """
 
 import dataclasses
-import math
+import reprlib
 import struct
 from typing import Any
 
 from smollm_jax.errors import UsageError
+
+# The least and the most of each size and constant, so that a config alone cannot ask for all memory or divide by zero.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "vocab_size": (1, 2**20),  # the largest in use have 262,144 entries
+    "hidden_size": (1, 2**16),  # Llama 3.1 405B: 16,384
+    "intermediate_size": (1, 2**18),  # 53,248 there
+    "num_hidden_layers": (1, 1024),  # 126 there
+    "num_attention_heads": (1, 1024),  # 128 there
+    "num_key_value_heads": (1, 1024),
+    "head_dim": (1, 1024),  # 256 in Gemma
+    "max_position_embeddings": (1, 2**24),  # 10M tokens is the longest context claimed
+    "rope_theta": (1.0, 1e12),  # below 1 the frequencies grow; its powers must stay float32 numbers
+    "rms_norm_eps": (1e-30, 1.0),  # below, float32 rounds it to 0 and a row of zeros divides by it
+    "initializer_range": (1e-30, 1e3),
+}
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 80, 80
+
+
+def shown(value: Any) -> str:
+    """A foreign value for a message: one printable line of bounded length, whatever the value is."""
+    try:
+        return " ".join(_SHOWN.repr(value).split())[:120]
+    except ValueError:  # Python writes no integer of over 4,300 digits
+        return f"{type(value).__name__} of thousands of digits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +61,17 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise UsageError(f"config field {field.name} must be a positive integer, got {value!r}")
-            if field.type is float:
-                if type(value) not in (int, float) or not (0 < value < math.inf):
-                    raise UsageError(f"config field {field.name} must be a positive finite number, got {value!r}")
-                object.__setattr__(self, field.name, float(value))
+            if field.name not in BOUNDS:
+                continue
+            value, (least, most) = getattr(self, field.name), BOUNDS[field.name]
+            kinds, kind = ((int,), "an integer") if field.type is int else ((int, float), "a number")
+            if type(value) not in kinds or not least <= value <= most:
+                allowed = f"{kind} from {least:g} to {most:.8g}"
+                raise UsageError(f"config field {field.name} must be {allowed}, got {shown(value)}")
+            object.__setattr__(self, field.name, value if field.type is int else float(value))
         if type(self.tie_word_embeddings) is not bool:
             raise UsageError(
-                f"config field tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}"
+                f"config field tie_word_embeddings must be true or false, got {shown(self.tie_word_embeddings)}"
             )
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
@@ -52,7 +79,9 @@ class Config:
             value = getattr(self, name)
             for token in value if isinstance(value, tuple) else (value,):
                 if token is not None and (type(token) is not int or not 0 <= token < self.vocab_size):
-                    raise UsageError(f"config field {name} must be a token id below {self.vocab_size}, got {token!r}")
+                    raise UsageError(
+                        f"config field {name} must be a token id below {self.vocab_size}, got {shown(token)}"
+                    )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(
                 f"config field num_key_value_heads ({self.num_key_value_heads}) must divide "
@@ -89,26 +118,31 @@ class Config:
         """
         if not isinstance(config, dict):
             raise UsageError(f"config must be a JSON object, got {type(config).__name__}")
+        for key, value in config.items():
+            if type(key) is not str or type(value) not in (str, int, float, bool, list, tuple, dict, type(None)):
+                raise UsageError(f"config key {shown(key)}={shown(value)} is not JSON")
         rest = dict(config)
         for key, allowed in _FIXED.items():
-            if key in rest and rest.pop(key) not in allowed:
-                raise UsageError(f"config key {key}={config[key]!r} is not supported, only {allowed[0]!r} is")
-        rope = {"rope_theta": rest.pop("rope_theta", None)}
-        for key in ("rope_parameters", "rope_scaling"):  # the new spelling, and the old one's place for variants
-            parameters = rest.pop(key, None)
-            if parameters is None:
+            if key not in rest:
                 continue
-            if not isinstance(parameters, dict):
-                raise UsageError(f"config key {key} must be an object, got {parameters!r}")
-            parameters = dict(parameters)
-            kind = parameters.pop("rope_type", parameters.pop("type", "default"))
-            theta = parameters.pop("rope_theta", None)
-            if kind != "default" or parameters:
-                raise UsageError(f"config key {key}={config[key]!r} is not supported, only plain rotary embeddings are")
-            if None not in (theta, rope["rope_theta"]) and theta != rope["rope_theta"]:
-                raise UsageError(f"config keys rope_theta={rope['rope_theta']} and {key}={config[key]!r} disagree")
-            rope["rope_theta"] = rope["rope_theta"] if theta is None else theta
-        rest |= {} if rope["rope_theta"] is None else rope
+            value = rest.pop(key)
+            if not any(type(value) is type(one) and value == one for one in allowed):  # 0 == False in Python
+                raise UsageError(f"config key {key}={shown(value)} is not supported, only {allowed[0]!r} is")
+        dtypes = {key: rest.pop(key) for key in ("dtype", "torch_dtype") if rest.get(key) is not None}
+        for key, dtype in dtypes.items():
+            if dtype not in DTYPES:
+                raise UsageError(f"config key {key} must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
+        thetas = {"rope_theta": rest.pop("rope_theta", None)}
+        for key in ("rope_parameters", "rope_scaling"):  # the new spelling, and the old one's place for variants
+            thetas[f"{key}.rope_theta"] = _plain_theta(key, rest.pop(key, None))
+        thetas = {key: theta for key, theta in thetas.items() if theta is not None}
+        for key, theta in thetas.items():
+            if type(theta) not in (int, float):
+                raise UsageError(f"config key {key} must be a number, got {shown(theta)}")
+        for values in (dtypes, thetas):
+            if len(set(values.values())) > 1:
+                raise UsageError("config keys disagree: " + ", ".join(f"{k}={shown(v)}" for k, v in values.items()))
+        rest |= {"rope_theta": theta for theta in thetas.values()}  # noqa: B035  # they agree
         # What LlamaConfig itself does with these when a file leaves them out.
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             rest.setdefault(key, None)
@@ -116,10 +150,12 @@ class Config:
             if rest.get("num_key_value_heads") is None:
                 rest["num_key_value_heads"] = rest["num_attention_heads"]
             if rest.get("head_dim") is None and type(rest.get("hidden_size")) is int:
-                rest["head_dim"] = rest["hidden_size"] // rest["num_attention_heads"]
+                rest["head_dim"], left = divmod(rest["hidden_size"], rest["num_attention_heads"])
+                if left:
+                    raise UsageError("config lacks head_dim, and num_attention_heads does not divide hidden_size")
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(rest) - names - _BOOKKEEPING):
-            raise UsageError(f"config has keys this model cannot honour: {', '.join(unknown)}")
+            raise UsageError(f"config has keys this model cannot honour: {shown(', '.join(unknown))}")
         if missing := sorted(names - set(rest)):
             raise UsageError(f"config lacks {', '.join(missing)}: no model constant is guessed")
         return cls(**{name: rest[name] for name in names})
@@ -144,6 +180,19 @@ class Config:
         }
 
 
+def _plain_theta(key: str, parameters: Any) -> Any:
+    """The theta in one of the spellings of rotary parameters, None where it has none."""
+    if parameters is None:
+        return None
+    if type(parameters) is not dict:
+        raise UsageError(f"config key {key} must be an object, got {shown(parameters)}")
+    rest = dict(parameters)
+    kind, theta = rest.pop("rope_type", rest.pop("type", "default")), rest.pop("rope_theta", None)
+    if kind != "default" or rest:
+        raise UsageError(f"config key {key}={shown(parameters)} is not supported, only plain rotary embeddings are")
+    return theta
+
+
 def _float32(x: float) -> float:
     return struct.unpack("f", struct.pack("f", x))[0]
 
@@ -154,7 +203,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
-    "attention_dropout": (0.0, None),
+    "attention_dropout": (0.0, 0, None),
     "mlp_bias": (False, None),
     "pretraining_tp": (1, None),
     "rope_interleaved": (False, None),  # False is the half-split layout every LlamaForCausalLM has

@@ -4,18 +4,20 @@ SmolLM2's tokenizer is a byte-level BPE of 49,152 entries; its pre-tokenizer spl
 as GPT-2's. Ids fit in uint16.
 """
 
+import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from smollm_jax.config import shown
 from smollm_jax.errors import InputFileError, UsageError
+from smollm_jax.files import one_line, read_json, read_text
+from smollm_jax.tokenizer_file import byte_symbols, check_template, read_core, silent_stderr, template_environment
 
 Message = dict[str, str]
 
@@ -27,41 +29,36 @@ class Tokenizer:
         self.core = core
         self.eos_token_id = eos_token_id
         self.chat_template = chat_template
-        self.vocab_size = core.get_vocab_size()
+        # The largest id and one: an id may lie beyond the count of entries, and an embedding must reach it.
+        self.vocab_size = max(core.get_vocab().values(), default=-1) + 1
         vocabulary = core.get_vocab(with_added_tokens=False)
-        lacking = bytes(byte for byte, symbol in enumerate(_byte_symbols()) if symbol not in vocabulary)
+        lacking = bytes(byte for byte, symbol in enumerate(byte_symbols()) if symbol not in vocabulary)
         self._lacking = re.compile(b"[" + re.escape(lacking) + b"]") if lacking else None
         self._special = [token.content for token in core.get_added_tokens_decoder().values() if token.special]
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
         """The tokenizer in a folder; raises `InputFileError` naming the file that is missing or malformed."""
-        path = Path(folder) / "tokenizer.json"
+        path, beside, jinja = (
+            Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        )
         if not path.is_file():
             raise InputFileError(f"{path}: no such file; `python scripts/fetch_assets.py tokenizer` fetches SmolLM2's")
-        try:
-            core = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # malformed files make tokenizers raise PanicException, no Exception at all
-            raise InputFileError(f"{path}: not a readable tokenizer: {error}") from error
-        config, template = {}, None
-        beside = Path(folder) / "tokenizer_config.json"
-        if beside.is_file():
-            try:
-                config = json.loads(beside.read_text(encoding="utf-8"))
-                eos = config.get("eos_token")
-                template = config.get("chat_template")
-            except (ValueError, AttributeError) as error:
-                raise InputFileError(f"{beside}: not a JSON object: {error}") from error
-            eos = eos["content"] if isinstance(eos, dict) else eos
-        else:
-            eos = None
-        if (Path(folder) / "chat_template.jinja").is_file():
-            template = (Path(folder) / "chat_template.jinja").read_text(encoding="utf-8")
+        core = read_core(path)
+        config = read_json(beside) if beside.exists() else {}
+        if not isinstance(config, dict):
+            raise InputFileError(f"{beside}: not a JSON object")
+        eos, template = config.get("eos_token"), config.get("chat_template")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        if "eos_token" in config and config["eos_token"] is not None and type(eos) is not str:
+            raise InputFileError(f"{beside}: eos_token must be a string, got {shown(config['eos_token'])}")
         eos_token_id = None if eos is None else core.token_to_id(eos)
         if eos is not None and eos_token_id is None:
-            raise InputFileError(f"{beside}: eos_token {eos!r} is not in the vocabulary")
+            raise InputFileError(f"{beside}: eos_token {shown(eos)} is not in the vocabulary")
+        if jinja.exists():
+            template, beside = read_text(jinja), jinja
+        if template is not None:
+            check_template(template, beside)
         return cls(core, eos_token_id, template)
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
@@ -86,9 +83,10 @@ class Tokenizer:
     def unencodable(self, text: str) -> str | None:
         """Why a text cannot become tokens without loss, or None when it can."""
         try:
-            lost = self._lacking and self._lacking.search(text.encode())
+            content = text.encode()
         except UnicodeEncodeError as error:
             return f"character {error.start} is a lone surrogate"
+        lost = self._lacking and self._lacking.search(content)
         if not lost:
             return None
         place = len(lost.string[: lost.start()].decode(errors="ignore"))
@@ -117,13 +115,11 @@ class Tokenizer:
         for message in hidden:
             for token in self._special:
                 message["content"] = message["content"].replace(token, token[0] + hide + token[1:])
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_template_error
         try:
-            template = environment.from_string(self.chat_template)
+            template = template_environment().from_string(self.chat_template)
             text = template.render(messages=hidden, add_generation_prompt=add_generation_prompt)
-        except jinja2.TemplateError as error:
-            raise UsageError(f"the chat template does not accept these messages: {error}") from error
+        except Exception as error:  # whatever the template's own code raises
+            raise UsageError(f"the chat template does not accept these messages: {one_line(error)}") from error
         ids: list[int] = []
         while text:
             start, token = min(((text.find(t), t) for t in self._special if t in text), default=(len(text), ""))
@@ -133,15 +129,31 @@ class Tokenizer:
         return ids
 
 
-def _byte_symbols() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary. Source: openai/gpt-2, src/encoder.py."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+class TextStream:
+    """The text of token ids that come a few at a time, in whole characters; linear in the number of ids.
 
+    Bytes that may yet become a character are held back. The pieces and `end()`, joined, are `decode` of all ids.
+    """
 
-def _raise_template_error(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    def __init__(self, tokenizer: Tokenizer):
+        self._core = tokenizer.core
+        self._byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, ids: Iterable[int]) -> str:
+        """The characters that these ids complete."""
+        return self._decoder.decode(b"".join(self._bytes(int(i)) for i in ids))
+
+    def end(self) -> str:
+        """What was held back: U+FFFD when the text ends inside a character, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+    def _bytes(self, i: int) -> bytes:
+        token = self._core.id_to_token(i) or ""
+        try:
+            return bytes(self._byte_of[symbol] for symbol in token)
+        except KeyError:  # an added token, which stands for itself
+            return token.encode()
 
 
 def folder_beside(weights: Path | None) -> Path:
@@ -189,20 +201,39 @@ def tokenizer_files(
     }
 
 
-def files_from_gguf(fields: dict[str, Any], path: Path) -> dict[str, bytes]:
-    """The tokenizer folder's files from a GGUF's metadata; raises `InputFileError` for another kind of tokenizer."""
-    kind = (fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre"))
+def files_from_gguf(fields: dict[str, Any], vocab_size: int, path: Path) -> dict[str, bytes]:
+    """The tokenizer folder's files from a GGUF's metadata; raises `InputFileError` naming the key that is malformed."""
+
+    def get(name: str, of: type) -> list[Any]:
+        values = fields.get(f"tokenizer.ggml.{name}")
+        if type(values) is not list or not all(type(value) is of for value in values):
+            raise InputFileError(f"{path}: metadata tokenizer.ggml.{name} must be an array of {of.__name__}")
+        return values
+
+    kind = tuple(fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind != ("gpt2", "smollm"):
-        raise InputFileError(f"{path}: tokenizer model and pre-tokenizer {kind}, only ('gpt2', 'smollm') is supported")
+        raise InputFileError(
+            f"{path}: metadata tokenizer.ggml.model and .pre are {shown(kind)}, only ('gpt2', 'smollm') is supported"
+        )
+    tokens, types, merges = get("tokens", str), get("token_type", int), get("merges", str)
+    if not len(tokens) == len(set(tokens)) == len(types) <= vocab_size:
+        counts = f"{len(tokens)} tokens, {len(set(tokens))} of them distinct, {len(types)} types"
+        raise InputFileError(f"{path}: metadata tokenizer.ggml.tokens: {counts}, a vocabulary of {vocab_size}")
+    roles: dict[str, str | None] = {}
+    for role, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        i = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
+            raise InputFileError(f"{path}: metadata tokenizer.ggml.{name}_token_id is {shown(i)}, no token")
+        roles[role] = None if i is None else tokens[i]
+    template = fields.get("tokenizer.chat_template")
+    if template is not None:
+        check_template(template, path)
+    control = 3  # gguf.TokenType.CONTROL
     try:
-        tokens = fields["tokenizer.ggml.tokens"]
-        control = 3  # gguf.TokenType.CONTROL
-        special = [token for token, t in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if t == control]
-        core = build(tokens, fields["tokenizer.ggml.merges"], special)
-        names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-        ids = {role: fields.get(f"tokenizer.ggml.{name}_token_id") for role, name in names.items()}
-        roles = {role: None if i is None else tokens[i] for role, i in ids.items()}
-        length = fields["llama.context_length"]
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise InputFileError(f"{path}: tokenizer metadata is malformed: {error!r}") from error
-    return tokenizer_files(core, length, roles, fields.get("tokenizer.chat_template"))
+        with silent_stderr():
+            core = build(tokens, merges, [token for token, t in zip(tokens, types, strict=True) if t == control])
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise InputFileError(f"{path}: metadata tokenizer.ggml.merges: {one_line(error)}") from error
+    return tokenizer_files(core, fields["llama.context_length"], roles, template)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from smollm_jax import cost
-from smollm_jax.config import PRESETS, Config, preset
+from smollm_jax.config import BOUNDS, PRESETS, Config, preset, shown
 from smollm_jax.errors import UsageError
 
 
@@ -71,6 +71,31 @@ def test_several_eos_tokens_survive():
 def test_what_cannot_be_honoured_is_refused_by_name(change, named):
     with pytest.raises(UsageError, match=named):
         Config.from_hf(preset("tiny").to_hf() | change)
+
+
+def test_every_size_and_constant_has_bounds_and_both_ends_are_held():
+    fields = {field.name: field.type for field in dataclasses.fields(Config)}
+    assert set(BOUNDS) == {name for name, kind in fields.items() if kind in (int, float)}
+    for name, (least, most) in BOUNDS.items():
+        below, above = (least - 1, most + 1) if fields[name] is int else (least / 2, most * 2)
+        for value in (below, above, str(least), None, True, float("nan"), 10**5000):
+            with pytest.raises(UsageError, match=f"{name} must be .* got "):
+                dataclasses.replace(preset("tiny"), **{name: value})
+
+
+def test_no_config_within_bounds_has_frequencies_that_are_no_numbers():
+    for theta in BOUNDS["rope_theta"]:
+        config = dataclasses.replace(preset("tiny"), rope_theta=theta)
+        assert all(0 < frequency <= 1 for frequency in config.rotary_frequencies)
+
+
+def test_a_foreign_value_is_shown_in_one_short_line():
+    nested: list = []
+    for _ in range(60):
+        nested = [nested, nested]
+    for value in ("a\nb\x1b[31m", "x" * 10**6, nested, 10**5000, {"a": nested}, b"\0" * 10**6, "\ud800"):
+        assert len(shown(value)) <= 120
+        assert shown(value).isprintable()
 
 
 @pytest.mark.parametrize("key", ["rms_norm_eps", "hidden_size", "initializer_range", "vocab_size"])

@@ -5,9 +5,14 @@ import json
 import numpy as np
 import pytest
 
+import smollm_jax.text
 from smollm_jax.data import Batches, TokenFile, prepare
 from smollm_jax.errors import InputFileError
 from smollm_jax.recipe import Recipe
+from smollm_jax.text import documents
+from smollm_jax.tokenizer import Tokenizer
+from tests.hostile_texts import TOKENS
+from tests.small_files import tokenizer_folder
 
 
 def recipe(**changes) -> Recipe:
@@ -18,7 +23,7 @@ def recipe(**changes) -> Recipe:
 @pytest.fixture
 def numbers(tmp_path) -> TokenFile:
     """A token file whose token i is i."""
-    return TokenFile(tmp_path, np.arange(1000, dtype=np.uint16), "", "", 1)
+    return TokenFile(tmp_path, np.arange(1000, dtype=np.uint16), "", "", 1, 0)
 
 
 def test_every_window_is_seen_once_an_epoch_and_shuffled_anew_in_the_next(numbers):
@@ -89,6 +94,44 @@ def test_a_prepared_file_is_reused_and_a_changed_text_is_not(tmp_path, tokenizer
         assert prepare(given, tokenizer_path, tmp_path / "other").sha256 == first.sha256
     source.write_text("other text")
     assert prepare(source, tokenizer_path, tmp_path / "cache").sha256 != first.sha256
+
+
+def test_line_ends_become_newlines_and_nothing_else_of_a_text_changes(tmp_path):
+    (tmp_path / "x.txt").write_bytes("a\r\nb\rc\n\n  d\té\ufeff 😀".encode())
+    assert list(documents(tmp_path / "x.txt")) == ["a\nb\nc\n\n  d\té\ufeff 😀"]
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a\\r\\nb"}\r\n\r\n{"text": ""}')
+    assert list(documents(tmp_path / "x.jsonl")) == ["a\r\nb", ""]
+
+
+def test_text_with_the_longest_line_allowed_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm_jax.text, "MAX_LINE", 8)
+    (tmp_path / "x.txt").write_bytes(b"1234567\n" * 3 + b"12345678")
+    assert list(documents(tmp_path / "x.txt")) == ["1234567\n" * 3 + "12345678"]
+    (tmp_path / "x.txt").write_bytes(b"1\n12345678\n")
+    with pytest.raises(InputFileError, match="line 2 is longer than 8"):
+        list(documents(tmp_path / "x.txt"))
+
+
+def test_the_largest_id_is_known_and_one_beyond_the_vocabulary_is_refused(tmp_path):
+    tokenizer_folder(tmp_path / "tokenizer")
+    write, _ = TOKENS["an id beyond the vocabulary"]
+    file = TokenFile.open(write(tmp_path))
+    assert file.largest_id == 260
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+    with pytest.raises(InputFileError, match=r"tokens\.bin: token 4 is 260, the vocabulary ends at 259"):
+        file.check(tokenizer, tmp_path / "tokenizer")
+    tokenizer.vocab_size = 261
+    assert file.check(tokenizer, tmp_path / "tokenizer") is file
+
+
+def test_texts_are_prepared_anew_for_another_end_of_text(tmp_path):
+    (tmp_path / "x.txt").write_text("the text")
+    ends = []
+    for eos in ("<|endoftext|>", "!"):
+        settings = json.dumps({"eos_token": eos}).encode()
+        folder = tokenizer_folder(tmp_path / "tokenizer", **{"tokenizer_config.json": settings})
+        ends.append(prepare(tmp_path / "x.txt", folder, tmp_path / "cache").tokens[-1])
+    assert ends == [0, 1 + ord("!")]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])

@@ -1,13 +1,17 @@
 """The tokenizer is SmolLM2's, loses nothing, and lets no user forge special tokens."""
 
 import json
+import os
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smollm_jax.errors import InputFileError, UsageError
-from smollm_jax.tokenizer import Tokenizer
+from smollm_jax.tokenizer import TextStream, Tokenizer
+from smollm_jax.tokenizer_file import silent_stderr
+from tests.small_files import small_tokenizer, tokenizer_folder
 
 
 def test_known_ids(tokenizer):
@@ -28,14 +32,103 @@ def test_eos_is_the_models(tokenizer, tokenizer_path):
     assert base.chat_template is None
 
 
-@settings(max_examples=500, deadline=None)
-@given(text=st.text() | st.text("<|im_endstar>\n 123é😀\u0301\u202e\0", max_size=40))
+# Emoji with joiners, skin tones and flags, combining marks, right-to-left, NUL, typed special tokens, any character.
+PARTS = [
+    "<|im_end|>",
+    "<|endoftext|>",
+    "👩‍👩‍👧",
+    "👍🏽",
+    "🇨🇭",
+    "e\u0301\u0323",
+    "\u202eabc\u202c",
+    "שלום",
+    "\0",
+    "\r\n",
+    "123",
+]
+TEXTS = st.text() | st.lists(st.sampled_from(PARTS) | st.text(max_size=3)).map("".join)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(text=TEXTS)
 def test_decoding_gives_back_the_text_or_encoding_refused_it(tokenizer, text):
     if any(c in "\x04\x06\x13\x14\x16\x1d" or "\U00040000" <= c < "\U000c0000" for c in text):
         with pytest.raises(UsageError, match="has no token"):
             tokenizer.encode(text)
     else:
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=TEXTS, ids=st.lists(st.integers(0, 49_151)), data=st.data())
+def test_a_streamed_text_is_the_text_however_its_ids_are_cut(tokenizer, text, ids, data):
+    """Random ids are mostly halves of characters; a text's own ids cut emoji in the middle."""
+    ids = ids if tokenizer.unencodable(text) else ids + tokenizer.encode(text)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=len(ids))))
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(ids[a:b]) for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)] + [stream.end()]
+    whole = tokenizer.decode(ids)
+    assert "".join(pieces) == whole
+    shown = ""
+    for piece in pieces:  # what is shown is never taken back
+        shown += piece
+        assert whole.startswith(shown)
+
+
+def test_half_a_character_is_held_back_until_it_is_whole_or_the_text_ends(tokenizer):
+    ids = tokenizer.encode("a😀b")
+    assert len(ids) > 4, "one token for an emoji: cut another character"
+    stream = TextStream(tokenizer)
+    assert [stream.add([i]) for i in ids] == ["a", *[""] * (len(ids) - 3), "😀", "b"]
+    assert stream.end() == ""
+    assert stream.add(ids[1:-2]) == ""
+    assert stream.end() == "\ufffd"
+
+
+def test_a_streamed_special_token_and_an_unknown_id_are_as_in_decode(tokenizer):
+    for ids in ([1, 504, 2], [10**6, 504]):
+        stream = TextStream(tokenizer)
+        assert stream.add(ids) + stream.end() == tokenizer.decode(ids)
+
+
+def test_the_vocabulary_reaches_to_the_largest_id(tmp_path):
+    values = json.loads(small_tokenizer()["tokenizer.json"])
+    values["model"]["vocab"]["Ġthe"] = 999
+    folder = tokenizer_folder(tmp_path, **{"tokenizer.json": json.dumps(values).encode()})
+    assert Tokenizer.load(folder).vocab_size == 1000
+    assert len(values["model"]["vocab"]) == 260
+
+
+def with_template(folder, template: str) -> Tokenizer:
+    settings = json.dumps({"chat_template": template}).encode()
+    return Tokenizer.load(tokenizer_folder(folder, **{"tokenizer_config.json": settings}))
+
+
+@pytest.mark.parametrize(
+    ("template", "named"), [("{{ 1 / 0 }}", "zero"), ("{{ messages.a.b }}", "no attribute"), ("{{ a() }}", "undefined")]
+)
+def test_a_template_that_fails_as_it_runs_is_named(tmp_path, template, named):
+    tokenizer = with_template(tmp_path, template)
+    with pytest.raises(UsageError, match=f"chat template does not accept these messages: .*{named}"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize("huge", ["'a' * 200000000", "'a'|center(200000000)", "'a'.ljust(200000000)"])
+def test_no_template_is_computed_as_it_is_read(tmp_path, huge):
+    tracemalloc.start()
+    for template in (f"{{{{ {huge} }}}}", f"{{% if {huge} %}}{{% endif %}}", f"{{% set x = {huge} %}}"):
+        with_template(tmp_path, template)
+    with pytest.raises(InputFileError, match=r"tokenizer_config\.json: chat_template: autoescape is not supported"):
+        with_template(tmp_path, f"{{% autoescape {huge} %}}{{% endautoescape %}}")
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
+
+
+def test_a_panic_is_silent_for_one_moment_only(capfd):
+    with silent_stderr():
+        os.write(2, b"thread panicked\n")
+    os.write(2, b"heard\n")
+    assert capfd.readouterr().err == "heard\n"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from smollm_jax import formats, weights
+from smollm_jax import formats, safetensors_file, weights
 from smollm_jax.checkpoint import flatten
 from smollm_jax.config import preset
 from smollm_jax.errors import InputFileError, StorageError, UsageError
@@ -86,15 +86,58 @@ def test_there_and_back_through_jax_is_bit_equal(tmp_path, bundle, tiny_model):
 
 
 def test_shards_are_read(tmp_path, bundle):
-    weights.write(tmp_path / "hf", bundle, "hf")
+    index = sharded(tmp_path / "hf", bundle)
+    (tmp_path / "hf/model.safetensors.index.json").write_text(json.dumps(index))
+    same(weights.read(tmp_path / "hf").tensors, bundle.tensors)
+
+
+def sharded(folder, bundle):
+    """The bundle as a folder of two shards and their index, which is returned."""
+    weights.write(folder, bundle, "hf")
+    (folder / "model.safetensors").unlink()
     names = list(bundle.tensors)
     parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
     for file, part in parts.items():
-        formats.write_safetensors(tmp_path / "hf" / file, {n: bundle.tensors[n] for n in part}, {})
-    (tmp_path / "hf/model.safetensors").unlink()
-    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+        formats.write_safetensors(folder / file, {n: bundle.tensors[n] for n in part}, {})
+    return {"weight_map": {name: file for file, part in parts.items() for name in part}}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda index: index["weight_map"].update({"model.norm.weight": "model-00001-of-00002.safetensors"}),
+            "disagree",
+        ),
+        (lambda index: index["weight_map"].pop("model.norm.weight"), "disagree on 1 tensor.*model.norm.weight"),
+        (lambda index: index["weight_map"].update(a="model-00001-of-00002.safetensors"), "disagree on 1 tensor.*'a'"),
+        (lambda index: index["weight_map"].update(a="nowhere.safetensors"), "nowhere.safetensors: no such file"),
+        (lambda index: index["weight_map"].update(a="../model.safetensors"), "is not a plain file name"),
+        (lambda index: index["weight_map"].update(a=3), "has no weight_map"),
+        (lambda index: index.clear(), "has no weight_map"),
+    ],
+)
+def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path, bundle, change, named):
+    index = sharded(tmp_path / "hf", bundle)
+    change(index)
     (tmp_path / "hf/model.safetensors.index.json").write_text(json.dumps(index))
-    same(weights.read(tmp_path / "hf").tensors, bundle.tensors)
+    with pytest.raises(InputFileError, match=named):
+        weights.read(tmp_path / "hf")
+
+
+def test_a_folder_of_both_one_file_and_shards_is_not_guessed_at(tmp_path, bundle):
+    weights.write(tmp_path / "hf", bundle, "hf")
+    (tmp_path / "hf/model.safetensors.index.json").write_text("{}")
+    with pytest.raises(InputFileError, match=r"hf: holds both model\.safetensors and model\.safetensors\.index\.json"):
+        weights.read(tmp_path / "hf")
+
+
+def test_a_tokenizer_file_too_long_to_be_one_is_not_read(tmp_path, bundle):
+    weights.write(tmp_path / "hf", bundle, "hf")
+    with (tmp_path / "hf/tokenizer.json").open("wb") as file:
+        file.truncate(33 << 20)
+    with pytest.raises(InputFileError, match=r"tokenizer\.json: 34,603,008 bytes are too many"):
+        weights.read(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -161,7 +204,7 @@ def test_the_safetensors_writer_keeps_arrays_of_any_memory_order(tmp_path):
     formats.write_safetensors(tmp_path / "x.safetensors", arrays(), {})
     found, _ = formats.read_safetensors(tmp_path / "x.safetensors")
     for name, array in arrays().items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
+        np.testing.assert_array_equal(found[name], array, err_msg=name, strict=name != "big endian")
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o044, "others cannot read the file"
 
 
@@ -169,8 +212,8 @@ def test_the_writer_notices_what_reads_back_different(tmp_path, monkeypatch):
     def garbage(tensors, path, metadata):
         formats_save({name: tensor + 1 for name, tensor in tensors.items()}, path, metadata)
 
-    formats_save = formats.save_file
-    monkeypatch.setattr(formats, "save_file", garbage)
+    formats_save = safetensors_file.save_file
+    monkeypatch.setattr(safetensors_file, "save_file", garbage)
     with pytest.raises(StorageError, match="tensor a reads back different"):
         formats.write_safetensors(tmp_path / "x.safetensors", {"a": np.ones(3, np.float32)}, {})
 

@@ -1,0 +1,131 @@
+"""Safetensors files: one reader, which knows its file before it allocates, and one writer, which reads back."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from smollm_jax.config import shown
+from smollm_jax.errors import InputFileError, StorageError
+from smollm_jax.files import one_line, parse_json, size_of
+
+MAX_HEADER = 16 << 20  # bytes; SmolLM2-135M's has 30 KB
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DIGEST = "smollm_jax.sha256"  # the metadata key, in a `.pt` too
+
+
+def digest(tensors: dict[str, np.ndarray]) -> str:
+    """The sha256 over every tensor's name, dtype, shape and bytes, in the order of their names.
+
+    Shapes cannot tell two swapped tensors apart; this does.
+    """
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = native(tensors[name])
+        total.update(json.dumps([name, tensor.dtype.name, tensor.shape]).encode())
+        total.update(tensor.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def verify(tensors: dict[str, np.ndarray], expected: Any, path: Path) -> None:
+    """Raises `InputFileError` when a file's digest is not that of its tensors; None, a foreign file's, says nothing."""
+    if expected is not None and (found := digest(tensors)) != expected:
+        raise InputFileError(f"{path}: tensors were changed or swapped: {DIGEST} is {shown(expected)}, found {found}")
+
+
+def native(tensor: np.ndarray) -> np.ndarray:
+    """The same numbers in this machine's byte order and C order, the shape kept (`ascontiguousarray` makes 0-d 1-d)."""
+    return np.asarray(tensor, dtype=tensor.dtype.newbyteorder("="), order="C")
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors and metadata of one file; raises `InputFileError` when the file is malformed or its digest differs."""
+    metadata = check_header(path)
+    tensors = _load(path)
+    verify(tensors, metadata.get(DIGEST), path)
+    return tensors, metadata
+
+
+def check_header(path: Path) -> dict[str, str]:
+    """The metadata of a file whose header describes it to the last byte; raises `InputFileError` otherwise.
+
+    safetensors finds most of it too, but takes the last of two tensors of one name and speaks of no tensor by name.
+    """
+
+    def fail(what: str) -> InputFileError:
+        return InputFileError(f"{path}: not a readable safetensors file: {what}")
+
+    size = size_of(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise fail(f"a header of {length:,} bytes in a file of {size:,}, at most {MAX_HEADER:,} are read")
+        header = file.read(length)
+    try:
+        entries = parse_json(header.decode("utf-8"), f"{path}: header")
+    except UnicodeDecodeError as error:
+        raise fail(f"byte {error.start} of the header is not UTF-8") from error
+    metadata = entries.pop("__metadata__", {}) if isinstance(entries, dict) else None
+    if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
+        raise fail("the header is no object of tensors with metadata of strings")
+    spans = []
+    for name, entry in entries.items():
+        if not name.isprintable() or len(name) > 256:
+            raise fail(f"a tensor is named {shown(name)}")
+        match entry:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)], **more} if (
+                not more
+            ):
+                pass
+            case _:
+                raise fail(f"tensor {name} is described by {shown(entry)}, not by dtype, shape and data_offsets")
+        if dtype not in SIZES:
+            raise fail(f"tensor {name} has dtype {shown(dtype)}, only {', '.join(SIZES)} are read")
+        if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+            raise fail(f"tensor {name} has shape {shown(shape)}")
+        if math.prod(shape) * SIZES[dtype] != end - begin:
+            raise fail(f"tensor {name}, {dtype} {shape}, does not fill bytes {shown(begin)} to {shown(end)}")
+        spans.append((begin, end, name))
+    place = 0
+    for begin, end, name in sorted(spans):
+        if begin != place:
+            raise fail(
+                f"tensor {name} begins at byte {shown(begin)} of the data, expected {place}: a hole or an overlap"
+            )
+        place = end
+    if 8 + length + place != size:
+        raise fail(f"has {size:,} bytes, its header describes {shown(8 + length + place)}")
+    return metadata
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """The one writer of safetensors: makes arrays contiguous, reads back what it wrote and compares the bytes.
+
+    safetensors 0.8.0 writes the memory of a non-contiguous array in the wrong order without an error
+    (safetensors#825), and gives files the mode 0600 (#782).
+    """
+    made = {name: native(tensor) for name, tensor in tensors.items()}
+    save_file(made, path, metadata={"format": "pt", DIGEST: digest(made)} | metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    written = _load(path)
+    for name, tensor in made.items():
+        if (written[name].dtype, written[name].shape) != (tensor.dtype, tensor.shape) or (
+            written[name].tobytes() != tensor.tobytes()
+        ):
+            raise StorageError(f"{path}: tensor {name} reads back different from what was written")
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError, TypeError, ValueError, KeyError, AttributeError, MemoryError) as error:
+        raise InputFileError(f"{path}: not a readable safetensors file: {one_line(error)}") from error

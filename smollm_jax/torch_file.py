@@ -1,0 +1,68 @@
+"""What a `.pt` file may be, checked around `torch.load`, and tensors to arrays and back, bit for bit.
+
+torch is imported only where a tensor is at hand.
+"""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from smollm_jax.config import shown
+from smollm_jax.errors import InputFileError
+from smollm_jax.files import one_line, size_of
+from smollm_jax.safetensors_file import native
+
+MAX_PICKLE = 2 << 20  # bytes of the pickle in a .pt, which holds names and shapes; SmolLM2-135M's has 40 KB
+
+
+def check_archive(path: Path) -> None:
+    """Raises `InputFileError` unless a file is a zip archive as torch.save writes it: not packed, a small pickle."""
+    size = size_of(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputFileError(
+            f"{path}: not a torch file ({one_line(error)}), and nothing else is unpickled, because a pickle can run "
+            "code; give a .safetensors file, or save the state dict with torch.save of PyTorch 1.6 or later"
+        ) from error
+    if sum(entry.file_size for entry in entries) > size:  # torch.save packs none, a packed one grows a thousandfold
+        raise InputFileError(f"{path}: not written by torch.save: its entries are packed or overlap")
+    if any(entry.filename.endswith("data.pkl") and entry.file_size > MAX_PICKLE for entry in entries):
+        raise InputFileError(f"{path}: data.pkl has over {MAX_PICKLE:,} bytes, too many for a state dict of tensors")
+
+
+def checked_from_torch(name: Any, tensor: Any, path: Path) -> np.ndarray:
+    """A loaded tensor as an array; raises `InputFileError` naming one that is not plain numbers in the file."""
+    if type(name) is not str or not name.isprintable() or len(name) > 256:
+        raise InputFileError(f"{path}: a tensor is named {shown(name)}")
+    try:
+        # A stride of 0 makes terabytes of one stored number.
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise InputFileError(f"{path}: tensor {name} has shape {list(tensor.shape)}, the file stores fewer numbers")
+        return from_torch(tensor)
+    except (TypeError, RuntimeError, NotImplementedError) as error:  # sparse, quantised, meta, float8
+        raise InputFileError(f"{path}: tensor {name} is no plain array: {one_line(error)}") from error
+
+
+def from_torch(tensor: Any) -> np.ndarray:
+    """A CPU tensor as a NumPy array; bfloat16 bit for bit."""
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def to_torch(array: np.ndarray) -> Any:
+    """A NumPy array as a tensor that owns its memory; bfloat16 bit for bit."""
+    import torch
+
+    array = native(array).copy()  # torch must not share memory it may write to
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

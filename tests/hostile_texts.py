@@ -1,0 +1,255 @@
+"""Malformed configs, token files, texts and pickles, as `hostile_weights.py` has malformed weights."""
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.hostile_weights import Cases
+from tests.small_files import SMALL, tokenizer_folder
+
+Writer = Callable[[Path], Path]
+MIB = 1 << 20
+
+
+def holding(name: str, content: bytes) -> Writer:
+    def write(folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return write
+
+
+def sparse(name: str, size: int, fill: bytes = b"") -> Writer:
+    """A file of `size` bytes: `fill` again and again for the first 20 MiB, then a hole."""
+
+    def write(folder: Path) -> Path:
+        with (folder / name).open("wb") as file:
+            file.write(fill * (20 * MIB // len(fill)) if fill else b"")
+            file.truncate(size)
+        return folder / name
+
+    return write
+
+
+# ------------------------------------------------------------------------------------------------- config.json
+
+
+def config(**changed: Any) -> Writer:
+    return holding("config.json", json.dumps(SMALL.to_hf() | changed).encode())
+
+
+def config_text(old: str, new: str) -> Writer:
+    text = json.dumps(SMALL.to_hf())
+    assert text.count(old) == 1, old
+    return holding("config.json", text.replace(old, new).encode())
+
+
+CONFIG: Cases = {
+    "empty": (holding("config.json", b""), "not readable as JSON"),
+    "a list": (holding("config.json", b"[]"), "must be a JSON object, got list"),
+    "a string": (holding("config.json", b'"llama"'), "must be a JSON object, got str"),
+    "a byte order mark": (holding("config.json", b"\xef\xbb\xbf{}"), "begins with a byte order mark"),
+    "UTF-16": (holding("config.json", json.dumps(SMALL.to_hf()).encode("utf-16")), "looks like UTF-16"),
+    "not UTF-8": (holding("config.json", b'{"a": "\xe9"}'), "byte 7 is not UTF-8"),
+    "nested too deeply": (holding("config.json", b"[" * 100_000), "nested too deeply"),
+    "5 MiB": (sparse("config.json", 5 * MIB), "bytes are too many"),
+    "an unknown key": (config(sliding_window=4096), "cannot honour: 'sliding_window'"),
+    "code": (config(auto_map={"AutoModel": "evil.Model"}), "auto_map"),
+    "a string for a number": (config(hidden_size="8"), "hidden_size must be an integer .* got '8'"),
+    "a boolean for a number": (config(num_hidden_layers=True), "num_hidden_layers must be an integer .* got True"),
+    "a boolean for a fraction": (config(rms_norm_eps=True), "rms_norm_eps must be a number .* got True"),
+    "a fraction for a whole": (config(vocab_size=300.0), r"vocab_size must be an integer .* got 300\.0"),
+    "a number for a boolean": (config(tie_word_embeddings=1), "tie_word_embeddings must be true or false, got 1"),
+    "0 for false": (config(attention_bias=0), "attention_bias=0 is not supported"),
+    "true for 1": (config(pretraining_tp=True), "pretraining_tp=True is not supported"),
+    "null for a number": (config(hidden_size=None), "hidden_size must be an integer"),
+    "NaN": (config(rms_norm_eps=float("nan")), "key 'rms_norm_eps' is NaN"),
+    "infinite": (config(initializer_range=float("inf")), "key 'initializer_range' is NaN, infinite"),
+    "1e999": (config_text('"initializer_range": 0.1', '"initializer_range": 1e999'), "key 'initializer_range'"),
+    "NaN in a list": (config(eos_token_id=[0, float("nan")]), "key 'eos_token_id'"),
+    "10,000 digits": (config_text('"hidden_size": 8', '"hidden_size": 8' + "0" * 10_000), "key 'hidden_size'"),
+    "90 digits": (config(hidden_size=10**90), "hidden_size must be an integer from 1 to 65536"),
+    "a key twice": (
+        config_text('"hidden_size": 8', '"hidden_size": 8, "hidden_size": 8'),
+        "'hidden_size' occurs twice",
+    ),
+    "a billion layers": (config(num_hidden_layers=10**9), "num_hidden_layers must be an integer from 1 to 1024"),
+    "a huge vocabulary": (config(vocab_size=2**40), "vocab_size must be an integer from 1 to 1048576"),
+    "no head": (config(num_attention_heads=0), "num_attention_heads must be an integer from 1"),
+    "heads below 0": (config(num_key_value_heads=-1), "num_key_value_heads must be an integer from 1"),
+    "theta of 1e300": (config(rope_theta=1e300, rope_parameters=None), "rope_theta must be a number from 1 to"),
+    "theta of 1e-300": (config(rope_theta=1e-300, rope_parameters=None), "rope_theta must be a number from 1 to"),
+    "theta in words": (config(rope_theta="10000"), "rope_theta must be a number"),
+    "two thetas": (config(rope_theta=5.0), "disagree: rope_theta=5.0"),
+    "a scaled theta": (config(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling"),
+    "eps of 1e-300": (config(rms_norm_eps=1e-300), "rms_norm_eps must be a number from 1e-30"),
+    "eos in a list in a list": (config(eos_token_id=[[0]]), r"eos_token_id must be a token id .* got \[0\]"),
+    "eos in words": (config(eos_token_id="</s>"), "eos_token_id must be a token id"),
+    "eos below 0": (config(eos_token_id=-1), "eos_token_id must be a token id"),
+    "a dtype in words": (config(torch_dtype="banana"), "torch_dtype must be one of float32.* got 'banana'"),
+    "a dtype that is a number": (config(dtype=16), "dtype must be one of float32.* got 16"),
+    "two dtypes": (config(dtype="float16"), "disagree: dtype='float16'"),
+    "no head_dim to be had": (config(head_dim=None, hidden_size=9), "num_attention_heads does not divide hidden_size"),
+}
+
+# --------------------------------------------------------------------------------------- token files and texts
+
+
+def tokens(content: bytes, length: int | None = None, **changed: Any) -> Writer:
+    """A token file whose sidecar says what is true of it, but for what is changed; None removes a key."""
+
+    def write(folder: Path) -> Path:
+        tokenizer = tokenizer_folder(folder / "tokenizer")
+        (folder / "x").mkdir()
+        (folder / "x/tokens.bin").write_bytes(content[:length])
+        sidecar = {
+            "format": "smollm-tokens-1",
+            "tokens": len(content) // 2,
+            "documents": 1,
+            "eos_token_id": 0,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "tokenizer_sha256": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
+        } | changed
+        sidecar = {key: value for key, value in sidecar.items() if value is not None}
+        (folder / "x/tokens.json").write_text(json.dumps(sidecar))
+        return folder / "x"
+
+    return write
+
+
+GOOD = bytes([5, 0, 6, 0, 3, 1, 0, 0])  # tokens 5, 6, 259, 0
+TOKENS: Cases = {
+    "of another format": (tokens(GOOD, format="x"), "tokens.json: is not the sidecar"),
+    "without a count": (tokens(GOOD, tokens=None), "tokens.json: lacks tokens"),
+    "a count in words": (tokens(GOOD, tokens="4"), "tokens.json: tokens must be a count, got '4'"),
+    "a count that is a fraction": (tokens(GOOD, tokens=4.0), "tokens.json: tokens must be a count, got 4.0"),
+    "a count that is true": (tokens(GOOD, documents=True), "tokens.json: documents must be a count, got True"),
+    "a count below 0": (tokens(GOOD, documents=-1), "tokens.json: documents must be a count, got -1"),
+    "an eos in words": (tokens(GOOD, eos_token_id="0"), "tokens.json: eos_token_id must be a token id, got '0'"),
+    "a digest that is a number": (tokens(GOOD, sha256=7), "tokens.json: sha256 must be 64 hexadecimal digits, got 7"),
+    "a digest cut": (tokens(GOOD, sha256="ab12"), "tokens.json: sha256 must be 64"),
+    "an odd size": (tokens(GOOD, 7), r"tokens\.bin: has 7 bytes"),
+    "shrunk": (tokens(GOOD, 6), r"tokens\.bin: has 6 bytes, its tokens.json says 4"),
+    "grown": (tokens(GOOD, tokens=3), r"tokens\.bin: has 8 bytes, its tokens.json says 3"),
+    "empty": (tokens(b""), r"tokens\.bin: has 0 bytes"),
+    "flipped": (tokens(GOOD, sha256="ab" * 32), r"tokens\.bin: has sha256 .*, its tokens.json says abababababab"),
+    "an id beyond the vocabulary": (
+        tokens(GOOD + b"\x04\x01"),
+        r"tokens\.bin: token 4 is 260, the vocabulary ends at 259",
+    ),
+    "of another tokenizer": (tokens(GOOD, tokenizer_sha256="cd" * 32), "another tokenizer"),
+    "of another eos": (tokens(GOOD, eos_token_id=1), "ends its documents with token 1"),
+}
+
+
+def text(name: str, content: bytes | Writer) -> Writer:
+    def write(folder: Path) -> Path:
+        tokenizer_folder(folder / "tokenizer")
+        return (content if callable(content) else holding(name, content))(folder)
+
+    return write
+
+
+LONG = 100 * MIB
+TEXT: Cases = {
+    "empty": (text("x.txt", b""), "holds no text"),
+    "a byte order mark": (
+        text("x.txt", b"\xef\xbb\xbfhello"),
+        "begins with a byte order mark: save it as UTF-8 without",
+    ),
+    "NUL": (text("x.txt", b"one\ntwo\0three\n"), "line 2: character 3 is NUL"),
+    "not UTF-8": (text("x.txt", b"one\ncaf\xe9\n"), "byte 7 is not UTF-8"),
+    "a character cut at the end": (text("x.txt", "one é".encode()[:-1]), "byte 4 is not UTF-8"),
+    "UTF-16 with a mark": (text("x.txt", "hello".encode("utf-16")), "looks like UTF-16"),
+    "UTF-16 without a mark": (text("x.txt", "hello\nyou\n".encode("utf-16-le")), "looks like UTF-16"),
+    "UTF-16, big-endian": (text("x.txt", "hello\nyou\n".encode("utf-16-be")), "looks like UTF-16"),
+    "one line of 100 MB": (text("x.txt", sparse("x.txt", LONG, fill=b"a" * MIB)), "line 1 is longer than 16,777,216"),
+    "a line of 100 MB behind others": (
+        text("x.txt", sparse("x.txt", LONG, fill=b"a\n" * 8 + b"b" * (17 * MIB))),
+        "line 9 is longer than 16,777,216",
+    ),
+    "100 MB of nothing": (text("x.txt", sparse("x.txt", LONG)), "line 1"),
+    "JSONL, empty": (text("x.jsonl", b"\n\n"), "holds no text"),
+    "JSONL, a byte order mark": (text("x.jsonl", b'\xef\xbb\xbf{"text": "a"}'), "begins with a byte order mark"),
+    "JSONL, UTF-16": (text("x.jsonl", '{"text": "a"}\n'.encode("utf-16-le")), "looks like UTF-16"),
+    "JSONL, not UTF-8": (text("x.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n'), "byte 24 is not UTF-8"),
+    "JSONL, NUL": (text("x.jsonl", b'{"text": "a"}\n{"text": "\0"}\n'), "line 2: character 10 is NUL"),
+    "JSONL, NUL by its number": (text("x.jsonl", rb'{"text": "ab\u0000"}'), "line 1: 'text': character 2 is NUL"),
+    "JSONL, half a pair": (text("x.jsonl", rb'{"text": "a\ud800"}'), "document 1 .* lone surrogate"),
+    "JSONL, no JSON": (text("x.jsonl", b'{"text": "a"}\n{"text": \n'), "line 2: not readable as JSON"),
+    "JSONL, nested too deeply": (text("x.jsonl", b"[" * 100_000), "line 1: .*nested too deeply"),
+    "JSONL, a number": (text("x.jsonl", b'{"text": 3}'), "line 1 is no JSON object with a 'text'"),
+    "JSONL, a list": (text("x.jsonl", b'["a"]'), "line 1 is no JSON object"),
+    "JSONL, no text": (text("x.jsonl", b'{"txt": "a"}'), "line 1 is no JSON object"),
+    "JSONL, text twice": (text("x.jsonl", b'{"text": "a", "text": "b"}'), "line 1: key 'text' occurs twice"),
+    "JSONL, one line of 100 MB": (
+        text("x.jsonl", sparse("x.jsonl", LONG, fill=b" " * MIB)),
+        "line 1 is longer than 16,777,216",
+    ),
+}
+
+# ---------------------------------------------------------------------------------------------------- pickles
+
+
+class Evil:
+    """Its pickle makes a folder "it ran" beside it when it is read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.folder / "it ran"),))
+
+
+def evil(name: str) -> Writer:
+    """A pickle with code under any name; in a folder of its own where the name has one."""
+
+    def write(folder: Path) -> Path:
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(pickle.dumps({"a": Evil(folder)}, protocol=0 if name.endswith(".json") else None))
+        return path
+
+    return write
+
+
+def evil_array(name: str) -> Writer:
+    def write(folder: Path) -> Path:
+        import numpy as np
+
+        array = np.array([Evil(folder)], dtype=object)
+        np.save(folder / name, array, allow_pickle=True) if name.endswith("y") else np.savez(folder / name, a=array)
+        return folder / name
+
+    return write
+
+
+def evil_folder(name: str, *more: str) -> Writer:
+    def write(folder: Path) -> Path:
+        for one in more:
+            holding(one, json.dumps(SMALL.to_hf()).encode())((folder / "hf").mkdir(exist_ok=True) or folder / "hf")
+        return evil(f"hf/{name}")(folder).parent
+
+    return write
+
+
+PICKLES: Cases = {
+    ".bin": (evil("x.bin"), r"\.bin file can hold code .* give model\.safetensors"),
+    ".pkl": (evil("x.pkl"), r"\.pkl file can hold code .* give model\.safetensors"),
+    ".npy": (evil_array("x.npy"), r"\.npy file can hold code .* give model\.safetensors"),
+    ".npz": (evil_array("x.npz"), r"\.npz file can hold code .* give model\.safetensors"),
+    "renamed .pt": (evil("x.pt"), r"a pickle can run code; give a \.safetensors"),
+    "renamed .safetensors": (evil("x.safetensors"), "not a readable safetensors file"),
+    "renamed .gguf": (evil("x.gguf"), "not a readable GGUF file"),
+    "renamed .json": (evil("x.json"), "not recognised as weights; give"),
+    "a folder of pytorch_model.bin": (
+        evil_folder("pytorch_model.bin", "config.json"),
+        r"holds pytorch_model\.bin only, which can run code .* give model\.safetensors",
+    ),
+    "a folder of its shards": (evil_folder("pytorch_model-00001-of-00002.bin"), r"give model\.safetensors"),
+    "as a folder's weights": (evil_folder("model.safetensors", "config.json"), "not a readable safetensors file"),
+}

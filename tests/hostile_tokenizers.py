@@ -1,0 +1,170 @@
+"""Malformed tokenizers and chat templates, as `hostile_weights.py` has malformed weights."""
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.hostile_texts import MIB, Writer, sparse
+from tests.hostile_weights import Cases
+from tests.small_files import small_tokenizer, tokenizer_folder
+
+
+def tokenizer(change: Callable[[dict[str, Any]], Any]) -> Writer:
+    """A tokenizer folder whose tokenizer.json is changed in place, or is what `change` returns."""
+
+    def write(folder: Path) -> Path:
+        values = json.loads(small_tokenizer()["tokenizer.json"])
+        new = change(values)
+        content = new if isinstance(new, bytes) else json.dumps(values).encode()
+        return tokenizer_folder(folder / "t", **{"tokenizer.json": content})
+
+    return write
+
+
+def top(**changed: Any) -> Writer:
+    return tokenizer(lambda values: values.update(changed))
+
+
+def model(**changed: Any) -> Writer:
+    return tokenizer(lambda values: values["model"].update(changed))
+
+
+def added(**changed: Any) -> Writer:
+    return tokenizer(lambda values: values["added_tokens"][0].update(changed))
+
+
+def is_(content: bytes) -> Writer:
+    return tokenizer(lambda values: content)
+
+
+def two_of_one_id(values: dict[str, Any]) -> None:
+    values["model"]["vocab"]["Ġthe"] = values["model"]["vocab"]["he"]
+
+
+def mapping(content: bytes) -> Writer:
+    """A normalizer that `tokenizers` reads by a table of bytes."""
+    return top(normalizer={"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()})
+
+
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+UNREADABLE = "not a readable tokenizer"
+NORMALIZER = r"normalizer is \{"
+TOKENIZER: Cases = {
+    "empty": (is_(b""), "not readable as JSON"),
+    "cut": (is_(b'{"version": "1.0"'), "not readable as JSON: .* line 1"),
+    "an empty object": (is_(b"{}"), UNREADABLE),
+    "a list": (is_(b"[]"), UNREADABLE),
+    "null": (is_(b"null"), UNREADABLE),
+    "not UTF-8": (is_(b'{"version": "\xff"}'), "byte 13 is not UTF-8"),
+    "a byte order mark": (tokenizer(lambda v: b"\xef\xbb\xbf" + json.dumps(v).encode()), "byte order mark"),
+    "UTF-16": (tokenizer(lambda v: json.dumps(v).encode("utf-16-le")), "looks like UTF-16"),
+    "a key twice": (is_(b'{"version": "1.0", "version": "1.0"}'), "key 'version' occurs twice"),
+    "nested too deeply": (is_(b'{"a":' * 100_000), "nested too deeply"),
+    "33 MiB": (lambda folder: sparse("tokenizer.json", 33 * MIB)(folder).parent, "bytes are too many"),
+    "another version": (top(version="2.0"), UNREADABLE),
+    "no model": (tokenizer(lambda v: v.pop("model") and None), UNREADABLE),
+    "an unknown model": (model(type="Nope"), "no byte-level"),
+    "a model of words": (top(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "no byte-level"),
+    "a model of pieces": (top(model={"type": "Unigram", "unk_id": 0, "vocab": [["a", 0]]}), "no byte-level"),
+    "a model of words that does not say so": (top(model={"vocab": {"a": 0}, "unk_token": "a"}), "no byte-level"),
+    "an unknown piece beyond all": (top(model={"type": "Unigram", "unk_id": 9, "vocab": [["a", 0]]}), "no byte-level"),
+    "a vocabulary in a list": (model(vocab=["a"]), UNREADABLE),
+    "an id below 0": (model(vocab={"a": -1}), UNREADABLE),
+    "an id that is a fraction": (model(vocab={"a": 1.5}), UNREADABLE),
+    "an id of 10,000 digits": (is_(b'{"model": {"vocab": {"abc": 1' + b"0" * 10_000 + b"}}}"), "key 'abc'"),
+    "an id that is NaN": (is_(b'{"model": {"vocab": {"abc": NaN}}}'), "key 'abc'"),
+    "no entry": (model(vocab={}), UNREADABLE),
+    "two entries of one id": (tokenizer(two_of_one_id), "model.vocab has two entries of one id"),
+    "a merge of unknown tokens": (model(merges=[["no", "where"]]), f"{UNREADABLE}.*out of vocabulary"),
+    "a merge of one": (model(merges=["a"]), UNREADABLE),
+    "a merge of three": (model(merges=[["h", "e", "e"]]), UNREADABLE),
+    "merges in a string": (model(merges="h e"), UNREADABLE),
+    "a prefix (panics)": (model(continuing_subword_prefix="x" * 50), "model.continuing_subword_prefix is 'xx"),
+    "a suffix": (model(end_of_word_suffix="</w>"), "model.end_of_word_suffix is '</w>'"),
+    "dropout": (model(dropout=0.5), "model.dropout is 0.5"),
+    "dropout of 2": (model(dropout=2.0), "model.dropout is 2.0"),
+    "no table (panics)": (mapping(b""), NORMALIZER),
+    "a table too short (panics)": (mapping(b"\0\0\0"), NORMALIZER),
+    "a table of 4 GiB (aborts)": (mapping(b"\xff\xff\xff\xff"), NORMALIZER),
+    "small letters": (top(normalizer={"type": "Lowercase"}), "normalizer is {'type': 'Lowercase'}"),
+    "a normalizer's pattern": (
+        top(normalizer={"type": "Replace", "pattern": {"Regex": "("}, "content": ""}),
+        NORMALIZER,
+    ),
+    "an unknown pre-tokenizer": (top(pre_tokenizer={"type": "Nope"}), UNREADABLE),
+    "a pattern": (top(pre_tokenizer=SPLIT | {"pattern": {"Regex": "("}}), UNREADABLE),
+    "pieces of 0 characters (panics)": (
+        top(pre_tokenizer={"type": "FixedLength", "length": 0}),
+        f"{UNREADABLE}: chunk",
+    ),
+    "words cut at spaces": (top(pre_tokenizer={"type": "WhitespaceSplit"}), "does not give back a text"),
+    "a space put first": (
+        top(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False}),
+        "does not give back a text",
+    ),
+    "no decoder": (top(decoder=None), "no byte-level"),
+    "an unknown decoder": (top(decoder={"type": "Nope"}), "no byte-level"),
+    "truncation": (
+        top(truncation={"max_length": 99, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}),
+        "truncation is {",
+    ),
+    "padding": (
+        top(
+            padding={
+                "strategy": {"Fixed": 9},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "a",
+            }
+        ),
+        "padding is {",
+    ),
+    "an added token of id 2**31": (added(id=2**31), "added token '<|endoftext|>' has id 2147483648"),
+    "an added token of id 2**32": (added(id=2**32), UNREADABLE),
+    "an added token without text": (added(content=""), "added token '' is empty"),
+    "an added token that strips": (added(rstrip=True), "added token '<|endoftext|>' is empty or strips"),
+    "an added token that is a number": (top(added_tokens=[3]), UNREADABLE),
+}
+
+
+def beside(name: str, content: object) -> Writer:
+    """A tokenizer folder with another `tokenizer_config.json` or `chat_template.jinja`."""
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return lambda folder: tokenizer_folder(folder / "t", **{name: content})
+
+
+def settings(**values: Any) -> Writer:
+    return beside("tokenizer_config.json", values)
+
+
+TOKENIZER_CONFIG: Cases = {
+    "a list": (beside("tokenizer_config.json", [1]), "not a JSON object"),
+    "no JSON": (beside("tokenizer_config.json", b"{"), "not readable as JSON"),
+    "a byte order mark": (beside("tokenizer_config.json", b"\xef\xbb\xbf{}"), "byte order mark"),
+    "a key twice": (beside("tokenizer_config.json", b'{"a": 1, "a": 1}'), "key 'a' occurs twice"),
+    "eos a number": (settings(eos_token=2), "eos_token must be a string, got 2"),
+    "eos false": (settings(eos_token=False), "eos_token must be a string, got False"),
+    "eos a list": (settings(eos_token=["a"]), "eos_token must be a string"),
+    "eos an empty object": (settings(eos_token={}), "eos_token must be a string"),
+    "eos an object with a number": (settings(eos_token={"content": 2}), "eos_token must be a string"),
+    "eos of no id": (settings(eos_token="</s>"), "eos_token '</s>' is not in the vocabulary"),
+    "a template in a list": (
+        settings(chat_template=[{"name": "a", "template": "b"}]),
+        "chat_template must be a string",
+    ),
+    "a template that is a number": (settings(chat_template=3), "chat_template must be a string.*got 3"),
+    "a template with a fault": (settings(chat_template="a\n{% for %}"), "chat_template, line 2"),
+    "a template that does not end": (settings(chat_template="{% if a %}"), "chat_template, line 1"),
+    "a template with loops 50 deep": (
+        settings(chat_template="{% for a in b %}" * 50 + "{% endfor %}" * 50),
+        "template",
+    ),
+    "a template with 9,999 brackets": (settings(chat_template="{{" + "(" * 9999 + ")" * 9999 + "}}"), "chat_template"),
+    "a template of 1 MiB": (settings(chat_template="a" * MIB), "at most 65,536 characters"),
+    "a template of its own with a fault": (beside("chat_template.jinja", b"{{"), r"jinja: chat_template, line 1"),
+    "a template of its own, not UTF-8": (beside("chat_template.jinja", b"a\xff"), r"jinja: byte 1 is not UTF-8"),
+}

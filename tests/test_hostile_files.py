@@ -1,0 +1,156 @@
+"""Every malformed file gives one line that names it and what is wrong, in 2 seconds and 3 GiB; none is half read.
+
+python -m tests.test_hostile_files KIND FOLDER   # the cases of one kind under that memory limit, timed
+"""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from smollm_jax import data, weights
+from smollm_jax.errors import InputFileError
+from smollm_jax.files import read_config
+from smollm_jax.text import documents
+from smollm_jax.tokenizer import Tokenizer
+from tests.hostile_texts import CONFIG, PICKLES, TEXT, TOKENS
+from tests.hostile_tokenizers import TOKENIZER, TOKENIZER_CONFIG
+from tests.hostile_weights import GGUF, SAFETENSORS, Cases
+from tests.small_files import SMALL, small_tensors, tokenizer_folder, write_gguf
+
+ROOT = Path(__file__).parent.parent
+
+
+def prepare(path: Path) -> data.TokenFile:
+    return data.prepare(path, path.parent / "tokenizer", path.parent / "cache")
+
+
+KINDS: dict[str, tuple[Cases, Callable[[Path], object]]] = {
+    "safetensors": (SAFETENSORS, weights.read),
+    "gguf": (GGUF, weights.read),
+    "tokenizer": (TOKENIZER, Tokenizer.load),
+    "tokenizer_config": (TOKENIZER_CONFIG, Tokenizer.load),
+    "config": (CONFIG, read_config),
+    "tokens": (TOKENS, prepare),
+    "text": (TEXT, prepare),
+    "pickle": (PICKLES, weights.read),
+}
+ALL = [(kind, name) for kind, (cases, _) in KINDS.items() for name in cases]
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL, ids=lambda value: value)
+def test_a_malformed_file_is_refused_in_one_line_that_names_it(tmp_path, capfd, kind, name):
+    cases, read = KINDS[kind]
+    write, named = cases[name]
+    path = write(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputFileError, match=named) as raised:
+        read(path)
+    message = str(raised.value)
+    assert message.startswith(str(path)), message
+    assert message.isprintable(), "not one line"
+    assert len(message) < 3000
+    assert capfd.readouterr() == ("", ""), "a library spoke too"
+    assert sorted(p for p in tmp_path.rglob("*") if p.name != "cache") == before, "something ran, or was left behind"
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_malformed_file_takes_two_seconds_or_three_gibibytes(tmp_path, kind):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_hostile_files", kind, str(tmp_path)],
+        capture_output=True, text=True, check=False, cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    seconds = json.loads(done.stdout)
+    assert seconds.keys() == KINDS[kind][0].keys()
+    assert max(seconds.values()) < 2, seconds
+
+
+def main(kind: str, folder: str) -> None:
+    cases, read = KINDS[kind]
+    paths = {}
+    for index, (name, (write, _)) in enumerate(cases.items()):
+        (Path(folder) / str(index)).mkdir()
+        paths[name] = write(Path(folder) / str(index))
+    limit = 3 << 30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    seconds = {}
+    for name, path in paths.items():
+        began = time.perf_counter()
+        try:
+            read(path)
+        except InputFileError as error:
+            seconds[name] = time.perf_counter() - began
+            if not re.search(cases[name][1], str(error)):  # out of memory, say
+                raise
+    print(json.dumps(seconds))
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_a_line_of_100_mb_is_found_out_within_one_line_allowed(tmp_path, name):
+    write, named = TEXT["one line of 100 MB" if name == "x.txt" else "JSONL, one line of 100 MB"]
+    path = write(tmp_path)
+    tracemalloc.start()
+    with pytest.raises(InputFileError, match=named):
+        list(documents(path))
+    assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    tracemalloc.stop()
+
+
+def test_the_files_that_the_malformed_ones_were_made_from_are_well_formed(tmp_path):
+    write_gguf(tmp_path / "x.gguf", SMALL, small_tensors())
+    found = weights.read(tmp_path / "x.gguf")
+    assert {name: t.tobytes() for name, t in found.tensors.items()} == {
+        name: t.tobytes() for name, t in small_tensors().items()
+    }
+    weights.write(tmp_path / "x.safetensors", found, "safetensors")
+    assert weights.read(tmp_path / "x.safetensors").tensors.keys() == found.tensors.keys()
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
+    assert read_config(tmp_path / "config.json") == SMALL
+    assert Tokenizer.load(tokenizer_folder(tmp_path / "tokenizer")).vocab_size == 260
+    (tmp_path / "x.txt").write_text("the text")
+    assert prepare(tmp_path / "x.txt").tokens.tolist()[-1] == 0
+
+
+SCRIPT = "import sys, pathlib; from smollm_jax import errors; from tests.test_hostile_files import KINDS\n"
+CALL = SCRIPT + "errors.run(lambda: KINDS[sys.argv[1]][1](pathlib.Path(sys.argv[2])))"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("safetensors", "truncated"),
+        ("safetensors", "two tensors swapped"),
+        ("gguf", "an array of 2**60 bytes"),
+        ("pickle", "a folder of pytorch_model.bin"),
+        ("tokenizer", "pieces of 0 characters (panics)"),
+        ("tokens", "an id beyond the vocabulary"),
+        ("text", "UTF-16 without a mark"),
+    ],
+)
+def test_the_user_sees_one_line_and_exit_code_3(tmp_path, kind, name):
+    write, named = KINDS[kind][0][name]
+    path = write(tmp_path)
+    convert = [str(ROOT / "scripts/convert_weights.py"), str(path), str(tmp_path / "out.safetensors")]
+    command = convert if KINDS[kind][1] is weights.read else ["-c", CALL, kind, str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RUST_BACKTRACE": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 3, done.stderr
+    assert re.fullmatch(f"error: {re.escape(str(path))}.*{named}.*\n", done.stderr), done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
