@@ -1,6 +1,7 @@
 # make train   environment, text, training          make test    environment, real weights, all fast tests
 # make parity  the whole parity ladder and its report     make slow    every test that takes minutes
-# Both are idempotent. Needs Python >= 3.11, make and a package index; a CUDA GPU is used when nvidia-smi is there.
+# make soak    200 kills, 200 signals, 500 random lives of a checkpoint folder: about an hour
+# The first two are idempotent. Needs Python >= 3.11, make and a package index; a CUDA GPU is used when nvidia-smi is there.
 #
 # PYTHON=python3.12 on the command line: another interpreter, in an environment of its own, for the tests that need
 # no PyTorch (the PyTorch wheel is by far the largest download); add TORCH=1 for all of them.
@@ -23,7 +24,7 @@ TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)t
 # Whole checkpoints only: a save that was killed leaves a folder 100.orbax-checkpoint-tmp.
 RESUME = $(shell ls runs/make-train/checkpoints 2>/dev/null | grep -qx '[0-9][0-9]*' && echo --resume)
 
-.PHONY: train test parity slow lint clean
+.PHONY: train test parity slow soak lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -43,6 +44,10 @@ parity: $(VENV)/.test
 slow: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py
 	$(BIN)/python -m pytest -m slow -s $(PYTEST)
+
+soak: $(VENV)/.test
+	$(BIN)/python scripts/fetch_assets.py
+	SMOLLM_SOAK=1 $(BIN)/python -m pytest tests/test_survival.py tests/test_store.py -rP $(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

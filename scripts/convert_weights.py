@@ -26,6 +26,8 @@ class Flags:
     """Where to write them."""
     to: Literal["orbax", "hf", "pt", "safetensors"] | None = None
     """Kind of DST; needed for a folder."""
+    allow_unverified: bool = False
+    """Read a checkpoint that has no integrity.json."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError(f"{flags.dst}: exists already; name another target or remove it first")
     from smollm_jax import weights
 
-    bundle = weights.read(flags.src)
+    bundle = weights.read(flags.src, allow_unverified=flags.allow_unverified)
     weights.write(flags.dst, bundle, kind)
     numbers = sum(tensor.size for tensor in bundle.tensors.values())
     print(f"{flags.dst}: {len(bundle.tensors)} tensors, {numbers:,} parameters, {bundle.dtype}, kind {kind}")

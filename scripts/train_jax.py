@@ -9,6 +9,7 @@ takes about 10 minutes on 2 cores. A flag left out is chosen by the device and p
 """
 
 import dataclasses
+import itertools
 import time
 from pathlib import Path
 from typing import Literal
@@ -20,8 +21,8 @@ from smollm_jax import errors
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    preset: str = "smollm2-135m-pretrain"
-    """Model to train from scratch: see smollm_jax/config.py. With --init-from or --resume, theirs counts."""
+    preset: str | None = None
+    """Model to train from scratch: see smollm_jax/config.py; default smollm2-135m-pretrain."""
     data: Path | None = None
     """Text file, folder of text, .jsonl with a "text" field, or a prepared token file; default: assets/sotu."""
     tokenizer: Path | None = None
@@ -31,11 +32,17 @@ class Flags:
     out: Path | None = None
     """Run folder; default: runs/<time>-<preset>, or with --resume the newest run under runs/."""
     resume: bool = False
-    """Go on from the run's newest checkpoint, under the run's own recipe."""
+    """Go on from the run's newest verified checkpoint, under the run's own recipe."""
+    allow_change: tuple[str, ...] = ()
+    """With --resume: what may differ from the saved run, by name (learning_rate, data, rope_theta ...)."""
+    allow_unverified: bool = False
+    """With --resume: take a checkpoint that has no integrity.json."""
     steps: int | None = None
     """Optimizer steps in all."""
     batch_size: int | None = None
     """Sequences a step."""
+    gradient_accumulation_steps: int | None = None
+    """Parts a batch is computed in, one after another, to save memory; default 1."""
     sequence_length: int | None = None
     """Tokens a sequence."""
     learning_rate: float | None = None
@@ -56,6 +63,8 @@ class Flags:
     """Default: cudnn on a CUDA GPU in bfloat16, else xla."""
     save_every: int | None = None
     """Steps between checkpoints; default 500 on a GPU, 100 without. The last step is always saved."""
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy of the state in memory."""
     eval_every: int | None = None
     """Steps between validations on held-out text; default 250 on a GPU, 50 without."""
     log_every: int = 10
@@ -72,9 +81,11 @@ class Flags:
     """Show a traceback instead of one line when something goes wrong."""
 
 
+PRESET = "smollm2-135m-pretrain"
 RECIPE_FLAGS = (
     "steps",
     "batch_size",
+    "gradient_accumulation_steps",
     "sequence_length",
     "learning_rate",
     "schedule",
@@ -93,45 +104,67 @@ CPU_CADENCE = {"save_every": 100, "eval_every": 50}
 
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
+    from smollm_jax.checkpoint import steps_in
+    from smollm_jax.lock import RunLock
+    from smollm_jax.stop import Stop
+
+    stop = Stop().listen()
+    if flags.log_every < 1:
+        raise errors.UsageError(f"--log-every must be at least 1, got {flags.log_every}")
+    if flags.resume:
+        run = flags.out or newest_run()
+        if not (run / "checkpoints").is_dir():
+            raise errors.CheckpointError(f"--resume: {run / 'checkpoints'}: no such checkpoint folder")
+    else:
+        if flags.allow_change or flags.allow_unverified:
+            raise errors.UsageError("--allow-change and --allow-unverified say something about --resume only")
+        run = flags.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{flags.preset or PRESET}")
+        if steps := steps_in(run / "checkpoints"):
+            raise errors.UsageError(f"{run}: holds a run up to step {steps[-1]}: add --resume, or name another --out")
+        inside = {path.name for path in run.glob("*")}
+        # What a run that died before its first checkpoint left is replaced; it has one of these from the start.
+        if (inside and not inside & {"lock", "metrics.jsonl"}) or any(run.glob("*.safetensors")):
+            raise errors.UsageError(f"{run}: exists and is no run of this trainer: name another --out")
+    with RunLock(run):
+        train_in(run, flags, stop)
+
+
+def train_in(run: Path, flags: Flags, stop) -> None:
+    """Trains in a run folder that is ours alone."""
     import jax
 
-    from smollm_jax import cost, data, formats, metrics, train, weights
-    from smollm_jax.checkpoint import CheckpointStore, steps_in
+    from smollm_jax import cost, data, formats, metrics, optimizer, train, weights
+    from smollm_jax.checkpoint import CheckpointStore
     from smollm_jax.config import preset
+    from smollm_jax.provenance import Provenance
     from smollm_jax.recipe import Recipe
     from smollm_jax.tokenizer import Tokenizer, folder_beside
 
     device = jax.devices()[0]
     on_gpu = device.platform == "gpu"
-    run = flags.out or (newest_run() if flags.resume else Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{flags.preset}"))
     given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) is not None}
-    source, bundle, saved = flags.data or Path("assets/sotu"), None, {}
+    source, start_from, bundle, saved = flags.data or Path("assets/sotu"), str(flags.init_from or ""), None, None
     if flags.resume:
         with CheckpointStore(run / "checkpoints", create=False) as store:
-            saved = store.meta(store.latest_step())
-        if "recipe" not in saved:
-            raise errors.CheckpointError(f"{run}: holds weights only: start from them with --init-from")
-        config = formats.read_config(run / "config.json")
-        recipe = Recipe(**(saved["recipe"] | given))
-        if recipe.steps != saved["recipe"]["steps"]:
-            print(f"note: the schedule now ends at step {recipe.steps}, it was made for {saved['recipe']['steps']}")
-        source = flags.data or Path(saved["data"])
+            saved = store.newest(lambda step: train.load(store, step), allow_unverified=flags.allow_unverified)
+        before = saved.provenance
+        config = preset(flags.preset) if flags.preset else formats.read_config(run / "config.json")
+        recipe = Recipe(**(dataclasses.asdict(before.recipe) | given))
+        source, start_from = flags.data or Path(before.data), start_from or before.start_from
+        if start_from != before.start_from:
+            began = before.start_from or "its recipe's init"
+            raise errors.UsageError(f"--init-from {start_from}: this run began with {began}; leave it out")
     else:
-        if steps := steps_in(run):
-            raise errors.UsageError(f"{run}: holds a run up to step {steps[-1]}: add --resume, or name another --out")
-        foreign = run.is_dir() and any(run.iterdir()) and not (run / "metrics.jsonl").exists()
-        if foreign or any(run.glob("*.safetensors")):
-            raise errors.UsageError(f"{run}: exists and is no run of this trainer: name another --out")
         bundle = weights.read(flags.init_from) if flags.init_from else None
-        config = bundle.config if bundle else preset(flags.preset)
+        config = bundle.config if bundle else preset(flags.preset or PRESET)
+        if flags.preset and config != preset(flags.preset):
+            raise errors.UsageError(f"--init-from {flags.init_from} is no {flags.preset}: leave --preset out")
         chosen = (GPU if on_gpu else CPU) | given
         recipe = Recipe(**({"learning_rate": 1e-3, "warmup_steps": chosen["steps"] // 20} | chosen))
     if recipe.sequence_length > config.max_position_embeddings:
         raise errors.UsageError(
             f"--sequence-length {recipe.sequence_length} exceeds the model's {config.max_position_embeddings} positions"
         )
-    if flags.log_every < 1:
-        raise errors.UsageError(f"--log-every must be at least 1, got {flags.log_every}")
     if recipe.dtype == "float32":  # on a GPU JAX's default is TF32
         jax.config.update("jax_default_matmul_precision", "float32")
     # cuDNN's attention needs Ampere or later.
@@ -141,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError(
             f"--attention cudnn needs a CUDA GPU and bfloat16, not {device.platform}, {recipe.dtype}"
         )
-    compute = train.Compute(recipe.dtype, attention, flags.remat, flags.unroll)
+    compute = train.Compute(recipe.dtype, attention, flags.remat, flags.unroll, recipe.gradient_accumulation_steps)
     every = {name: getattr(flags, name) for name in CPU_CADENCE if getattr(flags, name) is not None}
     cadence = train.Cadence(**((GPU_CADENCE if on_gpu else CPU_CADENCE) | every))
     tokenizer_folder = flags.tokenizer or folder_beside(run if flags.resume else flags.init_from)
@@ -154,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"device      {device.device_kind}, 1 of {jax.device_count()}, jax {jax.__version__}")
     print(f"model       {cost.count_parameters(config):,} parameters, {config}")
     start = f"weights of {flags.init_from} ({bundle.origin})" if bundle else f"recipe's init, seed {recipe.seed}"
-    print(f"start       {'newest checkpoint' if flags.resume else start}")
+    print(f"start       {f'checkpoint of step {saved.progress.step}, verified' if saved else start}")
     print(f"products    {recipe.dtype}, attention {attention}; weights, moments and loss float32")
     tokens_per_step = f"{recipe.batch_size} x {recipe.sequence_length} = {recipe.tokens_per_step:,} tokens a step"
     print(f"steps       {recipe.steps:,} of {tokens_per_step}, {recipe.schedule}, peak {recipe.learning_rate}")
@@ -163,43 +196,71 @@ def main(argv: list[str] | None = None) -> None:
     tokens = data.prepare(source, tokenizer_folder, Path("data"))
     batches = data.Batches(tokens, recipe)
     print(f"data        {source}: {tokens.documents:,} documents, {len(tokens.tokens):,} tokens in {tokens.path}")
-    if not flags.resume:  # also over what a run left that died before its first checkpoint
-        weights.write_run_files(run, config, formats.read_tokenizer_files(tokenizer_folder))
-        (run / "metrics.jsonl").unlink(missing_ok=True)
-    model = weights.from_bundle(bundle) if bundle else train.fresh(config, recipe.seed)
+    provenance = Provenance(recipe, config, str(source), tokens.sha256, tokens.tokenizer_sha256, start_from)
+    if saved:
+        for change in provenance.check_resumes(saved.provenance, flags.allow_change):
+            print(f"note: changed, as --allow-change says: {change}")
+        print_differences(saved, recipe, train.environment_of(compute))
+        progress, state = saved.progress, saved.state
+    else:
+        progress = train.Progress()
+        model = weights.from_bundle(bundle) if bundle else train.fresh(config, recipe.seed)
+        state = train.begin(model, optimizer.adamw(recipe))
+        (run / "metrics.jsonl").unlink(missing_ok=True)  # of a run that died before its first checkpoint
+    weights.write_run_files(run, config, formats.read_tokenizer_files(tokenizer_folder))
     flops = cost.flops_per_token(config, recipe.sequence_length)
     peak = cost.peak_flops(device.device_kind)
-    with metrics.RunLog(
-        run, log_every=flags.log_every, flops_per_token=flops, peak_flops=peak, tensorboard=flags.tensorboard
-    ) as log:
-        model = train.train(
-            model,
-            recipe,
-            batches,
-            run=run,
+    with (
+        CheckpointStore(run / "checkpoints", keep=2, asynchronous=flags.async_save) as store,
+        metrics.RunLog(
+            run, log_every=flags.log_every, flops_per_token=flops, peak_flops=peak, tensorboard=flags.tensorboard
+        ) as log,
+    ):
+        state = train.train(
+            state,
+            progress,
+            provenance=provenance,
+            batches=batches,
+            store=store,
             compute=compute,
             cadence=cadence,
-            data=train.Data(str(source), tokens.sha256),
-            start_from=str(flags.init_from or "") if not flags.resume else saved["start_from"],
-            resume=flags.resume,
+            stop=stop,
             log=log,
         )
-    show(model, tokenizer, flags.prompt)
+    show(state.model, tokenizer, flags.prompt, stop)
+    if stop:
+        raise stop.error(f"all {recipe.steps} steps are done, saved and verified")
     print(f"\nnext: python scripts/generate.py --weights {run} --prompt {flags.prompt!r}")
+
+
+def print_differences(saved, recipe, environment) -> None:
+    """Says what is allowed to differ from the saved run and yet moves its numbers."""
+    print(f"resumed from step {saved.progress.step}")
+    if recipe.steps != saved.provenance.recipe.steps:
+        was = saved.provenance.recipe.steps
+        print(f"note: the schedule now ends at step {recipe.steps}, it was made for {was}")
+    names = environment.keys() | saved.environment.keys()
+    pairs = {name: (saved.environment.get(name), environment.get(name)) for name in sorted(names)}
+    if differing := [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]:
+        print(f"note: goes on within rounding, not bit for bit, for these differ: {', '.join(differing)}")
 
 
 def newest_run() -> Path:
     """The newest run under runs/ that has a checkpoint."""
     from smollm_jax.checkpoint import steps_in
 
-    newest = {run: run / "checkpoints" / str(steps_in(run)[-1]) for run in Path("runs").glob("*") if steps_in(run)}
+    newest = {
+        folder.parent: (folder / str(steps[-1])).stat().st_mtime
+        for folder in Path("runs").glob("*/checkpoints")
+        if (steps := steps_in(folder))
+    }
     if not newest:
         raise errors.CheckpointError("--resume: no run under runs/ has a checkpoint; name one with --out")
-    return max(newest, key=lambda run: newest[run].stat().st_mtime)
+    return max(newest, key=lambda run: newest[run])
 
 
-def show(model, tokenizer, prompt: str, max_new_tokens: int = 32) -> None:
-    """Prints a greedy continuation of a prompt and the likeliest next tokens."""
+def show(model, tokenizer, prompt: str, stop, max_new_tokens: int = 32) -> None:
+    """Prints a greedy continuation of a prompt and the likeliest next tokens, unless a signal comes in between."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -208,7 +269,9 @@ def show(model, tokenizer, prompt: str, max_new_tokens: int = 32) -> None:
 
     ids = tokenizer.encode(prompt)
     pieces = generate(model, [ids], max_new_tokens=max_new_tokens, eos_token_ids=model.config.eos_token_ids)
-    new = np.concatenate(list(pieces), axis=1)[0]
+    new = np.concatenate([np.empty((1, 0), int), *itertools.takewhile(lambda _: not stop, pieces)], axis=1)[0]
+    if stop:
+        return
     print(f"\n{prompt} -> {tokenizer.decode(new[new != NO_TOKEN])!r}")
     probability = jax.nn.softmax(jax.jit(lambda model, ids: model(ids)[0, -1])(model, jnp.asarray([ids])))
     top = [f"{tokenizer.decode([int(i)])!r} {float(probability[i]):.3f}" for i in jnp.argsort(-probability)[:5]]

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     from smollm_jax import cost, data, formats, metrics, weights
     from smollm_jax import train as jax_train
     from smollm_jax.checkpoint import CheckpointStore
-    from smollm_jax.recipe import Recipe
+    from smollm_jax.provenance import Provenance
     from smollm_torch import train
     from smollm_torch.weights import from_bundle
 
@@ -60,12 +60,14 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError(f"{flags.out}: exists already; name another --out")
     config = formats.read_config(flags.like / "config.json")
     with CheckpointStore(flags.like / "checkpoints", create=False) as store:
-        meta = store.meta(store.latest_step())
-    recipe = Recipe(**meta["recipe"])
-    if meta["start_from"] and not flags.init_from:
-        raise errors.UsageError(f"{flags.like} began with {meta['start_from']}: add --init-from {meta['start_from']}")
+        step = store.latest_step()
+        store.verify(step, item="meta")
+        like = Provenance.from_meta(store.meta(step))
+    recipe = like.recipe
+    if like.start_from and not flags.init_from:
+        raise errors.UsageError(f"{flags.like} began with {like.start_from}: add --init-from {like.start_from}")
     tokens = data.prepare(flags.data, flags.like, Path("data"))
-    if tokens.sha256 != meta["data_sha256"]:
+    if tokens.sha256 != like.data_sha256:
         raise errors.UsageError(f"--data {flags.data} is not what {flags.like} was trained on")
     if flags.init_from:
         bundle = weights.read(flags.init_from)

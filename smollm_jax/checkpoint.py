@@ -1,17 +1,26 @@
-"""The one door to checkpoints on disk: Orbax's `CheckpointManager`, of which no type leaves this file.
+"""The one door to checkpoints on disk: Orbax writes and reads the arrays, and no type of its leaves this file.
 
 A checkpoint is a set of named items ("params", "optimizer"), each a flat dict of arrays, and a small JSON `meta`.
 It knows trees and names, not models, so that `weights.py` can read it too.
 """
 
 import logging
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from smollm_jax.errors import CheckpointError, StorageError
+from smollm_jax import integrity
+from smollm_jax.errors import CheckpointError, DivergedError, StorageError
+
+T = TypeVar("T")
+STAGING = ".saving"
 
 Arrays = dict[str, Any]
 
@@ -49,56 +58,144 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def steps_in(run: Path) -> list[int]:
-    """The steps a run folder holds whole, oldest first, without opening them; an unfinished save does not count."""
-    return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
+def steps_in(checkpoints: Path) -> list[int]:
+    """The steps a folder of checkpoints holds whole, oldest first, without opening them."""
+    return sorted(int(path.name) for path in checkpoints.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name))
 
 
 class CheckpointStore:
-    """Saves and restores numbered steps under one folder, synchronously; keeps the newest `keep`."""
+    """Saves and restores numbered steps under one folder; keeps the newest `keep`.
 
-    def __init__(self, folder: Path, *, keep: int | None = None, create: bool = True):
+    A step is written under `.saving/`, sealed with a manifest of every file's sha256 (`integrity.py`), and then moved
+    to its place by one rename: a step with a number for a name is whole, whenever the process died. So Orbax's
+    `CheckpointManager`, which would commit first, is not between. Whoever writes must be the only one (`lock.py`).
+    """
+
+    def __init__(self, folder: Path, *, keep: int | None = None, create: bool = True, asynchronous: bool = False):
         import orbax.checkpoint as ocp  # 1.8 s to import
 
         self.folder = folder.absolute()
-        if not create and not self.folder.is_dir():
+        self._staging = self.folder / STAGING
+        if create:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._staging.exists():  # a save that was cut off, or what it was about to remove
+                shutil.rmtree(self._staging)
+        elif not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no such checkpoint folder")
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates each call at INFO and WARNING
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=create, enable_async_checkpointing=False, cleanup_tmp_directories=create
-        )
+        _hush()
         self._ocp = ocp
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        self._keep = keep
+        self.asynchronous = asynchronous
+        self._background = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._orbax.close()
 
     def steps(self) -> list[int]:
         """The steps on disk, oldest first."""
-        return sorted(self._manager.all_steps())
+        return steps_in(self.folder)
 
     def latest_step(self) -> int:
-        """The newest step; raises `CheckpointError` when there is none."""
+        """The newest step, verified or not; raises `CheckpointError` when there is none."""
         if not self.steps():
             raise CheckpointError(f"{self.folder}: holds no checkpoint")
         return self.steps()[-1]
 
     def save(self, step: int, items: dict[str, Arrays], meta: dict[str, Any]) -> None:
-        """Writes a step whole or not at all; raises `StorageError` if it cannot, or if the step is not newer."""
+        """Writes a step whole or not at all, and only then removes the steps beyond `keep`.
+
+        Raises `StorageError` if it cannot or if the step is not newer, `DivergedError` if a number is not finite. An
+        asynchronous store copies the arrays and returns; what goes wrong is raised by the next `save` or `wait`.
+        `meta["fingerprints"]` and `meta["environment"]` go into the manifest too.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        self.wait()
         if self.steps() and step <= self.steps()[-1]:
             raise StorageError(f"{self.folder}: step {step} is not newer than step {self.steps()[-1]} on disk")
-        arguments = {name: self._ocp.args.PyTreeSave(arrays) for name, arrays in items.items()}
+        if names := not_finite(items):
+            raise DivergedError(f"step {step}: {names[0]} is not finite: not saved; the steps before it are intact")
+        if not self.asynchronous:
+            self._write(step, items, meta)
+        else:  # the next step donates, and so overwrites, what we were given
+            self._pending = self._background.submit(self._write, step, jax.tree.map(jnp.copy, items), meta)
+
+    def wait(self) -> None:
+        """Returns when no save is under way; raises what the last one ran into."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, items: dict[str, Arrays], meta: dict[str, Any]) -> None:
+        save, folder = self._ocp.args, self._staging / str(step)
+        # Files of 64 MiB, so that they are hashed on all cores.
+        arguments = {
+            name: save.PyTreeSave(arrays, ocdbt_target_data_file_size=64 << 20) for name, arrays in items.items()
+        }
+        about = {"step": step} | {name: meta.get(name, {}) for name in ("fingerprints", "environment")}
         try:
-            saved = self._manager.save(
-                step, args=self._ocp.args.Composite(**arguments, meta=self._ocp.args.JsonSave(meta))
-            )
-        except (OSError, ValueError) as error:
-            raise StorageError(f"{self.folder}: step {step} could not be saved: {error}") from error
-        if not saved:
-            raise StorageError(f"{self.folder}: Orbax did not save step {step}")
+            self._staging.mkdir(exist_ok=True)
+            self._orbax.save(folder, args=save.Composite(**arguments, meta=save.JsonSave(meta)))
+            integrity.seal(folder, about)
+            folder.rename(self.folder / str(step))
+            integrity.sync(self.folder)
+            for old in self.steps()[: -self._keep] if self._keep else []:
+                (self.folder / str(old)).rename(self._staging / f"{old}.removed")
+        except Exception as error:  # Orbax, tensorstore and the file system each raise their own
+            raise StorageError(f"{self.folder}: step {step} could not be saved: {_first_line(error)}") from error
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+
+    def newest(self, load: Callable[[int], T], *, allow_unverified: bool = False) -> T:
+        """`load(step)` of the newest step that verifies and loads without a `CheckpointError`.
+
+        Newer steps that do not are renamed aside, never deleted, with a warning on stderr. When none does, nothing is
+        touched and the `CheckpointError` tells each one's reason.
+        """
+        reasons: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step, allow_unverified=allow_unverified)
+                loaded = load(step)
+            except CheckpointError as error:
+                reasons[step] = str(error)
+                continue
+            for bad, reason in reasons.items():
+                aside = self._set_aside(bad)
+                print(f"warning: {reason}; renamed to {aside}, going on from step {step}", file=sys.stderr, flush=True)
+            return loaded
+        if not reasons:
+            raise CheckpointError(f"{self.folder}: holds no checkpoint")
+        raise CheckpointError("no step can be used: " + "; ".join(reasons.values()))
+
+    def _set_aside(self, step: int) -> Path:
+        names = [f"{step}.bad", *(f"{step}.bad{number}" for number in range(2, 1000))]
+        aside = next(self.folder / name for name in names if not (self.folder / name).exists())
+        (self.folder / str(step)).rename(aside)
+        return aside
+
+    def verify(self, step: int, *, item: str | None = None, allow_unverified: bool = False) -> dict[str, Any]:
+        """The manifest of a step whose every file is as it was written; `CheckpointError` names one that is not.
+
+        `item` limits the reading to the files needed for that item and for `meta`. A step without a manifest is
+        refused unless `allow_unverified`, and then its manifest is empty.
+        """
+        try:
+            return integrity.verify(self._folder_of(step), (item, "meta") if item else ())
+        except integrity.NoManifestError as error:
+            if allow_unverified:
+                return {}
+            raise CheckpointError(f"{error}, so nothing vouches for this step; --allow-unverified takes it") from error
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON saved with a step."""
@@ -107,14 +204,17 @@ class CheckpointStore:
     def restore(self, step: int, like: dict[str, Arrays]) -> dict[str, Arrays]:
         """Items of a step as `like` (abstract arrays by name) describes them, on this process's default device.
 
-        Raises `CheckpointError` naming every array whose name, shape or dtype differs: Orbax itself casts a dtype
-        mismatch in silence, even to int8.
+        Raises `CheckpointError` naming every array whose name, shape or dtype differs, for Orbax itself casts a dtype
+        mismatch in silence, even to int8; and naming one whose numbers are not all finite.
         """
         for item, arrays in like.items():
             self._check(step, item, arrays)
         arguments = {item: self._ocp.checkpoint_utils.construct_restore_args(arrays) for item, arrays in like.items()}
         restores = {item: self._ocp.args.PyTreeRestore(restore_args=args) for item, args in arguments.items()}
-        return self._restore(step, **restores)
+        restored = self._restore(step, **restores)
+        if names := not_finite(restored):
+            raise CheckpointError(f"{self.folder}: step {step}: {', '.join(names)}: not finite")
+        return restored
 
     def read(self, step: int, item: str) -> dict[str, np.ndarray]:
         """One item of a step as NumPy arrays at their stored precision, whatever devices saved it."""
@@ -125,26 +225,25 @@ class CheckpointStore:
         restore = self._ocp.args.PyTreeRestore(restore_args=arguments)
         return self._restore(step, **{item: restore})[item]
 
-    def _restore(self, step: int, **arguments: Any) -> Any:
+    def _folder_of(self, step: int) -> Path:
         if step not in self.steps():
             raise CheckpointError(f"{self.folder}: has no step {step}, only {self.steps()}")
+        return self.folder / str(step)
+
+    def _restore(self, step: int, **arguments: Any) -> dict[str, Any]:
+        folder = self._folder_of(step)
         try:
-            return self._manager.restore(step, args=self._ocp.args.Composite(**arguments))
+            return dict(self._orbax.restore(folder, args=self._ocp.args.Composite(**arguments)).items())
         except Exception as error:  # tensorstore, json and the file system each raise their own
-            raise CheckpointError(
-                f"{self.folder}: step {step} cannot be restored; move {self.folder / str(step)} away to go on from an "
-                f"older step: {error}"
-            ) from error
+            raise CheckpointError(f"{folder}: cannot be restored: {_first_line(error)}") from error
 
     def _stored(self, step: int, item: str) -> dict[str, Any]:
-        if step not in self.steps():
-            raise CheckpointError(f"{self.folder}: has no step {step}, only {self.steps()}")
-        folder = self.folder / str(step) / item
+        folder = self._folder_of(step) / item
         try:
             with self._ocp.PyTreeCheckpointer() as reader:
                 return dict(reader.metadata(folder).item_metadata.tree)
         except Exception as error:
-            raise CheckpointError(f"{folder}: holds no readable arrays: {error}") from error
+            raise CheckpointError(f"{folder}: holds no readable arrays: {_first_line(error)}") from error
 
     def _check(self, step: int, item: str, like: Arrays) -> None:
         stored = self._stored(step, item)
@@ -158,3 +257,31 @@ class CheckpointStore:
                 )
         if faults:
             raise CheckpointError(f"{self.folder}: step {step}, {item}: " + "; ".join(sorted(faults)))
+
+
+def not_finite(items: dict[str, Arrays]) -> list[str]:
+    """The names, "params.norm", of arrays with a NaN or an infinity among them."""
+    import jax
+
+    arrays = {f"{item}.{name}": array for item, part in items.items() for name, array in part.items()}
+    return [name for name, finite in jax.device_get(jax.jit(_all_finite)(arrays)).items() if not finite]
+
+
+def _all_finite(arrays: Arrays) -> Arrays:
+    import jax.numpy as jnp
+
+    return {name: jnp.isfinite(x).all() for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+
+
+def _hush() -> None:
+    """What goes wrong is raised here, in one line; Orbax, asyncio and tensorstore's callbacks say it in hundreds."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = lambda args: (
+            None if str(args.exc_value) == "Event loop is closed" else sys.__unraisablehook__(args)
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -9,17 +9,20 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from smollm_jax.config import shown
 from smollm_jax.errors import InputFileError
-from smollm_jax.formats import read_json, replacing
+from smollm_jax.files import read_json, size_of
+from smollm_jax.formats import replacing
 from smollm_jax.recipe import Recipe
+from smollm_jax.text import documents, text_files
 from smollm_jax.tokenizer import Tokenizer
 
-TEXT_SUFFIXES = (".txt", ".text", ".md")
 FORMAT = "smollm-tokens-1"
 DOCUMENTS_AT_ONCE = 256  # one call into the tokenizer, which spreads them over all cores
 
@@ -33,28 +36,61 @@ class TokenFile:
     sha256: str
     tokenizer_sha256: str
     documents: int
+    eos_token_id: int | None
 
     @classmethod
     def open(cls, folder: Path) -> "TokenFile":
         """Opens a prepared folder; raises `InputFileError` if its content is not what its sidecar says."""
-        sidecar = read_json(folder / "tokens.json")
+        about = folder / "tokens.json"
+        sidecar = read_json(about)
         if not isinstance(sidecar, dict) or sidecar.get("format") != FORMAT:
-            raise InputFileError(f"{folder / 'tokens.json'}: is not the sidecar of a token file ({FORMAT})")
-        keys = ("tokens", "sha256", "tokenizer_sha256", "documents")
-        if missing := [key for key in keys if key not in sidecar]:
-            raise InputFileError(f"{folder / 'tokens.json'}: lacks {', '.join(missing)}")
+            raise InputFileError(f"{about}: is not the sidecar of a token file ({FORMAT})")
+        if missing := [key for key in _SIDECAR if key not in sidecar]:
+            raise InputFileError(f"{about}: lacks {', '.join(missing)}")
+        for key, (kind, what) in _SIDECAR.items():
+            value = sidecar[key]
+            if type(value) is not kind or (value < 0 if kind is int else not re.fullmatch("[0-9a-f]{64}", value)):
+                raise InputFileError(f"{about}: {key} must be {what}, got {shown(value)}")
         path = folder / "tokens.bin"
-        try:
-            tokens = np.memmap(path, dtype=np.uint16, mode="r")
-        except (OSError, ValueError) as error:
-            raise InputFileError(f"{path}: cannot be mapped: {error}") from error
-        found = sha256_of(path)
-        if tokens.size != sidecar["tokens"] or found != sidecar["sha256"]:
-            what = f"{tokens.size} tokens, sha256 {found[:12]}"
+        size = size_of(path)
+        if size != 2 * sidecar["tokens"] or not size:
+            raise InputFileError(f"{path}: has {size} bytes, its tokens.json says {sidecar['tokens']} tokens of 2")
+        if (found := sha256_of(path)) != sidecar["sha256"]:
+            raise InputFileError(f"{path}: has sha256 {found[:12]}, its tokens.json says {sidecar['sha256'][:12]}")
+        tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        return cls(
+            path, tokens, sidecar["sha256"], sidecar["tokenizer_sha256"], sidecar["documents"], sidecar["eos_token_id"]
+        )
+
+    @functools.cached_property
+    def largest_id(self) -> int:
+        """The largest token id in the file: JAX reads past the end of an embedding without an error."""
+        return int(self.tokens.max())
+
+    def check(self, tokenizer: Tokenizer, tokenizer_folder: Path) -> "TokenFile":
+        """Itself; raises `InputFileError` when it was made with another tokenizer or has ids the tokenizer has not."""
+        if self.tokenizer_sha256 != sha256_of(tokenizer_folder / "tokenizer.json"):
+            raise InputFileError(f"{self.path.parent}: was prepared with another tokenizer than {tokenizer_folder}")
+        if self.eos_token_id != tokenizer.eos_token_id:
             raise InputFileError(
-                f"{path}: has {what}, its tokens.json says {sidecar['tokens']}, {sidecar['sha256'][:12]}"
+                f"{self.path.parent}: ends its documents with token {self.eos_token_id}, {tokenizer_folder} "
+                f"with {tokenizer.eos_token_id}"
             )
-        return cls(path, tokens, sidecar["sha256"], sidecar["tokenizer_sha256"], sidecar["documents"])
+        if self.largest_id >= tokenizer.vocab_size:
+            place = int(np.argmax(self.tokens >= tokenizer.vocab_size))
+            raise InputFileError(
+                f"{self.path}: token {place} is {self.tokens[place]}, the vocabulary ends at {tokenizer.vocab_size - 1}"
+            )
+        return self
+
+
+_SIDECAR: dict[str, tuple[type, str]] = {
+    "tokens": (int, "a count"),
+    "documents": (int, "a count"),
+    "eos_token_id": (int, "a token id"),
+    "sha256": (str, "64 hexadecimal digits"),
+    "tokenizer_sha256": (str, "64 hexadecimal digits"),
+}
 
 
 def prepare(source: Path, tokenizer_folder: Path, cache: Path) -> TokenFile:
@@ -64,26 +100,24 @@ def prepare(source: Path, tokenizer_folder: Path, cache: Path) -> TokenFile:
     """
     if source.name == "tokens.bin":
         source = source.parent
-    tokenizer_sha256 = sha256_of(tokenizer_folder / "tokenizer.json")
+    tokenizer = Tokenizer.load(tokenizer_folder)
     if (source / "tokens.json").is_file():
-        opened = TokenFile.open(source)
-        if opened.tokenizer_sha256 != tokenizer_sha256:
-            raise InputFileError(f"{source}: was prepared with another tokenizer than {tokenizer_folder}")
-        return opened
+        return TokenFile.open(source).check(tokenizer, tokenizer_folder)
     files = text_files(source)
-    digest = hashlib.sha256(tokenizer_sha256.encode())
+    tokenizer_sha256 = sha256_of(tokenizer_folder / "tokenizer.json")
+    digest = hashlib.sha256(f"{tokenizer_sha256} {tokenizer.eos_token_id}".encode())
     for file in files:
         digest.update(f"{file.relative_to(source)}\0{sha256_of(file)}\0".encode())
     target = cache / f"{source.stem}-{digest.hexdigest()[:12]}"
     if not (target / "tokens.json").is_file():
         with replacing(target) as temporary:
-            _tokenize(files, source, Tokenizer.load(tokenizer_folder), tokenizer_sha256, temporary)
-    return TokenFile.open(target)
+            _tokenize(files, source, tokenizer, tokenizer_sha256, temporary)
+    return TokenFile.open(target).check(tokenizer, tokenizer_folder)
 
 
 def _tokenize(files: list[Path], source: Path, tokenizer: Tokenizer, tokenizer_sha256: str, folder: Path) -> None:
     if tokenizer.vocab_size > 1 << 16:
-        raise InputFileError(f"a vocabulary of {tokenizer.vocab_size} does not fit the uint16 of a token file")
+        raise InputFileError(f"{source}: a vocabulary of {tokenizer.vocab_size} does not fit a token file's uint16")
     if tokenizer.eos_token_id is None:
         raise InputFileError(f"{source}: the tokenizer names no eos token to end a document with")
     folder.mkdir()
@@ -115,39 +149,6 @@ def _tokenize(files: list[Path], source: Path, tokenizer: Tokenizer, tokenizer_s
         "source": source.name,
     }
     (folder / "tokens.json").write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
-
-
-def text_files(source: Path) -> list[Path]:
-    """The files a text source consists of, in order; raises `InputFileError` when there are none."""
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise InputFileError(f"{source}: no such file or folder")
-    found = [file for file in sorted(source.rglob("*")) if file.suffix.lower() in (*TEXT_SUFFIXES, ".jsonl")]
-    if not found:
-        raise InputFileError(f"{source}: holds no file that ends in {', '.join(TEXT_SUFFIXES)} or .jsonl")
-    return found
-
-
-def documents(file: Path) -> Iterator[str]:
-    """The documents of one file: its whole text, or the "text" of each line of a `.jsonl`."""
-    try:
-        if file.suffix.lower() != ".jsonl":
-            yield file.read_text(encoding="utf-8")
-            return
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)["text"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise InputFileError(f"{file}: line {number} is no JSON object with a 'text': {error}") from error
-                if not isinstance(text, str):
-                    raise InputFileError(f"{file}: line {number} has a 'text' that is no string")
-                yield text
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(f"{file}: not readable as UTF-8 text: {error}") from error
 
 
 def sha256_of(path: Path) -> str:
@@ -184,11 +185,13 @@ class Batches:
 
         Inputs are all but the last of each row, targets all but the first.
         """
+        return _windows(self._train, self.windows_of(step), self.recipe.sequence_length)
+
+    def windows_of(self, step: int) -> list[int]:
+        """Which windows of the training tokens a step's batch is made of."""
         first = step * self.recipe.batch_size
         places = [divmod(i, self.windows) for i in range(first, first + self.recipe.batch_size)]
-        return _windows(
-            self._train, [self._order(epoch)[index] for epoch, index in places], self.recipe.sequence_length
-        )
+        return [int(self._order(epoch)[index]) for epoch, index in places]
 
     def validation(self, batches: int) -> Iterator[np.ndarray]:
         """Up to `batches` batches of held-out tokens, evenly spread over them, the same ones every time."""

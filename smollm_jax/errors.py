@@ -1,7 +1,8 @@
 """The errors a user can cause, each with its exit code, and the wrapper that prints one as one line.
 
 Exit codes of every script: 0 finished, 1 bug, 2 usage or config, 3 bad input file, 4 no usable checkpoint,
-5 storage, 7 diverged. (argparse and tyro use 2 for a wrong flag too.)
+5 storage, 6 locked by another trainer, 7 diverged, 75 stopped by a signal after a verified save (128 + the signal's
+number when a second signal did not wait for it). tyro too uses 2 for a wrong flag.
 """
 
 import sys
@@ -38,10 +39,22 @@ class StorageError(SmolLMError):
     exit_code = 5
 
 
+class LockedError(SmolLMError):
+    """Another trainer is at work in the run folder."""
+
+    exit_code = 6
+
+
 class DivergedError(SmolLMError):
-    """The training loss is no longer a finite number."""
+    """Too many updates were not finite, or the parameters are not."""
 
     exit_code = 7
+
+
+class StoppedError(SmolLMError):
+    """A signal asked to stop, and everything is saved: not a fault, and to be resumed (sysexits.h, EX_TEMPFAIL)."""
+
+    exit_code = 75
 
 
 def run(main: Callable[[], None]) -> None:
@@ -49,9 +62,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (SmolLMError, OSError) as error:
-        if "--debug" in sys.argv:
+        stopped = isinstance(error, StoppedError)
+        if "--debug" in sys.argv and not stopped:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(error if stopped else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, SmolLMError) else StorageError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,12 +9,12 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from smollm_jax.errors import InputFileError, UsageError
+from smollm_jax.errors import InputFileError, StorageError, UsageError
 
 RATE_STEPS = 20  # the throughput is the mean over this many steps
 
@@ -26,7 +26,8 @@ class RunLog:
         self, run: Path, *, log_every: int, flops_per_token: float, peak_flops: float | None, tensorboard: bool = False
     ):
         run.mkdir(parents=True, exist_ok=True)
-        self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = (run / "metrics.jsonl").open("a+b")
+        self._file.truncate(_whole_lines(self._file))
         self._log_every = log_every
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
@@ -67,8 +68,8 @@ class RunLog:
         """Leaves the time since the last step (compiling, saving, validating) out of the throughput."""
         self._times = collections.deque([(self._times[-1][0], time.perf_counter())], maxlen=RATE_STEPS)
 
-    def step(self, step: int, **values: float) -> None:
-        """Logs the numbers of one finished step."""
+    def step(self, step: int, *, skipped_windows: list[int] | None = None, **values: float) -> None:
+        """Logs the numbers of one finished step; `skipped_windows`: its batch's, if its update was left out."""
         now = time.perf_counter()
         self._times.append((step, now))
         # Over several steps: metrics are read one step late, so two reads in a row can be moments apart.
@@ -79,7 +80,8 @@ class RunLog:
         if step == self._first + 1:
             self.resume_clock()  # the first step compiled
         mfu = rate * self._flops_per_token / self._peak_flops if self._peak_flops else None
-        self._write(row | ({} if mfu is None else {"mfu": mfu}))
+        row |= {} if mfu is None else {"mfu": mfu}
+        self._write(row | ({} if skipped_windows is None else {"skipped_windows": skipped_windows}))
         text = (
             f"step {step}/{self._steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
             f"grad norm {values['gradient_norm']:.3f}  {rate:,.0f} tokens/s"
@@ -91,6 +93,8 @@ class RunLog:
             done = step - self._first
             left = (now - self._began) / done * (self._steps - step)
             self.note(f"{text}  ETA {int(left // 60)}:{int(left % 60):02}")
+        if skipped_windows is not None:
+            self.note(f"{text}: not finite, update left out; windows {skipped_windows} of the training tokens")
 
     def validation(self, step: int, loss: float) -> None:
         """Logs the loss on held-out tokens, and its perplexity."""
@@ -99,13 +103,16 @@ class RunLog:
         self.note(f"step {step}/{self._steps}  validation loss {loss:.4f}  perplexity {perplexity:,.1f}")
 
     def _write(self, row: dict[str, Any]) -> None:
-        # JSON has no NaN: a diverged loss is written as null, and the error that follows names it.
+        # JSON has no NaN: a loss that is none is written as null.
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(finite).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(f"{self._file.name}: cannot be written: {error}") from error
         if self._writer is not None:
             for name, value in row.items():
-                if name != "step":
+                if isinstance(value, float):
                     self._writer.add_scalar(name, value, row["step"])
 
 
@@ -122,6 +129,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise InputFileError(f"{path}: line {number} is not a row of metrics: {error}") from error
     return [rows[key] for key in sorted(rows)]
+
+
+def _whole_lines(file: BinaryIO) -> int:
+    """The bytes up to the end of the last whole line: a full disk or a power cut leaves half a one."""
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1
 
 
 def _tensorboard(run: Path) -> Any:

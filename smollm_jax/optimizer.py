@@ -1,5 +1,7 @@
 """AdamW with a clipped gradient and the recipe's learning rate, from optax."""
 
+import functools
+
 import jax.numpy as jnp
 import optax
 
@@ -27,6 +29,7 @@ def learning_rate(recipe: Recipe) -> optax.Schedule:
     return lambda count: schedule(jnp.asarray(count, float))
 
 
+@functools.cache  # the same recipe, the same object: jit compiles a step once for it
 def adamw(recipe: Recipe) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW with decoupled decay on every parameter (Loshchilov and Hutter 2019)."""
     return optax.chain(

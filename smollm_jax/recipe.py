@@ -4,15 +4,12 @@ The optimizer's numbers are the pre-training recipe's (huggingface/smollm, confi
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from smollm_jax.errors import UsageError
 
 Schedule = Literal["wsd", "cosine"]
 Dtype = Literal["float32", "bfloat16", "float64"]
-
-# Fields that may change when a run is resumed: how far it goes. (Its end moves the schedule's decay with it.)
-FREE_ON_RESUME = ("steps",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +31,7 @@ class Recipe:
     clip: float = 1.0  # of the global gradient norm
     validation_fraction: float = 0.01  # of the tokens, from the end of the token file
     seed: int = 0
+    gradient_accumulation_steps: int = 1  # parts a batch is computed in, one after another
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "sequence_length"):
@@ -47,6 +45,11 @@ class Recipe:
                 raise UsageError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if not 0 <= self.weight_decay < float("inf"):
             raise UsageError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if self.gradient_accumulation_steps < 1 or self.batch_size % self.gradient_accumulation_steps:
+            raise UsageError(
+                f"gradient_accumulation_steps must divide batch_size {self.batch_size}, "
+                f"got {self.gradient_accumulation_steps}"
+            )
         if self.seed < 0:
             raise UsageError(f"seed must be at least 0, got {self.seed}")
         most = self.decay_start if self.schedule == "wsd" else self.steps - 1
@@ -62,9 +65,3 @@ class Recipe:
     def tokens_per_step(self) -> int:
         """Tokens whose loss is averaged in one step."""
         return self.batch_size * self.sequence_length
-
-    def changes(self, saved: dict[str, Any]) -> list[str]:
-        """What differs from a saved recipe and may not: one "name: old -> new" each."""
-        now = dataclasses.asdict(self)
-        names = [name for name in now | saved if name not in FREE_ON_RESUME]
-        return [f"{n}: {saved.get(n)!r} -> {now.get(n)!r}" for n in names if saved.get(n) != now.get(n)]

@@ -5,7 +5,6 @@ A batch's way is one straight line: token file -> `batch(step)` -> `train_step` 
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,11 +18,15 @@ from smollm_jax.attention import Implementation, causal
 from smollm_jax.checkpoint import CheckpointStore, flatten, unflatten
 from smollm_jax.config import Config
 from smollm_jax.data import Batches
-from smollm_jax.errors import DivergedError, UsageError
+from smollm_jax.errors import CheckpointError, DivergedError
 from smollm_jax.loss import linear_cross_entropy
 from smollm_jax.metrics import RunLog
 from smollm_jax.model import SmolLM
-from smollm_jax.recipe import Recipe
+from smollm_jax.provenance import Provenance, environment
+from smollm_jax.stop import Stop
+
+# Updates that were not finite end a run when 1 % of the last 1,000 were: so ten in a row do, too.
+SKIP_LIMIT, SKIP_WINDOW = 10, 1000
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +46,7 @@ class Compute:
     implementation: Implementation = "xla"
     remat: bool = False
     unroll: int = 1
+    parts: int = 1  # of a batch, computed one after another
 
 
 def begin(model: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -63,24 +67,52 @@ def mean_loss(model: SmolLM, tokens: Int[Array, "B window"], compute: Compute) -
     return linear_cross_entropy(hidden.reshape(targets.size, -1), model.head, targets) / targets.size
 
 
+def mean_gradients(model: SmolLM, tokens: Int[Array, "B window"], compute: Compute) -> tuple[Float[Array, ""], SmolLM]:
+    """The mean loss and its gradients; of equal parts of the batch, one after another, added up in float32."""
+    if compute.parts == 1:
+        return jax.value_and_grad(mean_loss)(model, tokens, compute)
+    parts = tokens.reshape(compute.parts, -1, tokens.shape[1])
+
+    def add(total: Any, part: Int[Array, "b window"]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(model, part, compute)), None
+
+    shapes = jax.eval_shape(lambda: jax.value_and_grad(mean_loss)(model, parts[0], compute))
+    total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)
+    return jax.tree.map(lambda x: x / compute.parts, total)  # every token counts, so a mean of means is the mean
+
+
 @functools.partial(jax.jit, static_argnames=("tx", "compute"), donate_argnames="state")
 def train_step(
     state: TrainState, tokens: Int[Array, "B window"], *, tx: optax.GradientTransformation, compute: Compute
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """The state after one optimizer step, and its loss and gradient norm (before clipping) as device scalars."""
-    loss, gradients = jax.value_and_grad(mean_loss)(state.model, tokens, compute)
+    """The state after one optimizer step, and its loss and gradient norm (before clipping) as device scalars.
+
+    When either is not finite the state comes back as it was, to the last bit, its step count too.
+    """
+    gradients: Any
+    loss, gradients = mean_gradients(state.model, tokens, compute)
+    norm = optax.tree.norm(gradients)
     parameters: Any = state.model  # optax's types know arrays and dicts; a module is a pytree like them
     updates, opt_state = tx.update(gradients, state.opt_state, parameters)
     model: Any = optax.apply_updates(parameters, updates)
-    return TrainState(model, opt_state), {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    # optax.apply_if_finite would apply the NaN after its limit, and keeps a second copy of the state.
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), TrainState(model, opt_state), state)
+    return state, {"loss": loss, "gradient_norm": norm}
 
 
 eval_step = jax.jit(mean_loss, static_argnames="compute")
 
 
-def validation_loss(model: SmolLM, batches: Batches, count: int, compute: Compute) -> float:
-    """The mean loss over up to `count` batches of held-out tokens."""
-    losses = [(eval_step(model, jnp.asarray(tokens), compute), len(tokens)) for tokens in batches.validation(count)]
+def validation_loss(
+    model: SmolLM, batches: Batches, count: int, compute: Compute, stop: Stop | None = None
+) -> float | None:
+    """The mean loss over up to `count` batches of held-out tokens; None when a signal came in between."""
+    losses = []
+    for tokens in batches.validation(count):
+        if stop:
+            return None
+        losses.append((eval_step(model, jnp.asarray(tokens), compute), len(tokens)))
     return sum(float(loss) * rows for loss, rows in losses) / sum(rows for _, rows in losses)
 
 
@@ -93,120 +125,134 @@ class Cadence:
     eval_batches: int = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """What a run is trained on: where it was found, and the sha256 of its tokens, which may not change."""
+@dataclasses.dataclass
+class Progress:
+    """How far a run is, and which updates it left out because they were not finite."""
 
-    source: str
-    sha256: str
+    step: int = 0
+    tokens_seen: int = 0
+    skipped: int = 0
+    recently_skipped: list[int] = dataclasses.field(default_factory=list)  # steps, of the last SKIP_WINDOW
+
+    def skip(self, step: int) -> None:
+        """Notes a skipped update; raises `DivergedError` when they are too many."""
+        self.skipped += 1
+        self.recently_skipped = [s for s in self.recently_skipped if s > step - SKIP_WINDOW] + [step]
+        if len(self.recently_skipped) >= SKIP_LIMIT:
+            raise DivergedError(
+                f"step {step}: {len(self.recently_skipped)} of the last {SKIP_WINDOW:,} updates were not finite and "
+                "left out; the checkpoints on disk are intact"
+            )
+
+
+@dataclasses.dataclass
+class Saved:
+    """What a checkpoint holds: all a run needs to go on."""
+
+    provenance: Provenance
+    progress: Progress
+    environment: dict[str, Any]
+    state: TrainState
 
 
 def train(
-    model: SmolLM,
-    recipe: Recipe,
-    batches: Batches,
+    state: TrainState,
+    progress: Progress,
     *,
-    run: Path,
+    provenance: Provenance,
+    batches: Batches,
+    store: CheckpointStore,
     compute: Compute,
     cadence: Cadence,
-    data: Data,
-    resume: bool,
-    start_from: str = "",
+    stop: Stop,
     log: RunLog,
-) -> SmolLM:
-    """The trained model. Checkpoints go to `run/checkpoints`, metrics to `log`.
+) -> TrainState:
+    """The state after the recipe's last step. Checkpoints go to `store`, metrics to `log`; `progress` moves along.
 
-    `model` is where step 0 starts and, on `resume`, only the shape of what is restored. Raises `UsageError` when the
-    run has checkpoints and `resume` is false, or when resumed under another recipe or on other data;
-    `start_from` is noted in the checkpoints: the weights the run began with, empty for the recipe's init.
-    `CheckpointError` when there is nothing to resume; `DivergedError` when the loss is not finite.
+    Raises `StoppedError` after a save when a signal asked for it, and `DivergedError` when ten of the last 1,000
+    updates were not finite. Such an update is left out whole, with its step of the schedule, and its windows logged.
     """
-    tx = optimizer.adamw(recipe)
-    schedule = optimizer.learning_rate(recipe)
-    state = begin(model, tx)
-    with CheckpointStore(run / "checkpoints", keep=2) as store:
-        if resume:
-            start, state = restore(store, state, recipe, data)
-            log.note(f"resumed from step {start}")
-        elif store.steps():
-            raise UsageError(
-                f"{run}: holds a run up to step {store.latest_step()}: add --resume, or name another --out"
-            )
-        else:
-            start = 0
-        if start >= recipe.steps:
-            log.note(f"already at step {start} of {recipe.steps}: nothing to train; --steps sets a higher end")
-            return state.model
-        log.start(start, recipe.steps, recipe.tokens_per_step)
-        pending = None
-        tokens = jax.device_put(batches.batch(start))
-        for step in range(start, recipe.steps):
-            state, metrics = train_step(state, tokens, tx=tx, compute=compute)
-            done = step + 1
-            if done < recipe.steps:
-                tokens = jax.device_put(batches.batch(done))  # while the device works on the step above
-            if pending is not None:
-                record(log, schedule, *pending)
-            pending = (done, metrics)
-            saving = done == recipe.steps or (cadence.save_every and done % cadence.save_every == 0)
-            evaluating = done == recipe.steps or (cadence.eval_every and done % cadence.eval_every == 0)
-            # On a CPU a call returns when its step has ended: reading late gains nothing and blurs the throughput.
-            if saving or evaluating or jax.default_backend() == "cpu":
-                record(log, schedule, *pending)
-                pending = None
-            if saving:
-                save(store, done, state, recipe, data, start_from)
-                log.note(f"saved step {done} to {run / 'checkpoints'}")
-            if evaluating:
-                log.validation(done, validation_loss(state.model, batches, cadence.eval_batches, compute))
-            if saving or evaluating:
-                log.resume_clock()
-    return state.model
+    recipe = provenance.recipe
+    tx, schedule = optimizer.adamw(recipe), optimizer.learning_rate(recipe)
+    if progress.step >= recipe.steps:
+        log.note(f"already at step {progress.step} of {recipe.steps}: nothing to train; --steps sets a higher end")
+        return state
+
+    def record(step: int, metrics: dict[str, Any]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = all(map(np.isfinite, values.values()))
+        rate = float(np.asarray(schedule(step - 1 - progress.skipped)))
+        log.step(step, learning_rate=rate, skipped_windows=None if finite else batches.windows_of(step - 1), **values)
+        if not finite:
+            progress.skip(step)
+
+    def save() -> None:
+        about = {"fingerprints": provenance.fingerprints(), "environment": environment_of(compute)}
+        meta = provenance.meta() | dataclasses.asdict(progress) | about
+        store.save(progress.step, {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}, meta)
+
+    log.start(progress.step, recipe.steps, recipe.tokens_per_step)
+    pending = None
+    tokens = jax.device_put(batches.batch(progress.step))
+    while progress.step < recipe.steps and not stop:
+        state, metrics = train_step(state, tokens, tx=tx, compute=compute)
+        progress.step += 1
+        progress.tokens_seen += recipe.tokens_per_step
+        done, last = progress.step, progress.step == recipe.steps
+        if not last:
+            tokens = jax.device_put(batches.batch(done))  # while the device works on the step above
+        if pending is not None:
+            record(*pending)
+        pending = (done, metrics)
+        saving = last or (cadence.save_every and done % cadence.save_every == 0)
+        evaluating = last or (cadence.eval_every and done % cadence.eval_every == 0)
+        # On a CPU a call returns when its step has ended: reading late gains nothing and blurs the throughput.
+        if saving or evaluating or stop or jax.default_backend() == "cpu":
+            record(*pending)
+            pending = None
+        if saving:
+            save()
+            log.note(f"saving step {done} in the background" if store.asynchronous else f"saved step {done}")
+        if evaluating:
+            loss = validation_loss(state.model, batches, cadence.eval_batches, compute, stop)
+            if loss is not None:
+                log.validation(done, loss)
+        if saving or evaluating:
+            log.resume_clock()
+    if pending is not None:
+        record(*pending)
+    store.wait()
+    if stop:
+        if progress.step not in store.steps():
+            save()
+            store.wait()
+        store.verify(progress.step)
+        raise stop.error(f"step {progress.step} of {recipe.steps} is saved and verified; --resume goes on from it")
+    return state
 
 
-def record(log: RunLog, schedule: optax.Schedule, step: int, metrics: dict[str, Any]) -> None:
-    """Reads a finished step's metrics and logs them; raises `DivergedError` if one is not finite.
-
-    The gradient's norm too: a loss is taken before its update, and a gradient that is not finite ruins the parameters.
-    """
-    values = {name: float(value) for name, value in metrics.items()}
-    log.step(step, learning_rate=float(np.asarray(schedule(step - 1))), **values)
-    for name, value in values.items():
-        if not np.isfinite(value):
-            what = name.replace("_", " ")
-            raise DivergedError(f"step {step}: {what} is {value}; the checkpoints before it are intact")
-
-
-def save(
-    store: CheckpointStore, step: int, state: TrainState, recipe: Recipe, data: Data, start_from: str = ""
-) -> None:
-    """Writes the state after `step` steps: parameters, optimizer state, recipe and data position."""
-    items = {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}
-    meta = {
-        "step": step,
-        "recipe": dataclasses.asdict(recipe),
-        "data": data.source,
-        "data_sha256": data.sha256,
-        "start_from": start_from,
-        "tokens_seen": step * recipe.tokens_per_step,
-    }
-    store.save(step, items, meta)
-
-
-def restore(store: CheckpointStore, like: TrainState, recipe: Recipe, data: Data) -> tuple[int, TrainState]:
-    """The newest step and its state; raises `UsageError` when recipe or data are not those it was saved with."""
-    step = store.latest_step()
+def load(store: CheckpointStore, step: int) -> Saved:
+    """What a step holds, on this process's default device; raises `CheckpointError` when that is not a whole run."""
     meta = store.meta(step)
-    changes = recipe.changes(meta["recipe"])
-    if meta["data_sha256"] != data.sha256:
-        changes.append(f"data: {meta['data']} ({meta['data_sha256'][:12]}) -> {data.source} ({data.sha256[:12]})")
-    if changes:
-        raise UsageError(f"{store.folder}: cannot resume step {step}, these changed: {'; '.join(changes)}")
+    try:
+        provenance = Provenance.from_meta(meta)
+        progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
+        environment = meta["environment"]
+    except (CheckpointError, KeyError) as error:
+        raise CheckpointError(f"{store.folder}: step {step}: {error}") from error
+    tx = optimizer.adamw(provenance.recipe)
+    like = jax.eval_shape(lambda: begin(SmolLM(provenance.config, key=jax.random.key(0)), tx))
     items = {"params": flatten(like.model), "optimizer": flatten(like.opt_state)}
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items)
-    arrays = store.restore(step, abstract)
-    model = unflatten(like.model, arrays["params"])
-    return step, TrainState(model, unflatten(like.opt_state, arrays["optimizer"]))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    arrays = store.restore(step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), items))
+    state = TrainState(unflatten(like.model, arrays["params"]), unflatten(like.opt_state, arrays["optimizer"]))
+    return Saved(provenance, progress, environment, state)
+
+
+def environment_of(compute: Compute) -> dict[str, Any]:
+    """What the last bit of a run's numbers depends on, apart from its provenance."""
+    device = jax.devices()[0]
+    return environment(device.device_kind, jax.device_count()) | dataclasses.asdict(compute)
 
 
 def fresh(config: Config, seed: int) -> SmolLM:

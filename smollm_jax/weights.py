@@ -4,6 +4,7 @@
 framework-free, so that the PyTorch twin goes through the same door.
 """
 
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,8 +16,9 @@ import numpy as np
 from smollm_jax import formats
 from smollm_jax.checkpoint import CheckpointStore, flatten, unflatten
 from smollm_jax.config import Config
-from smollm_jax.errors import InputFileError, UsageError
+from smollm_jax.errors import InputFileError, StorageError, UsageError
 from smollm_jax.formats import Bundle
+from smollm_jax.safetensors_file import native
 
 if TYPE_CHECKING:
     from smollm_jax.model import SmolLM
@@ -39,6 +41,8 @@ RULES = {
     "model.norm.weight": ("norm", "D -> D"),
     "lm_head.weight": ("lm_head", "V D -> V D"),  # only where the head is not tied
 }
+PICKLES = (".bin", ".npy", ".npz", ".pkl", ".pickle", ".pth", ".ckpt")
+INSTEAD = "give model.safetensors, or a .pt that torch.save wrote from the state dict (read as tensors only)"
 FLOATS = (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)
 
 
@@ -83,7 +87,7 @@ def check(bundle: Bundle, source: str | Path) -> Bundle:
     A copy of a tied head is dropped when it equals the embedding and is a fault when it does not.
     """
     expected = hf_shapes(bundle.config)
-    tensors = dict(bundle.tensors)
+    tensors = {name: t if t.dtype.isnative else native(t) for name, t in bundle.tensors.items()}
     faults = []
     if bundle.config.tie_word_embeddings and "lm_head.weight" in tensors:
         head, embedding = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
@@ -92,17 +96,18 @@ def check(bundle: Bundle, source: str | Path) -> Bundle:
     faults += [f"{name} is missing" for name in expected if name not in tensors]
     faults += [f"{name} is not part of the model" for name in sorted(set(tensors) - set(expected))]
     for name, shape in expected.items():
-        tensor = tensors.get(name)
-        if tensor is None:
+        if name not in tensors:
             continue
-        if tensor.shape != shape:
-            faults.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        tensor = tensors[name]
         if tensor.dtype not in FLOATS:
             faults.append(f"{name} has dtype {tensor.dtype}, expected a float")
-        elif not np.isfinite(tensor).all():
+        if tensor.shape != shape:
+            faults.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        elif tensor.dtype in FLOATS and not np.isfinite(tensor).all():
             faults.append(f"{name} has non-finite values")
     if faults:
-        raise InputFileError(f"{source}: {len(faults)} fault(s) in the weights: " + "; ".join(faults))
+        more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise InputFileError(f"{source}: {len(faults)} fault(s) in the weights: {'; '.join(faults[:20])}{more}")
     return Bundle({name: tensors[name] for name in expected}, bundle.config, bundle.tokenizer_files, bundle.origin)
 
 
@@ -138,6 +143,8 @@ def kind_of(path: Path) -> Kind:
     """What kind of weights a path holds; raises `InputFileError` when none can be recognised."""
     if not path.exists():
         raise InputFileError(f"{path}: no such file or folder")
+    if path.is_file() and path.suffix in PICKLES:
+        raise InputFileError(f"{path}: a {path.suffix} file can hold code that runs when it is read; {INSTEAD}")
     if path.is_file() and path.suffix in (".pt", ".safetensors", ".gguf"):
         return path.suffix[1:]  # type: ignore[return-value]  # one of the three just tested
     if path.is_dir() and (path / "checkpoints").is_dir():
@@ -146,17 +153,23 @@ def kind_of(path: Path) -> Kind:
         return "hf"
     if path.is_dir() and path.parent.name == "checkpoints" and path.name.isdigit():
         return "orbax"
+    if path.is_dir() and any(path.glob("pytorch_model*.bin")):
+        raise InputFileError(f"{path}: holds pytorch_model.bin only, which can run code when it is read; {INSTEAD}")
     raise InputFileError(
         f"{path}: not recognised as weights; give a run folder (or one step under its checkpoints/), "
         "a Hugging Face folder with model.safetensors, or a .pt, .safetensors or .gguf file"
     )
 
 
-def read(path: str | Path) -> Bundle:
-    """The weights at a path of any kind, checked, in Hugging Face's names and layout at their stored precision."""
+def read(path: str | Path, *, allow_unverified: bool = False) -> Bundle:
+    """The weights at a path of any kind, checked, in Hugging Face's names and layout at their stored precision.
+
+    A checkpoint whose files are not what was written is a `CheckpointError`; one without a manifest too, unless
+    `allow_unverified`.
+    """
     path = Path(path)
     readers = {
-        "orbax": _read_orbax,
+        "orbax": functools.partial(_read_orbax, allow_unverified=allow_unverified),
         "hf": formats.read_hf,
         "pt": formats.read_pt,
         "safetensors": formats.read_safetensors_file,
@@ -179,14 +192,21 @@ def write(path: str | Path, bundle: Bundle, kind: Kind) -> None:
     writers[kind](path, check(bundle, path))
 
 
-def _read_orbax(path: Path) -> Bundle:
+def _read_orbax(path: Path, allow_unverified: bool) -> Bundle:
     step = int(path.name) if path.parent.name == "checkpoints" else None
     run = path if step is None else path.parent.parent
     config = formats.read_config(run / "config.json")
     with CheckpointStore(run / "checkpoints", create=False) as store:
         step = store.latest_step() if step is None else step
+        store.verify(step, item="params", allow_unverified=allow_unverified)
+        meta = store.meta(step)
         parameters = store.read(step, "params")
-        origin = store.meta(step).get("origin") or f"step {step} of run {run.name}"
+    trained = Config(**meta["config"]) if "config" in meta else config
+    if trained != config:
+        fields = [name for name in vars(config) if getattr(config, name) != getattr(trained, name)]
+        changes = [f"{name}: {getattr(trained, name)!r} -> {getattr(config, name)!r}" for name in fields]
+        raise InputFileError(f"{run / 'config.json'}: is not what step {step} was saved with: {'; '.join(changes)}")
+    origin = meta.get("origin") or f"step {step} of run {run.name}"
     expected = {name for name, _ in rules(config).values()}
     if set(parameters) != expected:
         differing = sorted(set(parameters) ^ expected)
@@ -206,13 +226,21 @@ def _write_orbax(path: Path, bundle: Bundle) -> None:
 
 
 def write_run_files(run: Path, config: Config, tokenizer_files: dict[str, bytes], dtype: str = "float32") -> None:
-    """What lies beside the checkpoints of a run: config.json and the tokenizer's files."""
+    """What lies beside the checkpoints of a run: config.json and the tokenizer's files, each whole or as it was."""
     import json
 
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(config.to_hf(dtype), indent=2) + "\n", encoding="utf-8")
-    for name, content in tokenizer_files.items():
-        (run / name).write_bytes(content)
+    text = json.dumps(config.to_hf(dtype), indent=2) + "\n"
+    for name, content in ({"config.json": text.encode()} | tokenizer_files).items():
+        target, temporary = run / name, run / f"{name}.tmp"
+        if target.is_file() and target.read_bytes() == content:
+            continue
+        try:
+            temporary.write_bytes(content)
+            temporary.rename(target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise StorageError(f"{target}: cannot be written: {error}") from error
 
 
 def load(path: str | Path, dtype: Any = np.float32) -> "tuple[SmolLM, Config]":

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def train(
     log.start(0, last, recipe.tokens_per_step)
     for step in range(last):
         tokens = torch.from_numpy(batches.batch(step).astype(np.int64)).to(device)
-        metrics = train_step(module, optimizer, tokens, recipe, step)
+        metrics: dict[str, Any] = train_step(module, optimizer, tokens, recipe, step)
         log.step(step + 1, learning_rate=learning_rate(recipe, step), **metrics)
         if not math.isfinite(metrics["loss"]):
             raise DivergedError(f"step {step + 1}: loss is {metrics['loss']}")
