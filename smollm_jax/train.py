@@ -92,12 +92,16 @@ def train_step(
     gradients: Any
     loss, gradients = mean_gradients(state.model, tokens, compute)
     norm = optax.tree.norm(gradients)
-    parameters: Any = state.model  # optax's types know arrays and dicts; a module is a pytree like them
-    updates, opt_state = tx.update(gradients, state.opt_state, parameters)
-    model: Any = optax.apply_updates(parameters, updates)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    # optax.apply_if_finite would apply the NaN after its limit, and keeps a second copy of the state.
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), TrainState(model, opt_state), state)
+
+    def update(state: TrainState) -> TrainState:
+        parameters: Any = state.model  # optax's types know arrays and dicts; a module is a pytree like them
+        updates, opt_state = tx.update(gradients, state.opt_state, parameters)
+        model: Any = optax.apply_updates(parameters, updates)
+        return TrainState(model, opt_state)
+
+    # A branch costs a CPU nothing; choosing number by number costs 11 % of its step. (optax.apply_if_finite would
+    # apply the NaN after its limit.)
+    state = jax.lax.cond(jnp.isfinite(loss) & jnp.isfinite(norm), update, lambda state: state, state)
     return state, {"loss": loss, "gradient_norm": norm}
 
 
