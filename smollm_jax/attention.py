@@ -7,6 +7,7 @@ B batch, T query tokens, S cached tokens, N query heads, K KV heads, H head dim,
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from smollm_jax.config import Config
 from smollm_jax.errors import UsageError
 
 Implementation = Literal["xla", "cudnn"]
+QUERY_BLOCK = 512
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
 
@@ -31,16 +33,35 @@ def attention(
     implementation: Implementation = "xla",
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention scaled by H**-0.5, softmax in at least float32; query head i reads KV head i // (N/K)."""
+    T, S = q.shape[1], k.shape[1]
+    if is_causal and mask is None and implementation == "xla" and T == S and T > QUERY_BLOCK:
+        return _causal_in_blocks(q, k, v)
     if q.dtype == jnp.float64:
         # jax.nn.dot_product_attention rounds the scores to float32 before its softmax whatever the inputs are.
-        B, T, N, H = q.shape
+        B, _, N, H = q.shape
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q.reshape(B, T, k.shape[2], -1, H), k) * H**-0.5
         if is_causal:
-            mask = jnp.logical_and(True if mask is None else mask, jnp.tri(T, k.shape[1], dtype=bool))
+            mask = jnp.logical_and(True if mask is None else mask, jnp.tri(T, S, dtype=bool))
         if mask is not None:
             scores = jnp.where(mask[..., None, :, :], scores, -0.7 * jnp.finfo(scores.dtype).max)
         return jnp.einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(scores), v).reshape(B, T, N, H)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation=implementation)
+
+
+def _causal_in_blocks(q: Array, k: Array, v: Array) -> Array:
+    """Causal attention that never holds T x T scores: each block of queries meets only the keys up to its end.
+
+    Half the products, and the backward pass computes a block's scores again instead of keeping them.
+    Source: Rabe and Staats 2021 (Self-attention does not need O(n^2) memory), section 2.
+    """
+
+    @functools.partial(jax.checkpoint, static_argnums=3)
+    def block(q, k, v, start: int):
+        mask = (start + jnp.arange(q.shape[1]))[:, None] >= jnp.arange(k.shape[1])
+        return attention(q, k, v, mask=mask[None, None])
+
+    spans = [(start, min(start + QUERY_BLOCK, q.shape[1])) for start in range(0, q.shape[1], QUERY_BLOCK)]
+    return jnp.concatenate([block(q[:, start:end], k[:, :end], v[:, :end], start) for start, end in spans], axis=1)
 
 
 def causal(implementation: Implementation = "xla") -> Attend:

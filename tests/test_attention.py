@@ -1,9 +1,11 @@
 """Every way to attend gives the same numbers as the plain one it stands for."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from smollm_jax import attention as attention_module
 from smollm_jax.attention import KVCache, attention, cached, packed
 from smollm_jax.errors import UsageError
 
@@ -33,6 +35,27 @@ def test_attention_is_the_formula_written_out():
     allowed = np.broadcast_to(np.tri(9, dtype=bool), (2, 9, 9))
     out = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), is_causal=True)
     np.testing.assert_allclose(out, reference(q, k, v, allowed), **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_long_text_attends_in_blocks_to_the_same_values_and_gradients(monkeypatch, dtype):
+    T = 2 * attention_module.QUERY_BLOCK + 77  # the last block is short
+    q, k, v, weight = (draw(1, T, heads, 16).astype(dtype) for heads in (6, 2, 2, 6))
+
+    def total(q, k, v):
+        return jnp.sum(attention(q, k, v, is_causal=True) * weight)
+
+    with jax.enable_x64(dtype == np.float64):
+        blocks = jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
+        buffers = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, v).compile().as_text()
+        monkeypatch.setattr(attention_module, "QUERY_BLOCK", T)
+        whole = jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
+        dense = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, v).compile().as_text()
+    for a, b in zip(*(map(np.asarray, jax.tree.leaves(x)) for x in (blocks, whole)), strict=True):
+        scale = np.abs(b).max()
+        np.testing.assert_allclose(a / scale, b / scale, atol=1e-14 if dtype == np.float64 else 2e-6)
+    assert f"{T},{T}]" in dense
+    assert f"{T},{T}]" not in buffers, "the compiled program holds T x T scores"
 
 
 def test_packed_attention_is_the_formula_with_the_segments_mask():
