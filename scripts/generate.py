@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     import jax
     import jax.numpy as jnp
 
+    from smollm_jax import compilation_cache
+
+    compilation_cache.enable()
     if flags.dtype == "float32":  # on a GPU JAX's default is TF32
         jax.config.update("jax_default_matmul_precision", "float32")
     from smollm_jax import weights

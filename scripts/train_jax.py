@@ -133,13 +133,14 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     """Trains in a run folder that is ours alone."""
     import jax
 
-    from smollm_jax import cost, data, formats, metrics, optimizer, train, weights
+    from smollm_jax import compilation_cache, cost, data, formats, metrics, optimizer, train, weights
     from smollm_jax.checkpoint import CheckpointStore
     from smollm_jax.config import preset
     from smollm_jax.provenance import Provenance
     from smollm_jax.recipe import Recipe
     from smollm_jax.tokenizer import Tokenizer, folder_beside
 
+    compilation_cache.enable()
     device = jax.devices()[0]
     on_gpu = device.platform == "gpu"
     given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) is not None}
