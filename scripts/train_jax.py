@@ -34,7 +34,8 @@ class Flags:
     resume: bool = False
     """Go on from the run's newest verified checkpoint, under the run's own recipe."""
     allow_change: tuple[str, ...] = ()
-    """With --resume: what may differ from the saved run, by name (learning_rate, data, rope_theta ...)."""
+    """With --resume: what may differ from the saved run, by name (learning_rate, data, rope_theta ...). The batch of
+    step n is that of the new recipe's step n."""
     allow_unverified: bool = False
     """With --resume: take a checkpoint that has no integrity.json."""
     steps: int | None = None
@@ -104,7 +105,6 @@ CPU_CADENCE = {"save_every": 100, "eval_every": 50}
 
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
-    from smollm_jax.checkpoint import steps_in
     from smollm_jax.lock import RunLock
     from smollm_jax.stop import Stop
 
@@ -119,14 +119,22 @@ def main(argv: list[str] | None = None) -> None:
         if flags.allow_change or flags.allow_unverified:
             raise errors.UsageError("--allow-change and --allow-unverified say something about --resume only")
         run = flags.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{flags.preset or PRESET}")
-        if steps := steps_in(run / "checkpoints"):
-            raise errors.UsageError(f"{run}: holds a run up to step {steps[-1]}: add --resume, or name another --out")
-        inside = {path.name for path in run.glob("*")}
-        # What a run that died before its first checkpoint left is replaced; it has one of these from the start.
-        if (inside and not inside & {"lock", "metrics.jsonl"}) or any(run.glob("*.safetensors")):
+        refuse_used(run)
+        # What a run left that died before its first checkpoint is replaced; it has a lock file from its start on.
+        if any(run.glob("*")) and not (run / "lock").exists():
             raise errors.UsageError(f"{run}: exists and is no run of this trainer: name another --out")
     with RunLock(run):
+        if not flags.resume:
+            refuse_used(run)  # another trainer may have had it in between
         train_in(run, flags, stop)
+
+
+def refuse_used(run: Path) -> None:
+    """Raises `UsageError` when a run folder holds a checkpoint."""
+    from smollm_jax.checkpoint import steps_in
+
+    if steps := steps_in(run / "checkpoints"):
+        raise errors.UsageError(f"{run}: holds a run up to step {steps[-1]}: add --resume, or name another --out")
 
 
 def train_in(run: Path, flags: Flags, stop) -> None:
@@ -177,7 +185,8 @@ def train_in(run: Path, flags: Flags, stop) -> None:
         )
     compute = train.Compute(recipe.dtype, attention, flags.remat, flags.unroll, recipe.gradient_accumulation_steps)
     every = {name: getattr(flags, name) for name in CPU_CADENCE if getattr(flags, name) is not None}
-    cadence = train.Cadence(**((GPU_CADENCE if on_gpu else CPU_CADENCE) | every))
+    usual = train.Cadence(**(GPU_CADENCE if on_gpu else CPU_CADENCE))
+    cadence = dataclasses.replace(saved.cadence if saved else usual, **every)
     tokenizer_folder = flags.tokenizer or folder_beside(run if flags.resume else flags.init_from)
     tokenizer = Tokenizer.load(tokenizer_folder)
     if tokenizer.vocab_size > config.vocab_size:
@@ -192,6 +201,8 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     print(f"products    {recipe.dtype}, attention {attention}; weights, moments and loss float32")
     tokens_per_step = f"{recipe.batch_size} x {recipe.sequence_length} = {recipe.tokens_per_step:,} tokens a step"
     print(f"steps       {recipe.steps:,} of {tokens_per_step}, {recipe.schedule}, peak {recipe.learning_rate}")
+    warmup = f"warmup {recipe.warmup_steps} steps, weight decay {recipe.weight_decay}, seed {recipe.seed}"
+    print(f"            {warmup}; saved every {cadence.save_every}, validated every {cadence.eval_every} steps")
     print(f"run         {run}", flush=True)
 
     tokens = data.prepare(source, tokenizer_folder, Path("data"))
@@ -202,12 +213,15 @@ def train_in(run: Path, flags: Flags, stop) -> None:
         for change in provenance.check_resumes(saved.provenance, flags.allow_change):
             print(f"note: changed, as --allow-change says: {change}")
         print_differences(saved, recipe, train.environment_of(compute))
-        progress, state = saved.progress, saved.state
+        progress, state = saved.progress, saved.state_under(config)
     else:
         progress = train.Progress()
         model = weights.from_bundle(bundle) if bundle else train.fresh(config, recipe.seed)
         state = train.begin(model, optimizer.adamw(recipe))
-        (run / "metrics.jsonl").unlink(missing_ok=True)  # of a run that died before its first checkpoint
+        if (run / "metrics.jsonl").exists():  # of a run that has no checkpoint, or has one no longer
+            old = next(name for n in itertools.count(1) if not (name := run / f"metrics.jsonl.{n}").exists())
+            (run / "metrics.jsonl").rename(old)
+            print(f"note: starts from the beginning, in a run without a checkpoint; its metrics are now {old}")
     weights.write_run_files(run, config, formats.read_tokenizer_files(tokenizer_folder))
     flops = cost.flops_per_token(config, recipe.sequence_length)
     peak = cost.peak_flops(device.device_kind)
@@ -231,6 +245,7 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     show(state.model, tokenizer, flags.prompt, stop)
     if stop:
         raise stop.error(f"all {recipe.steps} steps are done, saved and verified")
+    stop.ignore()
     print(f"\nnext: python scripts/generate.py --weights {run} --prompt {flags.prompt!r}")
 
 
@@ -247,17 +262,15 @@ def print_differences(saved, recipe, environment) -> None:
 
 
 def newest_run() -> Path:
-    """The newest run under runs/ that has a checkpoint."""
+    """The run under runs/ that was last at work and has a checkpoint."""
     from smollm_jax.checkpoint import steps_in
 
-    newest = {
-        folder.parent: (folder / str(steps[-1])).stat().st_mtime
-        for folder in Path("runs").glob("*/checkpoints")
-        if (steps := steps_in(folder))
-    }
-    if not newest:
-        raise errors.CheckpointError("--resume: no run under runs/ has a checkpoint; name one with --out")
-    return max(newest, key=lambda run: newest[run])
+    begun = sorted((lock.stat().st_mtime, lock.parent) for lock in Path("runs").glob("*/lock"))
+    for _, run in reversed(begun):
+        if steps_in(run / "checkpoints"):
+            return run
+        print(f"note: {run} has no checkpoint, looking at the run before it")
+    raise errors.CheckpointError("--resume: no run under runs/ has a checkpoint; name one with --out")
 
 
 def show(model, tokenizer, prompt: str, stop, max_new_tokens: int = 32) -> None:

@@ -28,11 +28,16 @@ def main(argv: list[str] | None = None) -> None:
     from smollm_jax.checkpoint import steps_in
 
     folder = flags.run / "checkpoints"
+    if not folder.is_dir():
+        raise errors.CheckpointError(f"{folder}: no such checkpoint folder")
     steps, bad = steps_in(folder), 0
     for step in steps:
         try:
             manifest = integrity.verify(folder / str(step))
-        except errors.CheckpointError as error:
+        except (errors.CheckpointError, errors.StorageError) as error:
+            if step not in steps_in(folder):
+                print(f"step {step}: removed by the trainer meanwhile")
+                continue
             bad += 1
             print(f"step {step}: BAD: {error}")
             continue

@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from smollm_jax import integrity
 from smollm_jax.errors import CheckpointError, DivergedError, StorageError
+from smollm_jax.integrity import DamagedError, NoManifestError
 
 T = TypeVar("T")
 STAGING = ".saving"
@@ -154,20 +156,29 @@ class CheckpointStore:
         except Exception as error:  # Orbax, tensorstore and the file system each raise their own
             raise StorageError(f"{self.folder}: step {step} could not be saved: {_first_line(error)}") from error
         finally:
+            self._clear()
+
+    def _clear(self) -> None:
+        """Removes the staging folder; for up to a second, since a failed save's threads may still write into it."""
+        for _ in range(50):
             shutil.rmtree(self._staging, ignore_errors=True)
+            if not self._staging.exists():
+                return
+            time.sleep(0.02)
 
     def newest(self, load: Callable[[int], T], *, allow_unverified: bool = False) -> T:
-        """`load(step)` of the newest step that verifies and loads without a `CheckpointError`.
+        """`load(step)` of the newest step that is not damaged.
 
-        Newer steps that do not are renamed aside, never deleted, with a warning on stderr. When none does, nothing is
-        touched and the `CheckpointError` tells each one's reason.
+        Newer steps, which are, get renamed aside, never deleted, with a warning on stderr. When all are, nothing is
+        touched and the `CheckpointError` tells each one's reason. A step that is whole and yet cannot be read now, or
+        not by this version, is no reason to go back: that error is raised as it is.
         """
         reasons: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 self.verify(step, allow_unverified=allow_unverified)
                 loaded = load(step)
-            except CheckpointError as error:
+            except DamagedError as error:
                 reasons[step] = str(error)
                 continue
             for bad, reason in reasons.items():
@@ -190,12 +201,16 @@ class CheckpointStore:
         `item` limits the reading to the files needed for that item and for `meta`. A step without a manifest is
         refused unless `allow_unverified`, and then its manifest is empty.
         """
+        folder = self._folder_of(step)
         try:
-            return integrity.verify(self._folder_of(step), (item, "meta") if item else ())
-        except integrity.NoManifestError as error:
+            manifest = integrity.verify(folder, (item, "meta") if item else ())
+        except NoManifestError as error:
             if allow_unverified:
                 return {}
-            raise CheckpointError(f"{error}, so nothing vouches for this step; --allow-unverified takes it") from error
+            raise DamagedError(f"{error}, so nothing vouches for this step; --allow-unverified takes it") from error
+        if manifest["step"] != step:
+            raise DamagedError(f"{folder}: was saved as step {manifest['step']} and renamed")
+        return manifest
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON saved with a step."""
@@ -213,7 +228,7 @@ class CheckpointStore:
         restores = {item: self._ocp.args.PyTreeRestore(restore_args=args) for item, args in arguments.items()}
         restored = self._restore(step, **restores)
         if names := not_finite(restored):
-            raise CheckpointError(f"{self.folder}: step {step}: {', '.join(names)}: not finite")
+            raise DamagedError(f"{self.folder}: step {step}: {', '.join(names)}: not finite")
         return restored
 
     def read(self, step: int, item: str) -> dict[str, np.ndarray]:
@@ -256,7 +271,7 @@ class CheckpointStore:
                     f"{name} is {found.dtype}{list(found.shape)}, expected {wanted.dtype}{list(wanted.shape)}"
                 )
         if faults:
-            raise CheckpointError(f"{self.folder}: step {step}, {item}: " + "; ".join(sorted(faults)))
+            raise DamagedError(f"{self.folder}: step {step}, {item}: " + "; ".join(sorted(faults)))
 
 
 def not_finite(items: dict[str, Arrays]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from smollm_jax.config import shown
-from smollm_jax.errors import InputFileError
+from smollm_jax.errors import InputFileError, StorageError, UsageError
 from smollm_jax.files import read_json, size_of
 from smollm_jax.formats import replacing
 from smollm_jax.recipe import Recipe
@@ -110,8 +110,12 @@ def prepare(source: Path, tokenizer_folder: Path, cache: Path) -> TokenFile:
         digest.update(f"{file.relative_to(source)}\0{sha256_of(file)}\0".encode())
     target = cache / f"{source.stem}-{digest.hexdigest()[:12]}"
     if not (target / "tokens.json").is_file():
-        with replacing(target) as temporary:
-            _tokenize(files, source, tokenizer, tokenizer_sha256, temporary)
+        try:
+            with replacing(target) as temporary:
+                _tokenize(files, source, tokenizer, tokenizer_sha256, temporary)
+        except (StorageError, UsageError):
+            if not (target / "tokens.json").is_file():  # else another process was faster, with the same tokens
+                raise
     return TokenFile.open(target).check(tokenizer, tokenizer_folder)
 
 

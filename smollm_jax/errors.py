@@ -1,10 +1,11 @@
 """The errors a user can cause, each with its exit code, and the wrapper that prints one as one line.
 
 Exit codes of every script: 0 finished, 1 bug, 2 usage or config, 3 bad input file, 4 no usable checkpoint,
-5 storage, 6 locked by another trainer, 7 diverged, 75 stopped by a signal after a verified save (128 + the signal's
-number when a second signal did not wait for it). tyro too uses 2 for a wrong flag.
+5 storage, 6 locked by another trainer, 7 diverged, 75 stopped by a signal after a verified save, 128 + n ended at
+once by signal n (a second one, or one before the trainer listens). tyro too uses 2 for a wrong flag.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -66,6 +67,9 @@ def run(main: Callable[[], None]) -> None:
         if "--debug" in sys.argv and not stopped:
             raise
         print(error if stopped else f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code if isinstance(error, SmolLMError) else StorageError.exit_code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: after a failed save, threads of the libraries underneath may never end.
+        os._exit(error.exit_code if isinstance(error, SmolLMError) else StorageError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

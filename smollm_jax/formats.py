@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from smollm_jax import gguf_file
+from smollm_jax import gguf_file, integrity, tokenizer_file
 from smollm_jax.config import Config, shown
 from smollm_jax.errors import InputFileError, StorageError, UsageError
 from smollm_jax.files import (
@@ -34,7 +34,6 @@ from smollm_jax.safetensors_file import DIGEST, digest, read_safetensors, verify
 from smollm_jax.torch_file import check_archive, checked_from_torch, from_torch, to_torch
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-MAX_TOKENIZER = 32 << 20  # bytes of one tokenizer file; SmolLM2's has 3.4 MB, one of 262,144 entries 33 MB
 
 
 @dataclasses.dataclass
@@ -67,7 +66,10 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        for path in [*temporary.rglob("*"), temporary]:  # on the disk before it has its name
+            integrity.sync(path)
         os.rename(temporary, target)
+        integrity.sync(target.parent)
     except StorageError as error:
         raise StorageError(str(error).replace(str(temporary), str(target))) from error
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
@@ -81,7 +83,11 @@ def replacing(target: Path) -> Iterator[Path]:
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The tokenizer files a folder holds, by name."""
-    return {name: read_bytes(folder / name, MAX_TOKENIZER) for name in TOKENIZER_FILES if (folder / name).exists()}
+    return {
+        name: read_bytes(folder / name, tokenizer_file.MAX_BYTES)
+        for name in TOKENIZER_FILES
+        if (folder / name).exists()
+    }
 
 
 # ------------------------------------------------------------------------------------------------ safetensors

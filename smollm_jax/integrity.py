@@ -10,13 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.errors import CheckpointError
+from smollm_jax.errors import CheckpointError, StorageError
 
 MANIFEST = "integrity.json"
 FORMAT = "smollm-integrity-1"
 
 
-class NoManifestError(CheckpointError):
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was written, as opposed to one that cannot be read or understood now."""
+
+
+class NoManifestError(DamagedError):
     """The folder was never sealed, or its manifest is gone."""
 
 
@@ -25,6 +29,8 @@ def seal(folder: Path, about: dict[str, Any]) -> None:
     files = _files(folder)
     with ThreadPoolExecutor() as pool:
         entries = dict(zip(files, pool.map(_size_and_digest, files.values()), strict=True))
+    for path in files.values():
+        sync(path)
     content = {"format": FORMAT} | about | {"files": entries}
     temporary = folder / f"{MANIFEST}.tmp"
     with temporary.open("wb") as file:
@@ -37,35 +43,34 @@ def seal(folder: Path, about: dict[str, Any]) -> None:
 
 
 def verify(folder: Path, parts: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The manifest, once every file is what it says; `CheckpointError` names the first that is not.
+    """The manifest, once every file is what it says; `DamagedError` names the first that is not.
 
-    With `parts`, only files in these folders and at the top are read; all must be there with the right size.
+    With `parts`, only files in these folders and at the top are read; all must be there with the right size. A file
+    that cannot be read says nothing of what is in it: `StorageError`.
     """
     manifest = _read(folder)
     try:
         found, expected = _files(folder), manifest["files"]
         for name in sorted(found.keys() | expected.keys()):
             if name not in found:
-                raise CheckpointError(f"{folder / name}: is missing")
+                raise DamagedError(f"{folder / name}: is missing")
             if name not in expected:
-                raise CheckpointError(f"{folder / name}: is not in {MANIFEST}")
+                raise DamagedError(f"{folder / name}: is not in {MANIFEST}")
             if found[name].stat().st_size != expected[name][0]:
-                raise CheckpointError(
-                    f"{folder / name}: has {found[name].stat().st_size} bytes, not {expected[name][0]}"
-                )
+                raise DamagedError(f"{folder / name}: has {found[name].stat().st_size} bytes, not {expected[name][0]}")
         wanted = [name for name in found if not parts or "/" not in name or name.split("/")[0] in parts]
         with ThreadPoolExecutor() as pool:
             for name, entry in zip(wanted, pool.map(_size_and_digest, [found[name] for name in wanted]), strict=True):
                 if entry != expected[name]:
-                    raise CheckpointError(f"{folder / name}: sha256 differs from {MANIFEST}")
+                    raise DamagedError(f"{folder / name}: sha256 differs from {MANIFEST}")
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+        raise StorageError(f"{folder}: cannot be read: {error}") from error
     return manifest
 
 
-def sync(directory: Path) -> None:
-    """Puts a directory's entries, new names and renames among them, on the disk."""
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Puts a file's bytes, or a directory's entries (new names and renames), on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -80,7 +85,6 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _size_and_digest(path: Path) -> list[Any]:
     with path.open("rb") as file:
-        os.fsync(file.fileno())  # costs nothing when the bytes are on the disk already
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return [file.tell(), digest]
 
@@ -100,8 +104,10 @@ def _read(folder: Path) -> dict[str, Any]:
         intact = _signed(content) == written and content["format"] == FORMAT
     except FileNotFoundError as error:
         raise NoManifestError(f"{path}: is missing") from error
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error!r}") from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error}") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedError(f"{path}: is not as it was written: {error!r}") from error
     if not intact:
-        raise CheckpointError(f"{path}: is not as it was written")
+        raise DamagedError(f"{path}: is not as it was written")
     return content

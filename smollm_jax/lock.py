@@ -23,14 +23,19 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         self._made = not self.run.exists()
-        self.run.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.run / FILE, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(self._file, 4096, 0).decode(errors="replace").strip()
+        while True:
+            self.run.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.run / FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = os.pread(self._file, 4096, 0).decode(errors="replace").strip()
+                os.close(self._file)
+                raise LockedError(f"{self.run}: another trainer is at work in it: {holder}") from error
+            # One that failed may have removed, between our two calls, the file we now hold.
+            if self._is_ours():
+                break
             os.close(self._file)
-            raise LockedError(f"{self.run}: another trainer is at work in it: {holder}") from error
         os.ftruncate(self._file, 0)
         who = {"pid": os.getpid(), "host": socket.gethostname()}
         os.pwrite(self._file, (json.dumps(who) + "\n").encode(), 0)
@@ -41,3 +46,9 @@ class RunLock:
             (self.run / FILE).unlink()
             self.run.rmdir()
         os.close(self._file)
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file), os.stat(self.run / FILE))
+        except FileNotFoundError:
+            return False

@@ -4,6 +4,7 @@ Framework-free: both trainers write the same file, so that their curves can be l
 """
 
 import collections
+import contextlib
 import json
 import math
 import sys
@@ -41,7 +42,8 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
             self._progress.stop()
-        self._file.close()
+        with contextlib.suppress(OSError):  # each row is flushed, and what failed was said then
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -117,18 +119,21 @@ class RunLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`; of a step logged twice, before and after a resume, the later row."""
-    rows: dict[tuple[int, bool], dict[str, Any]] = {}
+    """The rows of a run's `metrics.jsonl`, by step; what a resume went back over counts as it was done last."""
+    rows: list[dict[str, Any]] = []
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise InputFileError(f"{path}: no such file")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            rows[row["step"], "validation_loss" in row] = row
+            step, loss = row["step"], "loss" in row
         except (ValueError, KeyError, TypeError) as error:
             raise InputFileError(f"{path}: line {number} is not a row of metrics: {error}") from error
-    return [rows[key] for key in sorted(rows)]
+        if loss and rows and rows[-1]["step"] >= step:
+            rows = [old for old in rows if old["step"] < step]
+        rows.append(row)
+    return rows
 
 
 def _whole_lines(file: BinaryIO) -> int:

@@ -58,6 +58,8 @@ class Provenance:
         if unknown := sorted(set(allowed) - now.keys()):
             raise UsageError(f"--allow-change {' '.join(unknown)}: unknown, known are {', '.join(sorted(now))}")
         changes = {name: f"{name}: {then[name]!r} -> {now[name]!r}" for name in now if then[name] != now[name]}
+        if "data" in changes:
+            changes["data"] = f"data: {saved.data} ({then['data'][:12]}) -> {self.data} ({now['data'][:12]})"
         if refused := [change for name, change in changes.items() if name not in allowed]:
             raise UsageError(f"cannot resume, these changed: {'; '.join(refused)} (--allow-change NAME takes a change)")
         return list(changes.values())
@@ -65,7 +67,7 @@ class Provenance:
     def _identity(self) -> dict[str, Any]:
         meta = self.meta()
         flat = meta["recipe"] | meta["config"]
-        flat |= {"data": f"{self.data} ({self.data_sha256[:12]})", "tokenizer": self.tokenizer_sha256[:12]}
+        flat |= {"data": self.data_sha256, "tokenizer": self.tokenizer_sha256}
         return {name: value for name, value in flat.items() if name not in FREE_ON_RESUME}
 
 

@@ -1,5 +1,6 @@
-"""SIGTERM and SIGINT as a wish to stop, noticed at once and granted at the next safe place."""
+"""SIGTERM, SIGINT and SIGHUP as a wish to stop, noticed at once and granted at the next safe place."""
 
+import io
 import os
 import signal
 import socket
@@ -7,6 +8,8 @@ import sys
 import threading
 
 from smollm_jax.errors import StoppedError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop:
@@ -24,24 +27,32 @@ class Stop:
         return StoppedError(f"stopped by {self.signal.name}: {where}")
 
     def listen(self) -> "Stop":
-        """Takes both signals over. Call from the main thread, before anything long.
+        """Takes the signals over, and makes the output outlive its reader. Call first, from the main thread.
 
         A Python handler runs only between two bytecodes of the main thread, so not while XLA compiles: the
         interpreter's wakeup file tells a thread of ours at once, and that thread can end the process.
         """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(writer.fileno())
         self._sockets = (reader, writer)  # closed with the process, not before
         threading.Thread(target=self._watch, daemon=True).start()
+        sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
         return self
+
+    @staticmethod
+    def ignore() -> None:
+        """Deaf from here on: nothing is left to save, and Python's own exit gives signals their default back."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _watch(self) -> None:
         while received := self._sockets[0].recv(1):
             number = signal.Signals(received[0])
-            if number not in (signal.SIGTERM, signal.SIGINT):
+            if number not in SIGNALS:
                 continue
             if self.signal is not None:
                 os._exit(128 + number)  # an unfinished save is in a folder of its own, which the next start removes
@@ -49,3 +60,32 @@ class Stop:
             print(
                 f"{number.name}: stopping after this step and a save; once more: at once", file=sys.stderr, flush=True
             )
+
+
+class _Lasting(io.RawIOBase):
+    """A standard stream that goes on into nothing when its reader is gone: a `| head`, a closed terminal."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data, /) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._descriptor)
+            return len(data)
+
+
+def _lasting(stream) -> io.TextIOWrapper:
+    stream.flush()
+    raw = io.BufferedWriter(_Lasting(stream.fileno()))
+    return io.TextIOWrapper(raw, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)

@@ -18,11 +18,12 @@ from smollm_jax.attention import Implementation, causal
 from smollm_jax.checkpoint import CheckpointStore, flatten, unflatten
 from smollm_jax.config import Config
 from smollm_jax.data import Batches
-from smollm_jax.errors import CheckpointError, DivergedError
+from smollm_jax.errors import CheckpointError, DivergedError, UsageError
 from smollm_jax.loss import linear_cross_entropy
 from smollm_jax.metrics import RunLog
 from smollm_jax.model import SmolLM
 from smollm_jax.provenance import Provenance, environment
+from smollm_jax.recipe import Recipe
 from smollm_jax.stop import Stop
 
 # Updates that were not finite end a run when 1 % of the last 1,000 were: so ten in a row do, too.
@@ -47,6 +48,10 @@ class Compute:
     remat: bool = False
     unroll: int = 1
     parts: int = 1  # of a batch, computed one after another
+
+    def __post_init__(self) -> None:
+        if self.unroll < 1:
+            raise UsageError(f"unroll must be at least 1, got {self.unroll}")
 
 
 def begin(model: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -128,6 +133,11 @@ class Cadence:
     eval_every: int
     eval_batches: int = 8
 
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < (1 if name == "eval_batches" else 0):
+                raise UsageError(f"{name} must be at least {1 if name == 'eval_batches' else 0}, got {value}")
+
 
 @dataclasses.dataclass
 class Progress:
@@ -155,8 +165,18 @@ class Saved:
 
     provenance: Provenance
     progress: Progress
+    cadence: Cadence
     environment: dict[str, Any]
     state: TrainState
+
+    def state_under(self, config: Config) -> TrainState:
+        """The state as a model of another config holds it; `UsageError` when its parameters have other shapes."""
+        like = abstract_state(config, self.provenance.recipe)
+        try:
+            model = unflatten(like.model, flatten(self.state.model))
+            return TrainState(model, unflatten(like.opt_state, flatten(self.state.opt_state)))
+        except CheckpointError as error:
+            raise UsageError(f"the saved parameters do not fit the changed model: {error}") from error
 
 
 def train(
@@ -192,7 +212,7 @@ def train(
 
     def save() -> None:
         about = {"fingerprints": provenance.fingerprints(), "environment": environment_of(compute)}
-        meta = provenance.meta() | dataclasses.asdict(progress) | about
+        meta = provenance.meta() | dataclasses.asdict(progress) | about | {"cadence": dataclasses.asdict(cadence)}
         store.save(progress.step, {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}, meta)
 
     log.start(progress.step, recipe.steps, recipe.tokens_per_step)
@@ -226,11 +246,11 @@ def train(
     if pending is not None:
         record(*pending)
     store.wait()
+    if progress.step not in store.steps():
+        save()
+        store.wait()
+    store.verify(progress.step)
     if stop:
-        if progress.step not in store.steps():
-            save()
-            store.wait()
-        store.verify(progress.step)
         raise stop.error(f"step {progress.step} of {recipe.steps} is saved and verified; --resume goes on from it")
     return state
 
@@ -241,16 +261,21 @@ def load(store: CheckpointStore, step: int) -> Saved:
     try:
         provenance = Provenance.from_meta(meta)
         progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
-        environment = meta["environment"]
+        cadence, environment = Cadence(**meta["cadence"]), meta["environment"]
     except (CheckpointError, KeyError) as error:
         raise CheckpointError(f"{store.folder}: step {step}: {error}") from error
-    tx = optimizer.adamw(provenance.recipe)
-    like = jax.eval_shape(lambda: begin(SmolLM(provenance.config, key=jax.random.key(0)), tx))
+    like = abstract_state(provenance.config, provenance.recipe)
     items = {"params": flatten(like.model), "optimizer": flatten(like.opt_state)}
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays = store.restore(step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), items))
     state = TrainState(unflatten(like.model, arrays["params"]), unflatten(like.opt_state, arrays["optimizer"]))
-    return Saved(provenance, progress, environment, state)
+    return Saved(provenance, progress, cadence, environment, state)
+
+
+def abstract_state(config: Config, recipe: Recipe) -> Any:
+    """The shapes and dtypes of a run's state, in its structure."""
+    tx = optimizer.adamw(recipe)
+    return jax.eval_shape(lambda: begin(SmolLM(config, key=jax.random.key(0)), tx))
 
 
 def environment_of(compute: Compute) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import einops
 import ml_dtypes
 import numpy as np
 
-from smollm_jax import formats
+from smollm_jax import formats, integrity
 from smollm_jax.checkpoint import CheckpointStore, flatten, unflatten
 from smollm_jax.config import Config
 from smollm_jax.errors import InputFileError, StorageError, UsageError
@@ -237,7 +237,9 @@ def write_run_files(run: Path, config: Config, tokenizer_files: dict[str, bytes]
             continue
         try:
             temporary.write_bytes(content)
+            integrity.sync(temporary)
             temporary.rename(target)
+            integrity.sync(run)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise StorageError(f"{target}: cannot be written: {error}") from error

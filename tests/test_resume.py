@@ -1,7 +1,10 @@
 """The training loop in one process: exact resume, updates that are not finite, and what may not change."""
 
 import dataclasses
+import fcntl
 import itertools
+import json
+import os
 import signal
 
 import jax
@@ -13,7 +16,8 @@ from smollm_jax import optimizer, train
 from smollm_jax.checkpoint import CheckpointStore, flatten
 from smollm_jax.config import Config
 from smollm_jax.data import Batches, TokenFile
-from smollm_jax.errors import DivergedError, StoppedError, UsageError
+from smollm_jax.errors import DivergedError, LockedError, StoppedError, UsageError
+from smollm_jax.lock import RunLock
 from smollm_jax.metrics import RunLog, read_metrics
 from smollm_jax.model import SmolLM
 from smollm_jax.provenance import Provenance
@@ -246,3 +250,29 @@ def test_half_a_line_of_metrics_does_not_spoil_the_rest(tmp_path):
         log.start(1, 3, 10)
         log.step(2, loss=2.25, learning_rate=0.1, gradient_norm=1.0)
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 2.5), (2, 2.25)]
+
+
+def test_what_a_resume_went_back_over_counts_as_it_was_done_last(tmp_path):
+    steps = [{"step": n, "loss": float(n)} for n in (1, 2, 3, 4)]
+    seen = [{"step": 2, "validation_loss": 9.0}, {"step": 4, "validation_loss": 8.0}]
+    again = [{"step": 3, "loss": 3.5}]
+    rows = [*steps[:2], seen[0], *steps[2:], seen[1], *again]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_metrics(tmp_path) == [*steps[:2], seen[0], *again]
+
+
+def test_a_lock_is_held_once_also_while_another_gives_up(tmp_path):
+    """One that fails early removes the folder it made; whoever opened the lock file before holds nothing."""
+    first = RunLock(tmp_path / "run").__enter__()
+    late = os.open(tmp_path / "run/lock", os.O_RDWR)
+    first.__exit__()
+    assert not (tmp_path / "run").exists()
+    fcntl.flock(late, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a file that is gone
+    with RunLock(tmp_path / "run"), pytest.raises(LockedError, match=f'"pid": {os.getpid()}'):
+        RunLock(tmp_path / "run").__enter__()
+    os.close(late)
+
+
+def test_the_same_data_in_another_place_is_the_same_data(config):
+    saved = Provenance(recipe(), config, "here", "aa", "bb")
+    assert dataclasses.replace(saved, data="there").check_resumes(saved, []) == []

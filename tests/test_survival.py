@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,22 +169,25 @@ def test_a_second_signal_ends_the_run_at_once_and_breaks_nothing(straight, tmp_p
 
 def test_two_trainers_do_not_share_a_run_and_a_killed_one_holds_nothing(tmp_path):
     run = tmp_path / "run"
-    process = start(run, "--steps", "100000")
+    process = start(run, "--steps", "100000", "--save-every", "30")
     try:
         wait_for(lambda: len(rows(run)) > 2, process)
         began = time.monotonic()
         for flags in ((), ("--resume",)):
+            if flags:
+                spent = time.monotonic() - began
+                wait_for(lambda: bool(steps_in(run / "checkpoints")), process)
+                began = time.monotonic() - spent
             second = train(run, "--steps", "100000", *flags)
-            if not flags or steps_in(run / "checkpoints"):
-                assert second.returncode == 6, second.stderr
-                assert f'"pid": {process.pid}, "host": "{os.uname().nodename}"' in second.stderr
-                assert len(second.stderr.strip().splitlines()) == 1
+            assert second.returncode == 6, second.stderr
+            assert f'"pid": {process.pid}, "host": "{os.uname().nodename}"' in second.stderr
+            assert len(second.stderr.strip().splitlines()) == 1
         print(f"refused twice in {time.monotonic() - began:.1f} s")
         assert time.monotonic() - began < 4  # 2 s each: the issue's bound, for a user must not wait to be told
     finally:
         process.kill()
         process.communicate()
-    assert train(run, "--steps", "2").returncode == 0
+    assert train(run, "--steps", "100000", "--resume", prefix=("timeout", "--preserve-status", "12")).returncode == 75
 
 
 # Stands for a full disk: a write beyond 200 KiB of a file fails, with EFBIG.
@@ -315,3 +319,57 @@ def test_a_config_edited_after_training_is_named(tmp_path):
     said = train(run, "--steps", "4", "--resume", preset="tiny")
     assert said.returncode == 0, said.stderr
     assert json.loads((run / "config.json").read_text())["rope_theta"] == 100_000.0
+
+
+def test_a_changed_model_that_is_allowed_is_the_one_that_is_trained(tmp_path):
+    """Long-context training goes on from a checkpoint under another rope_theta; other shapes cannot."""
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    assert train(run, "--steps", "2", "--decay-fraction", "0").returncode == 0
+    shutil.copytree(run, kept)
+    unchanged = train(kept, "--steps", "3", "--resume")
+    assert unchanged.returncode == 0, unchanged.stderr
+    config = json.loads((run / "config.json").read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 100.0
+    (run / "config.json").write_text(json.dumps(config))
+    done = train(run, "--steps", "3", "--resume", "--allow-change", "rope_theta", preset=None)
+    assert done.returncode == 0, done.stderr
+    assert losses(run)[2] != losses(kept)[2], "the change was said and not made"
+    with CheckpointStore(run / "checkpoints", create=False) as store:
+        assert store.meta(3)["config"]["rope_theta"] == 100.0
+    config["intermediate_size"] = 128
+    (run / "config.json").write_text(json.dumps(config))
+    refused = train(run, "--steps", "4", "--resume", "--allow-change", "intermediate_size", preset=None)
+    assert refused.returncode == 2
+    assert "do not fit the changed model: layers.mlp.down_proj has shape (3, 256, 96)" in refused.stderr
+    assert steps_in(run / "checkpoints") == [2, 3]
+
+
+@pytest.mark.parametrize("how", ["closed pipe", "hang-up"])
+def test_a_terminal_or_pipe_that_goes_away_ends_no_run_unsaved(straight, tmp_path, how):
+    run = tmp_path / "run"
+    process = start(run, *FLAGS, "--log-every", "1")
+    wait_for(lambda: len(rows(run)) > 2, process)
+    process.stdout.close()
+    if how == "hang-up":
+        process.send_signal(signal.SIGHUP)
+    assert process.wait(120) == (75 if how == "hang-up" else 0)
+    if how == "hang-up":
+        assert train(run, *FLAGS, "--resume").returncode == 0
+    assert_same_as(straight, run)
+
+
+def test_a_step_that_is_whole_but_cannot_be_understood_is_not_set_aside(tmp_path):
+    from smollm_jax import integrity
+
+    run = tmp_path / "run"
+    assert train(run, "--steps", "4", "--save-every", "2").returncode == 0
+    folder = run / "checkpoints/4"
+    meta = json.loads((folder / "meta/metadata").read_text())
+    meta["recipe"]["invented_later"] = 1
+    (folder / "meta/metadata").write_text(json.dumps(meta))
+    manifest = json.loads((folder / "integrity.json").read_text())
+    integrity.seal(folder, {name: manifest[name] for name in ("step", "fingerprints", "environment")})
+    done = train(run, "--steps", "6", "--resume")
+    assert done.returncode == 4
+    assert "step 4: it was saved by another version of this trainer" in done.stderr
+    assert steps_in(run / "checkpoints") == [2, 4]

@@ -165,8 +165,13 @@ def test_what_a_run_left_that_died_before_its_first_checkpoint_is_replaced(tmp_p
     (run / "checkpoints/1.orbax-checkpoint-tmp").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(PRESETS["smollm2-135m"].to_hf()))
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert train(run, "--steps", "2").returncode == 2, "a folder without a lock is somebody else's"
+    (run / "lock").write_text("")
     assert train(run, "--steps", "2", "--resume").returncode == 4
-    assert train(run, "--steps", "2").returncode == 0
+    replaced = train(run, "--steps", "2")
+    assert replaced.returncode == 0
+    assert f"its metrics are now {run}/metrics.jsonl.1" in replaced.stdout
+    assert (run / "metrics.jsonl.1").read_text() == '{"step": 1, "loss": 1.0}\n'
     assert Config.from_hf(json.loads((run / "config.json").read_text())) == PRESETS["tiny"]
     assert len(losses(run)) == 2
 
