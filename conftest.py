@@ -22,7 +22,9 @@ jaxtyping.install_import_hook(["smollm_jax.attention", "smollm_jax.model", "smol
 jaxtyping.install_import_hook(["smollm_jax.train", "smollm_jax.generate"], "beartype.beartype")
 
 # The Makefile says so explicitly; PyTorch missing otherwise is a failure, not a silent skip.
-collect_ignore = ["tests/test_torch_files.py"] if os.environ.get("SMOLLM_WITHOUT_TORCH") else []
+collect_ignore = (
+    ["tests/test_torch_files.py", "tests/test_benchmark.py"] if os.environ.get("SMOLLM_WITHOUT_TORCH") else []
+)
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -2,7 +2,8 @@
 # Everything worth seeing on a GPU, in one command; each stage has its own time limit and loses one row, not the run.
 #
 #   bash scripts/gpu_suite.sh                # on a machine with a CUDA GPU: the full 134.5M shape, under 25 minutes
-#   bash scripts/gpu_suite.sh --dry-run      # the same stages at toy size on the CPU
+#   PART=speed bash scripts/gpu_suite.sh     # or PART=correctness: where one command may not take that long
+#   bash scripts/gpu_suite.sh --dry-run      # at toy size on the CPU, with two of the speed stages
 #
 # Works from the source tree, without installing the package: PYTHON names the interpreter. Needs assets/tokenizer and
 # assets/sotu; weights are seeded random ones of the full shape, so that no large file has to travel. Writes
@@ -13,13 +14,14 @@ PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 if [ "${1:-}" = "--dry-run" ]; then
-    device=cpu preset=tiny length=64 long=128 steps=4 name=${2:-dry-run}
+    device=cpu preset=tiny length=64 steps=4 name=${2:-dry-run}
     export JAX_PLATFORMS=cpu
 else
-    device=gpu preset=smollm2-135m length=2048 long=8192 steps=20
+    device=gpu preset=smollm2-135m length=2048 steps=20
     name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-')
 fi
-out="benchmarks/$name-$(date +%Y-%m-%d)"
+part=${PART:-all}
+out="benchmarks/$name-$(date +%Y-%m-%d)${PART:+-$PART}"
 rm -rf "$out"
 mkdir -p "$out"
 stages="[]"
@@ -37,15 +39,43 @@ stage() { # name, seconds, command ...
         "$stages" "$title" "$status" "$((SECONDS - began))" "$*")
 }
 
-stage weights 300 "$PYTHON" scripts/random_weights.py --preset "$preset" --out "$out/weights" --tokenizer assets/tokenizer
-stage parity 480 "$PYTHON" scripts/parity_report.py --weights "$out/weights" --out "$out/parity" --device "$device"
-train=("$PYTHON" scripts/train_jax.py --preset "$preset" --tokenizer assets/tokenizer --log-every 1)
-more=$((steps + 5))
-stage train 240 "${train[@]}" --steps "$steps" --sequence-length "$length" --out "$out/run"
-stage train-resumed 240 "${train[@]}" --steps "$more" --out "$out/run" --resume
-stage train-remat 240 "${train[@]}" --steps "$steps" --sequence-length "$length" --remat --out "$out/run-remat"
-stage train-long 300 "${train[@]}" --steps "$steps" --sequence-length "$long" --batch-size 2 --out "$out/run-long"
-stage generate 180 "$PYTHON" scripts/generate.py --weights "$out/run" --prompt "Fellow citizens" --max-new-tokens 64
+benchmark() { # name, seconds, arguments ...
+    local title=$1 limit=$2
+    shift 2
+    stage "$title" "$limit" "$PYTHON" scripts/benchmark.py "$@" --preset "$preset" --out "$out/$title.json"
+    grep -E "^(tokens/s|peak GB|cold|warm)" "$out/$title.log"
+}
+
+# The limits add up to 1,490 seconds.
+if [ "$part" != speed ]; then
+    stage weights 60 "$PYTHON" scripts/random_weights.py --preset "$preset" --out "$out/weights" --tokenizer assets/tokenizer
+    stage parity 230 "$PYTHON" scripts/parity_report.py --weights "$out/weights" --out "$out/parity" --device "$device"
+    train=("$PYTHON" scripts/train_jax.py --preset "$preset" --tokenizer assets/tokenizer --log-every 1)
+    more=$((steps + 5))
+    stage train 100 "${train[@]}" --steps "$steps" --sequence-length "$length" --out "$out/run"
+    stage train-resumed 70 "${train[@]}" --steps "$more" --out "$out/run" --resume
+    stage generate 60 "$PYTHON" scripts/generate.py --weights "$out/run" --prompt "Fellow citizens" --max-new-tokens 64
+fi
+if [ "$part" != correctness ] && [ "$device" = cpu ]; then
+    benchmark speed-train 120 train --rounds 1 --sequence-length 32
+    benchmark speed-decode 120 decode --rounds 1 --new-tokens 32
+elif [ "$part" != correctness ]; then
+    training=(train --dtype bfloat16 --rounds 10)
+    for batch in 8 16; do
+        benchmark "speed-$batch" 140 "${training[@]}" --sequence-length 2048 --batch-size "$batch" --against hf-compile twin-compile
+        benchmark "speed-$batch-unrolled" 40 "${training[@]}" --sequence-length 2048 --batch-size "$batch" --unroll 2 --against
+    done
+    benchmark speed-32 40 "${training[@]}" --sequence-length 2048 --batch-size 32 --against
+    benchmark speed-32-unrolled 40 "${training[@]}" --sequence-length 2048 --batch-size 32 --unroll 2 --against
+    benchmark speed-8-remat 40 "${training[@]}" --sequence-length 2048 --batch-size 8 --remat --against
+    benchmark speed-long 140 "${training[@]}" --sequence-length 8192 --batch-size 2 --against hf-compile twin-compile
+    benchmark speed-decode-1 50 decode --dtype bfloat16 --new-tokens 128 --rounds 3
+    benchmark speed-decode-64 50 decode --dtype bfloat16 --new-tokens 128 --rounds 3 --batch-size 64
+    # 65k tokens a step, where memory decides; hf eager would hold all logits, and is not asked.
+    benchmark memory 80 memory --dtype bfloat16 --rounds 1 --sequence-length 2048 --batch-size 32 --against hf-compile
+    benchmark startup 120 startup --dtype bfloat16 --rounds 1 --sequence-length 2048 --batch-size 8 --against hf-compile
+    benchmark checkpoint 50 checkpoint --rounds 3 --sequence-length 2048
+fi
 
 rm -rf "$out"/weights "$out"/run*/checkpoints # large, and seeded: any machine can make them again
 "$PYTHON" - "$out" "$stages" <<'PY'

@@ -101,14 +101,3 @@ def test_plot_draws_a_run(tmp_path):
     done = run("scripts/plot_run.py", tmp_path)
     assert done.returncode == 3
     assert "line 1" in done.stderr
-
-
-def test_benchmark_checkpoint_measures_both_sides(tmp_path):
-    out = tmp_path / "b.json"
-    done = run(
-        ROOT / "scripts/benchmark.py", "checkpoint", "--preset", "tiny", "--rounds", "1", "--out", out, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(out.read_text())["rows"]
-    assert {"manifest / save", "verify / save", "step guarded / unguarded"} < rows.keys()
-    assert all(row["min"] <= row["median"] <= row["max"] for row in rows.values())
