@@ -112,6 +112,7 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
     """
     made = {name: native(tensor) for name, tensor in tensors.items()}
     save_file(made, path, metadata={"format": "pt", DIGEST: digest(made)} | metadata)
+    _order_metadata(path)
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -121,6 +122,19 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
             written[name].tobytes() != tensor.tobytes()
         ):
             raise StorageError(f"{path}: tensor {name} reads back different from what was written")
+
+
+def _order_metadata(path: Path) -> None:
+    """Sorts the metadata in place: safetensors orders them anew each time, and equal weights make equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(ordered) != length:
+            raise StorageError(f"{path}: the header changed its length when its metadata were sorted")
+        file.seek(8)
+        file.write(ordered)
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

@@ -208,6 +208,14 @@ def test_the_safetensors_writer_keeps_arrays_of_any_memory_order(tmp_path):
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o044, "others cannot read the file"
 
 
+def test_equal_weights_make_equal_files(tmp_path):
+    names = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for name in names:
+        formats.write_safetensors(name, {"ä": np.ones(3, np.float32)}, {"origin": 'ö "x"\n', "config": "{}"})
+    assert len({name.read_bytes() for name in names}) == 1
+    assert formats.read_safetensors(names[0])[1]["origin"] == 'ö "x"\n'
+
+
 def test_the_writer_notices_what_reads_back_different(tmp_path, monkeypatch):
     def garbage(tensors, path, metadata):
         formats_save({name: tensor + 1 for name, tensor in tensors.items()}, path, metadata)
