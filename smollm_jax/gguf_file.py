@@ -58,7 +58,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], s
         rows = data[info.start : info.start + info.bytes].reshape(*info.shape[:-1], info.row_bytes)
         try:
             array = np.array(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(info.kind)), np.float32)
-        except (NotImplementedError, MemoryError, ValueError) as error:
+        except (NotImplementedError, MemoryError, ValueError) as error:  # a kind gguf only writes; a size, a shape
             raise InputFileError(f"{path}: tensor {info.name} cannot be dequantised: {one_line(error)}") from error
         name = _hf_name(info.name)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

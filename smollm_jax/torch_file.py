@@ -24,7 +24,7 @@ def check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:  # no zip, or one of a kind unknown
         raise InputFileError(
             f"{path}: not a torch file ({one_line(error)}), and nothing else is unpickled, because a pickle can run "
             "code; give a .safetensors file, or save the state dict with torch.save of PyTorch 1.6 or later"

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from smollm_jax import weights
 from smollm_jax.checkpoint import STAGING, CheckpointStore, steps_in
+from smollm_jax.errors import InputFileError
 from tests.trainer import ENVIRONMENT, ROOT, final_state, losses, rows, start, train
 
 SOAK = bool(os.environ.get("SMOLLM_SOAK"))
@@ -316,6 +318,8 @@ def test_a_config_edited_after_training_is_named(tmp_path):
     edited = train(run, "--steps", "4", "--resume", preset=None)
     assert edited.returncode == 2
     assert "rope_theta: 100000.0 -> 10000.0" in edited.stderr
+    with pytest.raises(InputFileError, match=r"config\.json: is not what step 2 was saved with: rope_theta"):
+        weights.read(run)
     said = train(run, "--steps", "4", "--resume", preset="tiny")
     assert said.returncode == 0, said.stderr
     assert json.loads((run / "config.json").read_text())["rope_theta"] == 100_000.0

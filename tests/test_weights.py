@@ -12,7 +12,7 @@ import pytest
 from smollm_jax import formats, safetensors_file, weights
 from smollm_jax.checkpoint import flatten
 from smollm_jax.config import preset
-from smollm_jax.errors import InputFileError, StorageError, UsageError
+from smollm_jax.errors import CheckpointError, InputFileError, StorageError, UsageError
 from smollm_jax.model import SmolLM
 
 
@@ -206,6 +206,25 @@ def test_the_safetensors_writer_keeps_arrays_of_any_memory_order(tmp_path):
     for name, array in arrays().items():
         np.testing.assert_array_equal(found[name], array, err_msg=name, strict=name != "big endian")
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o044, "others cannot read the file"
+
+
+def test_a_damaged_or_unsealed_checkpoint_is_not_read_as_weights(tmp_path, bundle):
+    weights.write(tmp_path / "run", bundle, "orbax")
+    manifest = tmp_path / "run/checkpoints/0/integrity.json"
+    sealed = manifest.read_bytes()
+    manifest.unlink()
+    with pytest.raises(CheckpointError, match="--allow-unverified"):
+        weights.read(tmp_path / "run")
+    same(weights.read(tmp_path / "run", allow_unverified=True).tensors, bundle.tensors)
+    manifest.write_bytes(sealed)
+    same(weights.read(tmp_path / "run").tensors, bundle.tensors)
+    largest = max((tmp_path / "run/checkpoints/0/params").rglob("?" * 32), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    for allow in (False, True):
+        with pytest.raises(CheckpointError, match=f"{largest.name}: sha256 differs"):
+            weights.read(tmp_path / "run", allow_unverified=allow)
 
 
 def test_equal_weights_make_equal_files(tmp_path):
