@@ -19,7 +19,7 @@ from smollm_jax import weights
 from smollm_jax.attention import Implementation, causal
 from smollm_jax.checkpoint import flatten
 from smollm_jax.formats import Bundle, from_torch
-from smollm_jax.model import SmolLM, rms_norm, rotary_angles
+from smollm_jax.model import Remat, SmolLM, rms_norm, rotary_angles
 from smollm_jax.train import Compute, mean_loss
 
 Arrays = dict[str, np.ndarray]
@@ -82,7 +82,7 @@ def torch_stream(module: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarra
 # ------------------------------------------------------------------------------------- gradients of the loss
 
 
-def jax_gradients(bundle: Bundle, tokens: np.ndarray, dtype: str, remat: bool = False) -> tuple[float, Arrays]:
+def jax_gradients(bundle: Bundle, tokens: np.ndarray, dtype: str, remat: Remat = "dots") -> tuple[float, Arrays]:
     """Mean next-token loss of `[B, T + 1]` tokens and its gradient, in Hugging Face's names and layout."""
     with precisely(dtype):
         model = weights.from_bundle(bundle, dtype)

@@ -8,6 +8,7 @@ On a GPU: 5,000 steps of 8 x 2,048 tokens in bfloat16. Without one: the same 134
 takes about 10 minutes on 2 cores. A flag left out is chosen by the device and printed before training starts.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
 import time
@@ -64,14 +65,16 @@ class Flags:
     """Default: cudnn on a CUDA GPU in bfloat16, else xla."""
     save_every: int | None = None
     """Steps between checkpoints; default 500 on a GPU, 100 without. The last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
     async_save: bool = False
     """Write checkpoints while training goes on, from a copy of the state in memory."""
     eval_every: int | None = None
     """Steps between validations on held-out text; default 250 on a GPU, 50 without."""
     log_every: int = 10
     """Steps between lines when the output is no terminal; metrics.jsonl has every step."""
-    remat: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """What a layer keeps for its backward pass: all, the results of matrix products and attention, or its input."""
     unroll: int = 1
     """Layers laid out per step of the layer scan."""
     tensorboard: bool = False
@@ -109,8 +112,9 @@ def main(argv: list[str] | None = None) -> None:
     from smollm_jax.stop import Stop
 
     stop = Stop().listen()
-    if flags.log_every < 1:
-        raise errors.UsageError(f"--log-every must be at least 1, got {flags.log_every}")
+    for name in ("log_every", "keep"):
+        if getattr(flags, name) < 1:
+            raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(flags, name)}")
     if flags.resume:
         run = flags.out or newest_run()
         if not (run / "checkpoints").is_dir():
@@ -184,6 +188,10 @@ def train_in(run: Path, flags: Flags, stop) -> None:
             f"--attention cudnn needs a CUDA GPU and bfloat16, not {device.platform}, {recipe.dtype}"
         )
     compute = train.Compute(recipe.dtype, attention, flags.remat, flags.unroll, recipe.gradient_accumulation_steps)
+    step = None
+    if not saved or saved.progress.step < recipe.steps:  # compiles while weights and tokens are read
+        compiling = concurrent.futures.ThreadPoolExecutor(1).submit(train.compile_step, config, recipe, compute)
+        step = lambda *batch: compiling.result()(*batch)  # noqa: E731
     every = {name: getattr(flags, name) for name in CPU_CADENCE if getattr(flags, name) is not None}
     usual = train.Cadence(**(GPU_CADENCE if on_gpu else CPU_CADENCE))
     cadence = dataclasses.replace(saved.cadence if saved else usual, **every)
@@ -226,7 +234,7 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     flops = cost.flops_per_token(config, recipe.sequence_length)
     peak = cost.peak_flops(device.device_kind)
     with (
-        CheckpointStore(run / "checkpoints", keep=2, asynchronous=flags.async_save) as store,
+        CheckpointStore(run / "checkpoints", keep=flags.keep, asynchronous=flags.async_save) as store,
         metrics.RunLog(
             run, log_every=flags.log_every, flops_per_token=flops, peak_flops=peak, tensorboard=flags.tensorboard
         ) as log,
@@ -241,6 +249,7 @@ def train_in(run: Path, flags: Flags, stop) -> None:
             cadence=cadence,
             stop=stop,
             log=log,
+            step=step,
         )
     show(state.model, tokenizer, flags.prompt, stop)
     if stop:

@@ -14,73 +14,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from smollm_jax.block_attention import block_attention
 from smollm_jax.config import Config
 from smollm_jax.errors import UsageError
 
 Implementation = Literal["xla", "cudnn"]
-QUERY_BLOCK = 512
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
 
 def attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    *,
-    mask: Bool[Array, "#B 1 #T S"] | None = None,
-    is_causal: bool = False,
-    implementation: Implementation = "xla",
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "#B 1 #T S"]
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention scaled by H**-0.5, softmax in at least float32; query head i reads KV head i // (N/K)."""
-    T, S = q.shape[1], k.shape[1]
-    if is_causal and mask is None and implementation == "xla" and T == S and T > QUERY_BLOCK:
-        return _causal_in_blocks(q, k, v)
     if q.dtype == jnp.float64:
         # jax.nn.dot_product_attention rounds the scores to float32 before its softmax whatever the inputs are.
-        B, _, N, H = q.shape
+        B, T, N, H = q.shape
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q.reshape(B, T, k.shape[2], -1, H), k) * H**-0.5
-        if is_causal:
-            mask = jnp.logical_and(True if mask is None else mask, jnp.tri(T, S, dtype=bool))
-        if mask is not None:
-            scores = jnp.where(mask[..., None, :, :], scores, -0.7 * jnp.finfo(scores.dtype).max)
+        scores = jnp.where(mask[..., None, :, :], scores, -0.7 * jnp.finfo(scores.dtype).max)
         return jnp.einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(scores), v).reshape(B, T, N, H)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation=implementation)
-
-
-def _causal_in_blocks(q: Array, k: Array, v: Array) -> Array:
-    """Causal attention that never holds T x T scores, and about half the products.
-
-    Each span of queries meets only the keys up to its end, one block of queries after the other; the backward pass
-    computes a block's scores again instead of keeping them.
-    Source: Rabe and Staats 2021 (Self-attention does not need O(n^2) memory), section 2.
-    """
-
-    @jax.checkpoint
-    def block(q, k, v, start):
-        mask = (start + jnp.arange(q.shape[1]))[:, None] >= jnp.arange(k.shape[1])
-        return attention(q, k, v, mask=mask[None, None])
-
-    B, T, *heads = q.shape
-    out = []
-    # At most eight spans: XLA may hold one block's scores of each at a time.
-    span = QUERY_BLOCK * -(-T // (8 * QUERY_BLOCK))
-    for start in range(0, T, span):
-        end = min(start + span, T)
-        blocks = -(-(end - start) // QUERY_BLOCK)
-        size = -(-(end - start) // blocks)
-        padded = jnp.pad(q[:, start:end], ((0, 0), (0, blocks * size - (end - start)), (0, 0), (0, 0)))
-        queries = padded.reshape(B, blocks, size, *heads).swapaxes(0, 1)
-        places = start + size * jnp.arange(blocks)
-        here = jax.lax.map(lambda x, end=end: block(x[0], k[:, :end], v[:, :end], x[1]), (queries, places))
-        out.append(here.swapaxes(0, 1).reshape(B, blocks * size, *heads)[:, : end - start])
-    return jnp.concatenate(out, axis=1)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
 def causal(implementation: Implementation = "xla") -> Attend:
-    """Every token sees itself and all tokens before it."""
+    """Every token sees itself and all tokens before it: by cuDNN's kernel, or in blocks that XLA compiles."""
 
     def attend(q, k, v, memory):
-        return attention(q, k, v, is_causal=True, implementation=implementation), memory
+        if implementation == "xla":
+            return block_attention(q, k, v), memory
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation), memory
 
     return attend
 
@@ -92,10 +53,9 @@ def packed(segment_ids: Int[Array, "B T"], implementation: Implementation = "xla
     """
     if implementation != "xla":
         raise UsageError(f"packed documents need attention implementation 'xla', got {implementation!r}")
-    mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
 
     def attend(q, k, v, memory):
-        return attention(q, k, v, mask=mask, is_causal=True), memory
+        return block_attention(q, k, v, segment_ids), memory
 
     return attend
 
@@ -122,8 +82,11 @@ class KVCache:
         return dataclasses.replace(self, length=self.length + tokens, layer=jnp.zeros((), jnp.int32))
 
 
-def cached(start: Int[Array, "B"]) -> Attend:
-    """Causal over the cache: row b sees slots `start[b]` to its own, and never the left padding below `start`."""
+def cached(start: Int[Array, "B"], *, empty: bool = False) -> Attend:
+    """Causal over the cache: row b sees slots `start[b]` to its own, and never the left padding below `start`.
+
+    `empty` says that nothing was written before: queries then meet only the keys that come with them, in blocks.
+    """
 
     def attend(q, k, v, cache: KVCache):
         zero = jnp.zeros((), jnp.int32)
@@ -131,10 +94,13 @@ def cached(start: Int[Array, "B"]) -> Attend:
         # The cache stays whole in the scan's carry: as scanned inputs and outputs XLA copies it three times.
         keys = jax.lax.dynamic_update_slice(cache.keys, k[None].astype(cache.keys.dtype), at)
         values = jax.lax.dynamic_update_slice(cache.values, v[None].astype(cache.values.dtype), at)
-        slot = jnp.arange(keys.shape[2])
-        query = cache.length + jnp.arange(q.shape[1])
-        mask = (slot <= query[:, None]) & (slot >= start[:, None, None])
-        out = attention(q, keys[cache.layer], values[cache.layer], mask=mask[:, None])
+        if empty:
+            out = block_attention(q, k, v, (jnp.arange(q.shape[1]) >= start[:, None]).astype(jnp.int32))
+        else:
+            slot = jnp.arange(keys.shape[2])
+            query = cache.length + jnp.arange(q.shape[1])
+            mask = (slot <= query[:, None]) & (slot >= start[:, None, None])
+            out = attention(q, keys[cache.layer], values[cache.layer], mask[:, None])
         return out, dataclasses.replace(cache, keys=keys, values=values, layer=cache.layer + 1)
 
     return attend

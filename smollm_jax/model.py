@@ -6,17 +6,22 @@ Modules are pytrees: `jax.jit`, `jax.grad` and `jax.tree.map` work on them as on
 B batch, T query tokens, D hidden, N query heads, K KV heads, H head dim, F MLP, V vocab, L layers.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from smollm_jax.attention import Attend, causal
 from smollm_jax.config import Config
+from smollm_jax.precision import exactly, in_blocks
 
+# What a layer keeps for its backward pass: everything, the results of matrix products and of attention (norms, rotary
+# positions and SwiGLU are computed again, for less than the memory traffic of keeping them), or its input alone.
+Remat = Literal["none", "dots", "full"]
 EXACT_BLOCK = 96  # terms summed at once where products must be as exact as float32 allows
 
 
@@ -50,19 +55,26 @@ def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Arra
 
 
 def project(x: Float[Array, "B T I"], w: Float[Array, "I ..."]) -> Float[Array, "B T ..."]:
-    """x @ w. Under `jax.default_matmul_precision("highest")` float32 products are at least as exact as PyTorch's.
-
-    XLA:CPU adds up all I terms one by one and its rounding error grows with sqrt(I): 1.6 times PyTorch's at 576, 1.7
-    times at 1,536 (measured). Blocks of 96 terms, added up, have 0.7 times PyTorch's error for up to a third more
-    time. On a GPU "highest" alone turns TF32 off, and blocks do no harm.
-    """
+    """x @ w; under `jax.default_matmul_precision("highest")` as exact as float32 allows, see `precision.py`."""
     flat = w.reshape(w.shape[0], -1)
-    if x.dtype == jnp.float32 and jax.config.jax_default_matmul_precision == "highest":  # pyright: ignore
-        blocks = [slice(i, i + EXACT_BLOCK) for i in range(0, w.shape[0], EXACT_BLOCK)]
-        out = sum((x[..., block] @ flat[block] for block in blocks[1:]), x[..., blocks[0]] @ flat[blocks[0]])
-    else:
-        out = x @ flat
-    return out.reshape(*x.shape[:-1], *w.shape[1:])
+    out = in_blocks(x, flat, EXACT_BLOCK) if exactly(x.dtype) else _matmul(x, flat)
+    return checkpoint_name(out.reshape(*x.shape[:-1], *w.shape[1:]), "product")  # see `Remat`
+
+
+@jax.custom_vjp
+def _matmul(x, w):
+    return x @ w
+
+
+def _matmul_backward(inputs, gradient):
+    x, w = inputs
+    # Written out for w: from jax's own rule, dot(gradient, x) transposed, XLA:CPU makes a transposed copy of each
+    # elementwise chain that leads to `gradient`, which costs a third of the MLP's backward pass at 2,048 tokens.
+    flat = (y.reshape(-1, y.shape[-1]) for y in (x, gradient))
+    return gradient @ w.T, jnp.einsum("mi,mo->io", *flat)
+
+
+_matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_backward)
 
 
 def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -82,13 +94,16 @@ class Attention(nnx.Module):
         self.k_proj = normal(k, (D, K, H), std)
         self.v_proj = normal(v, (D, K, H), std)
         self.o_proj = normal(o, (N, H, D), residual_std(config))
+        self.qkv_proj: Any = nnx.data(None)  # see `fused`
 
     def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, memory: Any):
-        q = rotate(project(x, self.q_proj[...]), cos, sin)
-        k = rotate(project(x, self.k_proj[...]), cos, sin)
-        v = project(x, self.v_proj[...])
-        out, memory = attend(q, k, v, memory)
         N, H, D = self.o_proj.shape
+        if self.qkv_proj is None:
+            q, k, v = (project(x, w[...]) for w in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            q, k, v = jnp.split(project(x, self.qkv_proj[...]), (N, (N + self.qkv_proj.shape[-2]) // 2), axis=-2)
+        with jax.named_scope("attention"):  # a name for `scripts/profile_train.py`
+            out, memory = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, memory)
         return project(out.reshape(*x.shape[:-1], N * H), self.o_proj.reshape(N * H, D)), memory
 
 
@@ -101,9 +116,13 @@ class MLP(nnx.Module):
         self.gate_proj = normal(gate, (D, F), config.initializer_range)
         self.up_proj = normal(up, (D, F), config.initializer_range)
         self.down_proj = normal(down, (F, D), residual_std(config))
+        self.gate_up_proj: Any = nnx.data(None)  # see `fused`
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = project(x, self.gate_proj[...]), project(x, self.up_proj[...])
+        if self.gate_up_proj is None:
+            gate, up = project(x, self.gate_proj[...]), project(x, self.up_proj[...])
+        else:
+            gate, up = jnp.split(project(x, self.gate_up_proj[...]), 2, axis=-1)
         return project(jax.nn.silu(gate) * up, self.down_proj[...])
 
 
@@ -122,6 +141,21 @@ class DecoderLayer(nnx.Module):
         h, memory = self.self_attn(rms_norm(x, self.input_layernorm[...], self.eps), cos, sin, attend, memory)
         x = x + h
         return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps)), memory
+
+
+def fused(layers: DecoderLayer) -> DecoderLayer:
+    """Layers that compute q, k and v in one product, and gate and up in one: from weights laid side by side.
+
+    Only for computing with: parameters, optimizer and files keep Hugging Face's names.
+    """
+    layers = jax.tree.map(lambda parameter: parameter, layers)  # a copy; the modules in it are ours to change
+    attention: Any = layers.self_attn
+    mlp: Any = layers.mlp
+    qkv = attention.q_proj[...], attention.k_proj[...], attention.v_proj[...]
+    attention.qkv_proj = nnx.Param(jnp.concatenate(qkv, axis=-2))
+    mlp.gate_up_proj = nnx.Param(jnp.concatenate([mlp.gate_proj[...], mlp.up_proj[...]], axis=-1))
+    attention.q_proj = attention.k_proj = attention.v_proj = mlp.gate_proj = mlp.up_proj = None
+    return layers
 
 
 class SmolLM(nnx.Module):
@@ -158,13 +192,13 @@ class SmolLM(nnx.Module):
         positions: Int[Array, "#B T"] | None = None,
         attend: Attend | None = None,
         memory: Any = None,
-        remat: bool = False,
+        remat: Remat = "dots",
         unroll: int = 1,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The last norm's output in `dtype` (default: the parameters'), and what `attend` left in `memory`.
 
-        `remat` recomputes each layer in the backward pass instead of keeping its activations; `unroll` layers are
-        laid out per step of the scan. A token id outside the vocabulary gives NaN (indexing alone would clamp it).
+        `remat` says what each layer keeps for the backward pass; `unroll` layers are laid out per step of the scan. A
+        token id outside the vocabulary gives NaN (indexing alone would clamp it).
         """
         dtype = jnp.dtype(self.embed_tokens.dtype if dtype is None else dtype)
         attend = causal() if attend is None else attend
@@ -173,12 +207,15 @@ class SmolLM(nnx.Module):
         # Gathered before the cast, so that the gradients of a token's many occurrences are summed in float32.
         rows = self.embed_tokens[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         layers, norm = jax.tree.map(lambda parameter: parameter.astype(dtype), (self.layers, self.norm[...]))
+        if dtype != self.embed_tokens.dtype:  # the cast copies every weight, so that laying some together costs nothing
+            layers = fused(layers)
 
         def step(carry, layer: DecoderLayer):
             x, memory = carry
             return layer(x, cos, sin, attend, memory), None
 
-        step = jax.checkpoint(step, prevent_cse=False) if remat else step
+        if remat != "none":
+            step = jax.checkpoint(step, prevent_cse=False, policy=_keep_dots if remat == "dots" else None)
         (x, memory), _ = jax.lax.scan(step, (rows.astype(dtype), memory), layers, unroll=unroll)
         return rms_norm(x, norm, self.config.rms_norm_eps), memory
 
@@ -192,6 +229,12 @@ class SmolLM(nnx.Module):
     def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Float[Array, "B T V"]:
         """Next-token logits, float32 (float64 when computed in float64); options as in `hidden_states`."""
         return self.logits(self.hidden_states(tokens, **options)[0])
+
+
+def _keep_dots(primitive: Any, *_: Any, **options: Any) -> bool:
+    """Whether `Remat` "dots" keeps what a primitive gives."""
+    named = primitive.name == "name" and options["name"] in ("product", "attention")
+    return named or primitive.name.startswith("dot_product_attention_fwd")  # cuDNN's, which names nothing
 
 
 def residual_std(config: Config) -> float:

@@ -5,7 +5,8 @@ A batch's way is one straight line: token file -> `batch(step)` -> `train_step` 
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from smollm_jax.data import Batches
 from smollm_jax.errors import CheckpointError, DivergedError, UsageError
 from smollm_jax.loss import linear_cross_entropy
 from smollm_jax.metrics import RunLog
-from smollm_jax.model import SmolLM
+from smollm_jax.model import Remat, SmolLM
 from smollm_jax.provenance import Provenance, environment
 from smollm_jax.recipe import Recipe
 from smollm_jax.stop import Stop
@@ -45,13 +46,18 @@ class Compute:
 
     dtype: str
     implementation: Implementation = "xla"
-    remat: bool = False
+    remat: Remat = "dots"
     unroll: int = 1
     parts: int = 1  # of a batch, computed one after another
 
     def __post_init__(self) -> None:
         if self.unroll < 1:
             raise UsageError(f"unroll must be at least 1, got {self.unroll}")
+        if self.remat not in get_args(Remat):
+            raise UsageError(f"remat must be one of {', '.join(get_args(Remat))}, got {self.remat!r}")
+
+
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
 def begin(model: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -96,8 +102,10 @@ def train_step(
     """
     gradients: Any
     loss, gradients = mean_gradients(state.model, tokens, compute)
-    norm = optax.tree.norm(gradients)
+    with jax.named_scope("optimizer"):  # names for `scripts/profile_train.py`
+        norm = optax.tree.norm(gradients)
 
+    @jax.named_scope("optimizer")
     def update(state: TrainState) -> TrainState:
         parameters: Any = state.model  # optax's types know arrays and dicts; a module is a pytree like them
         updates, opt_state = tx.update(gradients, state.opt_state, parameters)
@@ -108,6 +116,13 @@ def train_step(
     # apply the NaN after its limit.)
     state = jax.lax.cond(jnp.isfinite(loss) & jnp.isfinite(norm), update, lambda state: state, state)
     return state, {"loss": loss, "gradient_norm": norm}
+
+
+def compile_step(config: Config, recipe: Recipe, compute: Compute) -> Step:
+    """A run's `train_step`, compiled from shapes alone: before there are data, beside whatever else a start must do."""
+    tokens = jax.ShapeDtypeStruct((recipe.batch_size, recipe.sequence_length + 1), jnp.int32)
+    state = abstract_state(config, recipe)
+    return train_step.lower(state, tokens, tx=optimizer.adamw(recipe), compute=compute).compile()
 
 
 eval_step = jax.jit(mean_loss, static_argnames="compute")
@@ -190,8 +205,11 @@ def train(
     cadence: Cadence,
     stop: Stop,
     log: RunLog,
+    step: Step | None = None,
 ) -> TrainState:
     """The state after the recipe's last step. Checkpoints go to `store`, metrics to `log`; `progress` moves along.
+
+    `step` is `train_step`, compiled by `compile_step`; without it, it is compiled when it is first called.
 
     Raises `StoppedError` after a save when a signal asked for it, and `DivergedError` when ten of the last 1,000
     updates were not finite. Such an update is left out whole, with its step of the schedule, and its windows logged.
@@ -216,10 +234,11 @@ def train(
         store.save(progress.step, {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}, meta)
 
     log.start(progress.step, recipe.steps, recipe.tokens_per_step)
+    step = step or functools.partial(train_step, tx=tx, compute=compute)
     pending = None
     tokens = jax.device_put(batches.batch(progress.step))
     while progress.step < recipe.steps and not stop:
-        state, metrics = train_step(state, tokens, tx=tx, compute=compute)
+        state, metrics = step(state, tokens)
         progress.step += 1
         progress.tokens_seen += recipe.tokens_per_step
         done, last = progress.step, progress.step == recipe.steps

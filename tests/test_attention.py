@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smollm_jax import attention as attention_module
-from smollm_jax.attention import KVCache, attention, cached, packed
+from smollm_jax.attention import KVCache, attention, cached, causal, packed
+from smollm_jax.block_attention import block_attention
 from smollm_jax.errors import UsageError
 
 # float32 sums in another order: a few roundings of values near 1.
@@ -33,30 +33,69 @@ def reference(q, k, v, allowed):
 def test_attention_is_the_formula_written_out():
     q, k, v = draw(2, 9, 6, 16), draw(2, 9, 2, 16), draw(2, 9, 2, 16) + 1
     allowed = np.broadcast_to(np.tri(9, dtype=bool), (2, 9, 9))
-    out = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), is_causal=True)
-    np.testing.assert_allclose(out, reference(q, k, v, allowed), **CLOSE)
+    inputs = [jnp.asarray(x) for x in (q, k, v)]
+    np.testing.assert_allclose(attention(*inputs, jnp.asarray(allowed)[:, None]), reference(q, k, v, allowed), **CLOSE)
+    np.testing.assert_allclose(causal()(*inputs, None)[0], reference(q, k, v, allowed), **CLOSE)
 
 
+@pytest.mark.parametrize("segments", ["one text", "packed"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_long_text_attends_in_blocks_to_the_same_values_and_gradients(monkeypatch, dtype):
-    monkeypatch.setattr(attention_module, "QUERY_BLOCK", 32)
-    T = 600  # spans of 3 blocks of 32, the last span of 24 queries
-    q, k, v, weight = (draw(1, T, heads, 16).astype(dtype) for heads in (6, 2, 2, 6))
+@pytest.mark.parametrize(("T", "block"), [(1, None), (32, 16), (70, 32), (40, 512)])
+def test_blocks_give_the_values_and_gradients_of_attention_at_once(T, block, dtype, segments):
+    q, k, v, weight = (draw(2, T, heads, 16).astype(dtype) for heads in (6, 2, 2, 6))
+    rng = np.random.default_rng(T)
+    ids = np.sort(rng.integers(0, 5, (2, T)), axis=1) if segments == "packed" else np.zeros((2, T), int)
+    mask = jnp.asarray(np.tri(T, dtype=bool) & (ids[:, :, None] == ids[:, None, :]))[:, None]
+    given = jnp.asarray(ids) if segments == "packed" else None
 
-    def total(q, k, v):
-        return jnp.sum(attention(q, k, v, is_causal=True) * weight)
+    def of(attend):
+        out, back = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
+        return out, *back(jnp.asarray(weight))
 
     with jax.enable_x64(dtype == np.float64):
-        blocks = jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
-        buffers = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, v).compile().as_text()
-        monkeypatch.setattr(attention_module, "QUERY_BLOCK", T)
-        whole = jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
-        dense = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, v).compile().as_text()
-    for a, b in zip(*(map(np.asarray, jax.tree.leaves(x)) for x in (blocks, whole)), strict=True):
-        scale = np.abs(b).max()
+        ours = jax.jit(lambda: of(lambda q, k, v: block_attention(q, k, v, given, block)))()
+        whole = jax.jit(lambda: of(lambda q, k, v: attention(q, k, v, mask)))()
+    for a, b in zip(map(np.asarray, ours), map(np.asarray, whole), strict=True):
+        assert a.dtype == dtype
+        scale = np.abs(b).max() or 1.0
         np.testing.assert_allclose(a / scale, b / scale, atol=1e-14 if dtype == np.float64 else 2e-6)
-    assert f"{T},{T}]" in dense
-    assert f"{T},{T}]" not in buffers, "the compiled program holds T x T scores"
+
+
+def test_bfloat16_blocks_are_as_exact_as_attention_at_once():
+    q, k, v = (draw(1, 200, heads, 16) for heads in (6, 2, 2))
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    allowed = np.tri(200, dtype=bool)[None]
+    truth = reference(*(np.asarray(x, np.float64) for x in rounded), allowed)
+
+    def error(out):
+        assert out.dtype == jnp.bfloat16
+        return np.sqrt(np.mean((np.asarray(out, np.float64) - truth) ** 2))
+
+    assert error(block_attention(*rounded)) <= 1.1 * error(attention(*rounded, jnp.asarray(allowed)[:, None]))
+
+
+def test_the_compiled_step_of_a_long_text_never_holds_scores_of_all_pairs():
+    T = 600
+    shapes = [jax.ShapeDtypeStruct((1, T, heads, 16), jnp.float32) for heads in (6, 2, 2)]
+
+    def compiled(attend):
+        gradient = jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v)), argnums=(0, 1, 2))
+        return jax.jit(gradient).lower(*shapes).compile().as_text()
+
+    mask = jnp.tri(T, dtype=bool)[None, None]
+    assert f"{T},{T}]" in compiled(lambda q, k, v: attention(q, k, v, mask)), "this test would not see them"
+    held = compiled(block_attention)
+    assert not any(f"{rows},{columns}]" in held for rows in (T, 768) for columns in (T, 768))
+
+
+def test_blocks_of_different_documents_are_not_computed():
+    """Their keys may be anything, even NaN, which multiplied by a weight of 0 would still be NaN."""
+    segments = jnp.asarray([[0] * 64 + [1] * 64])
+    q, k, v = (draw(1, 128, heads, 16) for heads in (6, 2, 2))
+    v[:, :64] = np.nan
+    out = block_attention(*map(jnp.asarray, (q, k, v)), segments, 64)
+    assert np.isnan(out[:, :64]).all()
+    assert np.isfinite(out[:, 64:]).all()
 
 
 def test_packed_attention_is_the_formula_with_the_segments_mask():
@@ -86,16 +125,18 @@ def test_packed_documents_are_refused_where_they_would_be_wrong():
 def test_prefill_in_chunks_equals_at_once(tiny_model, tiny, chunks):
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 1000, (2, 24)))
     cache, pieces, done = KVCache.empty(tiny, 2, 40, jnp.float32), [], 0
+
+    @jax.jit
+    def forward(model, tokens, positions, cache):
+        attend = cached(jnp.zeros(2, jnp.int32))
+        hidden, cache = model.hidden_states(tokens, positions=positions, attend=attend, memory=cache)
+        return model.logits(hidden), cache.advance(tokens.shape[1])
+
     for size in chunks:
         positions = jnp.arange(done, done + size)[None]
-        hidden, cache = tiny_model.hidden_states(
-            tokens[:, done : done + size],
-            positions=positions,
-            attend=cached(jnp.zeros(2, jnp.int32)),
-            memory=cache,
-        )
-        cache, done = cache.advance(size), done + size
-        pieces.append(tiny_model.logits(hidden))
+        logits, cache = forward(tiny_model, tokens[:, done : done + size], positions, cache)
+        pieces.append(logits)
+        done += size
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), tiny_model(tokens), **CLOSE)
 
 
