@@ -18,8 +18,12 @@ if mutant := os.environ.get("SMOLLM_MUTANT"):
     mutants.apply(mutant)
 
 # Before any import of the package: every jaxtyping annotation in it is checked on every call.
-jaxtyping.install_import_hook(["smollm_jax.attention", "smollm_jax.model", "smollm_jax.loss"], "beartype.beartype")
-jaxtyping.install_import_hook(["smollm_jax.train", "smollm_jax.generate"], "beartype.beartype")
+jaxtyping.install_import_hook(
+    ["smollm_jax.attention", "smollm_jax.block_attention", "smollm_jax.model", "smollm_jax.loss"], "beartype.beartype"
+)
+jaxtyping.install_import_hook(
+    ["smollm_jax.train", "smollm_jax.generate", "smollm_jax.sampling", "smollm_jax.unrolled"], "beartype.beartype"
+)
 
 # The Makefile says so explicitly; PyTorch missing otherwise is a failure, not a silent skip.
 collect_ignore = (

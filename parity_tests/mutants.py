@@ -25,9 +25,9 @@ STEPS = "parity_tests/test_7_training.py::test_ten_steps"
 ADAMW = "parity_tests/test_6_optimizer.py"
 CACHE = "tests/test_attention.py::test_prefill_in_chunks_equals_at_once"
 LOSS = "tests/test_loss.py::test_it_equals_the_dense_loss_in_float64"
+BLOCKS = "tests/test_attention.py::test_blocks_give_the_values_and_gradients_of_attention_at_once"
 GENERATE = "tests/test_generate.py"
 MODEL = "tests/test_model.py"
-KEPT = "jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation=implementation)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,6 @@ class Mutant:
     test: str  # the test that catches it
 
 
-def attention(q: str = "q", k: str = "k", v: str = "v", mask: str = "mask", causal: str = "is_causal", more: str = ""):
-    return f"jax.nn.dot_product_attention({q}, {k}, {v}, mask={mask}, is_causal={causal}{more})"
-
-
-TILED = "jnp.tile({0}, (1, 1, q.shape[2] // k.shape[2], 1))"
 MUTANTS = [
     Mutant("rotary interleaved", "model", "jnp.split(x, 2, axis=-1)", "(x[..., ::2], x[..., 1::2])", FAMILY),
     Mutant("rotary backwards", "model", "a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin", FAMILY),
@@ -65,26 +60,17 @@ MUTANTS = [
     Mutant(
         "queries one position late",
         "model",
-        "q = rotate(project(x, self.q_proj[...]), cos, sin)",
-        "q = rotate(project(x, self.q_proj[...]), jnp.roll(cos, -1, 1), jnp.roll(sin, -1, 1))",
+        "attend(rotate(q, cos, sin),",
+        "attend(rotate(q, jnp.roll(cos, -1, 1), jnp.roll(sin, -1, 1)),",
         FAMILY,
     ),
-    Mutant("KV heads tiled", "attention", KEPT, attention(k=TILED.format("k"), v=TILED.format("v")), FAMILY),
-    Mutant("scale 1/H", "attention", KEPT, attention(more=", scale=1 / q.shape[-1]"), FAMILY),
-    Mutant(
-        "mask off by one",
-        "attention",
-        KEPT,
-        attention(mask="mask if mask is not None else jnp.tri(q.shape[1], k.shape[1], 1, bool)[None, None]", causal="False"),
-        f"{MODEL}::test_the_future_does_not_change_the_past",
-    ),
-    Mutant(
-        "attention in bfloat16",
-        "attention",
-        KEPT,
-        attention(*(f"{x}.astype(jnp.bfloat16)" for x in "qkv")) + ".astype(q.dtype)",
-        FAMILY,
-    ),
+    Mutant("KV heads tiled", "block_attention", "heads, N // heads, H).transpose(1, 0, 3, 4, 2, 5)", "N // heads, heads, H).transpose(1, 0, 4, 3, 2, 5)", FAMILY),
+    Mutant("scale 1/H", "block_attention", "_queries(q * q.shape[3] ** -0.5,", "_queries(q * q.shape[3] ** -1.0,", FAMILY),
+    Mutant("mask off by one", "block_attention", "place[:, None] >= jnp.arange(block)", "place[:, None] >= jnp.arange(block) - 1", f"{MODEL}::test_the_future_does_not_change_the_past"),
+    Mutant("attention in bfloat16", "block_attention", "_tokens(output / total, heads, block)", "_tokens((output / total).astype(jnp.bfloat16), heads, block)", FAMILY),
+    Mutant("running softmax forgets nothing", "block_attention", "jnp.exp(largest - larger), ", "1.0, ", BLOCKS),
+    Mutant("scores' gradient without the mean", "block_attention", " - mean[i])", ")", BLOCKS),
+    Mutant("keys' gradient of the last block only", "block_attention", "_put(dk, dk[j] + ", "_put(dk, 0 * dk[j] + ", BLOCKS),
     Mutant(
         "q rows in another head order", "weights", '"L (N H) D -> L D N H"', '"L (H N) D -> L D N H"', FAMILY
     ),
@@ -165,8 +151,9 @@ MUTANTS = [
     Mutant("cache of the first layer read", "attention", "keys[cache.layer], values[cache.layer]", "keys[0], values[0]", CACHE),
     Mutant("left padding attended", "attention", " & (slot >= start[:, None, None])", " & (slot >= 0 * start[:, None, None])", "tests/test_attention.py::test_left_padding_is_never_attended"),
     Mutant("decoded tokens one position late", "generate", "positions = (state.cache.length - state.start)[:, None]", "positions = (state.cache.length - state.start)[:, None] + 1", f"{GENERATE}::test_greedy_with_a_cache_equals_greedy_without"),
-    Mutant("top-p drops the token that crosses it", "generate", "jnp.cumsum(probability, axis=-1) - probability < top_p", "jnp.cumsum(probability, axis=-1) <= top_p", f"{GENERATE}::test_samples_follow_the_cut_distribution"),
-    Mutant("packed documents see each other", "attention", "(segment_ids[:, :, None] == segment_ids[:, None, :])", "(segment_ids[:, :, None] >= 0 * segment_ids[:, None, :])", "tests/test_attention.py::test_packed_attention_is_the_formula_with_the_segments_mask"),
+    Mutant("top-p drops the token that crosses it", "sampling", "(depth <= deepest[:, None]) |", "(depth < deepest[:, None]) |", "tests/test_sampling.py::test_draws_follow_the_reference_distribution"),
+    Mutant("prefill sees the left padding", "attention", "(jnp.arange(q.shape[1]) >= start[:, None])", "(jnp.arange(q.shape[1]) >= 0 * start[:, None])", f"{GENERATE}::test_the_bucket_of_a_prompt_changes_nothing"),
+    Mutant("packed documents see each other", "block_attention", "(of_queries[i][:, :, None] == of_keys[j][:, None, :])", "(of_queries[i][:, :, None] >= of_keys[j][:, None, :])", "tests/test_attention.py::test_packed_attention_is_the_formula_with_the_segments_mask"),
     Mutant("held-out tokens trained on", "data", "file.tokens[: max(len(file.tokens) - held_out, 0)]", "file.tokens[: len(file.tokens) - 17]", "tests/test_data.py::test_held_out_tokens_are_never_trained_on"),
 ]  # fmt: skip
 

@@ -1,12 +1,18 @@
-"""Rung 8: greedy text from the cache equals Hugging Face's `generate`, token for token."""
+"""Rung 8: greedy text from the cache equals Hugging Face's `generate`, token for token; so do penalty and cuts."""
 
+import itertools
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers.generation import logits_process
 
 from parity_tests import ladder
 from parity_tests.tolerances import ARGMAX_MARGIN, within
 from smollm_jax.generate import NO_TOKEN, generate
+from smollm_jax.sampling import Knobs, Sampling, kept, penalized
+from smollm_jax.unrolled import Unrolled
 
 PROMPTS = [
     "The capital of France is",
@@ -33,17 +39,67 @@ def hf_texts(hf, tokenizer):
     return texts
 
 
-@pytest.mark.parametrize("batched", [True, False])
-def test_greedy_text_equals_hugging_faces(batched, jax_model, tokenizer, hf_texts):
+@pytest.fixture(scope="module")
+def unrolled(jax_model):
+    return Unrolled.of(jax_model)
+
+
+@pytest.mark.parametrize(("layers", "batched"), [("stacked", True), ("unrolled", True), ("unrolled", False)])
+def test_greedy_text_equals_hugging_faces(layers, batched, jax_model, unrolled, tokenizer, hf_texts):
+    model = jax_model if layers == "stacked" else unrolled
     ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
     eos = jax_model.config.eos_token_ids
     rows = []
     for group in [ids] if batched else [[one] for one in ids]:
-        pieces = generate(jax_model, group, max_new_tokens=NEW_TOKENS, eos_token_ids=eos)
+        pieces = generate(model, group, max_new_tokens=NEW_TOKENS, eos_token_ids=eos)
         rows += list(np.concatenate(list(pieces), axis=1))
     ours = [[int(token) for token in row if token != NO_TOKEN] for row in rows]
     assert ours == hf_texts
     assert any(len(text) == NEW_TOKENS for text in ours), "every text ended early: nothing was decoded at length"
+
+
+def test_the_repetition_penalty_is_hugging_faces_to_one_rounding():
+    """Where we divide, torch multiplies by the rounded reciprocal."""
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(4, 49_152)) * 10).astype(np.float32)
+    ids = rng.integers(0, logits.shape[1], (4, 300))
+    seen = np.zeros(logits.shape, bool)
+    np.put_along_axis(seen, ids, True, axis=1)
+    for penalty in (0.7, 1.1, 1.3, 5.0):
+        theirs = logits_process.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(ids), torch.tensor(logits))
+        ours = penalized(jnp.asarray(logits), jnp.asarray(seen), jnp.full(4, penalty, jnp.float32))
+        np.testing.assert_array_max_ulp(np.asarray(ours), theirs.numpy(), maxulp=1)
+
+
+def test_greedy_text_with_a_penalty_equals_hugging_faces(unrolled, hf, tokenizer):
+    ids = [tokenizer.encode(prompt) for prompt in PROMPTS[:3]]
+    sampling = Sampling(repetition_penalty=1.3)
+    eos = unrolled.config.eos_token_ids
+    rows = generate(unrolled, ids, max_new_tokens=NEW_TOKENS, sampling=sampling, eos_token_ids=eos)
+    ours = [[int(i) for i in row if i != NO_TOKEN] for row in np.concatenate(list(rows), axis=1)]
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "repetition_penalty": 1.3}
+    for prompt, row in zip(ids, ours, strict=True):
+        tokens = torch.tensor([prompt])
+        assert row == hf.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_the_tokens_kept_are_hugging_faces(temperature):
+    logits = (np.random.default_rng(1).normal(size=(1, 49_152)) * 3).astype(np.float32)
+    for top_k, top_p, min_p in itertools.product([0, 1, 40, 3000], [1.0, 0.95, 0.5], [0.0, 0.05]):
+        scores = logits_process.TemperatureLogitsWarper(temperature)(None, torch.tensor(logits))
+        for warper in (
+            logits_process.TopKLogitsWarper(top_k) if top_k else None,
+            logits_process.TopPLogitsWarper(top_p) if top_p < 1 else None,
+            logits_process.MinPLogitsWarper(min_p) if min_p else None,
+        ):
+            scores = scores if warper is None else warper(None, scores)
+        theirs = torch.softmax(scores, dim=-1).numpy()
+        scaled = jnp.asarray((logits - logits.max()) / np.float32(temperature))
+        ours = np.asarray(kept(scaled, Knobs.of([Sampling(temperature, top_k, top_p, min_p)])))
+        # Two ways to sum 49,152 numbers in float32 may cross top_p one unlikely token apart.
+        assert theirs[ours != (theirs > 0)].sum() < 1e-5
+        assert (ours != (theirs > 0)).sum() <= (1 if top_p < 1 else 0)
 
 
 LONG = 256

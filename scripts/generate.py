@@ -1,29 +1,40 @@
-"""Continue a text with any SmolLM2 weights.
+"""Continue texts with any SmolLM2 weights.
 
     python scripts/generate.py --weights assets/SmolLM2-135M-Instruct --prompt "The capital of France is"
-    python scripts/generate.py --weights runs/my-run --prompt "Fellow citizens" --temperature 0.8 --top-p 0.95
+    python scripts/generate.py --weights runs/my-run --prompt "Fellow citizens" --temp 0.8 --top-p 0.95
+    python scripts/generate.py --weights PATH --prompt-file a.txt --prompt-file b.txt --json --logprobs 5
+    echo "Once upon a time" | python scripts/generate.py --weights PATH
 
 Weights: a run folder or one step under its checkpoints/, a Hugging Face folder, a .pt, .safetensors or .gguf file.
-Greedy unless --temperature is given; streams the text as it comes, and prints the speed at the end on stderr.
+Greedy unless --temperature is given. One text is shown as it comes, several in a batch one after the other when all
+are done; the speed is printed at the end on stderr. --json prints one object: text, token ids, log-probabilities and
+timings. Compiled programs are kept in ~/.cache/smollm-jax/compiled (JAX_COMPILATION_CACHE_DIR names another folder).
 """
 
 import dataclasses
+import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from smollm_jax import errors
 
+if TYPE_CHECKING:
+    from smollm_jax.engine import Engine, Piece
+
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    prompt: str
-    """The text to continue."""
     weights: Annotated[Path, tyro.conf.arg(aliases=["--checkpoint-path"])]
     """Weights of any kind."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A text to continue; again for each further one. With none, and no --prompt-file, stdin is read."""
+    prompt_file: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A UTF-8 file whose whole text is a prompt; again for each further one."""
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["--max-tokens"])] = 64
     """Tokens to add at most."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["--temp"])] = 0.0
@@ -32,12 +43,26 @@ class Flags:
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the likeliest tokens up to this total probability."""
+    min_p: float = 0.0
+    """Keep tokens with at least this part of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens of the prompt and the text less likely."""
     seed: int = 0
     """Same seed, same text."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Ends a text before this string; again for each further one."""
+    context: Literal["error", "slide"] = "error"
+    """Where prompt and new tokens exceed the context: refuse, or go on from its last half whenever it is full."""
     chat: bool = False
     """Ask as the user of a chat (Instruct weights)."""
+    system: str | None = None
+    """System prompt of the chat; asks as --chat does."""
+    json: bool = False
+    """Print one JSON object instead of the text."""
+    logprobs: int = 0
+    """With --json: how many of the likeliest tokens to give beside each chosen one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and the cache."""
+    """Of the weights and the cache; XLA multiplies bfloat16 slowly on a CPU."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json; default: the weights', else assets/tokenizer."""
     debug: bool = False
@@ -46,40 +71,106 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
-    import jax
-    import jax.numpy as jnp
-
+    if flags.logprobs and not flags.json:
+        raise errors.UsageError("--logprobs: only --json shows them")
+    prompts = read_prompts(flags)
     from smollm_jax import compilation_cache
 
     compilation_cache.enable()
-    if flags.dtype == "float32":  # on a GPU JAX's default is TF32
-        jax.config.update("jax_default_matmul_precision", "float32")
-    from smollm_jax import weights
-    from smollm_jax.generate import NO_TOKEN, Sampling, generate
-    from smollm_jax.tokenizer import TextStream, Tokenizer, folder_beside
+    from smollm_jax.engine import Engine
+    from smollm_jax.sampling import Sampling
 
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
-    model, config = weights.load(flags.weights, jnp.dtype(flags.dtype))
-    tokenizer = Tokenizer.load(flags.tokenizer or folder_beside(flags.weights))
-    if flags.chat:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": flags.prompt}])
+    began = time.perf_counter()
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty, flags.seed)
+    engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer)
+    ids = [encode(engine, prompt, flags) for prompt in prompts]
+    options = {"max_new_tokens": flags.max_new_tokens, "sampling": sampling, "stop": flags.stop}
+    options |= {"context": flags.context, "alternatives": flags.logprobs if flags.json else None}
+    timings: dict[str, float] = {"load_seconds": time.perf_counter() - began}
+    if flags.json:
+        print(json.dumps(write_all(engine, prompts, ids, options, timings), ensure_ascii=False, indent=2))
+    elif len(prompts) > 1:
+        for row in write_all(engine, prompts, ids, options, timings)["completions"]:
+            print(f"{'' if asks(flags) else row['prompt']}{row['text']}\n")
     else:
-        ids = tokenizer.encode(flags.prompt)
-    pieces = generate(
-        model, [ids], max_new_tokens=flags.max_new_tokens, sampling=sampling, eos_token_ids=config.eos_token_ids
-    )
-    if not flags.chat:
-        print(flags.prompt, end="", flush=True)
-    stream, count, began = TextStream(tokenizer), 0, None
-    for piece in pieces:
-        new = [int(token) for token in piece[0] if token != NO_TOKEN]
-        print(stream.add(token for token in new if token not in config.eos_token_ids), end="", flush=True)
-        count += len(new)
-        began = began or (time.perf_counter(), count)  # the first piece compiled
-    print(stream.end())
-    if began and count > began[1]:
-        rate = (count - began[1]) / (time.perf_counter() - began[0])
-        print(f"{count} tokens, {rate:.1f} tokens/s after the first {began[1]}", file=sys.stderr)
+        if not asks(flags):
+            print(prompts[0], end="", flush=True)
+        for piece in timed(engine.stream(ids, **options), len(ids), timings):
+            print(piece.text, end="", flush=True)
+        print()
+    if "tokens_per_second" in timings:
+        count, rate = int(timings["tokens"]), timings["tokens_per_second"]
+        first = int(timings["first_tokens"])
+        print(f"{count} tokens, {rate:.1f} tokens/s after the first {first}", file=sys.stderr)
+
+
+def asks(flags: Flags) -> bool:
+    """Whether the prompts are messages of a chat."""
+    return flags.chat or flags.system is not None
+
+
+def read_prompts(flags: Flags) -> list[str]:
+    """The prompts in the order of their kinds: flags, files, else stdin."""
+    from smollm_jax.files import read_text
+
+    prompts = [*flags.prompt, *map(read_text, flags.prompt_file)]
+    if prompts:
+        return prompts
+    if sys.stdin.isatty():
+        raise errors.UsageError("give --prompt, --prompt-file or a text on stdin")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise errors.InputFileError(f"stdin: byte {error.start} is not UTF-8") from error
+    return [text.removesuffix("\n")]  # the one that echo adds
+
+
+def encode(engine: "Engine", prompt: str, flags: Flags) -> list[int]:
+    """The tokens a prompt gives, as a text or as a message."""
+    if not asks(flags):
+        return engine.encode(prompt)
+    system = [] if flags.system is None else [{"role": "system", "content": flags.system}]
+    return engine.chat([*system, {"role": "user", "content": prompt}])
+
+
+def timed(pieces: Iterator["Piece"], rows: int, timings: dict[str, float]) -> Iterator["Piece"]:
+    """The same pieces; when they end, `timings` says how long they took.
+
+    The clock of the speed starts after the second call, for each of the first two may have compiled its program.
+    """
+    began = now = time.perf_counter()
+    first, count, second = 0, 0, began
+    for number, piece in enumerate(pieces, 1):
+        now = time.perf_counter()
+        count += len(piece.tokens)
+        timings.setdefault("first_token_seconds", now - began)
+        if number <= 2 * rows:
+            first, second = count, now
+        yield piece
+    timings |= {"seconds": now - began, "tokens": count, "first_tokens": first}
+    if count > first:
+        timings |= {"tokens_per_second": (count - first) / (now - second)}
+
+
+def write_all(
+    engine: "Engine", prompts: list[str], ids: list[list[int]], options: dict[str, Any], timings: dict[str, float]
+) -> dict[str, Any]:
+    """What --json shows: every text with its tokens, and the timings of all of them together."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": prompt, "prompt_ids": row, "text": "", "ids": [], "logprobs": [], "alternatives": [], "finish": None}
+        for prompt, row in zip(prompts, ids, strict=True)
+    ]
+    for piece in timed(engine.stream(ids, **options), len(ids), timings):
+        row = rows[piece.row]
+        row["text"] += piece.text
+        row["ids"] += [token.id for token in piece.tokens]
+        row["logprobs"] += [token.logprob for token in piece.tokens]
+        row["alternatives"] += [
+            [{"id": i, "text": text, "logprob": number} for i, text, number in token.alternatives]
+            for token in piece.tokens
+        ]
+        row["finish"] = piece.finish
+    return {"completions": rows, "timings": timings}
 
 
 if __name__ == "__main__":

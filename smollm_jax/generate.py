@@ -1,45 +1,37 @@
 """Text continued by a model: one prefill of the prompts, then a decode loop that stays on the device.
 
 Prompts of different lengths are padded on the left; padding is masked by position, never by a token id, because the
-base model has no pad token.
+base model has no pad token. Programs are compiled per bucket: prompts are filled up (on the right, where nothing
+looks) to 64, 128, ... slots, the cache has as many as a bucket and doubles when it is full, and the rows of a batch
+are filled up to a power of two. So a context of 8,192 needs at most 8 prefill programs a batch size.
 
-B prompts, T prompt slots, V vocab.
+B rows, T prompt slots, V vocab.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from smollm_jax.attention import KVCache, cached
+from smollm_jax.config import Config, shown
 from smollm_jax.errors import UsageError
 from smollm_jax.model import SmolLM
+from smollm_jax.sampling import GREEDY, Knobs, Sampling, choose
+from smollm_jax.unrolled import Unrolled
 
-SMALLEST_BUCKET = 32  # prompt slots; buckets double, so that lengths share compiled programs
+SMALLEST_BUCKET = 64  # prompt slots
+SMALLEST_CACHE = 512  # slots; reading 512 costs 4 % of what reading SmolLM2-135M's weights does
 NO_TOKEN = -1  # what a row gives after its end
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: greedy at temperature 0, else from the kept part of the distribution."""
-
-    temperature: float = 0.0
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0  # keeps the most likely tokens up to this total
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature must be at least 0 and finite, got {self.temperature}")
-        if self.top_k < 0:
-            raise UsageError(f"top_k must be at least 0, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+MOST_ALTERNATIVES = 20
+# A call's fixed cost is far below a token's on a CPU (0.1 against 15 ms); a GPU gains from a few tokens a call.
+TOKENS_PER_CALL = 8
 
 
 @jax.tree_util.register_dataclass
@@ -49,127 +41,269 @@ class Decoding:
 
     cache: KVCache
     start: Int[Array, "B"]  # the first slot that is no padding
-    logits: Float[Array, "B V"]  # of the token to choose next
+    token: Int[Array, "B"]  # chosen last, not yet in the cache
     done: Bool[Array, "B"]
-    count: Int[Array, ""]  # tokens chosen so far
+    count: Int[Array, "B"]  # tokens chosen so far
+    seen: Bool[Array, "B V"]  # tokens in the prompt or the text
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What a call gives: new tokens, and their log-probabilities where they were asked for."""
+
+    ids: Any  # [B, n], NO_TOKEN after a row's end
+    done: Any  # [B]
+    logprobs: Any  # [B, n], under softmax of the bare logits; these three are None unless asked for
+    likeliest: Any  # [B, n, M]
+    likeliest_logprobs: Any  # [B, n, M]
+
+
+def buckets(config: Config) -> list[int]:
+    """The prompt and cache sizes that programs are compiled for: 64, 128, ... and the context itself."""
+    context = config.max_position_embeddings
+    sizes = [min(SMALLEST_BUCKET, context)]
+    while sizes[-1] < context:
+        sizes.append(2 * sizes[-1])
+    return [*sizes[:-1], context]
 
 
 def generate(
-    model: SmolLM,
+    model: SmolLM | Unrolled,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),  # frozen
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
     eos_token_ids: Sequence[int] = (),
-    tokens_per_call: int = 8,
+    tokens_per_call: int = TOKENS_PER_CALL,
 ) -> Iterator[np.ndarray]:
     """Yields new tokens `[B, n]` as they come, an ended row's as `NO_TOKEN`; eos itself is given too.
 
     Raises `UsageError` for an empty prompt, a token id outside the vocabulary, and a prompt that does not fit the
     context together with `max_new_tokens`.
     """
-    config = model.config
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    if not prompts or min(len(prompt) for prompt in prompts) == 0:
+    check(model.config, prompts, max_new_tokens)
+    for chosen in run(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        samplings=[sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling,
+        eos_token_ids=eos_token_ids,
+        tokens_per_call=tokens_per_call,
+    ):
+        yield np.asarray(chosen.ids)
+
+
+def check(config: Config, prompts: Any, max_new_tokens: Any, *, slide: bool = False) -> None:
+    """Raises `UsageError` for what `run` cannot continue."""
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+    if isinstance(prompts, str) or not all(whole(token) for prompt in prompts for token in prompt):
+        raise UsageError("prompts must be sequences of token ids")
+    if not len(prompts) or min(len(prompt) for prompt in prompts) == 0:
         raise UsageError("a prompt must have at least one token")
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if longest + max_new_tokens > config.max_position_embeddings:
+    if not whole(max_new_tokens) or max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens must be an integer of at least 1, got {shown(max_new_tokens)}")
+    if wrong := [int(t) for prompt in prompts for t in prompt if not 0 <= t < config.vocab_size]:
+        raise UsageError(f"token ids {wrong[:5]} are outside the vocabulary of {config.vocab_size}")
+    longest = max(len(prompt) for prompt in prompts)
+    if not slide and longest + max_new_tokens > config.max_position_embeddings:
         raise UsageError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
             f"{config.max_position_embeddings}"
         )
-    if wrong := [t for prompt in prompts for t in prompt if not 0 <= t < config.vocab_size]:
-        raise UsageError(f"token ids {wrong[:5]} are outside the vocabulary of {config.vocab_size}")
-    bucket = max(SMALLEST_BUCKET, 1 << (longest - 1).bit_length())
-    decoded = -(-max_new_tokens // tokens_per_call) * tokens_per_call
-    slots = bucket + -(-decoded // 64) * 64  # rounded, so that lengths share compiled programs
-    tokens = np.zeros((len(prompts), bucket), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[bucket - len(prompt) :] = prompt
-    start = jnp.asarray([bucket - len(prompt) for prompt in prompts], jnp.int32)
-    state = prefill(model, jnp.asarray(tokens), start, slots=slots)
-    numbers = (sampling.temperature, sampling.top_k, sampling.top_p)
-    key = jax.random.key(sampling.seed)
-    remaining = max_new_tokens
-    while remaining > 0:
-        state, new = decode(
-            model,
-            state,
-            key,
-            numbers,
-            steps=tokens_per_call,
-            greedy=sampling.temperature == 0,
-            eos=tuple(eos_token_ids),
-        )
-        # The last call may decode past what was asked for; those tokens are cut, not shown.
-        yield np.asarray(new)[:, :remaining]
-        remaining -= tokens_per_call
-        if bool(state.done.all()):
-            return
+
+
+def run(
+    model: SmolLM | Unrolled,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    samplings: Sequence[Sampling],
+    eos_token_ids: Sequence[int] = (),
+    tokens_per_call: int = TOKENS_PER_CALL,
+    report: bool = False,
+    slide: bool = False,
+) -> Generator[Chosen, None, None]:
+    """Yields what each device call chose, as NumPy arrays, until every row has ended; arguments as `check` wants them.
+
+    The next call is under way before the last one's tokens are read, so closing the iterator leaves at most one call
+    to end. With `slide` a row whose context is full goes on from the last half of its tokens, as from a fresh prompt.
+    """
+    config = model.config
+    context, B = config.max_position_embeddings, len(prompts)
+    rows = 1 << (B - 1).bit_length()
+    texts = [list(map(int, prompt)) for prompt in prompts]  # all tokens of a row
+    windows = [_window(text, context) for text in texts]  # those that the row still sees
+    knobs = Knobs.of([*samplings, *[GREEDY] * (rows - B)])
+    options: dict[str, Any] = {
+        "greedy": all(sampling.is_greedy for sampling in samplings),
+        "eos": tuple(map(int, eos_token_ids)),
+        "report": report,
+    }
+    done = np.arange(rows) >= B
+    left = max_new_tokens
+    state, slots, used = None, 0, 0
+    pending: collections.deque[Chosen] = collections.deque()
+
+    def read() -> Chosen:
+        """The oldest call's tokens, put down in `texts` and `windows`."""
+        nonlocal done
+        chosen = jax.tree.map(lambda x: np.asarray(x)[:B], pending.popleft())
+        for text, window, ids in zip(texts, windows, chosen.ids, strict=True):
+            new = [int(i) for i in ids if i != NO_TOKEN]
+            text += new
+            window += new
+        done[:B] = chosen.done
+        return chosen
+
+    while left > 0:
+        if state is None or used == context:
+            while pending:  # what is prefilled must be known
+                yield read()
+            if done.all():
+                return
+            windows = [w[-1:] if over else _window(w, context) for w, over in zip(windows, done[:B], strict=True)]
+            tokens, start, used = _left_padded(windows, rows, config)
+            seen = np.zeros((rows, config.vocab_size), bool)
+            for row, text in zip(seen, texts, strict=False):
+                row[text] = True
+            slots = min(max(tokens.shape[1], SMALLEST_CACHE), context)
+            stacked = model.model if isinstance(model, Unrolled) else model
+            cache, logits = prefill(stacked, tokens, start, used, slots=slots)
+            count = jnp.full(rows, max_new_tokens - left, jnp.int32)
+            state = Decoding(cache, start, jnp.zeros_like(start), jnp.array(done), count, jnp.array(seen))
+            state, chosen = begin(state, logits, knobs, **options)
+            steps = 1
+        else:
+            if used == slots:
+                slots = next(size for size in buckets(config) if size > slots)
+                state = grow(state, slots=slots)
+            steps = min(tokens_per_call, left, slots - used)
+            state, chosen = decode(model, state, knobs, steps, most=tokens_per_call, **options)
+            chosen = jax.tree.map(lambda x, n=steps: x if x.ndim == 1 else x[:, :n], chosen)
+            used += steps
+        left -= steps
+        pending.append(chosen)
+        if len(pending) > 1:
+            yield read()
+            if done.all():
+                return
+    while pending and not done.all():
+        yield read()
+
+
+def _window(tokens: list[int], context: int) -> list[int]:
+    """The tokens that a row goes on from: all, or the last half of a full context."""
+    return list(tokens) if len(tokens) <= context else tokens[-(context // 2) :]
+
+
+def _left_padded(windows: list[list[int]], rows: int, config: Config) -> tuple[Array, Array, int]:
+    """Tokens `[rows, bucket]`, each row's first slot, and the slots in use: nothing looks beyond them."""
+    used = max(map(len, windows))
+    bucket = next(size for size in buckets(config) if size >= used)
+    tokens, start = np.zeros((rows, bucket), np.int32), np.full(rows, used - 1, np.int32)
+    for row, window in enumerate(windows):
+        start[row] = used - len(window)
+        tokens[row, start[row] : used] = window
+    return jnp.array(tokens), jnp.array(start), used
 
 
 @functools.partial(jax.jit, static_argnames="slots")
-def prefill(model: SmolLM, tokens: Int[Array, "B T"], start: Int[Array, "B"], *, slots: int) -> Decoding:
-    """Runs left-padded prompts through the model and leaves their keys and values in a cache of `slots`."""
+def prefill(
+    model: SmolLM,
+    tokens: Int[Array, "B T"],
+    start: Int[Array, "B"],
+    used: Int[Array, ""] | int | None = None,
+    *,
+    slots: int,
+) -> tuple[KVCache, Float[Array, "B V"]]:
+    """The keys and values of left-padded prompts in a cache of `slots`, and the logits of the next token.
+
+    Prompts end before slot `used` (default: T).
+    """
     B, T = tokens.shape
+    used = jnp.asarray(T if used is None else used, jnp.int32)
     cache = KVCache.empty(model.config, B, slots, model.embed_tokens.dtype)
     positions = jnp.maximum(jnp.arange(T) - start[:, None], 0)
-    hidden, cache = model.hidden_states(tokens, positions=positions, attend=cached(start), memory=cache)
-    logits = model.logits(hidden[:, -1:])[:, 0]
-    return Decoding(cache.advance(T), start, logits, jnp.zeros(B, bool), jnp.zeros((), jnp.int32))
+    hidden, cache = model.hidden_states(tokens, positions=positions, attend=cached(start, empty=True), memory=cache)
+    last = jax.lax.dynamic_slice_in_dim(hidden, used - 1, 1, axis=1)
+    # Slots from `used` on hold nothing of use: they are written again before anything sees them.
+    return dataclasses.replace(cache.advance(0), length=used), model.logits(last)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "greedy", "eos"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="slots")
+def grow(state: Decoding, *, slots: int) -> Decoding:
+    """The same state with a cache of `slots`."""
+    room = [(0, 0), (0, 0), (0, slots - state.cache.keys.shape[2]), (0, 0), (0, 0)]
+    keys, values = jnp.pad(state.cache.keys, room), jnp.pad(state.cache.values, room)
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, keys=keys, values=values))
+
+
+@functools.partial(jax.jit, static_argnames=("greedy", "eos", "report"), donate_argnames="state")
+def begin(
+    state: Decoding, logits: Float[Array, "B V"], knobs: Knobs, *, greedy: bool, eos: tuple[int, ...], report: bool
+) -> tuple[Decoding, Chosen]:
+    """The state with the first token after a prefill, `n` = 1."""
+    state, new = _step(state, logits, knobs, greedy, eos, report)
+    return state, jax.tree.map(lambda x: x if x is new.done else x[:, None], new)
+
+
+@functools.partial(jax.jit, static_argnames=("most", "greedy", "eos", "report"), donate_argnames="state")
 def decode(
-    model: SmolLM,
+    model: SmolLM | Unrolled,
     state: Decoding,
-    key: Key[Array, ""],
-    numbers: tuple[Any, Any, Any],
+    knobs: Knobs,
+    steps: Int[Array, ""] | int,
     *,
-    steps: int,
+    most: int,
     greedy: bool,
     eos: tuple[int, ...],
-) -> tuple[Decoding, Int[Array, "B steps"]]:
-    """Chooses up to `steps` tokens a row; stops early when every row has ended."""
-    new = jnp.full((state.done.shape[0], steps), NO_TOKEN, jnp.int32)
+    report: bool,
+) -> tuple[Decoding, Chosen]:
+    """Chooses `steps` of at most `most` tokens a row; stops early when every row has ended."""
+    B, M = state.done.shape[0], min(MOST_ALTERNATIVES, model.config.vocab_size)
+    ids = jnp.full((B, most), NO_TOKEN, jnp.int32)
+    numbers = jnp.zeros((B, most), jnp.float32)
+    many = jnp.zeros((B, most, M), jnp.int32), jnp.zeros((B, most, M), jnp.float32)
+    out = Chosen(ids, state.done, *((numbers, *many) if report else (None, None, None)))
 
     def more(carry):
         i, state, _ = carry
         return (i < steps) & ~state.done.all()
 
     def step(carry):
-        i, state, new = carry
-        noise = jax.random.fold_in(key, state.count)
-        token = jnp.argmax(state.logits, axis=-1) if greedy else sample(state.logits, noise, *numbers)
-        token = token.astype(jnp.int32)
-        new = new.at[:, i].set(jnp.where(state.done, NO_TOKEN, token))
-        done = state.done | jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else state.done
+        i, state, out = carry
         positions = (state.cache.length - state.start)[:, None]
+        # advance(0): where the layers are laid out, each finds its place in the cache when the program is compiled.
         hidden, cache = model.hidden_states(
-            token[:, None], positions=positions, attend=cached(state.start), memory=state.cache
+            state.token[:, None], positions=positions, attend=cached(state.start), memory=state.cache.advance(0)
         )
-        state = Decoding(cache.advance(1), state.start, model.logits(hidden)[:, 0], done, state.count + 1)
-        return i + 1, state, new
+        state = dataclasses.replace(state, cache=cache.advance(1))
+        state, new = _step(state, model.logits(hidden)[:, 0], knobs, greedy, eos, report)
+        return i + 1, state, jax.tree.map(lambda all, x: x if all.ndim == 1 else all.at[:, i].set(x), out, new)
 
-    _, state, new = jax.lax.while_loop(more, step, (jnp.zeros((), jnp.int32), state, new))
-    return state, new
+    _, state, out = jax.lax.while_loop(more, step, (jnp.zeros((), jnp.int32), state, out))
+    return state, out
 
 
-def sample(
-    logits: Float[Array, "B V"], key: Key[Array, ""], temperature: Any, top_k: Any, top_p: Any
-) -> Int[Array, "B"]:
-    """Token ids drawn from softmax(logits / temperature), cut to the top_k tokens and then to top_p of their mass.
-
-    Every row draws with the same noise, so that a prompt's text does not depend on what else is in the batch.
-    Source: Holtzman et al. 2020 for top-p; the token that crosses top_p is kept.
-    """
-    scaled = logits / temperature
-    descending = jnp.sort(scaled, axis=-1, descending=True)
-    rank = jnp.arange(logits.shape[-1])
-    kept = (top_k == 0) | (rank < top_k)
-    probability = jax.nn.softmax(jnp.where(kept, descending, -jnp.inf), axis=-1)
-    kept &= jnp.cumsum(probability, axis=-1) - probability < top_p
-    threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
-    noise = jax.random.gumbel(key, logits.shape[-1:], logits.dtype)
-    return jnp.argmax(jnp.where(scaled >= threshold, scaled + noise, -jnp.inf), axis=-1)
+def _step(
+    state: Decoding, logits: Float[Array, "B V"], knobs: Knobs, greedy: bool, eos: tuple[int, ...], report: bool
+) -> tuple[Decoding, Chosen]:
+    """The state with the token that these logits give, and that token of every row, `n` left out."""
+    token = jnp.argmax(logits, axis=-1) if greedy else choose(logits, knobs, state.count, state.seen)
+    token = token.astype(jnp.int32)
+    wide = logits.astype(jnp.float32)
+    reports = (None, None, None)
+    if report:
+        log_normalizer = jax.nn.logsumexp(wide, axis=-1, keepdims=True)
+        best, which = jax.lax.top_k(wide, min(MOST_ALTERNATIVES, wide.shape[-1]))
+        of_token = jnp.take_along_axis(wide, token[:, None], axis=-1)
+        reports = ((of_token - log_normalizer)[:, 0], which, best - log_normalizer)
+    ids = jnp.where(state.done, NO_TOKEN, token)
+    done = state.done | jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else state.done
+    seen = state.seen if greedy else state.seen.at[jnp.arange(token.shape[0]), token].set(True)
+    state = dataclasses.replace(state, token=token, done=done, count=state.count + 1, seen=seen)
+    return state, Chosen(ids, done, *reports)
