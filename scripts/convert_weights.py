@@ -1,9 +1,10 @@
-"""Convert SmolLM2 weights between formats, bit for bit.
+"""Convert SmolLM2 weights between formats, bit for bit unless --type asks for less.
 
     python scripts/convert_weights.py runs/my-run exported/ --to hf                 # for transformers, vLLM, ...
     python scripts/convert_weights.py assets/SmolLM2-135M-Instruct twin.pt          # for the PyTorch twin
     python scripts/convert_weights.py twin.safetensors jax-weights/ --to orbax      # for JAX
     python scripts/convert_weights.py model.gguf model/ --to hf                     # dequantised to float32
+    python scripts/convert_weights.py runs/my-run my-run.gguf --type q8_0           # for llama.cpp
 
 SRC: a run folder or one step under its checkpoints/, a Hugging Face folder, a .pt, .safetensors or .gguf file.
 DST must not exist; it is written whole or not at all. A file's kind is its suffix, a folder's is given with --to.
@@ -24,8 +25,10 @@ class Flags:
     """Weights to read."""
     dst: tyro.conf.Positional[Path]
     """Where to write them."""
-    to: Literal["orbax", "hf", "pt", "safetensors"] | None = None
+    to: Literal["orbax", "hf", "pt", "safetensors", "gguf"] | None = None
     """Kind of DST; needed for a folder."""
+    type: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    """How a GGUF holds its matrices; default: what keeps every bit. Its norms are float32."""
     allow_unverified: bool = False
     """Read a checkpoint that has no integrity.json."""
     debug: bool = False
@@ -34,18 +37,25 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
-    suffixes: dict[str, Literal["pt", "safetensors"]] = {".pt": "pt", ".safetensors": "safetensors"}
+    suffixes: dict[str, Literal["pt", "safetensors", "gguf"]]
+    suffixes = {".pt": "pt", ".safetensors": "safetensors", ".gguf": "gguf"}
     kind = flags.to or suffixes.get(flags.dst.suffix)
     if kind is None:
-        raise errors.UsageError(f"{flags.dst}: which kind? Add --to hf or --to orbax, or a suffix .pt or .safetensors")
+        raise errors.UsageError(
+            f"{flags.dst}: which kind? Add --to hf or --to orbax, or a suffix .pt, .safetensors or .gguf"
+        )
     if flags.dst.exists():
         raise errors.UsageError(f"{flags.dst}: exists already; name another target or remove it first")
+    if flags.type and kind != "gguf":
+        raise errors.UsageError(f"--type {flags.type} is for GGUF files; {flags.dst} is to be {kind}")
     from smollm_jax import weights
 
     bundle = weights.read(flags.src, allow_unverified=flags.allow_unverified)
-    weights.write(flags.dst, bundle, kind)
+    weights.write(flags.dst, bundle, kind, gguf_type=flags.type)
     numbers = sum(tensor.size for tensor in bundle.tensors.values())
-    print(f"{flags.dst}: {len(bundle.tensors)} tensors, {numbers:,} parameters, {bundle.dtype}, kind {kind}")
+    print(
+        f"{flags.dst}: {len(bundle.tensors)} tensors, {numbers:,} parameters, {flags.type or bundle.dtype}, kind {kind}"
+    )
     if bundle.tokenizer_files and kind in ("pt", "safetensors"):
         print(f"the tokenizer stays in {flags.src}: a {flags.dst.suffix} file holds weights and config only")
 

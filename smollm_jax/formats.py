@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from smollm_jax import gguf_file, integrity, tokenizer_file
+from smollm_jax import gguf_file, gguf_writer, integrity, tokenizer_file
 from smollm_jax.config import Config, shown
 from smollm_jax.errors import InputFileError, StorageError, UsageError
 from smollm_jax.files import (
@@ -232,3 +232,11 @@ def write_pt(path: Path, bundle: Bundle) -> None:
 def read_gguf(path: Path) -> Bundle:
     """A Llama GGUF, dequantised to float32 by the `gguf` package, with the tokenizer in its metadata."""
     return Bundle(*gguf_file.read(path))
+
+
+def write_gguf(path: Path, bundle: Bundle, kind: gguf_writer.GgufType | None = None) -> None:
+    """A Llama GGUF with the tokenizer in its metadata, its matrices as `kind`: by default what keeps every bit."""
+    with replacing(path) as temporary:
+        gguf_writer.write(
+            temporary, bundle.tensors, bundle.config, bundle.tokenizer_files, bundle.origin or path.stem, kind
+        )

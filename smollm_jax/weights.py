@@ -18,6 +18,7 @@ from smollm_jax.checkpoint import CheckpointStore, flatten, unflatten
 from smollm_jax.config import Config
 from smollm_jax.errors import InputFileError, StorageError, UsageError
 from smollm_jax.formats import Bundle
+from smollm_jax.gguf_writer import GgufType
 from smollm_jax.safetensors_file import native
 
 if TYPE_CHECKING:
@@ -178,14 +179,20 @@ def read(path: str | Path, *, allow_unverified: bool = False) -> Bundle:
     return check(readers[kind_of(path)](path), path)
 
 
-def write(path: str | Path, bundle: Bundle, kind: Kind) -> None:
-    """Writes checked weights as `kind`; the target must not exist, and is complete or not there at all."""
+def write(path: str | Path, bundle: Bundle, kind: Kind, *, gguf_type: GgufType | None = None) -> None:
+    """Writes checked weights as `kind`; the target must not exist, and is complete or not there at all.
+
+    `gguf_type` is how a GGUF stores its matrices (None: what keeps every bit) and goes with no other kind.
+    """
     path = Path(path)
+    if gguf_type is not None and kind != "gguf":
+        raise UsageError(f"{path}: type {gguf_type} is for GGUF files, not for kind {kind}")
     writers = {
         "orbax": _write_orbax,
         "hf": formats.write_hf,
         "pt": formats.write_pt,
         "safetensors": formats.write_safetensors_file,
+        "gguf": functools.partial(formats.write_gguf, kind=gguf_type),
     }
     if kind not in writers:
         raise UsageError(f"{path}: cannot write kind {kind!r}, only {', '.join(writers)}")

@@ -1,0 +1,196 @@
+"""Hugging Face's tensors, config and tokenizer as a Llama GGUF, for llama.cpp and what is built on it.
+
+The file is read back by `gguf_file.py`, and what a GGUF cannot hold is refused: nothing is lost in silence. Needs the
+`gguf` package. Source of keys and layout: llama.cpp, conversion of LlamaModel.
+"""
+
+import contextlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import einops
+import ml_dtypes
+import numpy as np
+
+from smollm_jax import gguf_file
+from smollm_jax.config import Config, shown
+from smollm_jax.errors import InputFileError, StorageError, UsageError
+from smollm_jax.files import need
+from smollm_jax.gguf_file import _FLOATS, _HEAD_DIM, _INTEGERS, _LAYER, _TOP  # one table for both directions
+from smollm_jax.tokenizer import Tokenizer, build
+
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+# What keeps every bit of a dtype. A float64 has none: it must be asked for.
+LOSSLESS: dict[str, GgufType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # and what GGUF calls them
+
+
+def write(
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    config: Config,
+    tokenizer_files: dict[str, bytes],
+    origin: str,
+    kind: GgufType | None = None,
+) -> None:
+    """Writes a GGUF, its matrices as `kind` (None: what keeps the bits), its norms as float32, and reads it back.
+
+    Raises `UsageError` for what a GGUF cannot hold: no tokenizer or another than SmolLM2's kind, several eos tokens, a
+    theta that is no float32, numbers beyond float16, rows that are no multiple of q8_0's 32.
+    """
+    gguf = need("gguf", path)
+    kinds = {tensor.dtype.name for tensor in tensors.values() if tensor.ndim == 2}
+    if kind is None and (len(kinds) > 1 or not kinds <= LOSSLESS.keys()):
+        raise UsageError(f"the matrices are {', '.join(sorted(kinds))}: no type of GGUF keeps their bits; give --type")
+    kind = kind or LOSSLESS[kinds.pop()]
+    tokenizer = _tokenizer(tokenizer_files)
+    fields = _metadata(config, tokenizer_files, tokenizer, origin or path.stem)
+    expected = {}
+    with contextlib.closing(gguf.GGUFWriter(path, "llama")) as writer:
+        for key, value in fields.items():
+            of = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}[type(value)]
+            writer.add_key_value(key, value, gguf.GGUFValueType[of])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
+        for name, tensor in tensors.items():
+            stored = kind if tensor.ndim == 2 else "f32"  # llama.cpp multiplies norms in float32 only
+            raw, expected[name] = _encoded(gguf, name, tensor, stored)
+            if (count := _heads(name, config)) is not None:
+                raw = einops.rearrange(raw, "(heads two h) D -> (heads h two) D", heads=count, two=2)
+            raw = np.ascontiguousarray(raw)
+            as_type = gguf.GGMLQuantizationType[stored.upper()]
+            writer.add_tensor(_gguf_name(name), raw, raw_dtype=as_type if raw.dtype == np.uint8 else None)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    _compare(path, expected, config, tokenizer)
+
+
+def _gguf_name(name: str) -> str:
+    """GGUF's name for one of Hugging Face's tensors."""
+    layers, top = ({hf: ours for ours, hf in table.items()} for table in (_LAYER, _TOP))
+    stem, part = name.rsplit(".", 1)
+    if stem in top:
+        return f"{top[stem]}.{part}"
+    _, _, layer, rest = stem.split(".", 3)
+    return f"blk.{layer}.{layers[rest]}.{part}"
+
+
+def _encoded(gguf: Any, name: str, tensor: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """A tensor's rows as the file holds them, and the float32 numbers they stand for."""
+    exact = np.asarray(tensor, np.float32)
+    if kind == "f32":
+        return exact, exact
+    if kind == "bf16":
+        rounded = np.ascontiguousarray(tensor.astype(ml_dtypes.bfloat16))
+        return rounded.view(np.uint8), rounded.astype(np.float32)
+    if kind == "f16":
+        with np.errstate(over="ignore"):
+            half = tensor.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise UsageError(f"{name}: has numbers beyond float16's largest, 65,504; give --type bf16 or f32")
+        return half, half.astype(np.float32)
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0]
+    if exact.shape[-1] % block:
+        raise UsageError(f"{name}: rows of {exact.shape[-1]} do not divide into q8_0's blocks of {block}")
+    rows = gguf.quants.quantize(np.ascontiguousarray(exact), gguf.GGMLQuantizationType.Q8_0)
+    return rows, gguf.quants.dequantize(rows, gguf.GGMLQuantizationType.Q8_0)
+
+
+def _heads(name: str, config: Config) -> int | None:
+    """Into how many heads the rows of q and k divide, which GGUF stores as interleaved rotary pairs; else None."""
+    if name.endswith("self_attn.q_proj.weight"):
+        return config.num_attention_heads
+    return config.num_key_value_heads if name.endswith("self_attn.k_proj.weight") else None
+
+
+def _metadata(config: Config, files: dict[str, bytes], tokenizer: Tokenizer, title: str) -> dict[str, Any]:
+    """Every key but those of the tensors' types."""
+    if len(config.eos_token_ids) > 1:
+        raise UsageError(f"config field eos_token_id is {list(config.eos_token_ids)}: a GGUF holds one")
+    values = {key: getattr(config, name) for name, key in (_INTEGERS | _FLOATS).items()}
+    # Needed where head_dim is not hidden_size / num_attention_heads.
+    values |= dict.fromkeys(_HEAD_DIM, config.head_dim)
+    core, vocabulary = json.loads(tokenizer.core.to_str()), tokenizer.core.get_vocab()
+    # llama.cpp wants as many tokens as the embedding has rows; its own converter fills up the same way.
+    tokens, types = [f"[PAD{i}]" for i in range(config.vocab_size)], [UNUSED] * config.vocab_size
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the config {config.vocab_size} rows")
+    for token, i in vocabulary.items():
+        tokens[i], types[i] = token, NORMAL
+    for added in core["added_tokens"]:
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in core["model"]["merges"]]
+    in_config = {"bos": config.bos_token_id, "eos": next(iter(config.eos_token_ids), None), "pad": config.pad_token_id}
+    beside, roles = json.loads(files.get("tokenizer_config.json", b"{}")), {}
+    for role, name in _ROLES.items():
+        token = beside.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        named = None if token is None else tokenizer.token_to_id(token)
+        ids = {i for i in (in_config.get(role), named) if i is not None}
+        if len(ids) > 1:
+            raise UsageError(f"the config says {role}_token_id {in_config[role]}, tokenizer_config.json {named}")
+        roles |= {f"tokenizer.ggml.{name}_token_id": i for i in ids}
+    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
+    return {
+        "general.type": "model",
+        "general.name": title,
+        **values,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
+        **roles,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_space_prefix": False,
+        **template,
+    }
+
+
+def _tokenizer(files: dict[str, bytes]) -> Tokenizer:
+    """The tokenizer of these files, which must split text as llama.cpp's pre-tokenizer "smollm" does."""
+    if "tokenizer.json" not in files:
+        raise UsageError("a GGUF holds a tokenizer, and there is no tokenizer.json beside the weights")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        try:
+            tokenizer = Tokenizer.load(folder)
+        except InputFileError as error:
+            raise InputFileError(str(error).replace(f"{folder}/", "the weights' ")) from error
+    if (theirs := _text_rules(tokenizer)) != (ours := _text_rules(Tokenizer(build([], [], []), None, None))):
+        changed = [name for name in ours if theirs[name] != ours[name]]
+        raise UsageError(f"tokenizer.json: {', '.join(changed)} not SmolLM2's: a GGUF can only name its kind, 'smollm'")
+    return tokenizer
+
+
+def _text_rules(tokenizer: Tokenizer) -> dict[str, Any]:
+    """How text becomes symbols to merge, without the vocabulary itself."""
+    core = json.loads(tokenizer.core.to_str())
+    steps = core["pre_tokenizer"] or {}
+    steps = [dict(step) for step in steps.get("pretokenizers", [steps])]
+    for step in steps:
+        step.pop("trim_offsets", None)  # says where a token lies in the text, not which it is
+    names = ("ignore_merges", "byte_fallback")
+    return {"pre_tokenizer": steps} | {f"model.{name}": bool(core["model"].get(name)) for name in names}
+
+
+def _compare(path: Path, expected: dict[str, np.ndarray], config: Config, tokenizer: Tokenizer) -> None:
+    """Raises unless the file gives back these numbers, this config and this tokenizer."""
+    tensors, found, files, _ = gguf_file.read(path)
+    for name, tensor in expected.items():
+        if name not in tensors or tensors[name].tobytes() != np.ascontiguousarray(tensor).tobytes():
+            raise StorageError(f"{path}: tensor {name} read back different from what was written")
+    for name, value in vars(config).items():
+        # A GGUF has no place for the initial spread; a role that only the tokenizer had is the config's now too.
+        if name != "initializer_range" and value not in (None, getattr(found, name), (getattr(found, name),)):
+            raise UsageError(f"config field {name} is {value!r}, a GGUF would hold {getattr(found, name)!r}")
+    again = _tokenizer(files).core
+    before = tokenizer.core.get_added_tokens_decoder().items()
+    after = {i: (token.content, token.special) for i, token in again.get_added_tokens_decoder().items()}
+    if lost := [token.content for i, token in before if after.get(i) != (token.content, token.special)]:
+        raise UsageError(f"tokenizer.json: added tokens {shown(lost)} are not special: a GGUF read here loses them")
