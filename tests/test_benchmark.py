@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from smollm_jax.errors import SmolLMError, UsageError
@@ -27,6 +28,12 @@ BOTH = {
     "prefill": ["tokens/s", "seconds", "GEMM GFLOP/s", "loss 1"],
     "memory": ["peak GB", "GB above before the step"],
     "startup": ["cold seconds", "warm seconds"],
+    "loss": ["tokens/s", "seconds", "GFLOP/s", "loss 1"],
+    "attention": ["tokens/s", "seconds", "GFLOP/s", "cores others took"],
+    "gemm": [
+        *(f"GFLOP/s {name}" for name in ("qkv", "o", "gate+up", "down", "head", "attention", "attention both ways")),
+        "ceiling tokens/s",
+    ],
 }
 RATIO = {
     "train": "tokens/s",
@@ -34,6 +41,9 @@ RATIO = {
     "prefill": "tokens/s",
     "memory": "peak GB",
     "startup": "warm seconds",
+    "loss": "tokens/s",
+    "attention": "tokens/s",
+    "gemm": "GFLOP/s down",
 }
 
 
@@ -86,6 +96,21 @@ def test_the_twin_trains_beside_us(tmp_path):
     assert rows["loss 2, ours"]["median"] < rows["loss 1, ours"]["median"] - 0.5, "the optimizer did nothing"
 
 
+def test_packed_documents_are_measured_against_plain_causal_attention(tmp_path):
+    rows = measured(tmp_path, "packed", "--sequence-length", "64", "--document-tokens", "16", "--batch-size", "2")[
+        "rows"
+    ]
+    ours, plain = (rows[f"tokens/s, {side}"]["median"] for side in ("ours", "plain"))
+    assert rows["tokens/s, ours / plain"]["median"] == pytest.approx(ours / plain)
+
+
+@pytest.mark.parametrize("what", ["loss", "attention"])
+def test_a_kernel_is_compared_in_bfloat16_and_under_compile_too(tmp_path, what):
+    size = ["--sequence-length", "32", "--dtype", "bfloat16", "--against", "hf-compile"]
+    rows = measured(tmp_path, what, *size)["rows"]
+    assert rows["tokens/s, ours / hf-compile"]["median"] > 0
+
+
 def test_checkpoint_measures_both_sides(tmp_path):
     rows = measured(tmp_path, "checkpoint", "--sequence-length", "32")["rows"]
     assert {"manifest / save", "verify / save", "step guarded / unguarded"} < rows.keys()
@@ -104,6 +129,8 @@ def side(losses, **rest):
         ("bfloat16", side([10.0]), side([10.3]), "0.02 relative"),
         ("float32", side([10.0], ids=[[1, 2]]), side([10.0], ids=[[1, 3]]), "different tokens"),
         ("float32", side([10.0], platform="gpu"), side([10.0]), "ours is on a gpu, hf on a cpu"),
+        ("float32", side([], samples={"d q": [1.0, 0.0]}), side([], samples={"d q": [1.0, 2e-3]}), "d q of ours and"),
+        ("bfloat16", side([], samples={"out": [1.0]}), side([], samples={"out": [float("nan")]}), "out of ours and"),
     ],
 )
 def test_sides_that_do_not_do_the_same_work_are_refused(benchmark, dtype, ours, theirs, named):
@@ -116,6 +143,7 @@ def test_sides_that_do_not_do_the_same_work_are_refused(benchmark, dtype, ours, 
     [
         ("float32", side([10.0, 9.0]), side([10.005, 9.0])),
         ("bfloat16", side([10.0], ids=[[1]]), side([10.1], ids=[[2]])),
+        ("float32", side([], samples={"out": [1.0, 0.0]}), side([], samples={"out": [1.0, 1e-4]})),
     ],
 )
 def test_rounding_is_no_difference(benchmark, dtype, ours, theirs):
@@ -130,18 +158,51 @@ def test_ratios_are_taken_round_by_round(benchmark):
 
 def test_a_side_that_dies_is_named(benchmark, tmp_path):
     with pytest.raises(SmolLMError, match="side hf ended with status"):
-        benchmark.Side("hf", benchmark.Flags("train", preset="tiny"), tmp_path / "nowhere")
+        benchmark.Side("hf", benchmark.Flags("train", preset="tiny").job, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         ({"what": "train", "rounds": 0}, "--rounds must be at least 1, got 0"),
-        ({"what": "decode", "against": ("twin",)}, "no cache"),
+        ({"what": "decode", "against": ("twin",)}, "decode cannot be measured --against twin, only hf, "),
+        ({"what": "checkpoint", "against": ("hf",)}, "checkpoint cannot be measured --against hf, nothing"),
+        ({"what": "packed", "against": ("hf",)}, "--against hf, only plain"),
+        ({"what": "packed", "document_tokens": 0}, "--document-tokens must be at least 1"),
+        (
+            {"what": "decode", "against": ("llamacpp",), "dtype": "bfloat16"},
+            "llamacpp is measured with --dtype float32",
+        ),
+        ({"what": "decode", "against": ("llamacpp",), "batch_size": 2}, "--batch-size 1 only"),
         ({"what": "train", "sequence_length": 513}, "513 tokens exceed the 512"),
+        ({"what": "decode", "new_tokens": 1}, "--new-tokens must be at least 2"),
         ({"what": "decode", "new_tokens": 500}, "516 tokens exceed the 512"),
     ],
 )
 def test_flags_that_cannot_be_honoured_are_refused(benchmark, flags, named):
     with pytest.raises(UsageError, match=named):
         benchmark.check_flags(benchmark.Flags(preset="tiny", **flags))
+
+
+def test_llama_cpp_that_is_not_there_is_asked_for_in_one_line(benchmark, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as where it is not installed
+    with pytest.raises(UsageError, match="pip install --no-binary :all: llama-cpp-python"):
+        benchmark.check_flags(benchmark.Flags("decode", against=("hf", "llamacpp"), preset="tiny"))
+
+
+def test_the_sides_are_given_the_same_seeded_work(monkeypatch):
+    """Documents fill every row and are as long as asked for; a sample is of fixed places."""
+    monkeypatch.syspath_prepend(ROOT / "scripts/measure")
+    import job
+
+    made = job.Job("packed", "tiny", 1, 3, 4096, 1, 64, "float32", False, 1)
+    segments = made.segments()
+    lengths = np.concatenate([np.unique(row, return_counts=True)[1] for row in segments])
+    assert (np.diff(segments) >= 0).all()
+    assert 32 <= np.median(lengths) <= 96
+    assert lengths.max() < 96 <= 4096
+    assert 55 < lengths.mean() < 72
+    assert all(np.array_equal(a, b) for a, b in zip(made.heads(), made.heads(), strict=True))
+    assert job.samples(np.arange(1000)) == job.samples(np.arange(1000).reshape(10, 100))
+    assert made.flops()["qkv"] == 2 * 3 * 4096 * 96 * (6 + 2 * 2) * 16
+    assert made.flops()["attention"] == pytest.approx(2 * 2 * 3 * 6 * 16 * 4096 * 4097 / 2)

@@ -1,0 +1,56 @@
+"""One side of a benchmark in a process of its own: `scripts/benchmark.py` starts it and gives it work by lines.
+
+    python scripts/measure SIDE JOB WEIGHTS
+
+Prepares, says so in a line of JSON, then answers each line of stdin with what one unit of work took.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from job import GEMM, Job
+
+from smollm_jax import errors
+
+
+def main() -> None:
+    name, job, weights = sys.argv[1], Job(**json.loads(sys.argv[2])), Path(sys.argv[3])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    if name in ("ours", "plain"):
+        from jax_side import prepare
+    elif name == "checkpoint":
+        from checkpoint_side import prepare
+    elif name == "llamacpp":
+        from llamacpp_side import prepare
+    else:
+        from torch_side import prepare
+    unit, gemm, ready = prepare(name, job, weights)
+    print(json.dumps(ready), file=answers, flush=True)
+    for _ in sys.stdin:
+        answer = {"gemm": max(timed_gemm(gemm) for _ in range(3)), "tokens": job.batch_size * job.sequence_length}
+        began, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
+        said = unit()
+        answer["seconds"] = seconds = time.perf_counter() - began
+        answer["others"] = max(0.0, (busy_seconds() - busy - (time.process_time() - own)) / seconds)
+        print(json.dumps(answer | said), file=answers, flush=True)
+
+
+def timed_gemm(gemm: Callable[[], int]) -> float:
+    """FLOP/s of a matrix product; `gemm` says how many it did."""
+    began = time.perf_counter()
+    return gemm() * 2 * GEMM**3 / (time.perf_counter() - began)
+
+
+def busy_seconds() -> float:
+    """How long this machine's cores have worked, for whatever process."""
+    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:8])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,64 @@
+"""llama.cpp's side, through llama-cpp-python: float32 weights, a float32 cache, one text, as many threads as cores."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import llama_cpp  # pyright: ignore[reportMissingImports]  # no dependency: installed by whoever measures it
+import numpy as np
+from job import GEMM, Job, Prepared, decoded
+
+
+def prepare(_name: str, job: Job, folder: Path) -> Prepared:
+    """A unit of work, a matrix product, and what this side has to say before; `folder/model.gguf` are the weights."""
+    tokens, square = job.tokens()[0], np.ones((GEMM, GEMM), np.float32)
+    prompt, vocabulary = tokens[:-1].tolist(), job.config.vocab_size
+    whole = model(folder, len(prompt), logits_all=True)
+    whole.eval(prompt)
+    logits = np.asarray(whole.scores[: len(prompt)], np.float32)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    chosen = np.take_along_axis(shifted, tokens[1:, None], axis=1)[:, 0]
+    losses = [float(np.mean(np.log(np.exp(shifted).sum(axis=1)) - chosen, dtype=np.float64))]
+    del whole, logits, shifted
+    llama = model(folder, len(prompt) + (job.new_tokens if job.what == "decode" else 0), logits_all=False)
+
+    def gemm() -> int:
+        np.matmul(square, square)  # NumPy's product: llama.cpp offers none to call
+        return 1
+
+    def decode() -> dict[str, Any]:
+        llama.reset()
+        llama.eval(prompt)
+        pieces, times = [], []
+        while True:
+            last = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llama.ctx, -1), (vocabulary,))
+            pieces.append(np.array([[last.argmax()]]))
+            times.append(time.perf_counter())
+            if len(pieces) == job.new_tokens:
+                return decoded(pieces, times)
+            llama.eval(pieces[-1][0].tolist())
+
+    def prefill() -> dict[str, Any]:
+        llama.reset()
+        llama.eval(prompt)
+        return {}
+
+    unit = decode if job.what == "decode" else prefill
+    return unit, gemm, {"device": "cpu", "platform": "cpu", "losses": losses, "ids": unit().get("ids")}
+
+
+def model(folder: Path, positions: int, *, logits_all: bool) -> Any:
+    threads = len(os.sched_getaffinity(0))
+    return llama_cpp.Llama(
+        str(folder / "model.gguf"),
+        n_gpu_layers=0,
+        n_ctx=positions,
+        n_batch=positions,
+        n_threads=threads,
+        n_threads_batch=threads,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        logits_all=logits_all,
+        verbose=False,
+    )

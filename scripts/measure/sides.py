@@ -1,0 +1,96 @@
+"""The parent's end of the sides: it starts their processes, refuses unequal work, and divides round by round."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from smollm_jax import errors
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # between two sides' results, relative
+Rows = dict[str, dict[str, float]]
+
+
+class Side:
+    """One side in a process of its own, ready: torch and JAX in one fight over cuDNN on a GPU (jax#19004)."""
+
+    def __init__(self, name: str, job: dict[str, Any], weights: Path, **environment: str):
+        self.name = name
+        command = [sys.executable, str(ROOT / "scripts/measure"), name, json.dumps(job), str(weights)]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process: Any = subprocess.Popen(command, env=process_environment(**environment), **pipes)
+        self.ready = self._answer()
+
+    def go(self) -> dict[str, Any]:
+        """What one unit of work took."""
+        print("go", file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        raise errors.SmolLMError(f"side {self.name} ended with status {self.process.wait()}; what it said is above")
+
+
+def process_environment(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # PyTorch's threads spin while they wait by default, for the core another process has: 20 times slower steps.
+    ours = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | ours | more
+
+
+def write_weights(preset: str, folder: Path, *, gguf: bool) -> Path:
+    """A Hugging Face folder of seeded weights, made in processes that leave the GPU alone; with `model.gguf` in it."""
+    out, variables = folder / "weights", process_environment(JAX_PLATFORMS="cpu")
+    command = [sys.executable, ROOT / "scripts/random_weights.py", "--preset", preset, "--out", out]
+    if gguf:  # it needs a tokenizer, used or not
+        command += ["--tokenizer", ROOT / "assets/tokenizer"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=variables)
+    if gguf:
+        command = [sys.executable, ROOT / "scripts/convert_weights.py", out, out / "model.gguf"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=variables)
+    return out
+
+
+def check_equal(dtype: str, ready: dict[str, dict[str, Any]]) -> None:
+    """Raises unless every side does what ours does: losses and samples within `TOLERANCE`, on one kind of device.
+
+    In float32 decoded token ids must be equal too; in bfloat16 rounding decides near-ties.
+    """
+    ours = ready["ours"]
+    for name, other in ready.items():
+        if ours["platform"] != other["platform"]:
+            raise errors.UsageError(f"ours is on a {ours['platform']}, {name} on a {other['platform']}: not comparable")
+        for step, (a, b) in enumerate(zip(ours["losses"], other["losses"], strict=True), 1):
+            if not abs(a - b) <= TOLERANCE[dtype] * abs(b):  # a NaN too is refused
+                raise errors.SmolLMError(
+                    f"loss {step} is {a:.6f} for ours and {b:.6f} for {name}, apart by more than "
+                    f"{TOLERANCE[dtype]:g} relative ({dtype}): not the same work, so not compared"
+                )
+        for what, numbers in other.get("samples", {}).items():
+            apart = max(abs(a - b) for a, b in zip(ours["samples"][what], numbers, strict=True))
+            if not apart <= TOLERANCE[dtype] * max(map(abs, numbers)):
+                raise errors.SmolLMError(f"{what} of ours and of {name} are {apart:.2g} apart: not the same work")
+        if dtype == "float32" and ours.get("ids") != other.get("ids"):
+            raise errors.SmolLMError(f"ours and {name} decode different tokens: not the same work, so not compared")
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def with_ratios(what: str, values: dict[str, list[float]]) -> Rows:
+    """A row a side, and one of ours over each other side's, divided round by round."""
+    rows = {f"{what}, {name}": spread(of_side) for name, of_side in values.items()}
+    for name in [name for name in values if name != "ours"]:
+        rows[f"{what}, ours / {name}"] = spread([a / b for a, b in zip(values["ours"], values[name], strict=True)])
+    return rows

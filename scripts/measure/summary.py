@@ -1,0 +1,96 @@
+"""What `scripts/gpu_suite.sh` leaves: summary.json, and table.md to read.
+
+    python scripts/measure/summary.py FOLDER STAGES
+
+STAGES is JSON, a row a stage. Exit status 1 when a stage failed.
+"""
+
+import json
+import platform
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "torch", "transformers")
+HEADLINES = re.compile(r"tokens/s|peak GB|cold seconds|warm seconds|GFLOP/s [^,]+,|ceiling|MFU|step guarded|manifest /")
+COMPARED = re.compile(r"speed-\d+(-max|-unrolled|-remat)?")  # the same sequence length at several batch sizes
+
+
+def main(folder: Path, stages: list[dict[str, Any]]) -> int:
+    """The number of stages that failed."""
+    found = {row["stage"]: folder / f"{row['stage']}.json" for row in stages}
+    measured = {stage: json.loads(path.read_text())["rows"] for stage, path in found.items() if is_benchmark(path)}
+    best = best_over_best({stage: rows for stage, rows in measured.items() if COMPARED.fullmatch(stage)})
+    summary = {
+        "command": "bash scripts/gpu_suite.sh",
+        "python": platform.python_version(),
+        "versions": {name: installed(name) for name in PACKAGES},
+        "stages": stages,
+        "best_over_best": best,
+        "rows": measured,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(table(stages, measured, best), encoding="utf-8")
+    failed = [row["stage"] for row in stages if row["exit_status"]]
+    more = f"; failed: {', '.join(failed)}" if failed else ""
+    print(f"{len(stages) - len(failed)} of {len(stages)} stages finished: {folder}/table.md{more}")
+    return len(failed)
+
+
+def is_benchmark(path: Path) -> bool:
+    return path.is_file() and isinstance(json.loads(path.read_text()).get("rows"), dict)
+
+
+def best_over_best(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Our best tokens/s of any batch size over another side's best, by side; "hf at its best" takes its best kind.
+
+    Each best is a median of one stage's rounds. The two can be of different stages, and so of different minutes.
+    """
+    medians: dict[str, dict[str, float]] = {}
+    for stage, rows in measured.items():
+        for name, row in rows.items():
+            what, _, side = name.partition(", ")
+            if what == "tokens/s" and " / " not in side:
+                medians.setdefault(side, {})[stage] = row["median"]
+    hf = {f"{stage}, {side}": x for side, of in medians.items() if side.startswith("hf") for stage, x in of.items()}
+    sides = {side: of for side, of in medians.items() if side != "ours"} | ({"hf at its best": hf} if hf else {})
+    ours = best_of(medians["ours"]) if "ours" in medians else None
+    return {
+        side: {"ratio": ours["tokens/s"] / best_of(of)["tokens/s"], "ours": ours, "other": best_of(of)}
+        for side, of in sides.items()
+        if ours
+    }
+
+
+def best_of(medians: dict[str, float]) -> dict[str, Any]:
+    stage = max(medians, key=lambda stage: medians[stage])
+    return {"stage": stage, "tokens/s": medians[stage]}
+
+
+def table(stages: list[dict[str, Any]], measured: dict[str, dict[str, Any]], best: dict[str, Any]) -> str:
+    """The headline rows of every benchmark, ours over others at their best, and how each stage ended."""
+    lines = ["| stage | row | median | smallest to largest |", "|---|---|---:|---:|"]
+    for stage, rows in measured.items():
+        for name, row in rows.items():
+            if HEADLINES.match(name):
+                lines.append(f"| {stage} | {name} | {row['median']:.4g} | {row['min']:.4g} to {row['max']:.4g} |")
+    lines += ["", "| best of all batch sizes | ratio | ours | other |", "|---|---:|---:|---:|"]
+    for side, of in best.items():
+        both = " | ".join(f"{of[who]['tokens/s']:,.0f} ({of[who]['stage']})" for who in ("ours", "other"))
+        lines.append(f"| tokens/s, ours / {side} | {of['ratio']:.3f} | {both} |")
+    lines += ["", "| stage | exit status | seconds | command |", "|---|---:|---:|---|"]
+    lines += [f"| {row['stage']} | {row['exit_status']} | {row['seconds']} | `{row['command']}` |" for row in stages]
+    return "\n".join(lines) + "\n"
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(Path(sys.argv[1]), json.loads(sys.argv[2]))))
