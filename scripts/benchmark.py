@@ -48,7 +48,9 @@ AGAINST = {"decode": (*HF, "llamacpp"), "prefill": (*HF, "llamacpp"), "packed": 
 AGAINST |= dict.fromkeys(("train", "memory", "startup"), (*HF, *TWIN)) | dict.fromkeys(
     ("loss", "attention", "gemm"), HF
 )
-LLAMACPP = "--against llamacpp needs it: CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary :all: llama-cpp-python"
+LLAMACPP = (
+    "--against llamacpp needs it: CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python"
+)
 
 
 @dataclasses.dataclass(frozen=True)
