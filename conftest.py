@@ -22,7 +22,7 @@ jaxtyping.install_import_hook(
     ["smollm_jax.attention", "smollm_jax.block_attention", "smollm_jax.model", "smollm_jax.loss"], "beartype.beartype"
 )
 jaxtyping.install_import_hook(
-    ["smollm_jax.train", "smollm_jax.generate", "smollm_jax.sampling", "smollm_jax.unrolled"], "beartype.beartype"
+    ["smollm_jax.train", "smollm_jax.generate", "smollm_jax.unrolled"], "beartype.beartype"
 )
 
 # The Makefile says so explicitly; PyTorch missing otherwise is a failure, not a silent skip.
