@@ -125,7 +125,9 @@ def test_the_system_prompt_outlives_a_reset(engine, folder):
 
 def test_a_terminal_shows_a_prompt_and_ctrl_c_ends_an_answer_only(folder, tmp_path):
     ours, theirs = pty.openpty()
-    process = start(command("chat.py", folder, "--max-tokens", "100000", "--context", "slide"), stdin=theirs, cwd=tmp_path)
+    process = start(
+        command("chat.py", folder, "--max-tokens", "100000", "--context", "slide"), stdin=theirs, cwd=tmp_path
+    )
     assert process.stdout
     assert process.stderr
     os.write(ours, b"Hello\n")
