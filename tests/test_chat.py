@@ -1,6 +1,6 @@
 """Conversations through the real programs, chat.py and generate.py, with tiny weights."""
 
-import importlib.util
+import importlib
 import json
 import os
 import pty
@@ -60,11 +60,7 @@ def answer(engine: Engine, messages: list[dict[str, str]], count: int = 12) -> s
 
 def refused(script: str, folder: Path, flags: Sequence[str], code: int, named: str) -> None:
     """In this process, which has JAX already; `errors.run` makes one line and an exit status of it."""
-    specification = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
-    assert specification
-    assert specification.loader
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = importlib.import_module(f"scripts.{script}")
     with pytest.raises(SmolLMError, match=re.escape(named)) as caught:
         module.main(["--weights", str(folder), *flags])
     assert caught.value.exit_code == code

