@@ -67,6 +67,10 @@ TRAINING_BFLOAT16 = 3e-3  # 10 steps, tiny shape: a bfloat16 rounding is 2**-9 =
 # Rung 9, packed documents against separate ones, float32: sums over more keys, most of them masked.
 PACKED_LOGITS = 1e-5
 
+# Rung 11, against transformers in float32, relative: a text's loss (the issue's bar) and sums over a few tokens.
+QUALITY = 1e-5
+LOGLIKELIHOOD = 1e-5
+
 
 def within(measured: float, bound: float, what: str) -> None:
     """Asserts measured <= bound, and leaves a line in the file $SMOLLM_MEASURED names, for reports of margins."""

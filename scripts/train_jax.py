@@ -79,6 +79,9 @@ class Flags:
     """Layers laid out per step of the layer scan."""
     tensorboard: bool = False
     """Also write TensorBoard files into the run folder."""
+    reference: Path | None = None
+    """Weights to measure on the same held-out text at the end, for scale; default: assets/SmolLM2-135M-Instruct, where
+    it has been fetched. Their tokenizer must be the run's."""
     prompt: str = "The quick brown fox"
     """Continued after the last step."""
     debug: bool = False
@@ -86,6 +89,7 @@ class Flags:
 
 
 PRESET = "smollm2-135m-pretrain"
+REFERENCE = Path("assets/SmolLM2-135M-Instruct")
 RECIPE_FLAGS = (
     "steps",
     "batch_size",
@@ -144,6 +148,7 @@ def refuse_used(run: Path) -> None:
 def train_in(run: Path, flags: Flags, stop) -> None:
     """Trains in a run folder that is ours alone."""
     import jax
+    import numpy as np
 
     from smollm_jax import compilation_cache, cost, data, formats, metrics, optimizer, train, weights
     from smollm_jax.checkpoint import CheckpointStore
@@ -197,6 +202,14 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     cadence = dataclasses.replace(saved.cadence if saved else usual, **every)
     tokenizer_folder = flags.tokenizer or folder_beside(run if flags.resume else flags.init_from)
     tokenizer = Tokenizer.load(tokenizer_folder)
+    reference = flags.reference or (REFERENCE if REFERENCE.is_dir() else None)
+    if (
+        reference is not None
+        and Tokenizer.load(folder_beside(reference)).core.get_vocab() != tokenizer.core.get_vocab()
+    ):
+        if flags.reference:
+            raise errors.UsageError(f"--reference {reference}: its tokenizer is not that of {tokenizer_folder}")
+        reference = None  # nobody asked for it
     if tokenizer.vocab_size > config.vocab_size:
         raise errors.UsageError(f"{tokenizer_folder} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
 
@@ -215,6 +228,8 @@ def train_in(run: Path, flags: Flags, stop) -> None:
 
     tokens = data.prepare(source, tokenizer_folder, Path("data"))
     batches = data.Batches(tokens, recipe)
+    held_out = np.concatenate([batch[:, 1:].ravel() for batch in batches.validation(cadence.eval_batches)])
+    bytes_per_token = tokenizer.byte_count(held_out.tolist()) / held_out.size
     print(f"data        {source}: {tokens.documents:,} documents, {len(tokens.tokens):,} tokens in {tokens.path}")
     provenance = Provenance(recipe, config, str(source), tokens.sha256, tokens.tokenizer_sha256, start_from)
     if saved:
@@ -236,7 +251,12 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     with (
         CheckpointStore(run / "checkpoints", keep=flags.keep, asynchronous=flags.async_save) as store,
         metrics.RunLog(
-            run, log_every=flags.log_every, flops_per_token=flops, peak_flops=peak, tensorboard=flags.tensorboard
+            run,
+            log_every=flags.log_every,
+            flops_per_token=flops,
+            peak_flops=peak,
+            bytes_per_token=bytes_per_token,
+            tensorboard=flags.tensorboard,
         ) as log,
     ):
         state = train.train(
@@ -251,6 +271,10 @@ def train_in(run: Path, flags: Flags, stop) -> None:
             log=log,
             step=step,
         )
+    if reference is not None and not stop:
+        loss = train.validation_loss(weights.load(reference)[0], batches, cadence.eval_batches, compute, stop)
+        if loss is not None:
+            print(f"for scale: {reference}, {metrics.bits_per_byte(loss, bytes_per_token):.3f} bits per byte")
     show(state.model, tokenizer, flags.prompt, stop)
     if stop:
         raise stop.error(f"all {recipe.steps} steps are done, saved and verified")

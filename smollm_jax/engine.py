@@ -72,6 +72,11 @@ class Engine:
         model, _ = weights.load(path, jnp.dtype(dtype))
         return cls(model, Tokenizer.load(tokenizer or folder_beside(Path(path))))
 
+    @property
+    def model(self) -> "SmolLM":
+        """The model itself."""
+        return self._model.model
+
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a text."""
         with self._encoding:

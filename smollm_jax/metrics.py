@@ -24,13 +24,21 @@ class RunLog:
     """Writes each step's numbers; use as a context manager so that the terminal and the files are left whole."""
 
     def __init__(
-        self, run: Path, *, log_every: int, flops_per_token: float, peak_flops: float | None, tensorboard: bool = False
+        self,
+        run: Path,
+        *,
+        log_every: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        bytes_per_token: float | None = None,  # of the held-out text
+        tensorboard: bool = False,
     ):
         run.mkdir(parents=True, exist_ok=True)
         self._file = (run / "metrics.jsonl").open("a+b")
         self._file.truncate(_whole_lines(self._file))
         self._log_every = log_every
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._bytes_per_token = bytes_per_token
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: Any = None
@@ -99,10 +107,15 @@ class RunLog:
             self.note(f"{text}: not finite, update left out; windows {skipped_windows} of the training tokens")
 
     def validation(self, step: int, loss: float) -> None:
-        """Logs the loss on held-out tokens, and its perplexity."""
+        """Logs the loss on held-out tokens, its perplexity, and as bits per byte where the bytes are known."""
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        self._write({"step": step, "validation_loss": loss, "validation_perplexity": perplexity})
-        self.note(f"step {step}/{self._steps}  validation loss {loss:.4f}  perplexity {perplexity:,.1f}")
+        row = {"step": step, "validation_loss": loss, "validation_perplexity": perplexity}
+        text = f"step {step}/{self._steps}  validation loss {loss:.4f}  perplexity {perplexity:,.1f}"
+        if self._bytes_per_token:
+            row["validation_bits_per_byte"] = bits_per_byte(loss, self._bytes_per_token)
+            text += f"  {row['validation_bits_per_byte']:.3f} bits per byte"
+        self._write(row)
+        self.note(text)
 
     def _write(self, row: dict[str, Any]) -> None:
         # JSON has no NaN: a loss that is none is written as null.
@@ -116,6 +129,11 @@ class RunLog:
             for name, value in row.items():
                 if isinstance(value, float):
                     self._writer.add_scalar(name, value, row["step"])
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A loss in nats per token as bits per byte of UTF-8, which compare across tokenizers."""
+    return loss / math.log(2) / bytes_per_token
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -96,6 +96,12 @@ class Tokenizer:
         """The text of token ids; bytes that are no whole character show as U+FFFD."""
         return self.core.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def byte_count(self, ids: Iterable[int]) -> int:
+        """The bytes of text that token ids stand for; a special token stands for none."""
+        special = {i for i, token in self.core.get_added_tokens_decoder().items() if token.special}
+        symbols = {int(i): self.core.id_to_token(int(i)) or "" for i in set(ids) - special}
+        return sum(len(symbols.get(int(i), "")) for i in ids)  # a byte-level entry has one symbol a byte
+
     def token_to_id(self, token: str) -> int | None:
         """The id of one entry of the vocabulary, or None."""
         return self.core.token_to_id(token)

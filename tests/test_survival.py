@@ -1,6 +1,6 @@
 """A run comes through kill -9, signals, a full disk and bad updates with the bits of one that met none of them.
 
-Real processes on the tiny model. `make test` does 25 kills and 20 signals; `make soak` (SMOLLM_SOAK=1) does 200 each.
+Real processes on the tiny model. `make test` does 25 kills and 8 signals; `make soak` (SMOLLM_SOAK=1) does 200 each.
 """
 
 import functools
@@ -145,7 +145,7 @@ def stop_again_and_again(folder: Path, signals: int, seed: int) -> tuple[list[in
 
 def test_a_run_stopped_by_signals_again_and_again_has_the_bits_of_one_that_was_not(straight, tmp_path):
     """Stopped at random moments: in imports, compiling, a step, a save, validation, sampling."""
-    half = (200 if SOAK else 20) // 2
+    half = (200 if SOAK else 8) // 2
     folders = [tmp_path / "a", tmp_path / "b"]
     with ThreadPoolExecutor(2) as pool:
         for folder in folders:

@@ -1,6 +1,8 @@
 """Training goes on exactly where it stopped, learns, and refuses what would lose a run. Real processes, tiny model."""
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import time
@@ -9,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smollm_jax import weights
+from smollm_jax import data, score, weights
 from smollm_jax.checkpoint import CheckpointStore
 from smollm_jax.config import PRESETS, Config
 from smollm_jax.metrics import read_metrics
-from tests.trainer import ENVIRONMENT, command, final_state, losses, train
+from smollm_jax.recipe import Recipe
+from smollm_jax.tokenizer import Tokenizer
+from tests.trainer import ENVIRONMENT, ROOT, command, final_state, losses, train
 
 
 def kill_after(run: Path, step: int, *flags: str, **options) -> None:
@@ -194,3 +198,30 @@ def test_init_from_starts_at_the_weights(tmp_path, straight):
 def test_tensorboard_files_are_written_on_request(tmp_path):
     assert train(tmp_path / "run", "--steps", "2", "--tensorboard").returncode == 0
     assert list((tmp_path / "run/tensorboard").iterdir())
+
+
+def test_the_quality_of_the_run_and_of_a_reference_are_said_in_bits_per_byte(tmp_path, straight, tokenizer_path):
+    """The same bits per byte by the trainer and, of the same windows, by what `scripts/evaluate.py` measures with."""
+    run = tmp_path / "run"
+    done = train(run, "--steps", "2", "--reference", str(straight))
+    assert done.returncode == 0, done.stderr
+    tokenizer = Tokenizer.load(tokenizer_path)
+    recipe = Recipe(2, batch_size=2, sequence_length=64, learning_rate=1e-3, warmup_steps=0, dtype="float32")
+    batches = data.Batches(data.prepare(ROOT / "assets/sotu", tokenizer_path, tmp_path / "data"), recipe)
+    windows = [window.tolist() for batch in batches.validation(8) for window in batch]
+    documents = [(window, tokenizer.byte_count(window[1:])) for window in windows]
+    said = re.search(rf"for scale: {straight}, (\S+) bits per byte", done.stdout)
+    for weights_, found in [(run, read_metrics(run)[-1]["validation_bits_per_byte"]), (straight, float(said[1]))]:
+        model, _ = weights.load(weights_)
+        expected = score.quality(model, documents, length=64, stride=64).bits_per_byte
+        assert found == pytest.approx(expected, rel=1e-6 if weights_ == run else 1e-3)
+
+
+def test_a_reference_that_reads_other_tokens_is_refused(tmp_path, straight):
+    other = tmp_path / "other"
+    shutil.copytree(straight, other)
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(text.replace('"<repo_name>"', '"<another>"'), encoding="utf-8")
+    done = train(tmp_path / "run", "--steps", "2", "--reference", str(other))
+    assert done.returncode == 2
+    assert f"--reference {other}: its tokenizer is not that of" in done.stderr

@@ -1,0 +1,130 @@
+"""Rung 11: how good a model is comes out the same: the quality on a text, and lm-evaluation-harness's answers.
+
+The tasks are made from the real speeches: which sentence goes on like this, how likely is this paragraph, write on.
+"""
+
+import json
+import math
+import time
+
+import lm_eval
+import numpy as np
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer
+
+from parity_tests.tolerances import LOGLIKELIHOOD, QUALITY, within
+from smollm_jax import score
+from smollm_jax.engine import Engine
+from smollm_jax.harness import SmolLMHarness
+from smollm_jax.text import documents, text_files
+
+YAML = {
+    "speech_choice": """
+output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: choices
+doc_to_target: label
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+""",
+    "speech_rolling": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{paragraph}}"
+metric_list:
+  - {metric: word_perplexity}
+  - {metric: bits_per_byte}
+""",
+    "speech_writing": """
+output_type: generate_until
+doc_to_text: "{{context}}"
+doc_to_target: "{{choices[label]}}"
+generation_kwargs: {until: ["."], max_gen_toks: 12, do_sample: false}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(text_path, tmp_path_factory):
+    """A folder of the three tasks, on 200 passages."""
+    folder, draw = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0)
+    text = " ".join(next(iter(documents(file))) for file in text_files(text_path)[:60])
+    sentences = [" ".join(one.split()) + "." for one in text.split(".") if 8 <= len(one.split()) <= 20]
+    rows = []
+    for i in range(200):
+        choices = [f" {sentences[5 * i + 2]}", *(f" {sentences[j]}" for j in draw.integers(1100, len(sentences), 3))]
+        order = draw.permutation(4)
+        rows.append(
+            {
+                "context": f"{sentences[5 * i]} {sentences[5 * i + 1]}",
+                "choices": [choices[j] for j in order],
+                "label": int(np.argmin(order)),
+                "paragraph": " ".join(sentences[5 * i : 5 * i + 3]),
+            }
+        )
+    (folder / "passages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, about in YAML.items():
+        where = f"task: {name}\ndataset_path: json\ntest_split: test\n"
+        data = f"dataset_kwargs: {{data_files: {{test: {folder / 'passages.jsonl'}}}}}\n"
+        (folder / f"{name}.yaml").write_text(where + data + about.lstrip())
+    return folder
+
+
+def answers(model, folder, limit):
+    """Scores and every answer by task, and the seconds of each task."""
+    manager, results, seconds = TaskManager(include_path=str(folder), include_defaults=False), {}, {}
+    for name in YAML:
+        began = time.perf_counter()
+        got = lm_eval.simple_evaluate(model, tasks=[name], task_manager=manager, limit=limit, bootstrap_iters=0)
+        seconds[name] = time.perf_counter() - began
+        scores = {key: value for key, value in got["results"][name].items() if isinstance(value, float)}
+        results[name] = scores, [sample["resps"] for sample in got["samples"][name]]
+    return results, seconds
+
+
+@pytest.mark.parametrize("limit", [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_the_harness_gets_the_answers_of_its_own_hf_model(tasks, weights_path, hf, limit):
+    tokenizer = AutoTokenizer.from_pretrained(weights_path)
+    theirs, slow = answers(HFLM(pretrained=hf, tokenizer=tokenizer, batch_size=8), tasks, limit)
+    ours, quick = answers(SmolLMHarness(Engine.load(weights_path), quiet=True), tasks, limit)
+    for name in YAML:
+        print(f"{name}: {limit} samples, ours {quick[name]:.0f} s, hf {slow[name]:.0f} s, scores {ours[name][0]}")
+        assert len(ours[name][1]) == limit
+        # A perplexity is the exponential of some nats a word, here 5.4: ten times the relative error of its logarithm.
+        assert ours[name][0] == pytest.approx(theirs[name][0], rel=10 * LOGLIKELIHOOD)
+    assert ours["speech_writing"][1] == theirs["speech_writing"][1]
+    pairs = []
+    for a, b in zip(ours["speech_choice"][1], theirs["speech_choice"][1], strict=True):
+        assert [greedy for ((_, greedy),) in a] == [greedy for ((_, greedy),) in b]
+        pairs += [(x, y) for ((x, _),), ((y, _),) in zip(a, b, strict=True)]
+    pairs += [(a[0][0], b[0][0]) for a, b in zip(ours["speech_rolling"][1], theirs["speech_rolling"][1], strict=True)]
+    x, y = np.array(pairs, float).T
+    within(np.abs(x / y - 1).max(), LOGLIKELIHOOD, f"log-likelihood of {len(pairs)} continuations and paragraphs")
+
+
+def test_the_quality_on_a_text_is_transformers(weights_path, text_path, jax_model, hf):
+    tokenizer = AutoTokenizer.from_pretrained(weights_path)
+    text = next(iter(documents(text_path / "1861-Lincoln-1.txt")))[:3000]
+    ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
+    length, stride = 256, 96
+    nats, scored = 0.0, 1
+    for begin in range(0, len(ids), stride):
+        end = min(begin + length + 1, len(ids))
+        with torch.inference_mode():
+            logprobs = hf(torch.tensor([ids[begin : end - 1]])).logits[0].double().log_softmax(-1)
+        targets = torch.tensor(ids[begin + 1 : end])
+        nats -= float(logprobs[torch.arange(len(targets)), targets][scored - begin - 1 :].sum())
+        scored = end
+        if end == len(ids):
+            break
+    size = len(text.encode())
+    ours = score.quality(jax_model, [(ids, size)], length=length, stride=stride)
+    assert ours.tokens == len(ids) - 1
+    within(abs(ours.loss / (nats / ours.tokens) - 1), QUALITY, "loss on a text, strided windows")
+    within(abs(ours.bits_per_byte / (nats / math.log(2) / size) - 1), QUALITY, "bits per byte on a text")

@@ -1,0 +1,90 @@
+"""Score weights on tasks of EleutherAI's lm-evaluation-harness (extra "eval").
+
+    python scripts/run_lm_eval.py --weights assets/SmolLM2-135M-Instruct --tasks hellaswag arc_easy piqa
+    python scripts/run_lm_eval.py --weights runs/my-run --include my-tasks/ --tasks my_task --out results.json
+
+Tasks are the harness's own by name, which fetches their data sets from the Hugging Face hub, or those of YAML files in
+a folder given with --include, whose data may be local. Greedy and log-likelihood answers are those of the harness's
+`hf` model on the same weights; questions that share a context share its forward pass.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from smollm_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    weights: Path
+    """Weights of any kind."""
+    tasks: tuple[str, ...]
+    """Names of tasks."""
+    include: Path | None = None
+    """Folder with the YAML files of more tasks."""
+    num_fewshot: int | None = None
+    """Examples before each question; default: what the task says."""
+    limit: int | None = None
+    """Questions of each task, the first ones; for a quick look only."""
+    chat: bool = False
+    """Ask as the user of a chat (Instruct weights)."""
+    seed: int = 0
+    """Of tasks that sample."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights and the cache."""
+    tokenizer: Path | None = None
+    """Folder with tokenizer.json; default: the weights', else assets/tokenizer."""
+    out: Path | None = None
+    """JSON file to write: scores, versions of the tasks, and each answer."""
+    debug: bool = False
+    """Show a traceback instead of one line when something goes wrong."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    if not flags.tasks:
+        raise errors.UsageError("--tasks: name at least one")
+    if flags.include and not flags.include.is_dir():
+        raise errors.UsageError(f"--include {flags.include}: no such folder")
+    if flags.out and flags.out.exists():
+        raise errors.UsageError(f"--out {flags.out}: exists already; name another file or remove it first")
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise errors.UsageError(f"needs the extra: pip install smollm-jax[eval] ({error.name} is missing)") from error
+    from smollm_jax import compilation_cache
+    from smollm_jax.engine import Engine
+    from smollm_jax.harness import SmolLMHarness
+
+    manager = TaskManager(include_path=str(flags.include) if flags.include else None)
+    if unknown := [task for task in flags.tasks if task not in manager.all_tasks]:
+        raise errors.UsageError(f"--tasks: no task is called {', '.join(unknown)}")
+    compilation_cache.enable()
+    engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer)
+    evaluate: Any = lm_eval.simple_evaluate  # decorated, so that no type checker knows its parameters
+    results = evaluate(
+        SmolLMHarness(engine, name=str(flags.weights), seed=flags.seed),
+        tasks=list(flags.tasks),
+        num_fewshot=flags.num_fewshot,
+        limit=flags.limit,
+        task_manager=manager,
+        apply_chat_template=flags.chat,
+        log_samples=flags.out is not None,
+        bootstrap_iters=1000,
+    )
+    if results is None:  # of a process that is not the first of several
+        return
+    print(make_table(results))
+    if flags.out:
+        flags.out.parent.mkdir(parents=True, exist_ok=True)
+        flags.out.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    errors.run(main)
