@@ -14,7 +14,7 @@ from smollm_jax import gguf_header, gguf_writer, weights
 from smollm_jax.errors import InputFileError, SmolLMError, StorageError, UsageError
 from smollm_jax.formats import Bundle
 from smollm_jax.tokenizer import Tokenizer
-from tests.small_files import SMALL, small_tensors, small_tokenizer, write_gguf
+from tests.small_files import SMALL, gguf_metadata, gguf_name, small_tensors, small_tokenizer, write_gguf
 from tests.test_conversion_edges import random_bundle, same
 
 ROOT = Path(__file__).parent.parent
@@ -194,3 +194,37 @@ def test_the_command_writes_the_type_that_is_asked_for(tmp_path, capsys):
     assert {info.kind for info in header(tmp_path / "x.gguf")[1]} == {0, 8}
     with pytest.raises(UsageError, match="--type q8_0 is for GGUF files"):
         main([str(tmp_path / "hf"), str(tmp_path / "x.pt"), "--type", "q8_0"])
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"])
+def test_every_listed_type_is_read_as_gguf_dequantises_it(tmp_path, kind):
+    """Random blocks of each type, rows of q and k in llama.cpp's order; the origin, and so the model card, names it."""
+    config = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=512, head_dim=128)
+    of, rng, expected = gguf.GGMLQuantizationType[kind], np.random.default_rng(3), {}
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    for key, value in gguf_metadata(config).items():
+        kinds = {int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
+        writer.add_key_value(key, value, gguf.GGUFValueType[kinds[type(value)]])
+    for name, shape in weights.hf_shapes(config).items():
+        if len(shape) == 1:
+            expected[name] = rng.normal(size=shape).astype(np.float32)
+            writer.add_tensor(gguf_name(name), expected[name])
+            continue
+        block, size = gguf.GGML_QUANT_SIZES[of]
+        # Below 0x3C a byte cannot make a scale infinite: float16's largest exponents begin with 0x7C.
+        raw = rng.integers(0, 0x3C, (shape[0], shape[1] // block * size), np.uint8)
+        writer.add_tensor(gguf_name(name), raw, raw_dtype=of)
+        array = np.array(gguf.quants.dequantize(raw, of), np.float32).reshape(shape)
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:  # pairs (2 i, 2 i + 1) of each head become i and i + half
+            array = np.concatenate([np.concatenate([head[0::2], head[1::2]]) for head in np.split(array, heads)])
+        expected[name] = array
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = weights.read(tmp_path / "x.gguf")
+    same(found.tensors, expected)
+    assert kind in found.origin
+    weights.write(tmp_path / "hf", found, "hf")
+    assert f"dequantised from GGUF ({', '.join(sorted({'F32', kind}))})" in (tmp_path / "hf/README.md").read_text()
