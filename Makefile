@@ -1,6 +1,6 @@
 # make train   environment, text, training          make test    environment, real weights, all fast tests
 # make parity  the whole parity ladder and its report     make slow    every test that takes minutes
-# make soak    200 kills, 200 signals, 500 random lives of a checkpoint folder: about an hour
+# make soak    200 kills, 200 signals, 500 random lives of a checkpoint folder; llama.cpp, built here: over an hour
 # The first two are idempotent. Needs Python >= 3.11, make and a package index; a CUDA GPU is used when nvidia-smi is there.
 #
 # PYTHON=python3.12 on the command line: another interpreter, in an environment of its own, for the tests that need
@@ -47,7 +47,8 @@ slow: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py
-	SMOLLM_SOAK=1 $(BIN)/python -m pytest tests/test_survival.py tests/test_store.py -rP $(PYTEST)
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install --quiet --no-binary llama-cpp-python "llama-cpp-python<0.4"
+	SMOLLM_SOAK=1 $(BIN)/python -m pytest tests/test_survival.py tests/test_store.py parity_tests/test_llamacpp.py -rP $(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -24,15 +24,16 @@ jaxtyping.install_import_hook(
 jaxtyping.install_import_hook(["smollm_jax.train", "smollm_jax.generate", "smollm_jax.unrolled"], "beartype.beartype")
 
 # The Makefile says so explicitly; PyTorch missing otherwise is a failure, not a silent skip.
-collect_ignore = (
-    ["tests/test_torch_files.py", "tests/test_benchmark.py"] if os.environ.get("SMOLLM_WITHOUT_TORCH") else []
-)
+WITHOUT_TORCH = bool(os.environ.get("SMOLLM_WITHOUT_TORCH"))
+collect_ignore = ["tests/test_torch_files.py", "tests/test_benchmark.py"] if WITHOUT_TORCH else []
+if not os.environ.get("SMOLLM_SOAK"):  # llama.cpp takes ten minutes to build: `make soak` does
+    collect_ignore += ["parity_tests/test_llamacpp.py"]
 
 ASSETS = Path(__file__).parent / "assets"
 
 
 def pytest_report_header() -> str | None:
-    return "PyTorch left out: no parity tests" if collect_ignore else None
+    return "PyTorch left out: no parity tests" if WITHOUT_TORCH else None
 
 
 def asset(name: str) -> Path:

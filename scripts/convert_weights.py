@@ -12,7 +12,7 @@ DST must not exist; it is written whole or not at all. A file's kind is its suff
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -56,8 +56,21 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{flags.dst}: {len(bundle.tensors)} tensors, {numbers:,} parameters, {flags.type or bundle.dtype}, kind {kind}"
     )
+    if kind == "gguf":
+        print(f"what it lost: {lost(bundle.tensors, weights.read(flags.dst).tensors)}")
     if bundle.tokenizer_files and kind in ("pt", "safetensors"):
         print(f"the tokenizer stays in {flags.src}: a {flags.dst.suffix} file holds weights and config only")
+
+
+def lost(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """How far the numbers of a file are from those it was written from."""
+    import numpy as np
+
+    error = size = 0.0
+    for name, tensor in before.items():
+        error += float(np.square(after[name].astype(np.float64) - tensor.astype(np.float64)).sum())
+        size += float(np.square(tensor.astype(np.float64)).sum())
+    return f"{(error / size) ** 0.5:.2e} of the weights, RMS" if error else "no bit"
 
 
 if __name__ == "__main__":

@@ -190,7 +190,16 @@ def test_the_command_writes_the_type_that_is_asked_for(tmp_path, capsys):
     main = runpy.run_path(str(ROOT / "scripts/convert_weights.py"))["main"]
     weights.write(tmp_path / "hf", wide(), "hf")
     main([str(tmp_path / "hf"), str(tmp_path / "x.gguf"), "--type", "q8_0"])
-    assert "q8_0, kind gguf" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "q8_0, kind gguf" in said
+    before, after = (
+        np.concatenate([t.ravel() for t in weights.read(tmp_path / x).tensors.values()]) for x in ("hf", "x.gguf")
+    )
+    lost = np.sqrt(np.mean(np.square(after - before)) / np.mean(np.square(before)))
+    assert f"what it lost: {lost:.2e} of the weights, RMS" in said
+    assert 1e-3 < lost < 1e-2  # 8 bits a number
+    main([str(tmp_path / "hf"), str(tmp_path / "y.gguf")])
+    assert "what it lost: no bit" in capsys.readouterr().out
     assert {info.kind for info in header(tmp_path / "x.gguf")[1]} == {0, 8}
     with pytest.raises(UsageError, match="--type q8_0 is for GGUF files"):
         main([str(tmp_path / "hf"), str(tmp_path / "x.pt"), "--type", "q8_0"])
