@@ -16,8 +16,10 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
 from parity_tests.tolerances import LOGLIKELIHOOD, QUALITY, within
+from scripts import run_lm_eval
 from smollm_jax import score
 from smollm_jax.engine import Engine
+from smollm_jax.errors import UsageError
 from smollm_jax.harness import SmolLMHarness
 from smollm_jax.text import documents, text_files
 
@@ -88,7 +90,7 @@ def answers(model, folder, limit):
     return results, seconds
 
 
-@pytest.mark.parametrize("limit", [12, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("limit", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_the_harness_gets_the_answers_of_its_own_hf_model(tasks, weights_path, hf, limit):
     tokenizer = AutoTokenizer.from_pretrained(weights_path)
     theirs, slow = answers(HFLM(pretrained=hf, tokenizer=tokenizer, batch_size=8), tasks, limit)
@@ -106,6 +108,32 @@ def test_the_harness_gets_the_answers_of_its_own_hf_model(tasks, weights_path, h
     pairs += [(a[0][0], b[0][0]) for a, b in zip(ours["speech_rolling"][1], theirs["speech_rolling"][1], strict=True)]
     x, y = np.array(pairs, float).T
     within(np.abs(x / y - 1).max(), LOGLIKELIHOOD, f"log-likelihood of {len(pairs)} continuations and paragraphs")
+
+
+def test_the_command_scores_local_tasks_and_refuses_what_it_cannot(tasks, weights_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    given = ["--weights", str(weights_path), "--include", str(tasks), "--out", str(tmp_path / "r.json")]
+    run_lm_eval.main([*given, "--tasks", "speech_choice", "--limit", "3"])
+    assert "|speech_choice|" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "r.json").read_text())["samples"]["speech_choice"]) == 3
+    with pytest.raises(UsageError, match=r"r\.json: exists already"):
+        run_lm_eval.main([*given, "--tasks", "speech_choice"])
+    with pytest.raises(UsageError, match="no task is called no_such_task"):
+        run_lm_eval.main([*given[:4], "--tasks", "no_such_task"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"num_beams": 2}, "num_beams"),
+        ({"max_gen_toks": 8192}, "asks for 8192 new tokens"),
+        ({"top_p": 0, "do_sample": True}, "top_p"),
+    ],
+)
+def test_what_a_task_asks_for_in_vain_is_refused(weights_path, asked, named):
+    harness = SmolLMHarness(Engine.load(weights_path), quiet=True)
+    with pytest.raises(UsageError, match=named):
+        harness._asked({"until": ["."], **asked})
 
 
 def test_the_quality_on_a_text_is_transformers(weights_path, text_path, jax_model, hf):
