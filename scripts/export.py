@@ -2,7 +2,7 @@
 
     python scripts/export.py runs/my-run my-run.npz
     python scripts/export.py assets/SmolLM2-135M-Instruct instruct.npz --dtype bfloat16
-    python scripts/load_exported.py instruct.npz 504 3575 282 4649 314       # a loader to copy: 30 lines
+    python examples/load_exported.py instruct.npz 504 3575 282 4649 314       # a loader to copy: 30 lines
 
 The file is a NumPy archive: the StableHLO of `forward` and `decode` as `jax.export` serialises it, lowered for CPU and
 CUDA, batch and lengths symbolic, and the parameters in the order the programs take them.

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from sampling_flags import SamplingFlags
 
 from smollm_jax import errors
+from smollm_jax.sampling_flags import SamplingFlags
 
 if TYPE_CHECKING:
     from smollm_jax.engine import Engine, Piece

@@ -52,7 +52,7 @@ def test_the_loader_runs_the_real_weights_without_this_package(weights_path, tmp
         "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0]); "
         f"assert not {{name.split('.')[0] for name in sys.modules}} & {set(FOREIGN)}, 'it needs more than JAX'"
     )
-    command = [sys.executable, "-c", program, ROOT / "scripts/load_exported.py", "model.npz", *prompt]
+    command = [sys.executable, "-c", program, ROOT / "examples/load_exported.py", "model.npz", *prompt]
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list(map(int, done.stdout.split())) == expected.tolist()
@@ -61,7 +61,7 @@ def test_the_loader_runs_the_real_weights_without_this_package(weights_path, tmp
 
 
 def test_the_loader_is_short():
-    lines = (ROOT / "scripts/load_exported.py").read_text().splitlines()
+    lines = (ROOT / "examples/load_exported.py").read_text().splitlines()
     assert len(lines) - lines.index("import json") <= 30
 
 

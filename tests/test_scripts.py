@@ -26,6 +26,7 @@ def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 def test_help_imports_no_framework(script):
     program = (
         "import runpy, sys\n"
+        f"sys.path[0] = {str(script.parent)!r}\n"  # as when it is run by its path
         "sys.argv = ['x', '--help']\n"
         f"try: runpy.run_path({str(script)!r}, run_name='__main__')\n"
         "except SystemExit as stop: assert stop.code == 0\n"

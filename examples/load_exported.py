@@ -1,6 +1,6 @@
 """Run a file of scripts/export.py: token ids in, greedy token ids out. JAX and NumPy alone; copy it.
 
-python scripts/load_exported.py model.npz 504 3575 282 4649 314
+python examples/load_exported.py model.npz 504 3575 282 4649 314
 """
 
 import json
