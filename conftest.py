@@ -21,7 +21,9 @@ if mutant := os.environ.get("SMOLLM_MUTANT"):
 jaxtyping.install_import_hook(
     ["smollm_jax.attention", "smollm_jax.block_attention", "smollm_jax.model", "smollm_jax.loss"], "beartype.beartype"
 )
-jaxtyping.install_import_hook(["smollm_jax.train", "smollm_jax.generate", "smollm_jax.unrolled"], "beartype.beartype")
+jaxtyping.install_import_hook(
+    ["smollm_jax.train", "smollm_jax.generate", "smollm_jax.unrolled", "smollm_jax.score"], "beartype.beartype"
+)
 
 # The Makefile says so explicitly; PyTorch missing otherwise is a failure, not a silent skip.
 WITHOUT_TORCH = bool(os.environ.get("SMOLLM_WITHOUT_TORCH"))

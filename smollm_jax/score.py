@@ -138,7 +138,7 @@ def _rows(requests: Sequence[Request]) -> list[_Row]:
 
 def _size(tokens: int, most: int) -> int:
     """The smallest of 64, 128, ... and `most` that holds so many tokens."""
-    return min(max(SMALLEST_ROW, 1 << (tokens - 1).bit_length()), most) if tokens <= most else tokens
+    return min(max(SMALLEST_ROW, 1 << (tokens - 1).bit_length()), most)
 
 
 def _batches(rows: list[_Row], tokens: int, context: int) -> Iterator[list[_Row]]:

@@ -31,8 +31,11 @@ def requests(model, seed=0):
     found = []
     for length in (1, 5, 63, 70):
         context = tokens(length)
-        likeliest = int(np.asarray(model(jnp.asarray([context]))[0, -1]).argmax())
-        found += [Request(context, (likeliest,)), Request(context, (likeliest, 7)), Request(context, tokens(9))]
+        likeliest, after = (
+            int(np.asarray(model(jnp.asarray([ids]))[0, -1]).argmax()) for ids in (context, (*context, 7))
+        )
+        found += [Request(context, (likeliest,)), Request(context, (likeliest, 7)), Request(context, (7, after))]
+        found += [Request(context, tokens(9))]
     found += [Request(tokens(40), tokens(20)), Request(tokens(3), tokens(1))]
     return [found[i] for i in draw.permutation(len(found))]
 

@@ -25,6 +25,13 @@ def test_digits_are_split_one_by_one(tokenizer):
     assert [tokenizer.decode([i]) for i in tokenizer.encode("1234567 x")] == [*"1234567", " x"]
 
 
+def test_bytes_are_counted_as_the_text_has_them_and_special_tokens_have_none(tokenizer):
+    for text in ("", "The capital", "naïve 👍🏽 1861\n\n", "<|im_end|> typed"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.byte_count(ids) == len(text.encode())
+        assert tokenizer.byte_count([0, *ids, 2]) == len(text.encode())
+
+
 def test_eos_is_the_models(tokenizer, tokenizer_path):
     assert tokenizer.eos_token_id == 2
     base = Tokenizer.load(tokenizer_path)
