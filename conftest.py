@@ -1,6 +1,7 @@
 """Fixtures on the real weights and the real text, and shapes checked at run time in every test."""
 
 import os
+import signal
 from pathlib import Path
 
 import jaxtyping
@@ -10,6 +11,11 @@ import pytest
 # On a GPU machine too: bounds are for float32 as it is, not TF32, and torch and JAX in one process fight over cuDNN
 # there (jax#19004). The GPU has its own suite, scripts/gpu_suite.sh.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# nohup and a shell's & leave signals ignored, which every process started here would inherit, and a trainer respects.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # A deliberate bug, for parity_tests/mutants.py to see that a test catches it.
 if mutant := os.environ.get("SMOLLM_MUTANT"):

@@ -19,9 +19,7 @@ not.
 import contextlib
 import dataclasses
 import json
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -113,21 +111,17 @@ def say(engine: "Engine", messages: list[dict[str, str]], sampling: Any, flags: 
     pieces = engine.stream(
         [engine.chat(messages)], max_new_tokens=flags.max_new_tokens, sampling=sampling, context=flags.context
     )
-    answer, asked_to_end = "", threading.Event()
-    # A flag, for a KeyboardInterrupt that is raised while JAX's own code runs may be swallowed there.
-    before = signal.signal(signal.SIGINT, lambda *_: asked_to_end.set())
+    answer = ""
     try:
         for piece in pieces:
             answer += piece.text
             print(piece.text, end="", flush=True)
             if piece.finish == "length":
                 print(f" (cut: --max-tokens is {flags.max_new_tokens})", end="", file=sys.stderr, flush=True)
-            if asked_to_end.is_set() and piece.finish is None:
-                print(" (ended)", end="", file=sys.stderr, flush=True)
-                break
+    except KeyboardInterrupt:
+        print(" (ended)", end="", file=sys.stderr, flush=True)
     finally:
         pieces.close()  # ends the computing
-        signal.signal(signal.SIGINT, before)
         print(flush=True)
     return answer
 
