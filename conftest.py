@@ -24,12 +24,8 @@ if mutant := os.environ.get("SMOLLM_MUTANT"):
     mutants.apply(mutant)
 
 # Before any import of the package: every jaxtyping annotation in it is checked on every call.
-jaxtyping.install_import_hook(
-    ["smollm_jax.attention", "smollm_jax.block_attention", "smollm_jax.model", "smollm_jax.loss"], "beartype.beartype"
-)
-jaxtyping.install_import_hook(
-    ["smollm_jax.train", "smollm_jax.generate", "smollm_jax.unrolled", "smollm_jax.score"], "beartype.beartype"
-)
+CHECKED = ("attention", "block_attention", "model", "loss", "train_step", "train", "generate", "unrolled", "score")
+jaxtyping.install_import_hook([f"smollm_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 # The Makefile says so explicitly; PyTorch missing otherwise is a failure, not a silent skip.
 WITHOUT_TORCH = bool(os.environ.get("SMOLLM_WITHOUT_TORCH"))

@@ -20,7 +20,7 @@ from smollm_jax.attention import Implementation, causal
 from smollm_jax.checkpoint import flatten
 from smollm_jax.formats import Bundle, from_torch
 from smollm_jax.model import Remat, SmolLM, rms_norm, rotary_angles
-from smollm_jax.train import Compute, mean_loss
+from smollm_jax.train_step import Compute, mean_loss
 
 Arrays = dict[str, np.ndarray]
 

@@ -120,10 +120,10 @@ MUTANTS = [
         f"{MODEL}::test_the_init_is_the_recipes",
     ),
     Mutant(
-        "head not trained", "train", "model.head, targets", "jax.lax.stop_gradient(model.head), targets", STEPS
+        "head not trained", "train_step", "model.head, targets", "jax.lax.stop_gradient(model.head), targets", STEPS
     ),
     Mutant(
-        "labels shifted twice", "train", "tokens[:, 1:].reshape(-1)", "jnp.roll(tokens[:, 1:], -1, 1).reshape(-1)", STEPS
+        "labels shifted twice", "train_step", "return tokens[:, 1:]", "return jnp.roll(tokens[:, 1:], -1, 1)", STEPS
     ),
     Mutant(
         "loss averaged per chunk",

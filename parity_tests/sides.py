@@ -38,7 +38,7 @@ def measure_jax(weights_path: Path, job: dict[str, np.ndarray], out: Path, devic
 
     jax.config.update("jax_platforms", "cuda" if device == "gpu" else "cpu")
     from parity_tests import ladder
-    from smollm_jax import optimizer, train, weights
+    from smollm_jax import optimizer, train_step, weights
     from smollm_jax.attention import packed
     from smollm_jax.generate import NO_TOKEN, generate
     from smollm_jax.recipe import Recipe
@@ -61,9 +61,11 @@ def measure_jax(weights_path: Path, job: dict[str, np.ndarray], out: Path, devic
     with ladder.precisely("float32"):
         recipe = Recipe(**json.loads(str(job["recipe"])))
         tx, curve = optimizer.adamw(recipe), []
-        state = train.begin(weights.from_bundle(bundle), tx)
+        state = train_step.begin(weights.from_bundle(bundle), tx)
         for tokens in job["batches"]:
-            state, metrics = train.train_step(state, jnp.asarray(tokens), tx=tx, compute=train.Compute("float32"))
+            state, metrics = train_step.train_step(
+                state, jnp.asarray(tokens), tx=tx, compute=train_step.Compute("float32")
+            )
             curve.append(float(metrics["loss"]))
         write(out, "curve", curve)
         del state

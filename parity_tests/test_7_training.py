@@ -19,7 +19,7 @@ from parity_tests.tolerances import (
     TRAINING_FLOAT64_SHORT,
     within,
 )
-from smollm_jax import data, optimizer, train, weights
+from smollm_jax import data, optimizer, train, train_step, weights
 from smollm_jax.config import preset
 from smollm_jax.recipe import Recipe
 
@@ -39,10 +39,10 @@ def recipe(dtype, **changes):
 
 def jax_curve(model, recipe, batches):
     tx = optimizer.adamw(recipe)
-    state, rows = train.begin(model, tx), []
+    state, rows = train_step.begin(model, tx), []
     for step in range(recipe.steps):
         tokens = jnp.asarray(batches.batch(step))
-        state, metrics = train.train_step(state, tokens, tx=tx, compute=train.Compute(recipe.dtype))
+        state, metrics = train_step.train_step(state, tokens, tx=tx, compute=train_step.Compute(recipe.dtype))
         rows.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
     return np.array(rows), state.model
 
@@ -59,7 +59,7 @@ def torch_curve(module, recipe, batches):
 def both_curves(config, chosen, batches):
     """Loss and gradient norm of every step `[steps, 2]`, ours and the twin's, from the same fresh weights."""
     with precisely(chosen.dtype):
-        model = train.fresh(config, seed=0)
+        model = train_step.fresh(config, seed=0)
         bundle = weights.to_bundle(model)
         module = smollm_torch.weights.from_bundle(bundle, getattr(torch, chosen.dtype))
         ours, _ = jax_curve(weights.from_bundle(bundle, chosen.dtype), chosen, batches)
@@ -113,7 +113,7 @@ def test_a_hundred_steps_in_float32_are_as_near_the_truth_as_the_twin(tiny, toke
     chosen = recipe("float32", **HUNDRED)
     batches = data.Batches(token_file, chosen)
     ours, theirs = both_curves(tiny, chosen, batches)
-    bundle = weights.to_bundle(train.fresh(tiny, seed=0))
+    bundle = weights.to_bundle(train_step.fresh(tiny, seed=0))
     others = [torch_curve(permute(smollm_torch.weights.from_bundle(bundle), seed), chosen, batches) for seed in (0, 1)]
 
     def error(*curves):
@@ -136,7 +136,7 @@ def test_ten_steps_at_the_full_shape(token_file):
 
 def test_bfloat16_curves_stay_together_and_losses_are_float32(tiny, token_file):
     chosen = recipe("bfloat16")
-    bundle = weights.to_bundle(train.fresh(tiny, seed=0))
+    bundle = weights.to_bundle(train_step.fresh(tiny, seed=0))
     ours, _ = jax_curve(weights.from_bundle(bundle), chosen, data.Batches(token_file, chosen))
     theirs = torch_curve(smollm_torch.weights.from_bundle(bundle), chosen, data.Batches(token_file, chosen))
     within(np.abs(ours / theirs - 1)[:, 0].max(), TRAINING_BFLOAT16, "loss of 10 steps, bfloat16")
@@ -148,7 +148,7 @@ def test_bfloat16_curves_stay_together_and_losses_are_float32(tiny, token_file):
 def test_held_out_loss_is_the_same(tiny, token_file):
     chosen = recipe("float32")
     batches = data.Batches(token_file, dataclasses.replace(chosen, validation_fraction=0.2))
-    model = train.fresh(tiny, seed=0)
+    model = train_step.fresh(tiny, seed=0)
     module = smollm_torch.weights.from_bundle(weights.to_bundle(model))
-    ours = train.validation_loss(model, batches, 3, train.Compute("float32"))
+    ours = train.validation_loss(model, batches, 3, train_step.Compute("float32"))
     assert ours == pytest.approx(smollm_torch.train.validation_loss(module, chosen, batches, 3), rel=1e-6)

@@ -47,7 +47,7 @@ class Flags:
     """Show a traceback instead of one line when something goes wrong."""
 
 
-# The scopes named in train.py, loss.py and model.py; what is in none of them is a layer's.
+# The scopes named in train_step.py, loss.py and model.py; what is in none of them is a layer's.
 SCOPES = {"optimizer": "optimizer", "loss": "head and loss", "attention": "attention"}
 CONTAINERS = {"while", "conditional", "call", "async-start", "async-done"}
 Interval = tuple[float, float, str]  # nanoseconds, nanoseconds, instruction
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     import jax
     import numpy as np
 
-    from smollm_jax import compilation_cache, optimizer, train
+    from smollm_jax import compilation_cache, optimizer, train_step
     from smollm_jax.config import preset
     from smollm_jax.recipe import Recipe
 
@@ -72,11 +72,11 @@ def main(argv: list[str] | None = None) -> None:
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
     )
     attention: Any = "cudnn" if gpu and flags.dtype == "bfloat16" else "xla"
-    compute = train.Compute(flags.dtype, attention, flags.remat, flags.unroll)
+    compute = train_step.Compute(flags.dtype, attention, flags.remat, flags.unroll)
     print(f"device      {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"step        {flags.batch_size} x {flags.sequence_length} tokens of {flags.preset}, {compute}", flush=True)
-    step: Any = train.compile_step(config, recipe, compute)
-    state = train.begin(train.fresh(config, 0), optimizer.adamw(recipe))
+    step: Any = train_step.compile_step(config, recipe, compute)
+    state = train_step.begin(train_step.fresh(config, 0), optimizer.adamw(recipe))
     shape = (flags.batch_size, flags.sequence_length + 1)
     tokens = jax.device_put(np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32))
     for _ in range(2):

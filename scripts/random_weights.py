@@ -29,11 +29,11 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
-    from smollm_jax import formats, train, weights
+    from smollm_jax import formats, train_step, weights
     from smollm_jax.config import preset
 
     files = formats.read_tokenizer_files(flags.tokenizer) if flags.tokenizer else {}
-    model = train.fresh(preset(flags.preset), flags.seed)
+    model = train_step.fresh(preset(flags.preset), flags.seed)
     weights.write(flags.out, weights.to_bundle(model, f"random, recipe's init, seed {flags.seed}", files), "hf")
     print(f"{flags.out}: written")
 

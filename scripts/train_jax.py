@@ -3,14 +3,18 @@
     python scripts/train_jax.py                                  # everything chosen for this machine
     python scripts/train_jax.py --resume                         # go on with the newest run
     python scripts/train_jax.py --data my_text/ --init-from assets/SmolLM2-135M-Instruct --learning-rate 1e-4
+    python scripts/train_jax.py --mesh data=8 --batch-size 64    # on eight GPUs; docs/scaling.md for several machines
 
 On a GPU: 5,000 steps of 8 x 2,048 tokens in bfloat16. Without one: the same 134.5M parameters at a demo size that
 takes about 10 minutes on 2 cores. A flag left out is chosen by the device and printed before training starts.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -57,6 +61,20 @@ class Flags:
     """Share of the steps, at the end, in which wsd goes to 0; default 0.2."""
     weight_decay: float | None = None
     """Decoupled, on all parameters; default 0.01."""
+    mask_documents: bool | None = None
+    """Let tokens see their own document only, positions from 0 in each; default no, as in the recipe."""
+    mesh: str | None = None
+    """Devices to train on: data=8, fsdp=8 or data=4,fsdp=2; fsdp shares parameters and moments out. Default: one
+    device, or with --distributed all of them along data."""
+    distributed: bool = False
+    """One of several processes of a run, met through Slurm, MPI or the three flags below; needs --out and prepared
+    --data that all of them see."""
+    coordinator_address: str | None = None
+    """HOST:PORT where the first process listens."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of the matrix products; weights and moments are float32. Default: bfloat16 on a GPU, float32 without."""
     seed: int | None = None
@@ -100,6 +118,7 @@ RECIPE_FLAGS = (
     "warmup_steps",
     "decay_fraction",
     "weight_decay",
+    "mask_documents",
     "dtype",
     "seed",
 )
@@ -112,13 +131,35 @@ CPU_CADENCE = {"save_every": 100, "eval_every": 50}
 
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
-    from smollm_jax.lock import RunLock
     from smollm_jax.stop import Stop
 
     stop = Stop().listen()
     for name in ("log_every", "keep"):
         if getattr(flags, name) < 1:
             raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(flags, name)}")
+    by_hand = [
+        name for name in ("coordinator_address", "num_processes", "process_id") if getattr(flags, name) is not None
+    ]
+    if flags.distributed:
+        if not flags.out or flags.async_save:
+            raise errors.UsageError("--distributed needs --out, a folder all processes see, and takes no --async-save")
+        from smollm_jax import distributed
+
+        distributed.connect(flags.coordinator_address, flags.num_processes, flags.process_id)
+        if not distributed.first():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the first process speaks for all
+        with distributed.one_for_all():
+            begin(flags, stop, first=distributed.first())
+    elif by_hand:
+        raise errors.UsageError(f"--{by_hand[0].replace('_', '-')} says something about --distributed only")
+    else:
+        begin(flags, stop, first=True)
+
+
+def begin(flags: Flags, stop, *, first: bool) -> None:
+    """Trains in the run folder the flags mean, which the first of a run's processes holds a lock on."""
+    from smollm_jax.lock import RunLock
+
     if flags.resume:
         run = flags.out or newest_run()
         if not (run / "checkpoints").is_dir():
@@ -131,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         # What a run left that died before its first checkpoint is replaced; it has a lock file from its start on.
         if any(run.glob("*")) and not (run / "lock").exists():
             raise errors.UsageError(f"{run}: exists and is no run of this trainer: name another --out")
-    with RunLock(run):
+    with RunLock(run) if first else contextlib.nullcontext():
         if not flags.resume:
             refuse_used(run)  # another trainer may have had it in between
         train_in(run, flags, stop)
@@ -150,7 +191,19 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     import jax
     import numpy as np
 
-    from smollm_jax import compilation_cache, cost, data, formats, metrics, optimizer, train, weights
+    from smollm_jax import (
+        compilation_cache,
+        cost,
+        data,
+        distributed,
+        formats,
+        metrics,
+        optimizer,
+        sharding,
+        train,
+        train_step,
+        weights,
+    )
     from smollm_jax.checkpoint import CheckpointStore
     from smollm_jax.config import preset
     from smollm_jax.provenance import Provenance
@@ -158,13 +211,16 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     from smollm_jax.tokenizer import Tokenizer, folder_beside
 
     compilation_cache.enable()
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
+    layout = flags.mesh or (f"data={jax.device_count()}" if flags.distributed else None)
+    mesh = sharding.make_mesh(layout) if layout else None
     on_gpu = device.platform == "gpu"
     given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) is not None}
     source, start_from, bundle, saved = flags.data or Path("assets/sotu"), str(flags.init_from or ""), None, None
     if flags.resume:
         with CheckpointStore(run / "checkpoints", create=False) as store:
-            saved = store.newest(lambda step: train.load(store, step), allow_unverified=flags.allow_unverified)
+            load = lambda step: train.load(store, step, mesh)  # noqa: E731
+            saved = store.newest(load, allow_unverified=flags.allow_unverified)
         before = saved.provenance
         config = preset(flags.preset) if flags.preset else formats.read_config(run / "config.json")
         recipe = Recipe(**(dataclasses.asdict(before.recipe) | given))
@@ -187,21 +243,27 @@ def train_in(run: Path, flags: Flags, stop) -> None:
         jax.config.update("jax_default_matmul_precision", "float32")
     # cuDNN's attention needs Ampere or later.
     fused = on_gpu and recipe.dtype == "bfloat16" and float(getattr(device, "compute_capability", "0")) >= 8
-    attention = flags.attention or ("cudnn" if fused else "xla")
+    attention = flags.attention or ("cudnn" if fused and not recipe.mask_documents else "xla")
     if attention == "cudnn" and not (on_gpu and recipe.dtype == "bfloat16"):
         raise errors.UsageError(
             f"--attention cudnn needs a CUDA GPU and bfloat16, not {device.platform}, {recipe.dtype}"
         )
-    compute = train.Compute(recipe.dtype, attention, flags.remat, flags.unroll, recipe.gradient_accumulation_steps)
+    parts, devices = recipe.gradient_accumulation_steps, mesh.size if mesh else 1
+    if recipe.batch_size % (parts * devices):
+        raise errors.UsageError(
+            f"--batch-size {recipe.batch_size} must divide by {devices} devices x {parts} gradient accumulation steps"
+        )
+    tokenizer_folder = flags.tokenizer or folder_beside(run if flags.resume else flags.init_from)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    document_end = tokenizer.eos_token_id if recipe.mask_documents else None
+    compute = train_step.Compute(recipe.dtype, attention, flags.remat, flags.unroll, parts, mesh, document_end)
     step = None
     if not saved or saved.progress.step < recipe.steps:  # compiles while weights and tokens are read
-        compiling = concurrent.futures.ThreadPoolExecutor(1).submit(train.compile_step, config, recipe, compute)
+        compiling = concurrent.futures.ThreadPoolExecutor(1).submit(train_step.compile_step, config, recipe, compute)
         step = lambda *batch: compiling.result()(*batch)  # noqa: E731
     every = {name: getattr(flags, name) for name in CPU_CADENCE if getattr(flags, name) is not None}
     usual = train.Cadence(**(GPU_CADENCE if on_gpu else CPU_CADENCE))
     cadence = dataclasses.replace(saved.cadence if saved else usual, **every)
-    tokenizer_folder = flags.tokenizer or folder_beside(run if flags.resume else flags.init_from)
-    tokenizer = Tokenizer.load(tokenizer_folder)
     reference = flags.reference or (REFERENCE if REFERENCE.is_dir() else None)
     if (
         reference is not None
@@ -215,7 +277,9 @@ def train_in(run: Path, flags: Flags, stop) -> None:
 
     if not on_gpu:
         print("no GPU found: training on the CPU, at a demo size")
-    print(f"device      {device.device_kind}, 1 of {jax.device_count()}, jax {jax.__version__}")
+    used = f"{devices} of {jax.device_count()}" + (f" as {layout}" if mesh else "")
+    used += f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    print(f"device      {device.device_kind}, {used}, jax {jax.__version__}")
     print(f"model       {cost.count_parameters(config):,} parameters, {config}")
     start = f"weights of {flags.init_from} ({bundle.origin})" if bundle else f"recipe's init, seed {recipe.seed}"
     print(f"start       {f'checkpoint of step {saved.progress.step}, verified' if saved else start}")
@@ -239,15 +303,19 @@ def train_in(run: Path, flags: Flags, stop) -> None:
         progress, state = saved.progress, saved.state_under(config)
     else:
         progress = train.Progress()
-        model = weights.from_bundle(bundle) if bundle else train.fresh(config, recipe.seed)
-        state = train.begin(model, optimizer.adamw(recipe))
-        if (run / "metrics.jsonl").exists():  # of a run that has no checkpoint, or has one no longer
+        begun = sharding.put(weights.from_bundle(bundle), mesh) if bundle else None
+        model = begun or train_step.fresh(config, recipe.seed, mesh)
+        state = train_step.begin(model, optimizer.adamw(recipe), mesh)
+        # Of a run that has no checkpoint, or has one no longer.
+        if (run / "metrics.jsonl").exists() and distributed.first():
             old = next(name for n in itertools.count(1) if not (name := run / f"metrics.jsonl.{n}").exists())
             (run / "metrics.jsonl").rename(old)
             print(f"note: starts from the beginning, in a run without a checkpoint; its metrics are now {old}")
-    weights.write_run_files(run, config, formats.read_tokenizer_files(tokenizer_folder))
+    if distributed.first():
+        weights.write_run_files(run, config, formats.read_tokenizer_files(tokenizer_folder))
     flops = cost.flops_per_token(config, recipe.sequence_length)
     peak = cost.peak_flops(device.device_kind)
+    peak = peak and peak * devices
     with (
         CheckpointStore(run / "checkpoints", keep=flags.keep, asynchronous=flags.async_save) as store,
         metrics.RunLog(
@@ -256,7 +324,8 @@ def train_in(run: Path, flags: Flags, stop) -> None:
             flops_per_token=flops,
             peak_flops=peak,
             bytes_per_token=bytes_per_token,
-            tensorboard=flags.tensorboard,
+            tensorboard=flags.tensorboard and distributed.first(),
+            kept=distributed.first(),
         ) as log,
     ):
         state = train.train(
@@ -272,10 +341,13 @@ def train_in(run: Path, flags: Flags, stop) -> None:
             step=step,
         )
     if reference is not None and not stop:
-        loss = train.validation_loss(weights.load(reference)[0], batches, cadence.eval_batches, compute, stop)
+        scale = sharding.put(weights.load(reference)[0], mesh)
+        loss = train.validation_loss(scale, batches, cadence.eval_batches, compute, stop)
         if loss is not None:
             print(f"for scale: {reference}, {metrics.bits_per_byte(loss, bytes_per_token):.3f} bits per byte")
-    show(state.model, tokenizer, flags.prompt, stop)
+    model = distributed.whole(state.model)
+    if distributed.first():
+        show(model, tokenizer, flags.prompt, stop)
     if stop:
         raise stop.error(f"all {recipe.steps} steps are done, saved and verified")
     stop.ignore()

@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import torch
 
-    from smollm_jax import cost, data, formats, metrics, weights
-    from smollm_jax import train as jax_train
+    from smollm_jax import cost, data, formats, metrics, train_step, weights
     from smollm_jax.checkpoint import CheckpointStore
     from smollm_jax.provenance import Provenance
     from smollm_torch import train
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     if flags.init_from:
         bundle = weights.read(flags.init_from)
     else:
-        bundle = weights.to_bundle(jax_train.fresh(config, recipe.seed))
+        bundle = weights.to_bundle(train_step.fresh(config, recipe.seed))
     module = from_bundle(bundle).to(flags.device)
     device = torch.cuda.get_device_name() if flags.device == "cuda" else "cpu"
     print(f"device      {device}, torch {torch.__version__}")

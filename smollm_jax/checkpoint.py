@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from smollm_jax import integrity
-from smollm_jax.errors import CheckpointError, DivergedError, StorageError
+from smollm_jax.errors import CheckpointError, DivergedError, PeerError, StorageError
 from smollm_jax.integrity import DamagedError, NoManifestError
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class CheckpointStore:
         self._staging = self.folder / STAGING
         if create:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self._staging.exists():  # a save that was cut off, or what it was about to remove
+            if self._staging.exists() and self._first():  # a save that was cut off, or what it was about to remove
                 shutil.rmtree(self._staging)
         elif not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no such checkpoint folder")
@@ -139,6 +139,8 @@ class CheckpointStore:
             pending.result()
 
     def _write(self, step: int, items: dict[str, Arrays], meta: dict[str, Any]) -> None:
+        from smollm_jax import distributed
+
         save, folder = self._ocp.args, self._staging / str(step)
         # Files of 64 MiB, so that they are hashed on all cores.
         arguments = {
@@ -146,17 +148,26 @@ class CheckpointStore:
         }
         about = {"step": step} | {name: meta.get(name, {}) for name in ("fingerprints", "environment")}
         try:
-            self._staging.mkdir(exist_ok=True)
-            self._orbax.save(folder, args=save.Composite(**arguments, meta=save.JsonSave(meta)))
-            integrity.seal(folder, about)
-            folder.rename(self.folder / str(step))
-            integrity.sync(self.folder)
-            for old in self.steps()[: -self._keep] if self._keep else []:
-                (self.folder / str(old)).rename(self._staging / f"{old}.removed")
+            with distributed.one_for_all():
+                self._staging.mkdir(exist_ok=True)
+                self._orbax.save(folder, args=save.Composite(**arguments, meta=save.JsonSave(meta)))
+                if distributed.first():
+                    self._commit(step, folder, about)
+                distributed.wait_for_all(f"step {step} is committed")
+        except PeerError:
+            raise
         except Exception as error:  # Orbax, tensorstore and the file system each raise their own
             raise StorageError(f"{self.folder}: step {step} could not be saved: {_first_line(error)}") from error
         finally:
-            self._clear()
+            if distributed.first():
+                self._clear()
+
+    def _commit(self, step: int, folder: Path, about: dict[str, Any]) -> None:
+        integrity.seal(folder, about)
+        folder.rename(self.folder / str(step))
+        integrity.sync(self.folder)
+        for old in self.steps()[: -self._keep] if self._keep else []:
+            (self.folder / str(old)).rename(self._staging / f"{old}.removed")
 
     def _clear(self) -> None:
         """Removes the staging folder; for up to a second, since a failed save's threads may still write into it."""
@@ -181,13 +192,27 @@ class CheckpointStore:
             except DamagedError as error:
                 reasons[step] = str(error)
                 continue
-            for bad, reason in reasons.items():
+            self._all_agree(step)
+            for bad, reason in reasons.items() if self._first() else ():
                 aside = self._set_aside(bad)
                 print(f"warning: {reason}; renamed to {aside}, going on from step {step}", file=sys.stderr, flush=True)
             return loaded
         if not reasons:
             raise CheckpointError(f"{self.folder}: holds no checkpoint")
         raise CheckpointError("no step can be used: " + "; ".join(reasons.values()))
+
+    @staticmethod
+    def _first() -> bool:
+        from smollm_jax import distributed
+
+        return distributed.first()
+
+    def _all_agree(self, step: int) -> None:
+        """Raises `CheckpointError` unless every process of the run, reading the same files, found the same step."""
+        from smollm_jax import distributed
+
+        if len(steps := distributed.of_all(step)) > 1:
+            raise CheckpointError(f"{self.folder}: its processes found different steps whole: {sorted(steps)}")
 
     def _set_aside(self, step: int) -> Path:
         names = [f"{step}.bad", *(f"{step}.bad{number}" for number in range(2, 1000))]

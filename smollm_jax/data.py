@@ -184,12 +184,12 @@ class Batches:
                 f"sequence of {T}: shorten --sequence-length or give more text"
             )
 
-    def batch(self, step: int) -> np.ndarray:
-        """The tokens `[B, T + 1]`, int32, of a step (0 = the first).
+    def batch(self, step: int, rows: slice = slice(None)) -> np.ndarray:
+        """The tokens `[B, T + 1]`, int32, of a step (0 = the first), or of some of its rows.
 
         Inputs are all but the last of each row, targets all but the first.
         """
-        return _windows(self._train, self.windows_of(step), self.recipe.sequence_length)
+        return _windows(self._train, self.windows_of(step)[rows], self.recipe.sequence_length)
 
     def windows_of(self, step: int) -> list[int]:
         """Which windows of the training tokens a step's batch is made of."""

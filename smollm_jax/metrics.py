@@ -7,6 +7,7 @@ import collections
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,10 +33,14 @@ class RunLog:
         peak_flops: float | None,
         bytes_per_token: float | None = None,  # of the held-out text
         tensorboard: bool = False,
+        kept: bool = True,  # False: another process writes the file
     ):
-        run.mkdir(parents=True, exist_ok=True)
-        self._file = (run / "metrics.jsonl").open("a+b")
-        self._file.truncate(_whole_lines(self._file))
+        if kept:
+            run.mkdir(parents=True, exist_ok=True)
+            self._file = (run / "metrics.jsonl").open("a+b")
+            self._file.truncate(_whole_lines(self._file))
+        else:
+            self._file = Path(os.devnull).open("wb")  # noqa: SIM115  # closed by __exit__, like the other
         self._log_every = log_every
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._bytes_per_token = bytes_per_token

@@ -32,6 +32,7 @@ class Recipe:
     validation_fraction: float = 0.01  # of the tokens, from the end of the token file
     seed: int = 0
     gradient_accumulation_steps: int = 1  # parts a batch is computed in, one after another
+    mask_documents: bool = False  # tokens see their own document only; the recipe's windows run across borders
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "sequence_length"):

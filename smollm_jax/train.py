@@ -1,131 +1,31 @@
-"""Training: one jitted, donated step, and the loop around it.
+"""Training: the loop around `train_step`, what it saves and what it goes on from.
 
 A batch's way is one straight line: token file -> `batch(step)` -> `train_step` -> metrics.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, get_args
+import signal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from smollm_jax import optimizer
-from smollm_jax.attention import Implementation, causal
+from smollm_jax import optimizer, sharding
 from smollm_jax.checkpoint import CheckpointStore, flatten, unflatten
 from smollm_jax.config import Config
 from smollm_jax.data import Batches
+from smollm_jax.distributed import AnyProcess
 from smollm_jax.errors import CheckpointError, DivergedError, UsageError
-from smollm_jax.loss import linear_cross_entropy
 from smollm_jax.metrics import RunLog
-from smollm_jax.model import Remat, SmolLM
+from smollm_jax.model import SmolLM
 from smollm_jax.provenance import Provenance, environment
-from smollm_jax.recipe import Recipe
 from smollm_jax.stop import Stop
+from smollm_jax.train_step import Compute, Step, TrainState, abstract_state, eval_step, put_padded, train_step
 
 # Updates that were not finite end a run when 1 % of the last 1,000 were: so ten in a row do, too.
 SKIP_LIMIT, SKIP_WINDOW = 10, 1000
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What a step reads and replaces: float32 parameters and AdamW's moments (its step count among them)."""
-
-    model: SmolLM
-    opt_state: optax.OptState
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """How the same numbers are computed; hashable, so that the jitted step takes it as a static argument."""
-
-    dtype: str
-    implementation: Implementation = "xla"
-    remat: Remat = "dots"
-    unroll: int = 1
-    parts: int = 1  # of a batch, computed one after another
-
-    def __post_init__(self) -> None:
-        if self.unroll < 1:
-            raise UsageError(f"unroll must be at least 1, got {self.unroll}")
-        if self.remat not in get_args(Remat):
-            raise UsageError(f"remat must be one of {', '.join(get_args(Remat))}, got {self.remat!r}")
-
-
-Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
-
-
-def begin(model: Any, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step: the model and moments of zero."""
-    return TrainState(model, tx.init(model))
-
-
-def mean_loss(model: SmolLM, tokens: Int[Array, "B window"], compute: Compute) -> Float[Array, ""]:
-    """The mean over windows of T + 1 tokens of the next token's -log probability, in nats."""
-    hidden, _ = model.hidden_states(
-        tokens[:, :-1],
-        dtype=compute.dtype,
-        attend=causal(compute.implementation),
-        remat=compute.remat,
-        unroll=compute.unroll,
-    )
-    targets = tokens[:, 1:].reshape(-1)
-    return linear_cross_entropy(hidden.reshape(targets.size, -1), model.head, targets) / targets.size
-
-
-def mean_gradients(model: SmolLM, tokens: Int[Array, "B window"], compute: Compute) -> tuple[Float[Array, ""], SmolLM]:
-    """The mean loss and its gradients; of equal parts of the batch, one after another, added up in float32."""
-    if compute.parts == 1:
-        return jax.value_and_grad(mean_loss)(model, tokens, compute)
-    parts = tokens.reshape(compute.parts, -1, tokens.shape[1])
-
-    def add(total: Any, part: Int[Array, "b window"]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(model, part, compute)), None
-
-    shapes = jax.eval_shape(lambda: jax.value_and_grad(mean_loss)(model, parts[0], compute))
-    total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)
-    return jax.tree.map(lambda x: x / compute.parts, total)  # every token counts, so a mean of means is the mean
-
-
-@functools.partial(jax.jit, static_argnames=("tx", "compute"), donate_argnames="state")
-def train_step(
-    state: TrainState, tokens: Int[Array, "B window"], *, tx: optax.GradientTransformation, compute: Compute
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """The state after one optimizer step, and its loss and gradient norm (before clipping) as device scalars.
-
-    When either is not finite the state comes back as it was, to the last bit, its step count too.
-    """
-    gradients: Any
-    loss, gradients = mean_gradients(state.model, tokens, compute)
-    with jax.named_scope("optimizer"):  # names for `scripts/profile_train.py`
-        norm = optax.tree.norm(gradients)
-
-    @jax.named_scope("optimizer")
-    def update(state: TrainState) -> TrainState:
-        parameters: Any = state.model  # optax's types know arrays and dicts; a module is a pytree like them
-        updates, opt_state = tx.update(gradients, state.opt_state, parameters)
-        model: Any = optax.apply_updates(parameters, updates)
-        return TrainState(model, opt_state)
-
-    # A branch costs a CPU nothing; choosing number by number costs 11 % of its step. (optax.apply_if_finite would
-    # apply the NaN after its limit.)
-    state = jax.lax.cond(jnp.isfinite(loss) & jnp.isfinite(norm), update, lambda state: state, state)
-    return state, {"loss": loss, "gradient_norm": norm}
-
-
-def compile_step(config: Config, recipe: Recipe, compute: Compute) -> Step:
-    """A run's `train_step`, compiled from shapes alone: before there are data, beside whatever else a start must do."""
-    tokens = jax.ShapeDtypeStruct((recipe.batch_size, recipe.sequence_length + 1), jnp.int32)
-    state = abstract_state(config, recipe)
-    return train_step.lower(state, tokens, tx=optimizer.adamw(recipe), compute=compute).compile()
-
-
-eval_step = jax.jit(mean_loss, static_argnames="compute")
 
 
 def validation_loss(
@@ -136,8 +36,9 @@ def validation_loss(
     for tokens in batches.validation(count):
         if stop:
             return None
-        losses.append((eval_step(model, jnp.asarray(tokens), compute), len(tokens)))
-    return sum(float(loss) * rows for loss, rows in losses) / sum(rows for _, rows in losses)
+        learnt = tokens[:, 1:].size if compute.document_end is None else (tokens[:, :-1] != compute.document_end).sum()
+        losses.append((eval_step(model, put_padded(tokens, compute.mesh), compute), int(learnt)))
+    return sum(float(loss) * learnt for loss, learnt in losses) / sum(learnt for _, learnt in losses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +116,8 @@ def train(
     updates were not finite. Such an update is left out whole, with its step of the schedule, and its windows logged.
     """
     recipe = provenance.recipe
+    several = jax.process_count() > 1
+    stopping = AnyProcess()
     tx, schedule = optimizer.adamw(recipe), optimizer.learning_rate(recipe)
     if progress.step >= recipe.steps:
         log.note(f"already at step {progress.step} of {recipe.steps}: nothing to train; --steps sets a higher end")
@@ -233,17 +136,21 @@ def train(
         meta = provenance.meta() | dataclasses.asdict(progress) | about | {"cadence": dataclasses.asdict(cadence)}
         store.save(progress.step, {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}, meta)
 
+    def read(step: int) -> Array:
+        shape = (recipe.batch_size, recipe.sequence_length + 1)
+        return sharding.put_rows(lambda rows: batches.batch(step, rows), shape, compute.mesh)
+
     log.start(progress.step, recipe.steps, recipe.tokens_per_step)
     step = step or functools.partial(train_step, tx=tx, compute=compute)
     pending = None
-    tokens = jax.device_put(batches.batch(progress.step))
-    while progress.step < recipe.steps and not stop:
+    tokens = read(progress.step)
+    while progress.step < recipe.steps and not stopping(bool(stop)):
         state, metrics = step(state, tokens)
         progress.step += 1
         progress.tokens_seen += recipe.tokens_per_step
         done, last = progress.step, progress.step == recipe.steps
         if not last:
-            tokens = jax.device_put(batches.batch(done))  # while the device works on the step above
+            tokens = read(done)  # while the device works on the step above
         if pending is not None:
             record(*pending)
         pending = (done, metrics)
@@ -257,7 +164,7 @@ def train(
             save()
             log.note(f"saving step {done} in the background" if store.asynchronous else f"saved step {done}")
         if evaluating:
-            loss = validation_loss(state.model, batches, cadence.eval_batches, compute, stop)
+            loss = validation_loss(state.model, batches, cadence.eval_batches, compute, None if several else stop)
             if loss is not None:
                 log.validation(done, loss)
         if saving or evaluating:
@@ -269,13 +176,18 @@ def train(
         save()
         store.wait()
     store.verify(progress.step)
+    if progress.step < recipe.steps and not stop:
+        stop.signal = signal.SIGTERM  # to another process, and so to the run
     if stop:
         raise stop.error(f"step {progress.step} of {recipe.steps} is saved and verified; --resume goes on from it")
     return state
 
 
-def load(store: CheckpointStore, step: int) -> Saved:
-    """What a step holds, on this process's default device; raises `CheckpointError` when that is not a whole run."""
+def load(store: CheckpointStore, step: int, mesh: jax.sharding.Mesh | None = None) -> Saved:
+    """What a step holds, laid on a mesh or this process's first device, whatever layout saved it.
+
+    Raises `CheckpointError` when that is not a whole run.
+    """
     meta = store.meta(step)
     try:
         provenance = Provenance.from_meta(meta)
@@ -285,24 +197,14 @@ def load(store: CheckpointStore, step: int) -> Saved:
         raise CheckpointError(f"{store.folder}: step {step}: {error}") from error
     like = abstract_state(provenance.config, provenance.recipe)
     items = {"params": flatten(like.model), "optimizer": flatten(like.opt_state)}
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arrays = store.restore(step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), items))
+    arrays = store.restore(step, sharding.abstract(items, mesh))
     state = TrainState(unflatten(like.model, arrays["params"]), unflatten(like.opt_state, arrays["optimizer"]))
     return Saved(provenance, progress, cadence, environment, state)
-
-
-def abstract_state(config: Config, recipe: Recipe) -> Any:
-    """The shapes and dtypes of a run's state, in its structure."""
-    tx = optimizer.adamw(recipe)
-    return jax.eval_shape(lambda: begin(SmolLM(config, key=jax.random.key(0)), tx))
 
 
 def environment_of(compute: Compute) -> dict[str, Any]:
     """What the last bit of a run's numbers depends on, apart from its provenance."""
     device = jax.devices()[0]
-    return environment(device.device_kind, jax.device_count()) | dataclasses.asdict(compute)
-
-
-def fresh(config: Config, seed: int) -> SmolLM:
-    """A model with the recipe's init, drawn in one compiled program."""
-    return jax.jit(SmolLM, static_argnums=0)(config, key=jax.random.key(seed))
+    fields = {field.name: getattr(compute, field.name) for field in dataclasses.fields(compute)}
+    mesh = None if compute.mesh is None else dict(compute.mesh.shape)
+    return environment(device.device_kind, jax.device_count()) | fields | {"mesh": mesh}

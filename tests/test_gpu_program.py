@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from smollm_jax import optimizer, train
+from smollm_jax import optimizer, train_step
 from smollm_jax.attention import attention
 from smollm_jax.config import preset
 from smollm_jax.recipe import Recipe
@@ -22,14 +22,14 @@ def lowered(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda *_: True)
     monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda *_: False)
 
-    def text(remat: train.Remat, implementation: train.Implementation = "cudnn") -> str:
+    def text(remat: train_step.Remat, implementation: train_step.Implementation = "cudnn") -> str:
         recipe = Recipe(10, 2, LENGTH, learning_rate=1e-3, warmup_steps=0, dtype="bfloat16")
         tokens = jax.ShapeDtypeStruct((2, LENGTH + 1), jnp.int32)
-        traced = train.train_step.trace(
-            train.abstract_state(preset("tiny"), recipe),
+        traced = train_step.train_step.trace(
+            train_step.abstract_state(preset("tiny"), recipe),
             tokens,
             tx=optimizer.adamw(recipe),
-            compute=train.Compute("bfloat16", implementation, remat),
+            compute=train_step.Compute("bfloat16", implementation, remat),
         )
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smollm_jax import optimizer, train
+from smollm_jax import optimizer, train, train_step
 from smollm_jax.checkpoint import CheckpointStore, flatten
 from smollm_jax.config import Config
 from smollm_jax.data import Batches, TokenFile
@@ -48,10 +48,10 @@ class Poisoned(Batches):
         super().__init__(file, recipe)
         self.poisoned, self.stop_before, self.stop = poisoned_steps, stop_before, stop
 
-    def batch(self, step):
+    def batch(self, step, rows=slice(None)):
         if step == self.stop_before:  # asked for while the step before runs
             self.stop.signal = signal.SIGTERM
-        tokens = super().batch(step)
+        tokens = super().batch(step, rows)
         tokens[0, 0] = POISON if step + 1 in self.poisoned else 1
         return tokens
 
@@ -62,7 +62,7 @@ def run(folder, config, recipe, *, poisoned_steps=(), stop_before=None, resume=F
     ids = np.random.default_rng(5).integers(1, 70, 16 * 14 + 1)
     batches = Poisoned(numbers(folder, ids), recipe, poisoned_steps, stop_before, stop := Stop())
     provenance = Provenance(recipe, config, "numbers", "aa", "bb")
-    compute = train.Compute(recipe.dtype, parts=recipe.gradient_accumulation_steps)
+    compute = train_step.Compute(recipe.dtype, parts=recipe.gradient_accumulation_steps)
     store = CheckpointStore(folder / "checkpoints", keep=2, asynchronous=asynchronous)
     log = RunLog(folder, log_every=100, flops_per_token=1.0, peak_flops=None)
     with store, log:
@@ -70,7 +70,7 @@ def run(folder, config, recipe, *, poisoned_steps=(), stop_before=None, resume=F
             saved = store.newest(lambda step: train.load(store, step))
             state, progress = saved.state, saved.progress
         else:
-            state = train.begin(train.fresh(config, recipe.seed), optimizer.adamw(recipe))
+            state = train_step.begin(train_step.fresh(config, recipe.seed), optimizer.adamw(recipe))
             progress = train.Progress()
         state = train.train(
             state, progress, provenance=provenance, batches=batches, store=store, compute=compute,
@@ -106,8 +106,8 @@ def test_stopped_and_resumed_is_bit_equal_also_across_an_epoch(tmp_path, config,
 def test_a_batch_in_parts_gives_the_gradients_of_the_whole(config):
     model = SmolLM(config, key=jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 128)
-    gradients = jax.jit(train.mean_gradients, static_argnums=2)
-    whole, parts = (gradients(model, tokens, train.Compute("float32", parts=n)) for n in (1, 4))
+    gradients = jax.jit(train_step.mean_gradients, static_argnums=2)
+    whole, parts = (gradients(model, tokens, train_step.Compute("float32", parts=n)) for n in (1, 4))
     assert float(parts[0]) == pytest.approx(float(whole[0]), rel=1e-6)
     for name, gradient in flatten(whole[1]).items():
         error = jnp.abs(flatten(parts[1])[name] - gradient).max() / jnp.abs(gradient).max()
@@ -117,34 +117,34 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(config):
 @pytest.fixture
 def poison(monkeypatch):
     """Marked batches turn bad in the loss, or in the gradient alone."""
-    true_loss = train.mean_loss
+    true_loss = train_step.mean_loss
 
     def use(where: str):
-        def mean_loss(model, tokens, compute):
-            loss, marked = true_loss(model, tokens, compute), tokens[0, 0] == POISON
+        def mean_loss(model, tokens, compute, *count):
+            loss, marked = true_loss(model, tokens, compute, *count), tokens[0, 0] == POISON
             if where == "loss":
                 return jnp.where(marked, jnp.nan, 1.0) * loss
             # A square root at 0 has value 0 and no derivative.
             return loss + jnp.sqrt(jnp.where(marked, 0.0, 1.0) * jnp.square(model.norm).sum()) * 0
 
-        monkeypatch.setattr(train, "mean_loss", mean_loss)
-        train.train_step.clear_cache()
+        monkeypatch.setattr(train_step, "mean_loss", mean_loss)
+        train_step.train_step.clear_cache()
 
     yield use
     monkeypatch.undo()
-    train.train_step.clear_cache()
+    train_step.train_step.clear_cache()
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_an_update_that_is_not_finite_leaves_the_state_as_it_was(config, poison, where):
     poison(where)
     tx = optimizer.adamw(recipe())
-    state = train.begin(SmolLM(config, key=jax.random.key(0)), tx)
-    compute = train.Compute("float32")
+    state = train_step.begin(SmolLM(config, key=jax.random.key(0)), tx)
+    compute = train_step.Compute("float32")
     for step, first in enumerate((1, POISON, 1)):
         tokens = jax.random.randint(jax.random.key(step), (4, 17), 1, 70).at[0, 0].set(first)
         before = bits(state)
-        state, metrics = train.train_step(state, tokens, tx=tx, compute=compute)
+        state, metrics = train_step.train_step(state, tokens, tx=tx, compute=compute)
         assert np.isfinite(metrics["gradient_norm"]) == (first == 1)
         assert (bits(state) == before) == (first == POISON)
 
@@ -191,13 +191,13 @@ def test_bad_updates_a_thousand_steps_apart_do_not_end_a_run():
 def test_ruined_parameters_are_not_saved(tmp_path, config, monkeypatch):
     """From a bug, or from memory gone bad: the loss of the step before was still a number."""
     spoil = jax.jit(lambda model: jax.tree.map(lambda x: x * jnp.nan, model))
-    true_step = train.train_step
+    true_step = train_step.train_step
 
-    def train_step(state, tokens, **options):
+    def ruining_step(state, tokens, **options):
         state, metrics = true_step(state, tokens, **options)
         return dataclasses.replace(state, model=spoil(state.model)), metrics
 
-    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(train, "train_step", ruining_step)
     with pytest.raises(DivergedError, match=r"step 1: params\.embed_tokens is not finite: not saved"):
         run(tmp_path, config, recipe(), save_every=1)
     with CheckpointStore(tmp_path / "checkpoints", create=False) as store:
@@ -207,7 +207,7 @@ def test_ruined_parameters_are_not_saved(tmp_path, config, monkeypatch):
 CHANGED = {
     "batch_size": 8, "sequence_length": 8, "learning_rate": 1e-3, "warmup_steps": 1, "dtype": "bfloat16",
     "schedule": "cosine", "decay_fraction": 0.5, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.1,
-    "clip": 2.0, "validation_fraction": 0.2, "seed": 1, "gradient_accumulation_steps": 2,
+    "clip": 2.0, "validation_fraction": 0.2, "seed": 1, "gradient_accumulation_steps": 2, "mask_documents": True,
     "vocab_size": 256, "hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
     "initializer_range": 0.02, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from job import Job, Prepared
 
-from smollm_jax import integrity, optimizer, train
+from smollm_jax import integrity, optimizer, train_step
 from smollm_jax.checkpoint import CheckpointStore, flatten
 
 
@@ -37,24 +37,24 @@ def alternate(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, lis
     return {name: times[1:] for name, times in seconds.items()}
 
 
-def steps(job: Job) -> tuple[dict[str, list[float]], dict[str, train.TrainState]]:
+def steps(job: Job) -> tuple[dict[str, list[float]], dict[str, train_step.TrainState]]:
     """Seconds of a step with the check for finite numbers and of one without, and the states they leave."""
-    tokens, tx, compute = jnp.asarray(job.tokens()), optimizer.adamw(job.recipe()), train.Compute("float32")
-    state = train.begin(train.fresh(job.config, 0), tx)
+    tokens, tx, compute = jnp.asarray(job.tokens()), optimizer.adamw(job.recipe()), train_step.Compute("float32")
+    state = train_step.begin(train_step.fresh(job.config, 0), tx)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def unguarded(state: train.TrainState) -> train.TrainState:
+    def unguarded(state: train_step.TrainState) -> train_step.TrainState:
         gradients: Any
-        _, gradients = train.mean_gradients(state.model, tokens, compute)
+        _, gradients = train_step.mean_gradients(state.model, tokens, compute)
         model: Any = state.model
         updates, opt_state = tx.update(gradients, state.opt_state, model)
-        return train.TrainState(optax.apply_updates(model, updates), opt_state)  # pyright: ignore[reportArgumentType]
+        return train_step.TrainState(optax.apply_updates(model, updates), opt_state)  # pyright: ignore[reportArgumentType]
 
     states = {"guarded": state, "unguarded": jax.tree.map(jnp.copy, state)}
 
     def step(name: str) -> None:
         if name == "guarded":
-            states[name], _ = train.train_step(states[name], tokens, tx=tx, compute=compute)
+            states[name], _ = train_step.train_step(states[name], tokens, tx=tx, compute=compute)
         else:
             states[name] = unguarded(states[name])
         jax.block_until_ready(states[name])
@@ -62,7 +62,7 @@ def steps(job: Job) -> tuple[dict[str, list[float]], dict[str, train.TrainState]
     return alternate({name: functools.partial(step, name) for name in states}, job.rounds), states
 
 
-def saves(job: Job, state: train.TrainState, folder: Path) -> dict[str, list[float]]:
+def saves(job: Job, state: train_step.TrainState, folder: Path) -> dict[str, list[float]]:
     """Seconds of a save, of the manifest in it, of verifying and of restoring."""
     items = {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items)

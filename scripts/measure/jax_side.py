@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from job import GEMM, Job, Prepared, Unit, per_call, rates, resident, samples
 
-from smollm_jax import attention, generate, loss, optimizer, train, weights
+from smollm_jax import attention, generate, loss, optimizer, train_step, weights
 from smollm_jax.unrolled import Unrolled
 
 
@@ -48,11 +48,11 @@ def step(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
     tokens, tx = jnp.asarray(job.tokens()), optimizer.adamw(job.recipe())
-    compute = train.Compute(job.dtype, implementation(job), remat=job.remat, unroll=job.unroll)
-    state = train.begin(weights.load(folder, jnp.float32)[0], tx)
+    compute = train_step.Compute(job.dtype, implementation(job), remat=job.remat, unroll=job.unroll)
+    state = train_step.begin(weights.load(folder, jnp.float32)[0], tx)
     ready: dict[str, Any] = {}
     ready["before_bytes"] = device.memory_stats()["bytes_in_use"] if gpu else resident("VmRSS")
-    compiled = train.train_step.lower(state, tokens, tx=tx, compute=compute).compile()
+    compiled = train_step.train_step.lower(state, tokens, tx=tx, compute=compute).compile()
 
     def unit() -> dict[str, Any]:
         nonlocal state
@@ -89,7 +89,7 @@ def inference(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
         return {}
 
     unit = decode if job.what == "decode" else prefill
-    losses = [float(train.eval_step(model, tokens, train.Compute(job.dtype)))]
+    losses = [float(train_step.eval_step(model, tokens, train_step.Compute(job.dtype)))]
     return unit, {"losses": losses, "ids": unit().get("ids")}
 
 
