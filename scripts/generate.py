@@ -82,9 +82,10 @@ def main(argv: list[str] | None = None) -> None:
         for row in write_all(engine, prompts, ids, options, timings)["completions"]:
             print(f"{'' if asks(flags) else row['prompt']}{row['text']}\n")
     else:
+        pieces = engine.stream(ids, **options)  # refuses before anything is shown
         if not asks(flags):
             print(prompts[0], end="", flush=True)
-        for piece in timed(engine.stream(ids, **options), len(ids), timings):
+        for piece in timed(pieces, len(ids), timings):
             print(piece.text, end="", flush=True)
         print()
     if "tokens_per_second" in timings:

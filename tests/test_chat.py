@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import tyro
 
 from smollm_jax import formats, weights
 from smollm_jax.engine import Engine
 from smollm_jax.errors import SmolLMError
+from smollm_jax.sampling import Sampling
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--max-tokens", "12")
@@ -58,11 +60,15 @@ def answer(engine: Engine, messages: list[dict[str, str]], count: int = 12) -> s
     return engine.complete([engine.chat(messages)], max_new_tokens=count)[0].text
 
 
+def in_process(script: str, folder: Path, *flags: str) -> None:
+    """In this process, which has JAX already."""
+    importlib.import_module(f"scripts.{script}").main(["--weights", str(folder), *flags])
+
+
 def refused(script: str, folder: Path, flags: Sequence[str], code: int, named: str) -> None:
-    """In this process, which has JAX already; `errors.run` makes one line and an exit status of it."""
-    module = importlib.import_module(f"scripts.{script}")
+    """`errors.run` makes one line and an exit status of it."""
     with pytest.raises(SmolLMError, match=re.escape(named)) as caught:
-        module.main(["--weights", str(folder), *flags])
+        in_process(script, folder, *flags)
     assert caught.value.exit_code == code
     assert "\n" not in str(caught.value)
 
@@ -207,5 +213,27 @@ def test_generate_takes_prompts_of_every_kind_and_gives_json(engine, folder, tmp
         (("--prompt", "x", "--max-tokens", "512"), 2, "context of 512"),
     ],
 )
-def test_what_cannot_be_generated_is_refused_in_one_line(folder, flags, code, named):
+def test_what_cannot_be_generated_is_refused_in_one_line(folder, capsys, flags, code, named):
     refused("generate", folder, flags, code, named)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("script", ["generate", "chat"])
+@pytest.mark.parametrize("ours", [False, True])
+def test_flags_go_by_mlx_lm_s_names_and_by_ours(script, ours):
+    names = ["--max-new-tokens", "--temperature"] if ours else ["--max-tokens", "--temp"]
+    names += ["--top-p", "--top-k", "--min-p", "--seed"]
+    words = [word for pair in zip(names, ["12", "1.5", "0.9", "40", "0.02", "7"], strict=True) for word in pair]
+    flags = tyro.cli(importlib.import_module(f"scripts.{script}").Flags, args=["--weights", "w", *words])
+    assert flags.max_new_tokens == 12
+    assert flags.sampling.checked() == Sampling(temperature=1.5, top_p=0.9, top_k=40, min_p=0.02, seed=7)
+
+
+def test_generate_draws_as_its_flags_say_and_ends_before_a_stop_string(engine, folder, capsys):
+    ids, sampling = [engine.encode("The sea")], Sampling(temperature=1.5, top_k=40, seed=7)
+    drawn = engine.complete(ids, max_new_tokens=12, sampling=sampling)[0].text
+    assert drawn != engine.complete(ids, max_new_tokens=12)[0].text
+    flags = ["--prompt", "The sea", *SHORT, "--temp", "1.5", "--top-k", "40", "--seed", "7"]
+    stop = drawn[-9:-6]
+    in_process("generate", folder, *flags, "--stop", "never", "--stop", stop)
+    assert capsys.readouterr().out == f"The sea{drawn[: drawn.index(stop)]}\n"
