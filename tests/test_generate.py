@@ -60,6 +60,26 @@ def test_a_row_ends_at_its_own_eos(tiny_model):
     assert alone.shape[1] <= 6, "decoding went on after every row had ended"
 
 
+def test_every_row_may_end_at_another_eos(tiny_model):
+    free = new_tokens(tiny_model, PROMPTS).tolist()
+    eos = [row[3 + i] for i, row in enumerate(free)]
+    ends = [1 + min(row.index(one) for one in eos if one in row) for row in free]
+    rows = new_tokens(tiny_model, PROMPTS, eos_token_ids=eos)
+    assert [row[row != NO_TOKEN].tolist() for row in rows] == [row[:end] for row, end in zip(free, ends, strict=True)]
+    assert len({row[end - 1] for row, end in zip(free, ends, strict=True)}) > 1, "all rows ended at the same one"
+
+
+def test_a_decoding_call_gives_its_state_s_memory_to_the_next(tiny_model, monkeypatch):
+    """Donated, or every token would copy the cache."""
+    states, decode = [], programs.decode
+    monkeypatch.setattr(
+        programs, "decode", lambda model, state, *a, **b: states.append(state) or decode(model, state, *a, **b)
+    )
+    new_tokens(tiny_model, PROMPTS, max_new_tokens=4, tokens_per_call=1)
+    assert len(states) == 3
+    assert all(x.is_deleted() for state in states for x in (state.cache.keys, state.cache.values, state.seen))
+
+
 def test_seeds_differ_and_repeat(tiny_model):
     def draw(seed):
         return new_tokens(tiny_model, PROMPTS, sampling=Sampling(temperature=1.0, seed=seed)).tolist()
@@ -133,9 +153,25 @@ def test_a_cache_that_grows_changes_nothing(tiny_model, monkeypatch):
     assert programs.grow._cache_size() == grown + 2
 
 
+def test_prompts_of_any_length_in_a_context_of_8192_call_for_8_prefill_programs(tiny, monkeypatch):
+    """By the shapes and static arguments they are called with: compiling all eight takes 10 seconds."""
+    config = dataclasses.replace(tiny, vocab_size=64, max_position_embeddings=8192, num_hidden_layers=1)
+    assert buckets(config) == [64, 128, 256, 512, 1024, 2048, 4096, 8192]
+    called = set()
+
+    def prefill(model, tokens, start, used, *, slots):
+        called.add((tokens.shape, slots))
+        raise InterruptedError
+
+    monkeypatch.setattr(programs, "prefill", prefill)
+    model = jax.eval_shape(lambda: SmolLM(config, key=jax.random.key(0)))
+    for length in (1, *(edge - 1 for edge in buckets(config)), *(edge + 1 for edge in buckets(config)[:-1])):
+        with pytest.raises(InterruptedError):
+            new_tokens(model, [[1] * length], max_new_tokens=1)
+    assert len(called) == 8
+
+
 def test_any_length_of_prompt_needs_at_most_one_program_a_bucket(tiny, tiny_model):
-    long = dataclasses.replace(tiny, max_position_embeddings=8192, num_hidden_layers=1, hidden_size=8)
-    assert buckets(long) == [64, 128, 256, 512, 1024, 2048, 4096, 8192]
     assert buckets(dataclasses.replace(tiny, max_position_embeddings=100)) == [64, 100]
     assert buckets(dataclasses.replace(tiny, max_position_embeddings=20)) == [20]
     for function in (programs.prefill, programs.begin, programs.decode):
