@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 
+from smollm_jax.checkpoint import steps_in
 from smollm_jax.web.answers import MOST_COMPARED, Answers
 from smollm_jax.web.ask import choice
 from smollm_jax.web.runs import CURVES, Point, RunLogs, table, thinned
@@ -69,7 +70,7 @@ class RunsTab:
         """The runs as they are now. A new run is drawn by itself, and new checkpoints are picked by themselves."""
         choice("curve", curve, CURVES)
         runs = self.answers.shelf.runs()
-        state = {name: (self.logs.of(path), self.answers.shelf.steps(name)) for name, path in runs.items()}
+        state = {name: (self.logs.of(path), steps_in(path / "checkpoints")) for name, path in runs.items()}
         learners = [name for name, (_, steps) in state.items() if steps]
         drawn = [name for name in runs if isinstance(drawn, list) and name in drawn]
         for name in [name for name in runs if name not in seen["runs"]]:
