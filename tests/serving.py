@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 
 from scripts import app
 from smollm_jax import weights
 from smollm_jax.checkpoint import CheckpointStore
 from smollm_jax.web.ask import KNOBS
+from tests import trainer
 
 GREEDY = {name: knob.default for name, knob in KNOBS.items()} | {
     "temperature": 0.0,
@@ -27,7 +29,10 @@ GREEDY = {name: knob.default for name, knob in KNOBS.items()} | {
 def served(flags: app.Flags) -> Iterator[str]:
     """The address of a page in a thread of this process."""
     listener = app.listen(flags.host, 0)
-    server = uvicorn.Server(uvicorn.Config(app.build(flags), log_level="error", ws="none"))
+    with pytest.MonkeyPatch.context() as patch:  # nothing in the home of whoever runs the tests
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", trainer.CACHE)
+        page = app.build(flags)
+    server = uvicorn.Server(uvicorn.Config(page, log_level="error", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

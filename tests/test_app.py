@@ -306,6 +306,16 @@ def test_what_waits_is_bounded_and_the_next_is_refused_in_words(place):
         assert client.call("later", "complete", client.values("Now?"))[1] == ""
 
 
+@pytest.mark.parametrize("function", ["complete", "chat", "compare"])
+def test_nothing_is_written_past_the_queue(client, function):
+    number = client.functions[function]
+    width = next(len(d["inputs"]) for d in client.http.get("/config").json()["dependencies"] if d["id"] == number)
+    body = {"fn_index": number, "data": [None] * width, "session_hash": "past"}
+    answer = client.http.post("/gradio_api/run/predict", json=body)
+    assert answer.status_code == 404, answer.text
+    assert "queue" in answer.text
+
+
 def test_a_request_ends_at_the_time_limit(place, streams):
     with served(flags(place, time_limit=0.4)) as url, Client(url, str(place / "assets/tiny")) as client:
         values, error = client.complete(LONG["prompt"], max_new_tokens=480)
