@@ -58,7 +58,7 @@ def visit(browser, url):
 
     def visit(width: int = 1280, height: int = 900, scheme: str = "light"):
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(180_000)  # a busy machine is slow to start a training
         page, faults = context.new_page(), []
         opened.append((context, faults))
         page.on("pageerror", lambda error: faults.append(f"script: {error}"))
@@ -116,6 +116,7 @@ def test_a_typed_prompt_is_continued_token_by_token_with_its_alternatives_at_han
     page = visit()
     assert REAL in page.inner_text("#status")
     assert "cpu" in page.inner_text("#status")
+    assert "tokens/s" in page.inner_text("#status")
     page.fill("#prompt textarea", "The capital of France is")
     set_number(page, "temperature", 0)
     set_number(page, "max_new_tokens", 24)
@@ -137,6 +138,8 @@ def test_a_typed_prompt_is_continued_token_by_token_with_its_alternatives_at_han
     rows = page.locator("#token-tip .row").all_inner_texts()
     assert len(rows) == 6
     assert rows[0].startswith("\u2423Paris")
+    page.locator("#answer .token.line").first.hover()  # a line break, which has no letter to point at
+    page.wait_for_function("document.querySelector('#token-tip .row').innerText.startsWith('\u23ce')")
     page.mouse.move(0, 0)
     page.wait_for_selector("#token-tip.open", state="hidden")
     first.click()
@@ -261,7 +264,7 @@ def test_a_training_is_watched_as_it_writes_and_its_checkpoints_answer_side_by_s
         )
         seen = int(page.evaluate(step))
         page.wait_for_function(f"parseInt({step}) > {seen}")
-        assert training.wait(timeout=120) == 0
+        assert training.wait(timeout=300) == 0
     finally:
         training.kill()
         training.communicate()

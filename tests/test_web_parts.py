@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import gradio
 import pytest
 
 from scripts import app
@@ -17,7 +18,7 @@ from smollm_jax.web import runs as reading
 from smollm_jax.web.answers import Answers
 from smollm_jax.web.page import bubbles
 from smollm_jax.web.runs import RunLog, thinned
-from smollm_jax.web.runs_tab import spread
+from smollm_jax.web.runs_tab import NOTHING_SEEN, RunsTab, spread
 from smollm_jax.web.shelf import Shelf
 from smollm_jax.web.tokens import span
 from tests.serving import GREEDY, Client, served, tiny_run, tiny_weights
@@ -142,6 +143,8 @@ def test_successive_checkpoints_continue_the_same_prompt_and_a_damaged_one_says_
         assert text == engine.complete([engine.encode("Fellow <b>")], max_new_tokens=16)[0].text
     assert "sha256 differs" in texts[1]
     assert 'class="fault"' in cards[1]
+    assert re.search(r"[\d.]+ tokens/s", answers.status("runs/grown/checkpoints/20")), "the speed is not kept in sight"
+    assert "- tokens/s" in answers.status("assets/tiny10")
 
 
 @pytest.mark.parametrize("steps", [[], [5], ["0"], [True], list(range(9)), "0", None])
@@ -220,6 +223,36 @@ def test_a_long_curve_is_thinned_to_means(tmp_path):
     assert thinned(points[:100], 100) == points[:100]
 
 
+@pytest.mark.filterwarnings("ignore:The value passed into")  # Gradio: said of an update, its choices beside it
+def test_the_runs_tab_lays_new_runs_over_each_other_and_follows_their_logs(place):
+    with gradio.Blocks():
+        tab = RunsTab(Answers(shelf(place), device="cpu", time_limit=60))
+    run = place / "runs/other"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(row(1, loss=5.0))
+
+    def look(drawn, seen):
+        _, drawn, _, _, plot, seen = tab.look(drawn, "Training loss", None, seen)
+        return drawn, plot, seen
+
+    def points(plot) -> dict[str, list]:
+        rows = plot.value["data"]
+        return {name: [(step, value) for step, value, of in rows if of == name] for name in {of for *_, of in rows}}
+
+    drawn, plot, seen = look([], NOTHING_SEEN)
+    drawn = drawn.value
+    assert sorted(drawn) == ["grown", "other"]
+    assert points(plot) == {"grown": [(step, 9 - step / 20) for step in range(1, 21)], "other": [(1, 5.0)]}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(row(2, loss=4.0))
+    _, plot, seen = look(drawn, seen)
+    assert points(plot)["other"] == [(1, 5.0), (2, 4.0)]
+    assert look(drawn, seen)[1] == gradio.skip()
+    _, plot, _ = look(["other"], seen)
+    assert set(points(plot)) == {"other"}
+    shutil.rmtree(run)
+
+
 def test_a_run_s_name_is_shown_as_text():
     log = RunLog(Path("nowhere/metrics.jsonl"))
     shown = reading.table({"<img src=x onerror=alert(1)>": (log, [])})
@@ -247,3 +280,7 @@ def test_a_token_and_its_alternatives_are_text_tags_and_quotes_and_all():
     about, text = map(html.unescape, re.fullmatch(form, shown).groups())
     assert text == said
     assert json.loads(about) == {"text": said, "p": 60.7, "others": [[said, 60.7], ["&amp;", 36.8]]}
+    kinds = [
+        re.match(r'<span class="([^"]*)"', span(text, [Token(1, text, -1.0, ())]))[1] for text in ("\n\n", " ", "a\n")
+    ]
+    assert kinds == ["token line", "token", "token"]

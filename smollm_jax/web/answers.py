@@ -72,6 +72,7 @@ class Answers:
 
     def __init__(self, shelf: Shelf, *, device: str, time_limit: float):
         self.shelf, self.device, self.time_limit = shelf, device, time_limit
+        self._speeds: dict[str, str] = {}  # of the last answer of each of the weights
 
     def complete(self, weights: Any, prompt: Any, numbers: dict[str, Any], stop: Any) -> Generator[Frame, None, None]:
         """Frames of the prompt and its tinted continuation."""
@@ -81,7 +82,7 @@ class Answers:
         loaded, deadline = yield from self._opened(weights, begun)
         writing = Writing(loaded, encoded(loaded, prompt, asked), asked, self._until(deadline))
         for shown in tinted(loaded, writing, begun):
-            yield Frame(shown, self.status(weights, writing.speed, FINISHES.get(writing.finish, ""), loaded=loaded))
+            yield Frame(shown, self._written(weights, writing, loaded))
 
     def chat(
         self, weights: Any, turns: Any, system: Any, numbers: dict[str, Any], stop: Any
@@ -102,9 +103,7 @@ class Answers:
         for pieces in writing.frames():
             answer += "".join(piece.text for piece in pieces)
             said = [*turns, {"role": "assistant", "content": answer}]
-            yield Frame(
-                said, self.status(weights, writing.speed, FINISHES.get(writing.finish, ""), loaded=loaded), reads
-            )
+            yield Frame(said, self._written(weights, writing, loaded), reads)
 
     def compare(
         self, run: Any, steps: Any, prompt: Any, numbers: dict[str, Any], stop: Any
@@ -122,30 +121,35 @@ class Answers:
         for step in sorted(set(steps)):
             name = self.shelf.checkpoint(run, step)
             head = f'<div class="card"><h4>step {step:,}</h4><span class="prompt">{html.escape(prompt)}</span>'
-            speed = ""
             try:
                 self._until(deadline)
                 loaded, deadline = yield from self._opened(name, cards + head, deadline)
                 writing = Writing(loaded, encoded(loaded, prompt, asked), asked, self._until(deadline))
                 for shown in tinted(loaded, writing, cards + head):
-                    speed, head = writing.speed, shown[len(cards) :]
-                    yield Frame(shown, self.status(name, speed, loaded=loaded))
+                    head = shown[len(cards) :]
+                    yield Frame(shown, self._written(name, writing, loaded))
             except SmolLMError as error:  # a damaged checkpoint, or one that the trainer has removed meanwhile
                 head += f'<p class="fault">{html.escape(str(error))}</p>'
             cards += head + "</div>"
-            yield Frame(cards, self.status(name, speed))
+            yield Frame(cards, self.status(name))
 
-    def status(self, name: str, *notes: str, loaded: Loaded | None = None) -> str:
-        """The status line: which weights, the device, how large and how fast."""
+    def _written(self, name: str, writing: Writing, loaded: Loaded) -> str:
+        """The status line while these weights write."""
+        self._speeds[name] = writing.speed or self._speeds.get(name, "")
+        return self.status(name, FINISHES.get(writing.finish, ""), loaded=loaded)
+
+    def status(self, name: str, note: str = "", *, loaded: Loaded | None = None) -> str:
+        """The status line: which weights, the device, how large, how fast in their last answer."""
         loaded = loaded or self.shelf.loaded(name)
         parts = [f"<b>{html.escape(str(name))}</b>", f"{html.escape(self.device)}, {html.escape(self.shelf.dtype)}"]
         if loaded is None:
-            parts.append("not loaded yet: the first answer takes longer" if not any(notes) else "")
+            note = note or "not loaded yet: the first answer takes longer"
         else:
             config = loaded.engine.config
             parts.append(f"{count_parameters(config) / 1e6:,.1f}M parameters")
             parts.append(f"context {config.max_position_embeddings:,}")
-        return "".join(f"<span>{part}</span>" for part in [*parts, *notes] if part)
+        parts += [self._speeds.get(name) or "- tokens/s", note]
+        return "".join(f"<span>{part}</span>" for part in parts if part)
 
     def _opened(
         self, name: Any, shown: Any, deadline: float | None = None

@@ -59,4 +59,5 @@ def span(text: str, tokens: list[Token]) -> str:
     others = [[other, round(100 * math.exp(logprob), 1)] for _, other, logprob in tokens[0].alternatives]
     about = {"text": text, "p": round(100 * probability, 1), "others": others}
     data = html.escape(json.dumps(about, ensure_ascii=False))
-    return f'<span class="token" style="--p:{probability:.3f}" data-about="{data}">{html.escape(text)}</span>'
+    kind = "token" if text.strip() or "\n" not in text else "token line"  # else there would be nothing to point at
+    return f'<span class="{kind}" style="--p:{probability:.3f}" data-about="{data}">{html.escape(text)}</span>'
