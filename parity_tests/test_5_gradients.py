@@ -1,7 +1,12 @@
 """Rung 5: float32 gradients at the full shape, per tensor, against the truth, the twin and transformers."""
 
+import numpy as np
 import pytest
+import torch
 
+import smollm_torch.loss
+import smollm_torch.train
+import smollm_torch.weights
 from parity_tests import compare, ladder
 from parity_tests.tolerances import (
     FLOAT32_GRADIENTS,
@@ -10,6 +15,7 @@ from parity_tests.tolerances import (
     FLOAT32_LOSS_BETWEEN,
     within,
 )
+from smollm_jax import weights
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +43,21 @@ def test_jax_is_no_further_from_the_truth_than_transformers(ours, hf, window, tr
     theirs = compare.gradient_errors(ladder.torch_gradients(hf, window)[1], true_gradient[1])
     errors = compare.gradient_errors(ours[1], true_gradient[1])
     within(max(errors.values()) / max(theirs.values()), 1.5, "float32 gradient error over transformers', worst tensor")
+
+
+def test_the_twins_loss_in_chunks_is_its_loss(tiny_model, monkeypatch):
+    """The benchmark's: 37 tokens in chunks of 10 against all logits at once, in float64."""
+    monkeypatch.setattr(smollm_torch.loss, "CPU_CHUNK_TOKENS", 10)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 1000, (1, 38)))
+    values, found = [], []
+    for module in (smollm_torch.train, smollm_torch.loss):
+        twin = smollm_torch.weights.from_bundle(weights.to_bundle(tiny_model), torch.float64)
+        loss = 0.3 * module.mean_loss(twin, tokens, torch.float64)
+        loss.backward()
+        values.append(loss.item())
+        found.append({name: p.grad.numpy() for name, p in twin.named_parameters()})
+    assert values[1] == pytest.approx(values[0], rel=1e-13)
+    for name, gradient in found[0].items():
+        np.testing.assert_allclose(
+            found[1][name], gradient, rtol=1e-11, atol=1e-13 * np.abs(gradient).max(), err_msg=name
+        )

@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import CompileConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+import smollm_torch.loss
 import smollm_torch.train
 from smollm_torch import weights
 
@@ -73,7 +74,7 @@ def step(job: Job, name: str, folder: Path) -> tuple[Unit, dict[str, Any]]:
     recipe, tokens = job.recipe(), torch.from_numpy(job.tokens()).long().to(ON)
     if twin := name.startswith("twin"):
         model: Any = weights.load(folder)[0].to(ON)
-        smollm_torch.train.mean_loss = forward = compiled(name, smollm_torch.train.mean_loss)
+        smollm_torch.train.mean_loss = forward = compiled(name, smollm_torch.loss.mean_loss)
     else:
         model = transformers_model(job, folder)
         forward = compiled(name, model)

@@ -1,0 +1,63 @@
+"""The twin's loss computed as `smollm_jax/loss.py` computes it, for the benchmark: both sides then save the same work.
+
+Training and the parity tests keep `smollm_torch.train.mean_loss`, plain cross-entropy over all logits: another way to
+the same number.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smollm_torch.model import SmolLM
+
+CHUNK_TOKENS, CPU_CHUNK_TOKENS = 4096, 512  # as in smollm_jax/loss.py
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum over tokens of -log softmax(hidden @ head.T)[target]; both gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        weight = head.to(hidden.dtype)
+        total, head_gradient = torch.zeros((), dtype=wide, device=hidden.device), torch.zeros_like(head, dtype=wide)
+        back = []
+        for h, target in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+            logits = (h @ weight.T).to(wide)
+            log_normalizer = logits.logsumexp(1, keepdim=True)
+            total = total + (log_normalizer - logits.gather(1, target[:, None])).sum()
+            classes = torch.arange(head.shape[0], device=hidden.device)
+            error = ((logits - log_normalizer).exp() - (classes == target[:, None]).to(wide)).to(h.dtype)
+            head_gradient = head_gradient + error.T @ h
+            back.append(error @ weight)
+        ctx.save_for_backward(torch.cat(back), head_gradient.to(head.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        hidden_gradient, head_gradient = ctx.saved_tensors
+        (cotangent,) = gradients
+        scaled = (hidden_gradient.to(cotangent.dtype) * cotangent).to(hidden_gradient.dtype)
+        return scaled, head_gradient * cotangent.to(head_gradient.dtype), None, None
+
+
+class Hidden(nn.Module):
+    """The twin up to its last norm, as `functional_call` wants it: a module whose `forward` it is."""
+
+    def __init__(self, module: SmolLM):
+        super().__init__()
+        self.module = module
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.module.hidden_states(tokens)
+
+
+def mean_loss(module: SmolLM, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """`smollm_torch.train.mean_loss` that never holds all logits; they are rounded to `dtype`, as transformers' are."""
+    parameters = {f"module.{name}": parameter.to(dtype) for name, parameter in module.named_parameters()}
+    hidden: Any = torch.func.functional_call(Hidden(module), parameters, (tokens[:, :-1],))
+    targets = tokens[:, 1:].flatten()
+    chunk = CPU_CHUNK_TOKENS if tokens.device.type == "cpu" else CHUNK_TOKENS
+    total: Any = LinearCrossEntropy.apply(hidden.flatten(0, 1), module.lm_head.weight, targets, chunk)
+    return total / targets.numel()
