@@ -2,8 +2,10 @@
 # Everything worth seeing on a GPU, in one command; each stage has its own time limit and loses one row, not the run.
 #
 #   bash scripts/gpu_suite.sh                # on a machine with a CUDA GPU: the full 134.5M shape, under 25 minutes
-#   PART=speed bash scripts/gpu_suite.sh     # or correctness, or kernels: where one command may not take that long
+#   PART=speed bash scripts/gpu_suite.sh     # or correctness, kernels, sweep: under 10 minutes each
 #   bash scripts/gpu_suite.sh --dry-run      # at toy size on the CPU, limits fourfold, with one of the speed stages
+#
+# LIMIT=900 ends it after 900 seconds: what has not begun by then is left out (exit status 124), the sweep first.
 #
 # Works from the source tree, without installing the package: PYTHON names the interpreter. Needs assets/tokenizer and
 # assets/sotu; weights are seeded random ones of the full shape, so that no large file has to travel. Writes
@@ -14,45 +16,55 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-if [ "${1:-}" = "--dry-run" ]; then
+refuse() {
+    echo "$1" >&2
+    exit 2
+}
+
+case ${1:-} in
+--dry-run)
     device=cpu on=cpu preset=tiny length=64 documents=32 steps=4 bound=1e-3 patience=4 name=${2:-dry-run}
     export JAX_PLATFORMS=cpu
-else
+    ;;
+"")
     device=gpu on=cuda preset=smollm2-135m length=2048 documents=512 steps=20 bound=2e-2 patience=1
-    name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-')
-fi
+    name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr 'A-Z ' 'a-z-')
+    [ -n "$name" ] || refuse "nvidia-smi names no GPU here; --dry-run needs none"
+    ;;
+*) refuse "$1: --dry-run or nothing" ;;
+esac
 part=${PART:-all}
-case $part in all | correctness | speed | kernels) ;; *)
-    echo "PART=$part: correctness, speed, kernels or nothing" >&2
-    exit 2
+case $part in all | correctness | speed | kernels | sweep) ;; *)
+    refuse "PART=$part: correctness, speed, kernels, sweep or nothing"
     ;;
 esac
+end=$((${LIMIT:-1490} * patience)) # seconds
 out="benchmarks/$name-$(date +%Y-%m-%d)${PART:+-$PART}"
 rm -rf "$out"
 mkdir -p "$out"
-stages="[]"
 
 stage() { # name, seconds, command ...
-    local title=$1 limit=$(($2 * patience)) began=$SECONDS status
+    local title=$1 limit=$(($2 * patience)) began=$SECONDS status=124
     shift 2
     echo "== $title: $*"
-    timeout --kill-after=10 "$limit" "$@" >"$out/$title.log" 2>&1
-    status=$?
-    tail -n 4 "$out/$title.log" | cut -c1-200
+    ((limit < end - SECONDS)) || limit=$((end - SECONDS))
+    if ((limit > 0)); then
+        timeout --kill-after=10 "$limit" "$@" >"$out/$title.log" 2>&1
+        status=$?
+        tail -n 4 "$out/$title.log" | cut -c1-200
+    fi
     echo "   exit status $status after $((SECONDS - began)) s"
-    stages=$("$PYTHON" -c 'import json, sys; rows = json.loads(sys.argv[1]); rows.append(dict(
-        stage=sys.argv[2], exit_status=int(sys.argv[3]), seconds=int(sys.argv[4]), command=sys.argv[5])); print(json.dumps(rows))' \
-        "$stages" "$title" "$status" "$((SECONDS - began))" "$*")
+    printf '%s\t%s\t%s\t%s\n' "$title" "$status" "$((SECONDS - began))" "$*" >>"$out/stages.tsv"
 }
 
 benchmark() { # name, seconds, arguments ...
     local title=$1 limit=$2
     shift 2
     stage "$title" "$limit" "$PYTHON" scripts/benchmark.py "$@" --preset "$preset" --out "$out/$title.json"
-    grep -E "^(tokens/s|ceiling|peak GB|cold|warm)" "$out/$title.log"
+    grep -sE "^(tokens/s|ceiling|peak GB|cold|warm)" "$out/$title.log"
 }
 
-# The limits add up to 1,480 seconds: 520 of correctness, 490 of speed, 470 of kernels and the rest.
+# A stage ends at its own limit, all of them at `end`. A part's limits add up to less than 600 seconds.
 if [ "$part" = all ] || [ "$part" = correctness ]; then
     stage weights 40 "$PYTHON" scripts/random_weights.py --preset "$preset" --out "$out/weights" --tokenizer assets/tokenizer
     stage parity 170 "$PYTHON" scripts/parity_report.py --weights "$out/weights" --out "$out/parity" --device "$device"
@@ -73,10 +85,11 @@ if [ "$device" = cpu ] && [ "$part" != correctness ]; then
 fi
 training=(train --dtype bfloat16 --rounds 10)
 if [ "$device" = gpu ] && { [ "$part" = all ] || [ "$part" = speed ]; }; then
-    benchmark speed-8 110 "${training[@]}" --sequence-length 2048 --batch-size 8 --against hf-compile
-    benchmark speed-16 140 "${training[@]}" --sequence-length 2048 --batch-size 16 --against hf-compile twin-compile
-    benchmark speed-32 110 "${training[@]}" --sequence-length 2048 --batch-size 32 --against hf-compile
+    benchmark speed-16 110 "${training[@]}" --sequence-length 2048 --batch-size 16 --against hf-compile
     benchmark speed-16-max 130 "${training[@]}" --sequence-length 2048 --batch-size 16 --against hf-compile-max
+    benchmark speed-16-twin 110 "${training[@]}" --sequence-length 2048 --batch-size 16 --against twin-compile
+    benchmark speed-32 110 "${training[@]}" --sequence-length 2048 --batch-size 32 --against hf-compile
+    benchmark speed-8 110 "${training[@]}" --sequence-length 2048 --batch-size 8 --against hf-compile
 fi
 if [ "$device" = gpu ] && { [ "$part" = all ] || [ "$part" = kernels ]; }; then
     shape=(--dtype bfloat16 --sequence-length 2048 --batch-size 8)
@@ -84,13 +97,22 @@ if [ "$device" = gpu ] && { [ "$part" = all ] || [ "$part" = kernels ]; }; then
     benchmark attention 40 attention "${shape[@]}"
     benchmark loss 40 loss "${shape[@]}" --against hf-compile
     benchmark packed 30 packed "${shape[@]}"
-    benchmark long 100 "${training[@]}" --sequence-length 8192 --batch-size 2 --against hf-compile
-    benchmark decode-1 40 decode --dtype bfloat16 --new-tokens 128 --rounds 3
-    benchmark decode-64 40 decode --dtype bfloat16 --new-tokens 128 --rounds 3 --batch-size 64
+    # "-compile": a static cache and transformers' own compiled decoding.
+    benchmark decode-1 100 decode --dtype bfloat16 --new-tokens 128 --rounds 3 --against hf hf-compile
+    benchmark decode-64 100 decode --dtype bfloat16 --new-tokens 128 --rounds 3 --batch-size 64 --against hf hf-compile
     # 65k tokens a step, where memory decides; hf eager would hold all logits, and is not asked.
     benchmark memory 60 memory --dtype bfloat16 --rounds 1 --sequence-length 2048 --batch-size 32 --against hf-compile
-    benchmark startup 80 startup --dtype bfloat16 --rounds 1 --sequence-length 2048 --batch-size 8 --against hf-compile
+    benchmark startup 120 startup --dtype bfloat16 --rounds 1 --sequence-length 2048 --batch-size 8 --against
+fi
+if [ "$device" = gpu ] && { [ "$part" = all ] || [ "$part" = sweep ]; }; then
+    benchmark long-2 100 "${training[@]}" --sequence-length 8192 --batch-size 2 --against hf-compile
+    benchmark long-4 70 "${training[@]}" --sequence-length 8192 --batch-size 4 --against
+    benchmark speed-16-unroll-5 70 "${training[@]}" --sequence-length 2048 --batch-size 16 --unroll 5 --against
+    benchmark long-2-unroll-5 80 "${training[@]}" --sequence-length 8192 --batch-size 2 --unroll 5 --against
+    benchmark speed-16-remat-none 60 "${training[@]}" --sequence-length 2048 --batch-size 16 --remat none --against
+    benchmark speed-16-unroll-30 140 "${training[@]}" --sequence-length 2048 --batch-size 16 --unroll 30 --against
+    benchmark long-1 60 "${training[@]}" --sequence-length 8192 --batch-size 1 --against
 fi
 
 rm -rf "$out"/weights "$out"/run*/checkpoints "$out"/run*/*.safetensors # large, and seeded: made again anywhere
-"$PYTHON" scripts/measure/summary.py "$out" "$stages"
+"$PYTHON" scripts/measure/summary.py "$out"

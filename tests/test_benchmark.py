@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -197,81 +196,3 @@ def test_the_sides_are_given_the_same_seeded_work(monkeypatch):
     assert job.samples(np.arange(1000)) == job.samples(np.arange(1000).reshape(10, 100))
     assert made.flops()["qkv"] == 2 * 3 * 4096 * 96 * (6 + 2 * 2) * 16
     assert made.flops()["attention"] == pytest.approx(2 * 2 * 3 * 6 * 16 * 4096 * 4097 / 2)
-
-
-def measured_stage(folder, stage, **medians):
-    rows = {f"tokens/s, {side}": {"median": x, "min": x, "max": x} for side, x in medians.items()}
-    (folder / f"{stage}.json").write_text(json.dumps({"rows": rows}))
-    return {"stage": stage, "exit_status": 0, "seconds": 1, "command": "x"}
-
-
-def test_the_suites_summary_divides_best_by_best(tmp_path, monkeypatch, capsys):
-    """Each side at its own best batch size, transformers at its best kind too; other shapes and failures stay apart."""
-    monkeypatch.syspath_prepend(ROOT / "scripts/measure")
-    import summary
-
-    stages = [
-        measured_stage(tmp_path, "speed-8", ours=100.0, **{"hf-compile": 90.0}),
-        measured_stage(tmp_path, "speed-16", ours=120.0, **{"hf-compile": 60.0}),
-        measured_stage(tmp_path, "speed-16-max", ours=110.0, **{"hf-compile-max": 100.0}),
-        measured_stage(tmp_path, "long", ours=999.0, **{"hf-compile": 1.0}),
-        {"stage": "speed-32", "exit_status": 124, "seconds": 9, "command": "x"},
-    ]
-    assert summary.main(tmp_path, stages) == 1
-    assert "4 of 5 stages finished" in (said := capsys.readouterr().out)
-    assert "failed: speed-32" in said
-    best = json.loads((tmp_path / "summary.json").read_text())["best_over_best"]
-    assert {side: (of["ratio"], of["ours"]["stage"], of["other"]["stage"]) for side, of in best.items()} == {
-        "hf-compile": (120 / 90, "speed-16", "speed-8"),
-        "hf-compile-max": (1.2, "speed-16", "speed-16-max"),
-        "hf at its best": (1.2, "speed-16", "speed-16-max, hf-compile-max"),
-    }
-    table = (tmp_path / "table.md").read_text()
-    assert "| tokens/s, ours / hf at its best | 1.200 | 120 (speed-16) | 100 (speed-16-max, hf-compile-max) |" in table
-    assert "| long | tokens/s, ours | 999 | 999 to 999 |" in table
-    assert "| speed-32 | 124 | 9 | `x` |" in table
-
-
-@pytest.mark.parametrize(
-    ("losses", "code", "said"),
-    [
-        ([4.0, 3.0], 0, "pass  2 losses are at most 0.0e+00 apart"),
-        ([4.0, 3.1], 1, "FAIL  2 losses are at most 3.2e-02 apart"),
-        ([4.0, float("nan")], 1, "FAIL"),
-        ([4.0], 3, "has 1 steps, 2 are compared"),
-    ],
-)
-def test_two_runs_curves_are_compared_step_by_step(tmp_path, losses, code, said):
-    for name, curve in (("a", [4.0, 3.0]), ("b", losses)):
-        (tmp_path / name).mkdir()
-        rows = [{"step": i, "loss": x} for i, x in enumerate(curve, 1)] + [{"step": 2, "validation_loss": 9.0}]
-        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = [sys.executable, ROOT / "scripts/measure/check_curves.py", "a", "b", "--steps", "2", "--bound", "0.02"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*map(str, command), "--out", "c.json"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code
-    assert said in done.stdout + done.stderr
-
-
-def test_the_suite_refuses_a_part_it_has_not():
-    command = ["bash", "scripts/gpu_suite.sh", "--dry-run"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PART": "sped"}, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (2, "PART=sped: correctness, speed, kernels or nothing\n")
-
-
-def test_the_suites_limits_fit_in_25_minutes():
-    text = (ROOT / "scripts/gpu_suite.sh").read_text()
-    stages = re.findall(r"^    (?:stage|benchmark) (\S+) (\d+) ", text, re.MULTILINE)
-    limits = {name: int(seconds) for name, seconds in stages if name != "speed-1"}  # speed-1: of the dry run only
-    assert len(limits) == 21
-    assert sum(limits.values()) <= 25 * 60
-    assert f"The limits add up to {sum(limits.values()):,} seconds" in text

@@ -1,8 +1,8 @@
 """What `scripts/gpu_suite.sh` leaves: summary.json, and table.md to read.
 
-    python scripts/measure/summary.py FOLDER STAGES
+    python scripts/measure/summary.py FOLDER
 
-STAGES is JSON, a row a stage. Exit status 1 when a stage failed.
+FOLDER/stages.tsv has a row a stage. Exit status 1 when a stage failed.
 """
 
 import json
@@ -15,11 +15,15 @@ from typing import Any
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "torch", "transformers")
 HEADLINES = re.compile(r"tokens/s|peak GB|cold seconds|warm seconds|GFLOP/s [^,]+,|ceiling|MFU|step guarded|manifest /")
-COMPARED = re.compile(r"speed-\d+(-max|-unrolled|-remat)?")  # the same sequence length at several batch sizes
+COMPARED = re.compile(r"speed-\d+(-max|-twin|-unroll-\d+|-remat-none)?")  # of one sequence length
 
 
-def main(folder: Path, stages: list[dict[str, Any]]) -> int:
+def main(folder: Path) -> int:
     """The number of stages that failed."""
+    stages = []
+    for line in (folder / "stages.tsv").read_text(encoding="utf-8").splitlines():
+        stage, exit_status, seconds, command = line.split("\t")
+        stages.append({"stage": stage, "exit_status": int(exit_status), "seconds": int(seconds), "command": command})
     found = {row["stage"]: folder / f"{row['stage']}.json" for row in stages}
     measured = {stage: json.loads(path.read_text())["rows"] for stage, path in found.items() if is_benchmark(path)}
     best = best_over_best({stage: rows for stage, rows in measured.items() if COMPARED.fullmatch(stage)})
@@ -32,7 +36,9 @@ def main(folder: Path, stages: list[dict[str, Any]]) -> int:
         "rows": measured,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(table(stages, measured, best), encoding="utf-8")
+    report = folder / "parity/report.json"
+    rungs = json.loads(report.read_text())["rungs"] if report.is_file() else []
+    (folder / "table.md").write_text(table(stages, measured, best, rungs), encoding="utf-8")
     failed = [row["stage"] for row in stages if row["exit_status"]]
     more = f"; failed: {', '.join(failed)}" if failed else ""
     print(f"{len(stages) - len(failed)} of {len(stages)} stages finished: {folder}/table.md{more}")
@@ -69,8 +75,14 @@ def best_of(medians: dict[str, float]) -> dict[str, Any]:
     return {"stage": stage, "tokens/s": medians[stage]}
 
 
-def table(stages: list[dict[str, Any]], measured: dict[str, dict[str, Any]], best: dict[str, Any]) -> str:
-    """The headline rows of every benchmark, ours over others at their best, and how each stage ended."""
+def table(
+    stages: list[dict[str, Any]],
+    measured: dict[str, dict[str, Any]],
+    best: dict[str, Any],
+    rungs: list[dict[str, Any]],
+) -> str:
+    """The headline rows of every benchmark, ours over others at their best, the parity report's errors (against the
+    float64 truth, most of them) and how each stage ended."""
     lines = ["| stage | row | median | smallest to largest |", "|---|---|---:|---:|"]
     for stage, rows in measured.items():
         for name, row in rows.items():
@@ -80,6 +92,10 @@ def table(stages: list[dict[str, Any]], measured: dict[str, dict[str, Any]], bes
     for side, of in best.items():
         both = " | ".join(f"{of[who]['tokens/s']:,.0f} ({of[who]['stage']})" for who in ("ours", "other"))
         lines.append(f"| tokens/s, ours / {side} | {of['ratio']:.3f} | {both} |")
+    lines += ["", "| parity | measured | bound | |", "|---|---:|---:|---|"]
+    for of in rungs:
+        verdict = "pass" if of["passed"] else "FAIL"
+        lines.append(f"| {of['rung']}: {of['claim']} | {of['measured']:.2e} | {of['bound']:.1e} | {verdict} |")
     lines += ["", "| stage | exit status | seconds | command |", "|---|---:|---:|---|"]
     lines += [f"| {row['stage']} | {row['exit_status']} | {row['seconds']} | `{row['command']}` |" for row in stages]
     return "\n".join(lines) + "\n"
@@ -93,4 +109,4 @@ def installed(name: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(Path(sys.argv[1]), json.loads(sys.argv[2]))))
+    sys.exit(bool(main(Path(sys.argv[1]))))

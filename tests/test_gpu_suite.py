@@ -1,0 +1,172 @@
+"""What the GPU suite would run, seen without a GPU: its stages, their flags, its limits, its tables."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from scripts import benchmark
+
+ROOT = Path(__file__).parent.parent
+# In place of the interpreter: writes down what it is asked to run, and runs the summary alone.
+RECORDER = f"""#!{sys.executable}
+import json, os, sys
+if sys.argv[1] == "scripts/measure/summary.py":
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+open(os.environ["RECORD"], "a").write(json.dumps(sys.argv[1:]) + "\\n")
+"""
+
+
+def suite(folder, *arguments, **variables):
+    return subprocess.run(
+        ["bash", "scripts/gpu_suite.sh", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def on_a_gpu(tmp_path):
+    """Runs the suite as on a machine with a GPU, whose name only `nvidia-smi` knows; what it ran, and its summary."""
+    for name, text in (("nvidia-smi", "#!/bin/sh\necho No GPU of this world\n"), ("recorder", RECORDER)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def run(**variables):
+        record = tmp_path / "record"
+        record.write_text("")
+        suite(tmp_path, PYTHON=str(tmp_path / "recorder"), RECORD=str(record), **variables)
+        (folder,) = ROOT.glob("benchmarks/no-gpu-of-this-world-*")
+        summary = json.loads((folder / "summary.json").read_text())
+        shutil.rmtree(folder)
+        return [json.loads(line) for line in record.read_text().splitlines()], summary
+
+    yield run
+    for left in ROOT.glob("benchmarks/no-gpu-of-this-world-*"):
+        shutil.rmtree(left)
+
+
+def test_every_benchmark_of_the_gpu_suite_has_flags_that_exist(on_a_gpu):
+    calls, summary = on_a_gpu()
+    assert all(row["exit_status"] == 0 for row in summary["stages"])
+    flags = []
+    for script, *arguments in calls:
+        if script == "scripts/benchmark.py":
+            flags.append(tyro.cli(benchmark.Flags, args=arguments))
+            benchmark.check_flags(flags[-1])
+    measured = {(of.what, of.sequence_length, side) for of in flags for side in ("ours", *of.others)}
+    for side in ("ours", "hf-compile", "hf-compile-max", "twin-compile"):
+        assert ("train", 2048, side) in measured
+    assert {("train", 8192, "hf-compile"), ("memory", 2048, "hf-compile"), ("loss", 2048, "hf-compile")} < measured
+    trained = [of for of in flags if of.what == "train"]
+    for length in (2048, 8192):
+        assert len({of.batch_size for of in trained if of.sequence_length == length}) == 3
+        assert len({of.unroll for of in trained if of.sequence_length == length}) >= 2
+    decoded = {of.batch_size: of.others for of in flags if of.what == "decode"}
+    assert decoded == {1: ("hf", "hf-compile"), 64: ("hf", "hf-compile")}
+    assert {"gemm", "attention", "packed", "startup"} < {of.what for of in flags}
+
+
+def test_no_part_of_the_suite_takes_more_than_ten_minutes_and_all_end_at_the_limit(on_a_gpu):
+    limits = {}
+    for line in (ROOT / "scripts/gpu_suite.sh").read_text().splitlines():
+        if line.startswith("if [") and '= all ] || [ "$part"' in line:
+            limits[line] = []
+        elif line.startswith(("    stage ", "    benchmark ")) and limits and "speed-1 " not in line:  # of the dry run
+            limits[[*limits][-1]].append(int(line.split()[2]))
+    limits = {part: seconds for part, seconds in limits.items() if seconds}
+    assert len(limits) == 4
+    assert all(sum(seconds) < 600 for seconds in limits.values()), limits
+    calls, summary = on_a_gpu(LIMIT="0")
+    assert calls == []
+    assert {row["exit_status"] for row in summary["stages"]} == {124}
+    assert len(summary["stages"]) == sum(map(len, limits.values()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part", "said"),
+    [
+        (["--dry-run"], "sped", "PART=sped: correctness, speed, kernels, sweep or nothing\n"),
+        (["--dryrun"], "speed", "--dryrun: --dry-run or nothing\n"),
+        ([], "speed", "nvidia-smi names no GPU here; --dry-run needs none\n"),
+    ],
+)
+def test_the_suite_refuses_what_it_cannot_do(tmp_path, arguments, part, said):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    done = suite(tmp_path, *arguments, PART=part)
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def measured_stage(folder, stage, **medians):
+    rows = {f"tokens/s, {side}": {"median": x, "min": x, "max": x} for side, x in medians.items()}
+    (folder / f"{stage}.json").write_text(json.dumps({"rows": rows}))
+    return f"{stage}\t0\t1\tx\n"
+
+
+def test_the_suites_summary_divides_best_by_best(tmp_path, monkeypatch, capsys):
+    """Each side at its own best batch size, transformers at its best kind too; other shapes and failures stay apart."""
+    monkeypatch.syspath_prepend(ROOT / "scripts/measure")
+    import summary
+
+    stages = [
+        measured_stage(tmp_path, "speed-8", ours=100.0, **{"hf-compile": 90.0}),
+        measured_stage(tmp_path, "speed-16", ours=120.0, **{"hf-compile": 60.0}),
+        measured_stage(tmp_path, "speed-16-max", ours=110.0, **{"hf-compile-max": 100.0}),
+        measured_stage(tmp_path, "long", ours=999.0, **{"hf-compile": 1.0}),
+        "speed-32\t124\t9\tx\n",
+    ]
+    (tmp_path / "stages.tsv").write_text("".join(stages))
+    rung = {"rung": "2 float32", "claim": "RMS error", "measured": 0.5, "bound": 1.5, "passed": False}
+    (tmp_path / "parity").mkdir()
+    (tmp_path / "parity/report.json").write_text(json.dumps({"rungs": [rung]}))
+    assert summary.main(tmp_path) == 1
+    assert "4 of 5 stages finished" in (said := capsys.readouterr().out)
+    assert "failed: speed-32" in said
+    best = json.loads((tmp_path / "summary.json").read_text())["best_over_best"]
+    assert {side: (of["ratio"], of["ours"]["stage"], of["other"]["stage"]) for side, of in best.items()} == {
+        "hf-compile": (120 / 90, "speed-16", "speed-8"),
+        "hf-compile-max": (1.2, "speed-16", "speed-16-max"),
+        "hf at its best": (1.2, "speed-16", "speed-16-max, hf-compile-max"),
+    }
+    table = (tmp_path / "table.md").read_text()
+    assert "| tokens/s, ours / hf at its best | 1.200 | 120 (speed-16) | 100 (speed-16-max, hf-compile-max) |" in table
+    assert "| long | tokens/s, ours | 999 | 999 to 999 |" in table
+    assert "| speed-32 | 124 | 9 | `x` |" in table
+    assert "| 2 float32: RMS error | 5.00e-01 | 1.5e+00 | FAIL |" in table
+
+
+@pytest.mark.parametrize(
+    ("losses", "code", "said"),
+    [
+        ([4.0, 3.0], 0, "pass  2 losses are at most 0.0e+00 apart"),
+        ([4.0, 3.1], 1, "FAIL  2 losses are at most 3.2e-02 apart"),
+        ([4.0, float("nan")], 1, "FAIL"),
+        ([4.0], 3, "has 1 steps, 2 are compared"),
+    ],
+)
+def test_two_runs_curves_are_compared_step_by_step(tmp_path, losses, code, said):
+    for name, curve in (("a", [4.0, 3.0]), ("b", losses)):
+        (tmp_path / name).mkdir()
+        rows = [{"step": i, "loss": x} for i, x in enumerate(curve, 1)] + [{"step": 2, "validation_loss": 9.0}]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [sys.executable, ROOT / "scripts/measure/check_curves.py", "a", "b", "--steps", "2", "--bound", "0.02"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*map(str, command), "--out", "c.json"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
