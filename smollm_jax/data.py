@@ -93,14 +93,15 @@ _SIDECAR: dict[str, tuple[type, str]] = {
 }
 
 
-def prepare(source: Path, tokenizer_folder: Path, cache: Path) -> TokenFile:
+def prepare(source: Path, tokenizer_folder: Path, cache: Path, tokenizer: Tokenizer | None = None) -> TokenFile:
     """The token file of a source: text file, folder of text, JSONL with a "text" field, or a prepared token file.
 
-    A text source is tokenised once and kept under `cache`, by the hash of its content and of the tokenizer.
+    A text source is tokenised once and kept under `cache`, by the hash of its content and of the tokenizer, which is
+    loaded from its folder unless it is at hand.
     """
     if source.name == "tokens.bin":
         source = source.parent
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    tokenizer = tokenizer or Tokenizer.load(tokenizer_folder)
     if (source / "tokens.json").is_file():
         return TokenFile.open(source).check(tokenizer, tokenizer_folder)
     files = text_files(source)

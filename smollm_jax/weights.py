@@ -112,13 +112,22 @@ def check(bundle: Bundle, source: str | Path) -> Bundle:
     return Bundle({name: tensors[name] for name in expected}, bundle.config, bundle.tokenizer_files, bundle.origin)
 
 
-def to_ours(tensors: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
-    """Hugging Face's tensors as our stacked parameters, by path."""
+def to_ours(tensors: dict[str, np.ndarray], config: Config, dtype: Any = None) -> dict[str, np.ndarray]:
+    """Hugging Face's tensors as our stacked parameters, by path, as `dtype` (default: their own): fresh arrays.
+
+    Layer by layer into their place: stacking, turning and casting one after another takes 3 times as long.
+    """
     ours = {}
     for name, (path, rule) in rules(config).items():
-        names = [name.replace("*", str(index)) for index in range(config.num_hidden_layers)] if "*" in name else [name]
-        array = np.stack([tensors[n] for n in names]) if "*" in name else tensors[name]
-        ours[path] = einops.rearrange(array, rule, **_split_sizes(rule, config))
+        sizes, layers = _split_sizes(rule, config), range(config.num_hidden_layers)
+        if "*" not in name:
+            ours[path] = np.array(einops.rearrange(tensors[name], rule, **sizes), dtype, order="C")
+            continue
+        rule = rule.replace("L ", "")
+        turned = [einops.rearrange(tensors[name.replace("*", str(index))], rule, **sizes) for index in layers]
+        ours[path] = np.empty((len(turned), *turned[0].shape), dtype or np.result_type(*turned))
+        for place, layer in zip(ours[path], turned, strict=True):
+            place[...] = layer
     return ours
 
 
@@ -272,8 +281,8 @@ def from_bundle(bundle: Bundle, dtype: Any = np.float32) -> "SmolLM":
     if dtype == np.float64 and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise UsageError("float64 needs jax_enable_x64: set JAX_ENABLE_X64=1")
     abstract = jax.eval_shape(lambda: SmolLM(bundle.config, key=jax.random.key(0)))
-    ours = to_ours(bundle.tensors, bundle.config)
-    return unflatten(abstract, {path: jnp.asarray(array.astype(dtype)) for path, array in ours.items()})
+    ours = to_ours(bundle.tensors, bundle.config, dtype)
+    return unflatten(abstract, {path: jnp.asarray(array) for path, array in ours.items()})
 
 
 def to_bundle(model: "SmolLM", origin: str = "", tokenizer_files: dict[str, bytes] | None = None) -> Bundle:
