@@ -1,5 +1,6 @@
 """What a training step asks of a CUDA GPU, read off the program that is lowered for one; no GPU is needed for that."""
 
+import collections
 import re
 
 import jax
@@ -13,6 +14,7 @@ from smollm_jax.config import preset
 from smollm_jax.recipe import Recipe
 
 LENGTH = 128
+RECIPE = Recipe(10, 3, LENGTH, learning_rate=1e-3, warmup_steps=0, dtype="bfloat16")
 
 
 @pytest.fixture
@@ -23,12 +25,11 @@ def lowered(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda *_: False)
 
     def text(remat: train_step.Remat, implementation: train_step.Implementation = "cudnn") -> str:
-        recipe = Recipe(10, 2, LENGTH, learning_rate=1e-3, warmup_steps=0, dtype="bfloat16")
-        tokens = jax.ShapeDtypeStruct((2, LENGTH + 1), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((3, LENGTH + 1), jnp.int32)
         traced = train_step.train_step.trace(
-            train_step.abstract_state(preset("tiny"), recipe),
+            train_step.abstract_state(preset("tiny"), RECIPE),
             tokens,
-            tx=optimizer.adamw(recipe),
+            tx=optimizer.adamw(RECIPE),
             compute=train_step.Compute("bfloat16", implementation, remat),
         )
         return traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -42,6 +43,7 @@ def test_attention_is_cudnns_and_only_full_rematerialisation_runs_it_twice(lower
     calls = re.findall(r"__cudnn\$\w+", text)
     assert calls.count("__cudnn$fmhaSoftmax") == forward
     assert calls.count("__cudnn$fmhaSoftmaxBackward") == 1
+    assert text.count("mask_type\\22: \\22CAUSAL\\22") == len(calls), "by name: there is no mask= to say it"
     assert f"{LENGTH}x{LENGTH}x" not in text, "scores or a mask of all pairs"
 
 
@@ -58,7 +60,22 @@ def test_q_k_v_and_gate_up_are_one_product_each(lowered):
     """tiny: 96 hidden, 6 + 2 + 2 heads of 16, an MLP of 256 twice."""
     config = preset("tiny")
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    outputs = re.findall(r"dot_general.*-> tensor<2x128x(\d+)xbf16>", lowered("none"))
+    outputs = re.findall(r"dot_general.*-> tensor<3x128x(\d+)xbf16>", lowered("none"))
     assert outputs.count(str(heads * config.head_dim)) == 1
     assert outputs.count(str(2 * config.intermediate_size)) == 1
     assert str(config.num_key_value_heads * config.head_dim) not in outputs
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_each_weight_is_cast_once_a_step_outside_the_layers_loop(lowered, remat):
+    cast = collections.Counter(re.findall(r"convert .*\(tensor<([\dx]+)xf32>\) -> tensor<[\dx]+xbf16>", lowered(remat)))
+    shapes = [x.shape for x in jax.tree.leaves(train_step.abstract_state(preset("tiny"), RECIPE).model)]
+    assert len(shapes) == 11
+    for shape, count in collections.Counter(shapes).items():
+        assert cast["x".join(map(str, shape))] == count, shape
+        assert len(shape) < 3 or not cast["x".join(map(str, shape[1:]))], "a layer's own, in the loop"
+
+
+def test_every_array_of_the_state_is_overwritten_in_place(lowered):
+    leaves = jax.tree.leaves(train_step.abstract_state(preset("tiny"), RECIPE))
+    assert lowered("dots").count("tf.aliasing_output") == len(leaves) == 35

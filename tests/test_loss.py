@@ -71,3 +71,10 @@ def test_the_compiled_step_holds_no_more_than_one_chunk_of_logits():
     text = step.lower(*shapes, targets).compile().as_text()
     sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
     assert max(sizes) == chunk * V
+
+
+def test_value_and_gradients_take_three_products_not_four():
+    shapes = jax.ShapeDtypeStruct((40, 8), jnp.float32), jax.ShapeDtypeStruct((50, 8), jnp.float32)
+    targets = jax.ShapeDtypeStruct((40,), jnp.int32)
+    step = jax.jit(jax.value_and_grad(lambda h, w, t: linear_cross_entropy(h, w, t, 10), argnums=(0, 1)))
+    assert step.lower(*shapes, targets).as_text().count("stablehlo.dot_general") == 3
