@@ -1,6 +1,7 @@
 """Measure one thing on our side and on PyTorch's, in turn in one run, medians with their spread.
 
     python scripts/benchmark.py train --against hf hf-compile            # seconds, tokens/s and MFU of optimizer steps
+    python scripts/benchmark.py train --against huge-pages               # the same, ours with and without
     python scripts/benchmark.py memory --sequence-length 2048            # the most memory such steps take
     python scripts/benchmark.py decode --against hf llamacpp             # tokens after a prompt of 16, greedy, cached
     python scripts/benchmark.py prefill --sequence-length 2048           # one forward pass that fills a cache
@@ -40,12 +41,16 @@ from smollm_jax.provenance import environment
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = 16  # tokens before the decoded ones
 SETTINGS = ("JAX_PLATFORMS", "XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+Other = Literal["hf", "hf-compile", "hf-compile-max", "twin", "twin-compile", "llamacpp", "plain", "huge-pages"]
 HF, TWIN = ("hf", "hf-compile", "hf-compile-max"), ("twin", "twin-compile")
 # Whom a subject can be measured against; the first is the default.
 AGAINST = {"decode": (*HF, "llamacpp"), "prefill": (*HF, "llamacpp"), "packed": ("plain",), "checkpoint": ()}
-AGAINST |= dict.fromkeys(("train", "memory", "startup"), (*HF, *TWIN)) | dict.fromkeys(
-    ("loss", "attention", "gemm"), HF
-)
+AGAINST |= dict.fromkeys(("memory", "startup"), (*HF, *TWIN)) | {"train": (*HF, *TWIN, "huge-pages")}
+AGAINST |= dict.fromkeys(("loss", "attention", "gemm"), HF)
+# Needs glibc 2.35; without both thresholds the pages of a freed buffer go back to the system at once.
+HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184"
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+VARIABLES = {"huge-pages": {"GLIBC_TUNABLES": HUGE_PAGES}}  # of a side's own process
 LLAMACPP = (
     "--against llamacpp needs it: CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python"
 )
@@ -57,11 +62,10 @@ class Flags:
         Literal["train", "memory", "decode", "prefill", "startup", "loss", "attention", "packed", "gemm", "checkpoint"]
     ]
     """See above."""
-    against: (
-        tuple[Literal["hf", "hf-compile", "hf-compile-max", "twin", "twin-compile", "llamacpp", "plain"], ...] | None
-    ) = None
+    against: tuple[Other, ...] | None = None
     """transformers' LlamaForCausalLM with SDPA (default), smollm_torch ("-compile": under torch.compile, "-max": its
-    max-autotune), llama.cpp; "packed": our plain causal attention. An empty list: ours alone."""
+    max-autotune), llama.cpp; "packed": our plain causal attention; "train": ourselves on glibc's huge pages. An empty
+    list: ours alone."""
     preset: str = "smollm2-135m"
     """Model, with seeded random weights."""
     rounds: int = 5
@@ -137,6 +141,8 @@ def check_flags(flags: Flags) -> None:
     longest = PROMPT + flags.new_tokens if flags.what == "decode" else flags.sequence_length
     if longest > (most := preset(flags.preset).max_position_embeddings):
         raise errors.UsageError(f"{longest} tokens exceed the {most} positions of {flags.preset}")
+    if "huge-pages" in flags.others and "[never]" in (said := THP.read_text() if THP.is_file() else "[never]"):
+        raise errors.UsageError(f"{THP} says {said.strip()!r}: there are no huge pages to measure")
     if "llamacpp" in flags.others:
         if flags.dtype != "float32" or flags.batch_size != 1:
             raise errors.UsageError("llamacpp is measured with --dtype float32 and --batch-size 1 only")
@@ -152,7 +158,7 @@ def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
         sides: dict[str, Side] = {}
         for name in ("ours", *flags.others):
             print(f"{name}: preparing", flush=True)
-            sides[name] = Side(name, flags.job, weights)
+            sides[name] = Side(name, flags.job, weights, **VARIABLES.get(name, {}))
             stack.callback(sides[name].close)
         ready = {name: side.ready for name, side in sides.items()}
         check_equal(flags.dtype, ready)

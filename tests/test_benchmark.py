@@ -86,6 +86,13 @@ def test_the_twin_trains_beside_us(tmp_path):
     assert rows["loss 2, ours"]["median"] < rows["loss 1, ours"]["median"] - 0.5, "the optimizer did nothing"
 
 
+def test_ours_with_huge_pages_is_the_same_step_under_other_settings(tmp_path):
+    rows = measured(tmp_path, "train", "--against", "huge-pages", "--sequence-length", "32")["rows"]
+    assert rows["loss 2, ours"] == rows["loss 2, huge-pages"]
+    assert rows["tokens/s, ours / huge-pages"]["median"] > 0
+    assert "glibc.malloc.hugetlb=1:" in benchmark.VARIABLES["huge-pages"]["GLIBC_TUNABLES"]
+
+
 def test_packed_documents_are_measured_against_plain_causal_attention(tmp_path):
     rows = measured(tmp_path, "packed", "--sequence-length", "64", "--document-tokens", "16", "--batch-size", "2")[
         "rows"
@@ -178,6 +185,13 @@ def test_llama_cpp_that_is_not_there_is_asked_for_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as where it is not installed
     with pytest.raises(UsageError, match="pip install --no-binary llama-cpp-python llama-cpp-python"):
         benchmark.check_flags(benchmark.Flags("decode", against=("hf", "llamacpp"), preset="tiny"))
+
+
+def test_huge_pages_that_the_kernel_never_gives_are_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "THP", tmp_path / "enabled")
+    (tmp_path / "enabled").write_text("always madvise [never]\n")
+    with pytest.raises(UsageError, match="no huge pages to measure"):
+        benchmark.check_flags(benchmark.Flags("train", against=("huge-pages",), preset="tiny"))
 
 
 def test_the_sides_are_given_the_same_seeded_work(monkeypatch):
