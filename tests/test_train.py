@@ -225,3 +225,31 @@ def test_a_reference_that_reads_other_tokens_is_refused(tmp_path, straight):
     done = train(tmp_path / "run", "--steps", "2", "--reference", str(other))
     assert done.returncode == 2
     assert f"--reference {other}: its tokenizer is not that of" in done.stderr
+
+
+COMPILES_WHILE_READING = """
+import sys, threading
+sys.path.insert(0, f"{sys.argv.pop(1)}/scripts")
+import train_jax
+from smollm_jax import data, train
+compiling, reading, compile_step, prepare = threading.Event(), threading.Event(), train.compile_step, data.prepare
+def compiled(*arguments):
+    compiling.set()
+    assert reading.wait(60), "the step is compiled before the data are read"
+    return compile_step(*arguments)
+def prepared(*arguments):
+    reading.set()
+    assert compiling.wait(60), "the data are read before the step is compiled"
+    return prepare(*arguments)
+train.compile_step, data.prepare = compiled, prepared
+train_jax.main(sys.argv[1:])
+"""
+
+
+def test_the_step_is_compiled_once_while_the_data_are_read(tmp_path):
+    python, script, *flags = command(tmp_path / "run", "--steps", "2")
+    program = [python, "-c", COMPILES_WHILE_READING, str(Path(script).parent.parent), *flags]
+    environment = ENVIRONMENT | {"JAX_LOG_COMPILES": "1"}
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("Compiling jit(train_step)") == 1
