@@ -231,8 +231,8 @@ COMPILES_WHILE_READING = """
 import sys, threading
 sys.path.insert(0, f"{sys.argv.pop(1)}/scripts")
 import train_jax
-from smollm_jax import data, train
-compiling, reading, compile_step, prepare = threading.Event(), threading.Event(), train.compile_step, data.prepare
+from smollm_jax import data, train_step
+compiling, reading, compile_step, prepare = threading.Event(), threading.Event(), train_step.compile_step, data.prepare
 def compiled(*arguments):
     compiling.set()
     assert reading.wait(60), "the step is compiled before the data are read"
@@ -241,7 +241,7 @@ def prepared(*arguments):
     reading.set()
     assert compiling.wait(60), "the data are read before the step is compiled"
     return prepare(*arguments)
-train.compile_step, data.prepare = compiled, prepared
+train_step.compile_step, data.prepare = compiled, prepared
 train_jax.main(sys.argv[1:])
 """
 
