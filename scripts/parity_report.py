@@ -120,8 +120,8 @@ def make_job(text: Path, tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     """What every side is to compute: texts, a window for gradients, batches to train on, prompts to continue."""
     import numpy as np
 
-    from smollm_jax.data import documents, text_files
     from smollm_jax.recipe import Recipe
+    from smollm_jax.text import documents, text_files
 
     files = text_files(text)
     chosen = files[:: max(1, len(files) // 9)][:9]

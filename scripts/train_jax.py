@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -28,8 +29,9 @@ from smollm_jax import errors
 class Flags:
     preset: str | None = None
     """Model to train from scratch: see smollm_jax/config.py; default smollm2-135m-pretrain."""
-    data: Path | None = None
-    """Text file, folder of text, .jsonl with a "text" field, or a prepared token file; default: assets/sotu."""
+    data: tuple[str, ...] | None = None
+    """Prepared data sets (prepare_data.py), or text as it takes it, which is prepared under data/. Several are read as
+    one, or in the proportion of weights: --data data/web:0.6 data/code:0.4. Default: assets/sotu."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json; default: --init-from's if it has one, else assets/tokenizer."""
     init_from: Path | None = None
@@ -216,7 +218,7 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     mesh = sharding.make_mesh(layout) if layout else None
     on_gpu = device.platform == "gpu"
     given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) is not None}
-    source, start_from, bundle, saved = flags.data or Path("assets/sotu"), str(flags.init_from or ""), None, None
+    source, start_from, bundle, saved = flags.data or ("assets/sotu",), str(flags.init_from or ""), None, None
     if flags.resume:
         with CheckpointStore(run / "checkpoints", create=False) as store:
             load = lambda step: train.load(store, step, mesh)  # noqa: E731
@@ -224,7 +226,7 @@ def train_in(run: Path, flags: Flags, stop) -> None:
         before = saved.provenance
         config = preset(flags.preset) if flags.preset else formats.read_config(run / "config.json")
         recipe = Recipe(**(dataclasses.asdict(before.recipe) | given))
-        source, start_from = flags.data or Path(before.data), start_from or before.start_from
+        source, start_from = flags.data or tuple(shlex.split(before.data)), start_from or before.start_from
         if start_from != before.start_from:
             began = before.start_from or "its recipe's init"
             raise errors.UsageError(f"--init-from {start_from}: this run began with {began}; leave it out")
@@ -287,12 +289,13 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     print(f"            {warmup}; saved every {cadence.save_every}, validated every {cadence.eval_every} steps")
     print(f"run         {run}", flush=True)
 
-    tokens = data.prepare(source, tokenizer_folder, Path("data"), tokenizer)
+    tokens = data.prepare(source, tokenizer_folder, Path("data"), stop, tokenizer)
     batches = data.Batches(tokens, recipe)
     held_out = np.concatenate([batch[:, 1:].ravel() for batch in batches.validation(cadence.eval_batches)])
     bytes_per_token = tokenizer.byte_count(held_out.tolist()) / held_out.size
-    print(f"data        {source}: {tokens.documents:,} documents, {len(tokens.tokens):,} tokens in {tokens.path}")
-    provenance = Provenance(recipe, config, str(source), tokens.sha256, tokens.tokenizer_sha256, start_from)
+    named = shlex.join(source)
+    print(f"data        {named}: {tokens.documents:,} documents, {tokens.tokens:,} tokens in {tokens.places}")
+    provenance = Provenance(recipe, config, named, tokens.sha256, tokens.tokenizer_sha256, start_from)
     if saved:
         for change in provenance.check_resumes(saved.provenance, flags.allow_change):
             print(f"note: changed, as --allow-change says: {change}")

@@ -23,8 +23,8 @@ class Flags:
     """JAX run whose config, recipe and data are taken."""
     out: Path
     """Run folder to write; must not exist."""
-    data: Path = Path("assets/sotu")
-    """The text or token file the JAX run was given."""
+    data: tuple[str, ...] = ("assets/sotu",)
+    """What the JAX run was given."""
     init_from: Path | None = None
     """The weights the JAX run was given, if any."""
     steps: int | None = None
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError(f"{flags.like} began with {like.start_from}: add --init-from {like.start_from}")
     tokens = data.prepare(flags.data, flags.like, Path("data"))
     if tokens.sha256 != like.data_sha256:
-        raise errors.UsageError(f"--data {flags.data} is not what {flags.like} was trained on")
+        raise errors.UsageError(f"--data {' '.join(flags.data)} is not what {flags.like} was trained on")
     if flags.init_from:
         bundle = weights.read(flags.init_from)
     else:

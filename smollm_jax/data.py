@@ -1,8 +1,7 @@
-"""Text to a token file, and a token file to batches. NumPy only.
+"""Prepared data to batches. NumPy only.
 
-A token file is a folder with `tokens.bin` (uint16, documents one after another, each ended by eos) and `tokens.json`
-(how many, their sha256, the tokenizer's). A batch is a pure function of (recipe, step): there is no reader state to
-save or to lose.
+A batch is a pure function of (recipe, data, step), and of the rows of it that are asked for: there is no reader state
+to save or to lose, and each of several processes reads its own rows alone.
 """
 
 import dataclasses
@@ -10,207 +9,212 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from smollm_jax.config import shown
-from smollm_jax.errors import InputFileError, StorageError, UsageError
-from smollm_jax.files import read_json, size_of
-from smollm_jax.formats import replacing
+from smollm_jax.errors import InputFileError, UsageError
+from smollm_jax.order import Turns, shuffled
+from smollm_jax.prepare import prepared
 from smollm_jax.recipe import Recipe
-from smollm_jax.text import documents, text_files
+from smollm_jax.stop import Stop
+from smollm_jax.token_file import MANIFEST, TokenFile, TokenSet, sha256_of
 from smollm_jax.tokenizer import Tokenizer
 
-FORMAT = "smollm-tokens-1"
-DOCUMENTS_AT_ONCE = 256  # one call into the tokenizer, which spreads them over all cores
+ORDER = "feistel-1"  # names the order of the windows: another one is other data
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenFile:
-    """An opened token file: a memory map and what its sidecar says."""
+class Mixture:
+    """What a run trains on: sources, each one or more sets, and the share of all windows that comes from each."""
 
-    path: Path
-    tokens: np.ndarray
-    sha256: str
-    tokenizer_sha256: str
-    documents: int
-    eos_token_id: int | None
+    sources: tuple[tuple[TokenSet, ...], ...]
+    shares: tuple[Fraction, ...] = (Fraction(1),)
+    vocab_size: int = 1 << 16  # no token may be as large
 
-    @classmethod
-    def open(cls, folder: Path) -> "TokenFile":
-        """Opens a prepared folder; raises `InputFileError` if its content is not what its sidecar says."""
-        about = folder / "tokens.json"
-        sidecar = read_json(about)
-        if not isinstance(sidecar, dict) or sidecar.get("format") != FORMAT:
-            raise InputFileError(f"{about}: is not the sidecar of a token file ({FORMAT})")
-        if missing := [key for key in _SIDECAR if key not in sidecar]:
-            raise InputFileError(f"{about}: lacks {', '.join(missing)}")
-        for key, (kind, what) in _SIDECAR.items():
-            value = sidecar[key]
-            if type(value) is not kind or (value < 0 if kind is int else not re.fullmatch("[0-9a-f]{64}", value)):
-                raise InputFileError(f"{about}: {key} must be {what}, got {shown(value)}")
-        path = folder / "tokens.bin"
-        size = size_of(path)
-        if size != 2 * sidecar["tokens"] or not size:
-            raise InputFileError(f"{path}: has {size} bytes, its tokens.json says {sidecar['tokens']} tokens of 2")
-        if (found := sha256_of(path)) != sidecar["sha256"]:
-            raise InputFileError(f"{path}: has sha256 {found[:12]}, its tokens.json says {sidecar['sha256'][:12]}")
-        tokens = np.memmap(path, dtype=np.uint16, mode="r")
-        return cls(
-            path, tokens, sidecar["sha256"], sidecar["tokenizer_sha256"], sidecar["documents"], sidecar["eos_token_id"]
-        )
+    @property
+    def sets(self) -> list[TokenSet]:
+        """All sets, in order."""
+        return [one for source in self.sources for one in source]
+
+    @property
+    def tokens(self) -> int:
+        """How many, in all sets."""
+        return sum(one.tokens for one in self.sets)
+
+    @property
+    def documents(self) -> int:
+        """How many, in all sets."""
+        return sum(one.documents for one in self.sets)
+
+    @property
+    def places(self) -> str:
+        """Where they lie, and of what is too large to have been read how to verify it."""
+        named = ", ".join(str(one.path) for one in self.sets)
+        unread = " ".join(str(one.path) for one in self.sets if not one.verified)
+        return named + (f"; every byte checked by: prepare_data.py --verify {unread}" if unread else "")
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Of the one tokenizer that made them all."""
+        return self.sets[0].files[0].tokenizer_sha256
 
     @functools.cached_property
-    def largest_id(self) -> int:
-        """The largest token id in the file: JAX reads past the end of an embedding without an error."""
-        return int(self.tokens.max())
-
-    def check(self, tokenizer: Tokenizer, tokenizer_folder: Path) -> "TokenFile":
-        """Itself; raises `InputFileError` when it was made with another tokenizer or has ids the tokenizer has not."""
-        if self.tokenizer_sha256 != sha256_of(tokenizer_folder / "tokenizer.json"):
-            raise InputFileError(f"{self.path.parent}: was prepared with another tokenizer than {tokenizer_folder}")
-        if self.eos_token_id != tokenizer.eos_token_id:
-            raise InputFileError(
-                f"{self.path.parent}: ends its documents with token {self.eos_token_id}, {tokenizer_folder} "
-                f"with {tokenizer.eos_token_id}"
-            )
-        if self.largest_id >= tokenizer.vocab_size:
-            place = int(np.argmax(self.tokens >= tokenizer.vocab_size))
-            raise InputFileError(
-                f"{self.path}: token {place} is {self.tokens[place]}, the vocabulary ends at {tokenizer.vocab_size - 1}"
-            )
-        return self
+    def sha256(self) -> str:
+        """The identity of the data and of the order it is read in."""
+        digests = [[file.sha256 for one in source for file in one.files] for source in self.sources]
+        content = [ORDER, digests, [str(share) for share in self.shares]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-_SIDECAR: dict[str, tuple[type, str]] = {
-    "tokens": (int, "a count"),
-    "documents": (int, "a count"),
-    "eos_token_id": (int, "a token id"),
-    "sha256": (str, "64 hexadecimal digits"),
-    "tokenizer_sha256": (str, "64 hexadecimal digits"),
-}
+def prepare(
+    sources: Path | Sequence[str | Path],
+    tokenizer_folder: Path,
+    cache: Path,
+    stop: Stop | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Mixture:
+    """The data that sources name, each PATH or PATH:WEIGHT; without weights, one source of all of them.
 
-
-def prepare(source: Path, tokenizer_folder: Path, cache: Path, tokenizer: Tokenizer | None = None) -> TokenFile:
-    """The token file of a source: text file, folder of text, JSONL with a "text" field, or a prepared token file.
-
-    A text source is tokenised once and kept under `cache`, by the hash of its content and of the tokenizer, which is
-    loaded from its folder unless it is at hand.
+    A path is a prepared set or token file, or a source of text as `scripts/prepare_data.py` takes it, which is
+    prepared once and kept under `cache`, by the hash of its content and of the tokenizer.
     """
-    if source.name == "tokens.bin":
-        source = source.parent
-    tokenizer = tokenizer or Tokenizer.load(tokenizer_folder)
-    if (source / "tokens.json").is_file():
-        return TokenFile.open(source).check(tokenizer, tokenizer_folder)
-    files = text_files(source)
-    tokenizer_sha256 = sha256_of(tokenizer_folder / "tokenizer.json")
-    digest = hashlib.sha256(f"{tokenizer_sha256} {tokenizer.eos_token_id}".encode())
-    for file in files:
-        digest.update(f"{file.relative_to(source)}\0{sha256_of(file)}\0".encode())
-    target = cache / f"{source.stem}-{digest.hexdigest()[:12]}"
-    if not (target / "tokens.json").is_file():
-        try:
-            with replacing(target) as temporary:
-                _tokenize(files, source, tokenizer, tokenizer_sha256, temporary)
-        except (StorageError, UsageError):
-            if not (target / "tokens.json").is_file():  # else another process was faster, with the same tokens
-                raise
-    return TokenFile.open(target).check(tokenizer, tokenizer_folder)
+    named = [_weighted(str(s)) for s in ([sources] if isinstance(sources, (str, Path)) else sources)]
+    weights = [weight for _, weight in named if weight is not None]
+    if not named or (weights and len(weights) != len(named)):
+        raise UsageError("data: give a weight to every source or to none: PATH:WEIGHT")
+    tokenizer, sha256 = tokenizer or Tokenizer.load(tokenizer_folder), sha256_of(tokenizer_folder / "tokenizer.json")
+    sets = []
+    for path, _ in named:
+        path = path.parent if path.name == "tokens.bin" else path
+        whole = any((path / name).is_file() for name in (MANIFEST, "tokens.json"))
+        sets.append(TokenSet.open(path if whole else prepared(path, tokenizer_folder, cache, stop)))
+        for file in sets[-1].files:
+            file.check(tokenizer, tokenizer_folder, sha256)
+    if not weights:
+        return Mixture((tuple(sets),), vocab_size=tokenizer.vocab_size)
+    shares = tuple(weight / sum(weights) for weight in weights)
+    return Mixture(tuple((one,) for one in sets), shares, tokenizer.vocab_size)
 
 
-def _tokenize(files: list[Path], source: Path, tokenizer: Tokenizer, tokenizer_sha256: str, folder: Path) -> None:
-    if tokenizer.vocab_size > 1 << 16:
-        raise InputFileError(f"{source}: a vocabulary of {tokenizer.vocab_size} does not fit a token file's uint16")
-    if tokenizer.eos_token_id is None:
-        raise InputFileError(f"{source}: the tokenizer names no eos token to end a document with")
-    folder.mkdir()
-    # Shuffled once, so that the tail that is held out for validation is a fair sample of the documents.
-    texts = []
-    for file in files:
-        for number, text in enumerate(documents(file), 1):
-            if reason := tokenizer.unencodable(text):
-                raise InputFileError(f"{file}: document {number} cannot be encoded: {reason}")
-            texts += [text] if text else []
-    order = np.random.default_rng(0).permutation(len(texts))
-    digest, count = hashlib.sha256(), 0
-    with (folder / "tokens.bin").open("wb") as out:
-        for start in range(0, len(texts), DOCUMENTS_AT_ONCE):
-            batch = tokenizer.encode_batch([texts[i] for i in order[start : start + DOCUMENTS_AT_ONCE]])
-            block = np.concatenate([[*ids, tokenizer.eos_token_id] for ids in batch]).astype(np.uint16).tobytes()
-            digest.update(block)
-            count += len(block) // 2
-            out.write(block)
-    if not count:
-        raise InputFileError(f"{source}: holds no text")
-    sidecar = {
-        "format": FORMAT,
-        "tokens": count,
-        "sha256": digest.hexdigest(),
-        "tokenizer_sha256": tokenizer_sha256,
-        "eos_token_id": tokenizer.eos_token_id,
-        "documents": len(texts),
-        "source": source.name,
-    }
-    (folder / "tokens.json").write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
+def _weighted(source: str) -> tuple[Path, Fraction | None]:
+    """The path and the weight of PATH:WEIGHT; the weight is the decimal number as it is written."""
+    path, colon, weight = source.rpartition(":")
+    if not colon or not re.fullmatch(r"\d+(\.\d+)?", weight):
+        return Path(source), None
+    if not Fraction(weight):
+        raise UsageError(f"data: {source}: a weight must be above 0")
+    return Path(path), Fraction(weight)
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's content, in hex."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputFileError(f"{path}: cannot be read: {error}") from error
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Where T + 1 tokens lie: which of the mixture's sources, which token file, and the first token's place in it."""
+
+    source: int
+    file: TokenFile
+    start: int
+
+    def __str__(self) -> str:
+        return f"{self.file.path.parent}:{self.start}"
 
 
 class Batches:
-    """Batches of a token file under a recipe: windows of T + 1 tokens, T apart, each seen once an epoch.
+    """Batches of a mixture under a recipe: windows of T + 1 tokens, T apart, each seen once an epoch of its source.
 
-    The last `validation_fraction` of the tokens, at least one window, is held out.
+    No window spans two files. The last `validation_fraction` of each file is held out, at least one window of a source.
     """
 
-    def __init__(self, file: TokenFile, recipe: Recipe):
-        self.recipe = recipe
-        T = recipe.sequence_length
-        held_out = max(round(len(file.tokens) * recipe.validation_fraction), T + 1)
-        self._train = file.tokens[: max(len(file.tokens) - held_out, 0)]
-        self._validation = file.tokens[len(self._train) :]
-        self.windows = max(len(self._train) - 1, 0) // T
-        self.validation_windows = max(len(self._validation) - 1, 0) // T
-        if not self.windows or not self.validation_windows:
-            raise InputFileError(
-                f"{file.path}: {len(file.tokens)} tokens are too few for one training and one held-out "
-                f"sequence of {T}: shorten --sequence-length or give more text"
-            )
+    def __init__(self, data: Mixture, recipe: Recipe):
+        self.recipe, self.data = recipe, data
+        self._turns = Turns(data.shares)
+        self._sources = [_Source(source, recipe) for source in data.sources]
+        self.windows = sum(source.train.count for source in self._sources)
+        self.validation_windows = sum(source.held_out.count for source in self._sources)
 
     def batch(self, step: int, rows: slice = slice(None)) -> np.ndarray:
-        """The tokens `[B, T + 1]`, int32, of a step (0 = the first), or of some of its rows.
+        """The tokens `[B, T + 1]`, int32, of a step (0 = the first), or some rows of them.
 
         Inputs are all but the last of each row, targets all but the first.
         """
-        return _windows(self._train, self.windows_of(step)[rows], self.recipe.sequence_length)
+        return self._read(self._windows(step, rows))
 
-    def windows_of(self, step: int) -> list[int]:
-        """Which windows of the training tokens a step's batch is made of."""
-        first = step * self.recipe.batch_size
-        places = [divmod(i, self.windows) for i in range(first, first + self.recipe.batch_size)]
-        return [int(self._order(epoch)[index]) for epoch, index in places]
+    def windows_of(self, step: int) -> list[str]:
+        """Which windows a step's batch is made of, as FOLDER:TOKEN."""
+        return [str(window) for window in self._windows(step, slice(None))]
 
     def validation(self, batches: int) -> Iterator[np.ndarray]:
-        """Up to `batches` batches of held-out tokens, evenly spread over them, the same ones every time."""
-        count = min(batches * self.recipe.batch_size, self.validation_windows)
-        indices = np.linspace(0, self.validation_windows - 1, count).round().astype(int)
-        for start in range(0, count, self.recipe.batch_size):
-            part = indices[start : start + self.recipe.batch_size]
-            yield _windows(self._validation, list(part), self.recipe.sequence_length)
+        """Up to `batches` batches of held-out tokens, evenly spread over them, the same ones every time.
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  # a run has one Batches, and a batch touches two epochs at most
-    def _order(self, epoch: int) -> np.ndarray:
-        """The order of the windows in an epoch, from (seed, epoch) alone."""
-        return np.random.default_rng([self.recipe.seed, epoch]).permutation(self.windows)
+        Of each source its share, or all it holds out.
+        """
+        B = self.recipe.batch_size
+        turns, _ = self._turns(np.arange(batches * B))
+        windows = []
+        for number, source in enumerate(self._sources):
+            count = min(int((turns == number).sum()), source.held_out.count)
+            places = np.linspace(0, source.held_out.count - 1, count).round().astype(int)
+            windows += [Window(number, *source.held_out[place]) for place in places]
+        for start in range(0, len(windows), B):
+            yield self._read(windows[start : start + B])
+
+    def _windows(self, step: int, rows: slice) -> list[Window]:
+        """A step's windows: a pure function of (seed, step, row)."""
+        B = self.recipe.batch_size
+        numbers = np.arange(step * B, (step + 1) * B)[rows]
+        turns, places = self._turns(numbers)
+        found: list[Window | None] = [None] * len(numbers)
+        for number, source in enumerate(self._sources):
+            epochs, places_in = np.divmod(places, source.train.count)
+            for epoch in np.unique(epochs[turns == number]):
+                (here,) = np.nonzero((turns == number) & (epochs == epoch))
+                key = (self.recipe.seed, int(epoch), number)
+                for row, index in zip(here, shuffled(places_in[here], source.train.count, key), strict=True):
+                    found[row] = Window(number, *source.train[index])
+        return [window for window in found if window is not None]
+
+    def _read(self, windows: list[Window]) -> np.ndarray:
+        T, limit = self.recipe.sequence_length, self.data.vocab_size
+        out = np.empty((len(windows), T + 1), np.int32)
+        for row, window in zip(out, windows, strict=True):
+            row[:] = window.file.tokens[window.start : window.start + T + 1]
+            if row.max() >= limit:
+                window.file.refuse(window.start + int(np.argmax(row >= limit)), limit)
+        return out
 
 
-def _windows(tokens: np.ndarray, indices: list[int], length: int) -> np.ndarray:
-    return np.stack([tokens[i * length : (i + 1) * length + 1] for i in indices]).astype(np.int32)
+class _Spans:
+    """The windows of parts of several files: of each the tokens from `start` to `stop`."""
+
+    def __init__(self, parts: list[tuple[TokenFile, int, int]], T: int):
+        self._parts, self._T = parts, T
+        self._ends = np.cumsum([max(stop - start - 1, 0) // T for _, start, stop in parts])
+        self.count = int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> tuple[TokenFile, int]:
+        """The file of a window and its first token's place there."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        file, start, _ = self._parts[part]
+        return file, start + int(index - (self._ends[part - 1] if part else 0)) * self._T
+
+
+class _Source:
+    """One source of a mixture, in its windows to train on and those that are held out."""
+
+    def __init__(self, sets: Sequence[TokenSet], recipe: Recipe):
+        T, files = recipe.sequence_length, [file for one in sets for file in one.files]
+        held_out = [round(len(file.tokens) * recipe.validation_fraction) for file in files]
+        if max(held_out) < T + 1:
+            largest = max(range(len(files)), key=lambda i: len(files[i].tokens))
+            held_out[largest] = T + 1
+        starts = [max(len(file.tokens) - held, 0) for file, held in zip(files, held_out, strict=True)]
+        self.train = _Spans([(file, 0, start) for file, start in zip(files, starts, strict=True)], T)
+        rest = [(file, start, len(file.tokens)) for file, start in zip(files, starts, strict=True)]
+        self.held_out = _Spans(rest, T)
+        if not self.train.count or not self.held_out.count:
+            raise InputFileError(
+                f"{sets[0].path}: {sum(one.tokens for one in sets)} tokens are too few for one training and one "
+                f"held-out sequence of {T}: shorten --sequence-length or give more text"
+            )

@@ -18,8 +18,8 @@ class RunLock:
     nothing was written is removed again.
     """
 
-    def __init__(self, run: Path):
-        self.run = run
+    def __init__(self, run: Path, holder: str = "trainer"):
+        self.run, self._holder = run, holder
 
     def __enter__(self) -> "RunLock":
         self._made = not self.run.exists()
@@ -31,7 +31,7 @@ class RunLock:
             except BlockingIOError as error:
                 holder = os.pread(self._file, 4096, 0).decode(errors="replace").strip()
                 os.close(self._file)
-                raise LockedError(f"{self.run}: another trainer is at work in it: {holder}") from error
+                raise LockedError(f"{self.run}: another {self._holder} is at work in it: {holder}") from error
             # One that failed may have removed, between our two calls, the file we now hold.
             if self._is_ours():
                 break

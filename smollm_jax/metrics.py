@@ -83,7 +83,7 @@ class RunLog:
         """Leaves the time since the last step (compiling, saving, validating) out of the throughput."""
         self._times = collections.deque([(self._times[-1][0], time.perf_counter())], maxlen=RATE_STEPS)
 
-    def step(self, step: int, *, skipped_windows: list[int] | None = None, **values: float) -> None:
+    def step(self, step: int, *, skipped_windows: list[str] | None = None, **values: float) -> None:
         """Logs the numbers of one finished step; `skipped_windows`: its batch's, if its update was left out."""
         now = time.perf_counter()
         self._times.append((step, now))

@@ -1,70 +1,263 @@
-"""Documents from text files and JSONL, read a line at a time; what is no UTF-8 text is refused by line or byte."""
+"""Text out of files: plain, JSONL, either of them compressed, and Parquet. Read a line or a page at a time.
 
+What is no UTF-8 text is refused by line, byte or row. Memory is bounded by `MAX_LINE`, whatever a file holds.
+"""
+
+import glob
+import gzip
+import io
+import re
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
+from smollm_jax.config import shown
 from smollm_jax.errors import InputFileError
-from smollm_jax.files import parse_json, refuse_marks
+from smollm_jax.files import need, one_line, parse_json, refuse_marks
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
+PACKED = (".gz", ".zst")
+SUFFIXES = tuple(f"{suffix}{packed}" for suffix in (*TEXT_SUFFIXES, ".jsonl") for packed in ("", *PACKED))
 MAX_LINE = 16 << 20  # bytes; a whole book has 1 MB
+PIECE = 1 << 20  # characters of a long text that are encoded at once
+# Where SmolLM2's pre-tokenizer (Digits, then GPT-2's pattern) ends a word whatever lies around: before or, a newline,
+# after one space between two characters that are none. A run of spaces would be split differently at a text's end.
+CUT = re.compile(r"(?<=\S)[ \n\t](?=\S)")
+
+
+class Passage(NamedTuple):
+    """A document or, of a long text, a piece of one."""
+
+    text: str
+    ends: bool  # the document does
+    where: str  # it stands, for an error
+    position: float  # how much of its file is read, 0 to 1
+
+
+class Part(NamedTuple):
+    """What of a file is read: bytes of a plain one, row groups of Parquet, else all of it."""
+
+    file: Path
+    start: int
+    stop: int
 
 
 def text_files(source: Path) -> list[Path]:
-    """The files a text source consists of, in order; raises `InputFileError` when there are none."""
+    """The files a source consists of, in order: a file, a folder or a glob; `InputFileError` when there are none."""
     if source.is_file():
         return [source]
-    if not source.is_dir():
-        raise InputFileError(f"{source}: no such file or folder")
-    named = [file for file in sorted(source.rglob("*")) if file.suffix.lower() in (*TEXT_SUFFIXES, ".jsonl")]
-    found = [file for file in named if file.is_file()]  # no pipe, which would be waited for
-    if not found:
-        raise InputFileError(f"{source}: holds no file that ends in {', '.join(TEXT_SUFFIXES)} or .jsonl")
-    return found
+    if source.is_dir():
+        named = [file for file in sorted(source.rglob("*")) if file.name.lower().endswith((*SUFFIXES, ".parquet"))]
+        found = [file for file in named if file.is_file()]  # no pipe, which would be waited for
+        if not found:
+            kinds = f"{', '.join(TEXT_SUFFIXES)}, .jsonl (.gz, .zst) or .parquet"
+            raise InputFileError(f"{source}: holds no file that ends in {kinds}")
+        return found
+    if re.search(r"[*?\[]", str(source)) and (matches := sorted(glob.glob(str(source), recursive=True))):
+        return [file for match in matches for file in text_files(Path(match))]
+    raise InputFileError(f"{source}: no such file or folder")
 
 
-def documents(file: Path) -> Iterator[str]:
-    """The documents of one file: its whole text, or the "text" of each line of a `.jsonl`.
+def is_packed(file: Path) -> bool:
+    """Whether a file is compressed as a whole, so that it can only be read from its start."""
+    return file.name.lower().endswith(PACKED)
 
-    Line ends become a newline, as in Python's own reading of text.
+
+def is_jsonl(file: Path) -> bool:
+    """Whether a file holds JSON lines."""
+    return file.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
+
+
+def is_parquet(file: Path) -> bool:
+    """Whether a file is Parquet."""
+    return file.name.lower().endswith(".parquet")
+
+
+def documents(file: Path, column: str = "text") -> Iterator[str]:
+    """The documents of one file: its whole text, or the text of each line of JSONL or row of Parquet."""
+    pieces: list[str] = []
+    for passage in passages(whole(file), column, cut=False):
+        pieces.append(passage.text)
+        if passage.ends:
+            yield "".join(pieces)
+            pieces = []
+
+
+def whole(file: Path) -> Part:
+    """All of a file."""
+    return Part(file, 0, parquet(file).num_row_groups if is_parquet(file) else file.stat().st_size)
+
+
+def passages(part: Part, column: str = "text", *, cut: bool = True) -> Iterator[Passage]:
+    """What a part of a file says, a document at a time; a long plain text in pieces if they may be `cut`.
+
+    Line ends of plain text become a newline, as in Python's own reading of text.
     """
-    if file.suffix.lower() != ".jsonl":
-        yield "".join(line for _, line in text_lines(file)).replace("\r\n", "\n").replace("\r", "\n")
-        return
-    for number, line in text_lines(file):
+    if is_parquet(part.file):
+        return _rows(part, column)
+    return _json_lines(part, column) if is_jsonl(part.file) else _plain(part, cut)
+
+
+def _plain(part: Part, cut: bool) -> Iterator[Passage]:
+    where, ends = f"{part.file}: document 1", part.stop == part.file.stat().st_size
+    lines: list[str] = []
+    length, limit, position = 0, PIECE, 0.0
+    for _, position, line in text_lines(part):
+        lines.append(line.replace("\r\n", "\n").replace("\r", "\n"))
+        length += len(line)
+        if not cut or length < limit:
+            continue
+        text = "".join(lines)
+        places = [m.start() for m in CUT.finditer(text, len(text) - 4096)] or [m.start() for m in CUT.finditer(text)]
+        if places:
+            yield Passage(text[: places[-1]], False, where, position)
+            where = f"{part.file}: document 1, {position:.0%} into it"
+            lines, length, limit = [text[places[-1] :]], len(text) - places[-1], PIECE
+        elif length > MAX_LINE:
+            raise InputFileError(f"{part.file}: no lone space between two words in {MAX_LINE:,} bytes: this is no text")
+        else:
+            limit = 2 * length
+    if text := "".join(lines):
+        yield Passage(text, ends, where, 1.0)
+
+
+def _json_lines(part: Part, column: str) -> Iterator[Passage]:
+    for where, position, line in text_lines(part):
         if not line.strip():
             continue
-        value = parse_json(line, f"{file}: line {number}")
-        if not isinstance(value, dict) or type(value.get("text")) is not str:
-            raise InputFileError(f"{file}: line {number} is no JSON object with a 'text' that is a string")
-        _refuse_nul(value["text"], f"{file}: line {number}: 'text'")
-        yield value["text"]
+        value = parse_json(line, where)
+        if not isinstance(value, dict) or type(value.get(column)) is not str:
+            raise InputFileError(f"{where} is no JSON object with a {column!r} that is a string")
+        _refuse_nul(value[column], f"{where}: {column!r}")
+        yield Passage(value[column], True, where, position)
 
 
-def text_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Line number, from 1, and text of each line of a UTF-8 file, its line end kept; reads one line at a time.
+def text_lines(part: Part) -> Iterator[tuple[str, float, str]]:
+    """Where each line of UTF-8 is, how far into the file, and its text with its line end; reads a line at a time.
 
     Raises `InputFileError` naming the line or the byte: a byte order mark, UTF-16, a byte that is not UTF-8, NUL,
     and a line so long that the file is no text.
     """
-    start = 0  # of the line, in bytes
+    file, packed, place = part.file, is_packed(part.file), part.start  # of the line, in bytes
+    with _opened(file) as (stream, raw):
+        if not part.start:
+            refuse_marks(stream.peek(4096)[:4096], file)
+        else:
+            stream.seek(part.start)
+        number = 0
+        try:
+            while packed or place < part.stop:
+                most = MAX_LINE + 1 if packed else min(MAX_LINE + 1, part.stop - place)
+                line = stream.readline(most)
+                if not line:
+                    break
+                number += 1
+                where = f"{file}: line {number}" if not part.start else f"{file}: the line at byte {place}"
+                if len(line) > MAX_LINE:
+                    raise InputFileError(f"{where} is longer than {MAX_LINE:,} bytes: this is no text")
+                text = line.decode("utf-8")
+                _refuse_nul(text, where)
+                place += len(line)
+                done = raw.tell() if packed else place - part.start
+                yield where, min(1.0, done / (part.stop - part.start)), text
+        except UnicodeDecodeError as error:
+            raise InputFileError(f"{file}: byte {place + error.start} is not UTF-8") from error
+
+
+def border(file: Path, at: int) -> int:
+    """The first byte after `at - 1` where a plain file may be divided: a JSON line begins, or see `CUT`; or its end.
+
+    A line that is too long, or no UTF-8, is left whole for its reader to refuse.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as raw:
+        raw.seek(at - 1)
+        line, before = raw.readline(MAX_LINE + 1), ""
+        place = at - 1 + len(line)
+        while len(line) <= MAX_LINE and place < size:
+            if is_jsonl(file):
+                return place
+            line = raw.readline(MAX_LINE + 1)
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError:
+                return size
+            if re.search(r"\S\r?\n$", before) and re.match(r"\S", text):
+                return place
+            if match := CUT.search(text):
+                return place + len(text[: match.start()].encode())
+            place, before = place + len(line), text
+    return size
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[io.BufferedReader, BinaryIO]]:
+    """A file's bytes, uncompressed, and the file as it lies on the disk."""
+    suffix = file.suffix.lower()
     try:
         with file.open("rb") as raw:
-            refuse_marks(raw.read(4096), file)
-            raw.seek(0)
-            for number, line in enumerate(iter(lambda: raw.readline(MAX_LINE + 1), b""), 1):
-                if len(line) > MAX_LINE:
-                    raise InputFileError(f"{file}: line {number} is longer than {MAX_LINE:,} bytes: this is no text")
-                text = line.decode("utf-8")
-                _refuse_nul(text, f"{file}: line {number}")
-                start += len(line)
-                yield number, text
-    except UnicodeDecodeError as error:
-        raise InputFileError(f"{file}: byte {start + error.start} is not UTF-8") from error
-    except OSError as error:
-        raise InputFileError(f"{file}: cannot be read: {error}") from error
+            if suffix == ".gz":
+                yield io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20), raw  # pyright: ignore[reportArgumentType]
+            elif suffix == ".zst":
+                arrow = need("pyarrow", file, extra="data")
+                yield io.BufferedReader(arrow.CompressedInputStream(raw, "zstd"), 1 << 20), raw
+            else:
+                yield raw, raw
+    except (OSError, EOFError, zlib.error) as error:
+        doing = "decompressed" if suffix in PACKED else "read"
+        raise InputFileError(f"{file}: cannot be {doing}: {one_line(error)}") from error
 
 
 def _refuse_nul(text: str, where: str) -> None:
     if (place := text.find("\0")) >= 0:
         raise InputFileError(f"{where}: character {place} is NUL: this is no text")
+
+
+# ---------------------------------------------------------------------------------------------------- Parquet
+
+
+def parquet(file: Path) -> Any:
+    """An opened Parquet file, read a page at a time; raises `InputFileError` if it is none."""
+    reader = need("pyarrow.parquet", file, extra="data")
+    try:
+        return reader.ParquetFile(file, memory_map=False, buffer_size=1 << 20, pre_buffer=False)
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise InputFileError(f"{file}: not a readable Parquet file: {one_line(error)}") from error
+
+
+def text_column(opened: Any, file: Path, column: str) -> int:
+    """The number of the column of text; raises `InputFileError` naming the columns there are."""
+    names = opened.schema_arrow.names
+    if names.count(column) != 1:
+        raise InputFileError(f"{file}: has no column {column!r}, only {shown(names)}: --text-column names another")
+    kind = opened.schema_arrow.field(column).type
+    if str(kind) not in ("string", "large_string", "string_view"):
+        raise InputFileError(f"{file}: column {column!r} is of type {kind}, not a string")
+    leaves = [opened.schema.column(i).path for i in range(len(opened.schema))]
+    return leaves.index(column)
+
+
+def _rows(part: Part, column: str) -> Iterator[Passage]:
+    opened, file = parquet(part.file), part.file
+    text_column(opened, file, column)
+    metadata = opened.metadata
+    counts = [metadata.row_group(i).num_rows for i in range(part.stop)]
+    first, row = sum(counts[: part.start]), 0
+    rows = max(1, sum(counts[part.start :]))
+    groups = list(range(part.start, part.stop))
+    try:
+        for batch in opened.iter_batches(batch_size=64, row_groups=groups, columns=[column], use_threads=False):
+            for value in batch.column(0):
+                where, row = f"{file}: row {first + row + 1}", row + 1
+                if (text := value.as_py()) is None:
+                    raise InputFileError(f"{where}: {column!r} is null")
+                _refuse_nul(text, f"{where}: {column!r}")
+                yield Passage(text, True, where, row / rows)
+    except UnicodeDecodeError as error:
+        raise InputFileError(f"{file}: row {first + row}: {column!r} is not UTF-8") from error
+    except InputFileError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"{file}: not a readable Parquet file: {one_line(error)}") from error

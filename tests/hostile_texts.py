@@ -99,19 +99,23 @@ CONFIG: Cases = {
 # --------------------------------------------------------------------------------------- token files and texts
 
 
-def tokens(content: bytes, length: int | None = None, **changed: Any) -> Writer:
+def tokens(content: bytes, length: int | None = None, ends: bytes | None = None, **changed: Any) -> Writer:
     """A token file whose sidecar says what is true of it, but for what is changed; None removes a key."""
 
     def write(folder: Path) -> Path:
         tokenizer = tokenizer_folder(folder / "tokenizer")
         (folder / "x").mkdir()
         (folder / "x/tokens.bin").write_bytes(content[:length])
+        whole = (len(content) // 2).to_bytes(8, "little")
+        (folder / "x/documents.bin").write_bytes(whole if ends is None else ends)
         sidecar = {
-            "format": "smollm-tokens-1",
+            "format": "smollm-tokens-2",
             "tokens": len(content) // 2,
             "documents": 1,
             "eos_token_id": 0,
+            "largest_id": max(content[i] + 256 * content[i + 1] for i in range(0, len(content), 2)) if content else 0,
             "sha256": hashlib.sha256(content).hexdigest(),
+            "documents_sha256": hashlib.sha256(whole).hexdigest(),
             "tokenizer_sha256": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
         } | changed
         sidecar = {key: value for key, value in sidecar.items() if value is not None}
@@ -124,6 +128,10 @@ def tokens(content: bytes, length: int | None = None, **changed: Any) -> Writer:
 GOOD = bytes([5, 0, 6, 0, 3, 1, 0, 0])  # tokens 5, 6, 259, 0
 TOKENS: Cases = {
     "of another format": (tokens(GOOD, format="x"), "tokens.json: is not the sidecar"),
+    "of the older format": (tokens(GOOD, format="smollm-tokens-1"), "tokens.json: is of an older format .* again"),
+    "without its ends": (tokens(GOOD, ends=b""), r"documents\.bin: has 0 bytes, its tokens.json says 1 ends of 8"),
+    "an end flipped": (tokens(GOOD, ends=bytes(8)), r"documents\.bin: has sha256"),
+    "a largest id in words": (tokens(GOOD, largest_id="9"), "largest_id must be a token id, got '9'"),
     "without a count": (tokens(GOOD, tokens=None), "tokens.json: lacks tokens"),
     "a count in words": (tokens(GOOD, tokens="4"), "tokens.json: tokens must be a count, got '4'"),
     "a count that is a fraction": (tokens(GOOD, tokens=4.0), "tokens.json: tokens must be a count, got 4.0"),
@@ -179,7 +187,10 @@ TEXT: Cases = {
     "JSONL, not UTF-8": (text("x.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n'), "byte 24 is not UTF-8"),
     "JSONL, NUL": (text("x.jsonl", b'{"text": "a"}\n{"text": "\0"}\n'), "line 2: character 10 is NUL"),
     "JSONL, NUL by its number": (text("x.jsonl", rb'{"text": "ab\u0000"}'), "line 1: 'text': character 2 is NUL"),
-    "JSONL, half a pair": (text("x.jsonl", rb'{"text": "a\ud800"}'), "document 1 .* lone surrogate"),
+    "JSONL, half a pair": (
+        text("x.jsonl", rb'{"text": "a\ud800"}'),
+        "line 1 cannot be encoded: character 1 is a lone surrogate",
+    ),
     "JSONL, no JSON": (text("x.jsonl", b'{"text": "a"}\n{"text": \n'), "line 2: not readable as JSON"),
     "JSONL, nested too deeply": (text("x.jsonl", b"[" * 100_000), "line 1: .*nested too deeply"),
     "JSONL, a number": (text("x.jsonl", b'{"text": 3}'), "line 1 is no JSON object with a 'text'"),

@@ -1,6 +1,7 @@
 """A tiny model's files, whole and well-formed, for tests to convert or to spoil."""
 
 import functools
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 
 from smollm_jax import weights
 from smollm_jax.config import Config
+from smollm_jax.data import Mixture
+from smollm_jax.token_file import TokenFile, TokenSet
 from smollm_jax.tokenizer import build, tokenizer_files
 from smollm_jax.tokenizer_file import byte_symbols
 
@@ -116,3 +119,12 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def of_tokens(*parts: np.ndarray, shares: tuple[str, ...] = ("1",)) -> Mixture:
+    """Data that is in no file: of each part of the mixture its tokens."""
+    files = [
+        TokenFile(Path(f"{i}/tokens.bin"), part.astype(np.uint16), np.array([part.size]), str(i), "", 0, 0)
+        for i, part in enumerate(parts)
+    ]
+    return Mixture(tuple((TokenSet(file.path.parent, (file,)),) for file in files), tuple(map(Fraction, shares)))

@@ -1,18 +1,20 @@
 """Text becomes a token file once, and a batch is a pure function of (recipe, step)."""
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 import smollm_jax.text
-from smollm_jax.data import Batches, TokenFile, prepare
-from smollm_jax.errors import InputFileError
+from smollm_jax.data import Batches, Mixture, prepare
+from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.recipe import Recipe
 from smollm_jax.text import documents
+from smollm_jax.token_file import TokenFile, TokenSet
 from smollm_jax.tokenizer import Tokenizer
 from tests.hostile_texts import TOKENS
-from tests.small_files import tokenizer_folder
+from tests.small_files import of_tokens, tokenizer_folder
 
 
 def recipe(**changes) -> Recipe:
@@ -21,9 +23,9 @@ def recipe(**changes) -> Recipe:
 
 
 @pytest.fixture
-def numbers(tmp_path) -> TokenFile:
-    """A token file whose token i is i."""
-    return TokenFile(tmp_path, np.arange(1000, dtype=np.uint16), "", "", 1, 0)
+def numbers() -> Mixture:
+    """Data whose token i is i."""
+    return of_tokens(np.arange(1000))
 
 
 def test_every_window_is_seen_once_an_epoch_and_shuffled_anew_in_the_next(numbers):
@@ -64,6 +66,13 @@ def test_too_little_text_is_refused(numbers):
         Batches(numbers, recipe(sequence_length=600))
 
 
+def the_file(data: Mixture) -> TokenFile:
+    """The one token file of small data."""
+    ((only,),) = data.sources
+    (file,) = only.files
+    return file
+
+
 def write(folder, **files):
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
@@ -77,20 +86,22 @@ def test_text_files_and_jsonl_become_the_same_tokens(tmp_path, tokenizer_path, t
     lines = "\n".join(json.dumps({"text": text, "id": 1}) for text in texts) + "\n\n"
     jsonl = tmp_path / "texts.jsonl"
     jsonl.write_text(lines, encoding="utf-8")
-    files = [prepare(source, tokenizer_path, tmp_path / "cache") for source in (folder, jsonl)]
+    files = [the_file(prepare(source, tokenizer_path, tmp_path / "cache")) for source in (folder, jsonl)]
     np.testing.assert_array_equal(files[0].tokens, files[1].tokens)
-    found = np.split(files[0].tokens, np.flatnonzero(files[0].tokens == 0) + 1)[:-1]
+    found = np.split(files[0].tokens, files[0].ends.astype(int)[:-1])
     assert {tokenizer.decode(document[:-1]) for document in found} == set(texts)
-    assert files[0].documents == 3
+    assert {int(document[-1]) for document in found} == {0}
+    assert len(found) == 3
 
 
 def test_a_prepared_file_is_reused_and_a_changed_text_is_not(tmp_path, tokenizer_path):
     source = tmp_path / "text.txt"
     source.write_text("some text")
     first = prepare(source, tokenizer_path, tmp_path / "cache")
-    made = first.path.stat().st_mtime_ns
-    assert prepare(source, tokenizer_path, tmp_path / "cache").path.stat().st_mtime_ns == made
-    for given in (first.path, first.path.parent):  # the prepared file itself
+    path = the_file(first).path
+    made = path.stat().st_mtime_ns
+    assert the_file(prepare(source, tokenizer_path, tmp_path / "cache")).path.stat().st_mtime_ns == made
+    for given in (path, path.parent, path.parent.parent):  # what was prepared itself
         assert prepare(given, tokenizer_path, tmp_path / "other").sha256 == first.sha256
     source.write_text("other text")
     assert prepare(source, tokenizer_path, tmp_path / "cache").sha256 != first.sha256
@@ -115,13 +126,19 @@ def test_text_with_the_longest_line_allowed_is_read(tmp_path, monkeypatch):
 def test_the_largest_id_is_known_and_one_beyond_the_vocabulary_is_refused(tmp_path):
     tokenizer_folder(tmp_path / "tokenizer")
     write, _ = TOKENS["an id beyond the vocabulary"]
-    file = TokenFile.open(write(tmp_path))
+    found = TokenSet.open(write(tmp_path))
+    (file,) = found.files
     assert file.largest_id == 260
     tokenizer = Tokenizer.load(tmp_path / "tokenizer")
     with pytest.raises(InputFileError, match=r"tokens\.bin: token 4 is 260, the vocabulary ends at 259"):
-        file.check(tokenizer, tmp_path / "tokenizer")
+        file.check(tokenizer, tmp_path / "tokenizer", file.tokenizer_sha256)
     tokenizer.vocab_size = 261
-    assert file.check(tokenizer, tmp_path / "tokenizer") is file
+    file.check(tokenizer, tmp_path / "tokenizer", file.tokenizer_sha256)
+    only = recipe(sequence_length=1, batch_size=1)
+    batches = [Batches(Mixture(((found,),), vocab_size=size), only) for size in (260, 261)]  # as if it said 259
+    assert [batches[1].batch(step)[0].tolist() for step in range(2)] in ([[5, 6], [6, 259]], [[6, 259], [5, 6]])
+    with pytest.raises(InputFileError, match=r"tokens\.bin: token 4 is 260, the vocabulary ends at 259"):
+        list(batches[0].validation(1))
 
 
 def test_texts_are_prepared_anew_for_another_end_of_text(tmp_path):
@@ -130,7 +147,7 @@ def test_texts_are_prepared_anew_for_another_end_of_text(tmp_path):
     for eos in ("<|endoftext|>", "!"):
         settings = json.dumps({"eos_token": eos}).encode()
         folder = tokenizer_folder(tmp_path / "tokenizer", **{"tokenizer_config.json": settings})
-        ends.append(prepare(tmp_path / "x.txt", folder, tmp_path / "cache").tokens[-1])
+        ends.append(the_file(prepare(tmp_path / "x.txt", folder, tmp_path / "cache")).tokens[-1])
     assert ends == [0, 1 + ord("!")]
 
 
@@ -138,7 +155,7 @@ def test_texts_are_prepared_anew_for_another_end_of_text(tmp_path):
 def test_a_damaged_token_file_is_caught(tmp_path, tokenizer_path, damage):
     source = tmp_path / "text.txt"
     source.write_text("some text that is long enough to damage")
-    path = prepare(source, tokenizer_path, tmp_path / "cache").path
+    path = the_file(prepare(source, tokenizer_path, tmp_path / "cache")).path
     content = bytearray(path.read_bytes())
     if damage == "flipped":
         content[5] ^= 1
@@ -171,3 +188,72 @@ def test_a_missing_source_and_a_folder_without_text_are_refused(tmp_path, tokeni
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputFileError, match="holds no file"):
         prepare(tmp_path / "empty", tokenizer_path, tmp_path / "cache")
+
+
+def starts(windows: list[str]) -> list[tuple[int, int]]:
+    """Source and first token of windows of `of_tokens`."""
+    return [(int(source), int(start)) for source, _, start in (window.partition(":") for window in windows)]
+
+
+def test_a_mixture_gives_every_source_its_share_and_each_window_once_an_epoch():
+    data = of_tokens(*(np.arange(16 * n + 1) for n in (9, 30, 14)), shares=("3/5", "1/4", "3/20"))
+    batches = Batches(data, recipe(batch_size=10, validation_fraction=0.1))
+    seen = [window for step in range(40) for window in starts(batches.windows_of(step))]
+    for n in (20, 100, 400):  # whole periods
+        assert [sum(source == s for source, _ in seen[:n]) for s in range(3)] == [n * 3 // 5, n // 4, n * 3 // 20]
+    for source, windows in ((0, 7), (1, 27), (2, 12)):
+        epochs = [start for s, start in seen if s == source]
+        for epoch in range(len(epochs) // windows):
+            assert sorted(epochs[epoch * windows :][:windows]) == list(range(0, 16 * windows, 16))
+
+
+def test_each_process_reads_its_rows_of_the_one_batch():
+    data = of_tokens(np.arange(1000), np.arange(2000), shares=("1/3", "2/3"))
+    batches = Batches(data, recipe(batch_size=8))
+    for step in (0, 3, 1000):
+        whole = batches.batch(step)
+        parts = [batches.batch(step, slice(start, start + 2)) for start in range(0, 8, 2)]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+        assert [row[0] for row in whole.tolist()] == [start for _, start in starts(batches.windows_of(step))]
+
+
+def test_validation_takes_of_each_source_its_share():
+    data = of_tokens(np.zeros(1000), np.ones(2000), shares=("1/4", "3/4"))
+    rows = np.concatenate(list(Batches(data, recipe(batch_size=4)).validation(4)))
+    assert rows[:, 0].tolist() == [0] * 4 + [1] * 12
+
+
+def test_the_identity_of_data_is_its_files_its_shares_and_its_order():
+    one, two = np.arange(100), np.arange(200)
+    found = [of_tokens(one, two, shares=shares).sha256 for shares in (("1/2", "1/2"), ("1/3", "2/3"), ("2/3", "1/3"))]
+    assert len({*found, of_tokens(one).sha256, of_tokens(two).sha256}) == 4, "of_tokens names files by their place"
+
+
+@pytest.mark.parametrize(
+    ("sources", "named"),
+    [
+        (["a:1", "b"], "a weight to every source or to none"),
+        (["a:0"], "a:0: a weight must be above 0"),
+        (["a:0.3333333", "b:1"], "even after 13,333,333 windows only"),
+        ([], "a weight to every source"),
+    ],
+)
+def test_weights_that_make_no_mixture_are_refused(tmp_path, sources, named):
+    tokenizer_folder(tmp_path / "tokenizer")
+    for name in "ab":
+        (tmp_path / name).write_text("some text in a file, and a bit more of it")
+    given = [str(tmp_path / source) for source in sources]
+    with pytest.raises(UsageError, match=named):
+        Batches(prepare(given, tmp_path / "tokenizer", tmp_path / "cache"), recipe())
+
+
+def test_sources_without_weights_are_one_and_with_them_a_mixture(tmp_path):
+    tokenizer_folder(tmp_path / "tokenizer")
+    for name, letter in (("a.txt", "a"), ("b.txt", "b")):
+        (tmp_path / name).write_text(letter * 1000)
+    given = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    one = prepare(given, tmp_path / "tokenizer", tmp_path / "cache")
+    mixed = prepare([f"{given[0]}:0.75", f"{given[1]}:2.25"], tmp_path / "tokenizer", tmp_path / "cache")
+    assert (len(one.sources), len(one.sets), one.tokens, one.documents) == (1, 2, 2002, 2)
+    assert (len(mixed.sources), mixed.shares) == (2, (Fraction(1, 4), Fraction(3, 4)))
+    assert one.sha256 != mixed.sha256

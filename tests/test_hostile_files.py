@@ -29,7 +29,7 @@ from tests.small_files import SMALL, small_tensors, tokenizer_folder, write_gguf
 ROOT = Path(__file__).parent.parent
 
 
-def prepare(path: Path) -> data.TokenFile:
+def prepare(path: Path) -> data.Mixture:
     return data.prepare(path, path.parent / "tokenizer", path.parent / "cache")
 
 
@@ -118,7 +118,7 @@ def test_the_files_that_the_malformed_ones_were_made_from_are_well_formed(tmp_pa
     assert read_config(tmp_path / "config.json") == SMALL
     assert Tokenizer.load(tokenizer_folder(tmp_path / "tokenizer")).vocab_size == 260
     (tmp_path / "x.txt").write_text("the text")
-    assert prepare(tmp_path / "x.txt").tokens.tolist()[-1] == 0
+    assert prepare(tmp_path / "x.txt").sets[0].files[0].tokens.tolist()[-1] == 0
 
 
 SCRIPT = "import sys, pathlib; from smollm_jax import errors; from tests.test_hostile_files import KINDS\n"

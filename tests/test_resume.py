@@ -15,7 +15,7 @@ import pytest
 from smollm_jax import optimizer, train, train_step
 from smollm_jax.checkpoint import CheckpointStore, flatten
 from smollm_jax.config import Config
-from smollm_jax.data import Batches, TokenFile
+from smollm_jax.data import Batches
 from smollm_jax.errors import DivergedError, LockedError, StoppedError, UsageError
 from smollm_jax.lock import RunLock
 from smollm_jax.metrics import RunLog, read_metrics
@@ -23,6 +23,7 @@ from smollm_jax.model import SmolLM
 from smollm_jax.provenance import Provenance
 from smollm_jax.recipe import Recipe
 from smollm_jax.stop import Stop
+from tests.small_files import of_tokens
 
 POISON = 77
 
@@ -30,10 +31,6 @@ POISON = 77
 @pytest.fixture(scope="module")
 def config(tiny) -> Config:
     return dataclasses.replace(tiny, vocab_size=128, num_hidden_layers=1)
-
-
-def numbers(path, tokens) -> TokenFile:
-    return TokenFile(path, tokens.astype(np.uint16), sha256="", tokenizer_sha256="", documents=1, eos_token_id=0)
 
 
 def recipe(**changes) -> Recipe:
@@ -60,7 +57,7 @@ def run(folder, config, recipe, *, poisoned_steps=(), stop_before=None, resume=F
     """A training as the script does one; returns its state and progress."""
     # 12 windows and more than 10 % held out: batches of 4 begin a new epoch after three steps.
     ids = np.random.default_rng(5).integers(1, 70, 16 * 14 + 1)
-    batches = Poisoned(numbers(folder, ids), recipe, poisoned_steps, stop_before, stop := Stop())
+    batches = Poisoned(of_tokens(ids), recipe, poisoned_steps, stop_before, stop := Stop())
     provenance = Provenance(recipe, config, "numbers", "aa", "bb")
     compute = train_step.Compute(recipe.dtype, parts=recipe.gradient_accumulation_steps)
     store = CheckpointStore(folder / "checkpoints", keep=2, asynchronous=asynchronous)
@@ -156,7 +153,7 @@ def test_nan_at_steps_1_50_51_52_is_left_out_counted_and_logged(tmp_path, config
     assert (progress.skipped, progress.recently_skipped) == (4, list(bad))
     rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert [row["step"] for row in rows if row["loss"] is None] == list(bad)
-    batches = Batches(numbers(tmp_path, np.zeros(16 * 14 + 1)), plan)
+    batches = Batches(of_tokens(np.zeros(16 * 14 + 1)), plan)
     for row in rows:
         expected = batches.windows_of(row["step"] - 1) if row["step"] in bad else None
         assert row.get("skipped_windows") == expected
