@@ -26,7 +26,7 @@ class Stop:
         assert self.signal is not None
         return StoppedError(f"stopped by {self.signal.name}: {where}")
 
-    def listen(self) -> "Stop":
+    def listen(self, doing: str = "stopping after this step and a save") -> "Stop":
         """Takes the signals over, and makes the output outlive its reader. Call first, from the main thread.
 
         A Python handler runs only between two bytecodes of the main thread, so not while XLA compiles: the
@@ -38,6 +38,7 @@ class Stop:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(writer.fileno())
+        self._doing = doing
         self._sockets = (reader, writer)  # closed with the process, not before
         threading.Thread(target=self._watch, daemon=True).start()
         sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
@@ -57,9 +58,7 @@ class Stop:
             if self.signal is not None:
                 os._exit(128 + number)  # an unfinished save is in a folder of its own, which the next start removes
             self.signal = number
-            print(
-                f"{number.name}: stopping after this step and a save; once more: at once", file=sys.stderr, flush=True
-            )
+            print(f"{number.name}: {self._doing}; once more: at once", file=sys.stderr, flush=True)
 
 
 class _Lasting(io.RawIOBase):

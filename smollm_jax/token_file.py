@@ -62,6 +62,11 @@ class TokenFile:
             path = self.path.with_name(name)
             if (found := sha256_of(path)) != about[key]:
                 raise InputFileError(f"{path}: has sha256 {found[:12]}, its tokens.json says {about[key][:12]}")
+        if not np.all(self.ends[:-1] < self.ends[1:]) or self.ends[-1] != len(self.tokens):
+            raise InputFileError(f"{self.path.with_name('documents.bin')}: is no rising list that ends with the tokens")
+        if (largest := int(self.tokens.max())) != self.largest_id:
+            about = self.path.with_name("tokens.json")
+            raise InputFileError(f"{about}: largest_id is {self.largest_id}, the largest token {largest}")
 
     def check(self, tokenizer: Tokenizer, folder: Path, tokenizer_sha256: str) -> None:
         """Raises `InputFileError` when it was made with another tokenizer or has ids the tokenizer has not."""

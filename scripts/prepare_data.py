@@ -1,0 +1,78 @@
+"""Text to a data set for training: text, JSONL and Parquet become sharded token files with a manifest, on all cores.
+
+    python scripts/prepare_data.py my_text/ notes.jsonl.zst 'dumps/*.parquet' --out data/web
+    python scripts/prepare_data.py code/ --text-column content --out data/code
+    python scripts/train_jax.py --data data/web:0.75 data/code:0.25
+    python scripts/prepare_data.py --verify data/web data/code      # read every byte of prepared sets again
+
+A source is a file, a folder or a glob of .txt, .text, .md, .jsonl (each also .gz or .zst) and .parquet; .zst and
+Parquet need the extra `data`. However it is stopped or killed, the same command goes on with what is missing, and the
+result is the same, byte for byte, for any number of workers. The SmolLM corpus as an example: docs/data.md.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from smollm_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders and globs of text; with --verify: prepared sets."""
+    out: Path | None = None
+    """Folder of the data set."""
+    tokenizer: Path = Path("assets/tokenizer")
+    """Folder with tokenizer.json and its tokenizer_config.json."""
+    text_column: str = "text"
+    """Which field of JSONL or column of Parquet is the text."""
+    shard_tokens: int = 1 << 24
+    """Tokens after which the next file of the set begins; a worker holds as many in memory, with their text."""
+    workers: int = 0
+    """Processes; 0: one for each core."""
+    verify: bool = False
+    """Check every byte of prepared sets instead."""
+    debug: bool = False
+    """Show a traceback instead of one line when something goes wrong."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    from smollm_jax.lock import RunLock
+    from smollm_jax.plan import Settings, make_plan
+    from smollm_jax.prepare import prepare_set
+    from smollm_jax.stop import Stop
+    from smollm_jax.token_file import TokenSet
+
+    if not flags.sources:
+        raise errors.UsageError("name at least one source")
+    if flags.verify:
+        for folder in map(Path, flags.sources):
+            found = TokenSet.open(folder)
+            for file in found.files:
+                file.verify()
+            print(f"{folder}: {_counts(found)}, every byte as it was written")
+        return
+    if flags.out is None:
+        raise errors.UsageError("name a folder with --out")
+    if flags.workers < 0:
+        raise errors.UsageError(f"--workers must be at least 0, got {flags.workers}")
+    stop = Stop().listen("stopping; finished files are kept")
+    settings = Settings(flags.tokenizer, flags.text_column, flags.shard_tokens)
+    plan = make_plan([Path(source) for source in flags.sources], settings)
+    size = sum(sum(unit.sizes) for unit in plan.units)
+    print(f"{len(plan.files):,} files, {size / 1e6:,.0f} MB, in {len(plan.units):,} units of work", flush=True)
+    with RunLock(flags.out, "preparation"):
+        prepare_set(flags.out, plan, settings, flags.workers, stop)
+    print(f"{flags.out}: {_counts(TokenSet.open(flags.out))}")
+    print(f"\nnext: python scripts/train_jax.py --data {flags.out}")
+
+
+def _counts(found) -> str:
+    return f"{found.documents:,} documents, {found.tokens:,} tokens in {len(found.files):,} files"
+
+
+if __name__ == "__main__":
+    errors.run(main)
