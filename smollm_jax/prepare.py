@@ -85,7 +85,7 @@ def prepare_set(folder: Path, plan: Plan, settings: Settings, workers: int = 0, 
     workers = min(workers or len(os.sched_getaffinity(0)), len(left))
     size, todo = (sum(sum(unit.sizes) for unit in of) for of in (units, left))
     with _Progress(folder, size, size - todo) as progress:
-        (_work_here if workers <= 1 else _work)(left, job, workers, progress, stop or Stop())
+        (_work_here if workers <= 1 else _work)(left, job, workers, progress, Stop() if stop is None else stop)
     found = _written(folder)
     names = [
         unit.file_name(i) for unit in plan.units for i in range(found.get(unit.number, ({"files": 0},))[0]["files"])
@@ -118,7 +118,7 @@ def _begin(folder: Path, plan: Plan) -> None:
             raise UsageError(f"{folder}: was begun {said} {name}: name the same sources, or another --out")
         if files[name] != now["files"][name]:
             raise UsageError(f"{name}: has changed since {folder} was begun: name another --out")
-    if then != now:
+    if then != now or list(files) != list(now["files"]):
         raise UsageError(f"{folder}: was begun by another version of this script, or with its sources in another order")
 
 
