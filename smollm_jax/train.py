@@ -6,6 +6,7 @@ A batch's way is one straight line: token file -> `batch(step)` -> `train_step` 
 import dataclasses
 import functools
 import signal
+import time
 from typing import Any
 
 import jax
@@ -123,11 +124,12 @@ def train(
         log.note(f"already at step {progress.step} of {recipe.steps}: nothing to train; --steps sets a higher end")
         return state
 
-    def record(step: int, metrics: dict[str, Any]) -> None:
+    def record(step: int, metrics: dict[str, Any], input_seconds: float) -> None:
         values = {name: float(value) for name, value in metrics.items()}
         finite = all(map(np.isfinite, values.values()))
         rate = float(np.asarray(schedule(step - 1 - progress.skipped)))
-        log.step(step, learning_rate=rate, skipped_windows=None if finite else batches.windows_of(step - 1), **values)
+        skipped = None if finite else batches.windows_of(step - 1)
+        log.step(step, learning_rate=rate, skipped_windows=skipped, **values, input_seconds=input_seconds)
         if not finite:
             progress.skip(step)
 
@@ -136,24 +138,26 @@ def train(
         meta = provenance.meta() | dataclasses.asdict(progress) | about | {"cadence": dataclasses.asdict(cadence)}
         store.save(progress.step, {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}, meta)
 
-    def read(step: int) -> Array:
-        shape = (recipe.batch_size, recipe.sequence_length + 1)
-        return sharding.put_rows(lambda rows: batches.batch(step, rows), shape, compute.mesh)
+    def read(step: int) -> tuple[Array, float]:
+        """A step's batch on its devices, and the seconds that took: what the input costs a device that is not busy."""
+        began, shape = time.perf_counter(), (recipe.batch_size, recipe.sequence_length + 1)
+        tokens = sharding.put_rows(lambda rows: batches.batch(step, rows), shape, compute.mesh)
+        return tokens, time.perf_counter() - began
 
     log.start(progress.step, recipe.steps, recipe.tokens_per_step)
     step = step or functools.partial(train_step, tx=tx, compute=compute)
     pending = None
-    tokens = read(progress.step)
+    tokens, input_seconds = read(progress.step)
     while progress.step < recipe.steps and not stopping(bool(stop)):
         state, metrics = step(state, tokens)
         progress.step += 1
         progress.tokens_seen += recipe.tokens_per_step
         done, last = progress.step, progress.step == recipe.steps
-        if not last:
-            tokens = read(done)  # while the device works on the step above
         if pending is not None:
             record(*pending)
-        pending = (done, metrics)
+        pending = (done, metrics, input_seconds)
+        if not last:
+            tokens, input_seconds = read(done)  # while the device works on the step above
         saving = last or (cadence.save_every and done % cadence.save_every == 0)
         evaluating = last or (cadence.eval_every and done % cadence.eval_every == 0)
         # On a CPU a call returns when its step has ended: reading late gains nothing and blurs the throughput.
