@@ -1,4 +1,6 @@
-"""Run a file of scripts/export.py: token ids in, greedy token ids out. JAX and NumPy alone; copy it.
+"""Run a file of scripts/export.py: token ids in, greedy token ids out. A program to copy.
+
+Needs JAX, NumPy and flatbuffers, which jax.export reads with: pip install jax flatbuffers
 
 python examples/load_exported.py model.npz 504 3575 282 4649 314
 """

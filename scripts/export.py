@@ -1,11 +1,12 @@
-"""Write a model's programs and weights into one file that runs with JAX and NumPy alone.
+"""Write a model's programs and weights into one file that JAX runs without this package.
 
     python scripts/export.py runs/my-run my-run.npz
     python scripts/export.py assets/SmolLM2-135M-Instruct instruct.npz --dtype bfloat16
     python examples/load_exported.py instruct.npz 504 3575 282 4649 314       # a loader to copy: 30 lines
 
 The file is a NumPy archive: the StableHLO of `forward` and `decode` as `jax.export` serialises it, lowered for CPU and
-CUDA, batch and lengths symbolic, and the parameters in the order the programs take them.
+CUDA, batch and lengths symbolic, and the parameters in the order the programs take them. To read it takes JAX, NumPy
+and flatbuffers.
 
     forward(parameters, tokens [b, t]) -> logits [b, t, V]
     decode(parameters, tokens [b, n], keys, values [L, b, s, K, H], length) -> logits [b, n, V], keys, values
