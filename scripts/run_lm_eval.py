@@ -5,7 +5,8 @@
 
 Tasks are the harness's own by name, which fetches their data sets from the Hugging Face hub, or those of YAML files in
 a folder given with --include, whose data may be local. Greedy and log-likelihood answers are those of the harness's
-`hf` model on the same weights; questions that share a context share its forward pass.
+`hf` model on the same weights; questions that share a context share its forward pass. (Beside a script called
+lm_eval.py, Python would take it for the harness's package lm_eval: hence this one's name.)
 """
 
 import dataclasses
