@@ -86,10 +86,9 @@ def checkpoints_of(path: Path, every: bool) -> list[Path]:
 
 def measure(path: Path, flags: Flags) -> dict[str, Any]:
     """What one set of weights makes of the text, as a row of the table."""
-    import jax
     import jax.numpy as jnp
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
     from smollm_jax import score, weights
     from smollm_jax.tokenizer import Tokenizer, folder_beside
@@ -100,12 +99,7 @@ def measure(path: Path, flags: Flags) -> dict[str, Any]:
     stride = flags.stride or max(1, length // 2)
     documents = list(encoded(flags.data, tokenizer, config))
     total = sum(len(ids) - 1 for ids, _ in documents)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    console = Console(stderr=True)
-    with (
-        Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()) as bar,
-        jax.default_matmul_precision("float32"),  # on a GPU JAX's default for float32 is TF32
-    ):
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(str(path), total=total)
         began = time.perf_counter()
         found = score.quality(

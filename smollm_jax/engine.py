@@ -1,18 +1,17 @@
 """Text in, text out: streams of whole characters, stop strings and log-probabilities on top of `generate.run`."""
 
-import contextlib
 import dataclasses
 import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 from smollm_jax import generate
 from smollm_jax.config import shown
 from smollm_jax.errors import UsageError
+from smollm_jax.precision import float32_as_it_is
 from smollm_jax.sampling import GREEDY, Sampling
 from smollm_jax.tokenizer import Message, TextStream, Tokenizer, folder_beside
 from smollm_jax.unrolled import Unrolled
@@ -158,7 +157,7 @@ class Engine:
         counts = [0] * rows
         running = set(range(rows))
         while running:
-            with self._precision():
+            with float32_as_it_is(self._model.head.dtype):
                 chosen = next(calls)
             for row in sorted(running):
                 text, tokens, finish = "", [], None
@@ -176,12 +175,6 @@ class Engine:
                         running.discard(row)
                         break
                 yield Piece(row, text, tuple(tokens), finish)
-
-    def _precision(self) -> contextlib.AbstractContextManager:
-        """Of float32 products: what the process chose, else float32 as it is, where a GPU would take TF32."""
-        chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-        wide = self._model.head.dtype == jnp.float32
-        return jax.default_matmul_precision("float32") if wide and chosen is None else contextlib.nullcontext()
 
     def _token(self, i: int, chosen: generate.Chosen, at: tuple[int, int], alternatives: int | None) -> Token:
         if alternatives is None:

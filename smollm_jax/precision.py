@@ -5,6 +5,8 @@ times PyTorch's for 576 terms, 1.7 times for 1,536 (measured). Sums of blocks, a
 at those sizes, for up to a third more time. On a GPU "highest" alone turns TF32 off, and blocks do no harm.
 """
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,6 +15,13 @@ from jaxtyping import Array, Float
 def exactly(dtype: jax.typing.DTypeLike) -> bool:
     """Whether products of this dtype are to be exact: float32 under `jax.default_matmul_precision("highest")`."""
     return dtype == jnp.float32 and jax.config.jax_default_matmul_precision == "highest"  # pyright: ignore
+
+
+def float32_as_it_is(dtype: jax.typing.DTypeLike) -> contextlib.AbstractContextManager:
+    """Products of this dtype as the process chose, else float32 as it is: a GPU would take TF32."""
+    chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    wide = dtype == jnp.float32
+    return jax.default_matmul_precision("float32") if wide and chosen is None else contextlib.nullcontext()
 
 
 def in_blocks(x: Float[Array, "*B I"], w: Float[Array, "I O"], block: int) -> Float[Array, "*B O"]:

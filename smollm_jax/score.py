@@ -22,6 +22,7 @@ from smollm_jax.errors import UsageError
 from smollm_jax.loss import CHUNK_TOKENS, CPU_CHUNK_TOKENS
 from smollm_jax.metrics import bits_per_byte
 from smollm_jax.model import SmolLM
+from smollm_jax.precision import float32_as_it_is
 
 SMALLEST_ROW = 64  # tokens; rows are filled up to it, twice it, ..., so that few programs are compiled
 LONGEST_TREE = 1024  # tokens of a row that several continuations share: its mask is dense
@@ -114,7 +115,8 @@ def score(
     for rows in _batches(_rows(requests), CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS, config.max_position_embeddings):
         arrays, owners = _laid_out(rows, config.max_position_embeddings)
         tree = any(len(row.members) > 1 for row in rows)
-        got = _score(model, *arrays, chunk=min(chunk, arrays[-1].size), tree=tree)
+        with float32_as_it_is(model.embed_tokens.dtype):
+            got = _score(model, *arrays, chunk=min(chunk, arrays[-1].size), tree=tree)
         # Summed in float64: a text of 10,000 tokens has 13 more bits than each of them.
         numbers, best = np.asarray(got[0], np.float64)[: owners.size], np.asarray(got[1])[: owners.size]
         np.add.at(logprobs, owners, numbers)

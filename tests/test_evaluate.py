@@ -1,7 +1,9 @@
 """`scripts/evaluate.py`: the table, the files, and what it refuses."""
 
+import io
 import json
 import re
+import sys
 
 import pytest
 
@@ -50,6 +52,18 @@ def test_every_checkpoint_of_a_run_and_others_give_a_table_and_a_plot(place, tmp
         assert re.search(rf" \| {row['bits_per_byte']:.4f} \| ", line)
     assert rows[0]["loss"] == rows[2]["loss"]
     assert rows[0]["loss"] != rows[1]["loss"]
+
+
+def test_a_terminal_sees_how_far_it_is(place, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "200")
+    for kind, seen in ((Terminal, True), (io.StringIO, False)):
+        monkeypatch.setattr(sys, "stderr", kind())
+        evaluate.main(["--weights", str(place / "assets/tiny0"), "--data", str(place / "text.jsonl"), "--length", "64"])
+        assert ("100%" in sys.stderr.getvalue()) is seen
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,6 +51,23 @@ def test_scores_are_those_of_each_request_alone(tiny_model):
         assert got.is_greedy == greedy
     assert sum(told) == sum(len(request.continuation) for request in asked)
     assert {one.is_greedy for one in scores} == {True, False}
+
+
+def test_continuations_of_one_context_share_its_forward_pass(tiny_model, monkeypatch):
+    """The last token of a continuation is read by nobody; every other token of the requests is read once."""
+    asked, read, whole = requests(tiny_model), [], score._score
+
+    def counted(model, tokens, positions, segments, *rest, **options):
+        read.append(int((segments >= score.CONTEXT).sum()))
+        # TF32, which a GPU would take for float32, makes other log-probabilities.
+        assert jax.config.jax_default_matmul_precision == "float32"
+        return whole(model, tokens, positions, segments, *rest, **options)
+
+    monkeypatch.setattr(score, "_score", counted)
+    score.score(tiny_model, asked)
+    contexts = {request.context for request in asked}
+    assert len(contexts) == 6 < len(asked) == 18
+    assert sum(read) == sum(map(len, contexts)) + sum(len(request.continuation) - 1 for request in asked)
 
 
 def test_more_continuations_than_a_row_holds_are_laid_in_several(tiny_model, monkeypatch):
