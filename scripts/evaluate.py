@@ -144,7 +144,7 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     runs: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        name = Path(row["weights"]).parent.parent.name if row["step"] is not None else row["weights"]
+        name = str(Path(row["weights"]).parent.parent) if row["step"] is not None else row["weights"]
         runs.setdefault(name, []).append(row)
     for name, of in runs.items():
         if of[0]["step"] is None:  # no point of a training: a level to compare with
