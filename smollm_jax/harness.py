@@ -12,7 +12,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 
 from smollm_jax.config import shown
 from smollm_jax.engine import Engine
@@ -75,7 +75,10 @@ class SmolLMHarness(TemplateLM):
             if room < 1:
                 raise UsageError(f"a continuation of {len(continuation)} tokens exceeds the context")
             cut.append(Request(tuple(context[-room:]), tuple(continuation)))
-        answers = [(one.logprob, one.is_greedy) for one in score(self.engine.model, cut)]
+        with Progress(console=self._console(disable_tqdm), transient=True) as bar:
+            task = bar.add_task("scoring", total=sum(len(request.continuation) for request in cut))
+            scores = score(self.engine.model, cut, progress=lambda tokens: bar.advance(task, tokens))
+        answers = [(one.logprob, one.is_greedy) for one in scores]
         for (strings, _context, _continuation), answer in zip(requests, answers, strict=True):
             if strings is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
@@ -90,7 +93,7 @@ class SmolLMHarness(TemplateLM):
                 owners.append(number)
                 windows.append((None, *make_disjoint_window(pair)))
         totals = [0.0] * len(requests)
-        for number, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+        for number, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
             totals[number] += logprob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -109,8 +112,7 @@ class SmolLMHarness(TemplateLM):
             for i in range(0, len(ordered), GENERATE_ROWS)
         ]
         texts = [""] * len(requests)
-        console = Console(stderr=True, quiet=self.quiet or disable_tqdm)
-        for batch in track(batches, "generating", console=console, transient=True):
+        for batch in track(batches, "generating", console=self._console(disable_tqdm), transient=True):
             asked = requests[batch[0]].args[1]
             sampling, until, most = self._asked(asked)
             prompts = [ids[number][-(self.max_length - most) :] or [self.prefix_token_id] for number in batch]
@@ -122,6 +124,10 @@ class SmolLMHarness(TemplateLM):
                 texts[number] = postprocess_generated_text(text, stop=[*stop, self._end], think_end_token=None)
                 self.cache_hook.add_partial("generate_until", (requests[number].args[0], asked), texts[number])
         return texts
+
+    def _console(self, disable: bool) -> Console:
+        """Where the progress is shown."""
+        return Console(stderr=True, quiet=self.quiet or disable)
 
     @property
     def _end(self) -> str:
