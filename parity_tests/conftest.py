@@ -8,6 +8,7 @@ import smollm_torch.weights
 from parity_tests import ladder
 from parity_tests.sides import load_transformers
 from smollm_jax import weights
+from tests.trainer import train
 
 LENGTH = 512  # tokens of the fast rungs
 
@@ -30,6 +31,42 @@ def twin(bundle):
 @pytest.fixture(scope="session")
 def hf(weights_path):
     return load_hf(weights_path)
+
+
+@pytest.fixture(scope="session")
+def instruct_export(weights_path, tmp_path_factory):
+    """The real weights as we hand them over: a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("handed-over") / "instruct"
+    weights.write(folder, weights.read(weights_path), "hf")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run of the trainer, from scratch: 6 query heads on 2 KV heads."""
+    run = tmp_path_factory.mktemp("runs") / "from-scratch"
+    done = train(run, "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained_export(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("handed-over") / "trained"
+    weights.write(folder, weights.read(trained), "hf")
+    return folder
+
+
+@pytest.fixture(scope="session", params=["instruct_export", "trained_export"])
+def exported(request):
+    """What we hand over, of the real weights and of a run trained here."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def source(exported, weights_path, trained):
+    """What `exported` was written from."""
+    return weights_path if exported.name == "instruct" else trained
 
 
 @pytest.fixture(scope="session")

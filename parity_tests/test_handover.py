@@ -8,11 +8,13 @@ import time
 import urllib.request
 from pathlib import Path
 
-import pytest
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer, GenerationConfig
 
+from parity_tests.conftest import load_hf
 from smollm_jax import weights
 from smollm_jax.engine import Engine
-from tests.trainer import ENVIRONMENT, train
+from tests.trainer import ENVIRONMENT
 
 PIPELINE = """
 import json, sys, warnings
@@ -35,38 +37,43 @@ def piped(folder: Path, asked) -> tuple[list, str]:
     return [json.loads(line) for line in done.stdout.splitlines()], "\n".join(complaints).strip()
 
 
-@pytest.fixture(scope="module")
-def instruct(weights_path, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported") / "instruct"
-    weights.write(folder, weights.read(weights_path), "hf")
-    return folder
+def test_an_export_has_a_card_and_the_ids_that_begin_and_end_a_text(exported, source):
+    real, bundle = exported.name == "instruct", weights.read(source)
+    card = ModelCard.load(exported / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert f"{sum(tensor.size for tensor in bundle.tensors.values()):,} parameters, float32" in card.text
+    assert bundle.origin in card.text
+    assert ("dequantised Q4_1" if real else "step 3 of run from-scratch") in bundle.origin
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    for names in (load_hf(exported).config, tokenizer, GenerationConfig.from_pretrained(exported)):
+        ids = [getattr(names, f"{name}_token_id") for name in ("bos", "eos", "pad")]
+        assert ids == ([1, 2, 2] if real else [0, 0, None])
+    assert bool(tokenizer.chat_template) is real
 
 
-def test_a_pipeline_loads_the_instruct_export_and_chats(instruct):
+def test_a_pipeline_loads_the_instruct_export_and_chats(instruct_export):
     chat = [{"role": "user", "content": "What is two plus two?"}]
-    (said, ids), complaints = piped(instruct, chat)
+    (said, ids), complaints = piped(instruct_export, chat)
     assert complaints == ""
-    engine = Engine.load(instruct)
+    engine = Engine.load(instruct_export)
     assert said[-1]["content"] == engine.complete([engine.chat(chat)], max_new_tokens=12)[0].text
     assert ids == [[1, 2, 2], [1, 2, 2]]
 
 
-def test_a_pipeline_loads_what_was_trained_here_from_scratch(tmp_path):
-    assert train(tmp_path / "run", "--steps", "3").returncode == 0
-    weights.write(tmp_path / "hf", weights.read(tmp_path / "run"), "hf")
-    (said, ids), complaints = piped(tmp_path / "hf", "Fellow citizens")
+def test_a_pipeline_loads_what_was_trained_here_from_scratch(trained, trained_export):
+    (said, ids), complaints = piped(trained_export, "Fellow citizens")
     assert complaints == ""
-    engine = Engine.load(tmp_path / "run")
+    engine = Engine.load(trained)
     assert said == "Fellow citizens" + engine.complete([engine.encode("Fellow citizens")], max_new_tokens=12)[0].text
     assert ids == [[0, 0, None], [0, 0, None]]
 
 
-def test_transformers_serve_answers_as_our_engine_does(instruct, tmp_path):
+def test_transformers_serve_answers_as_our_engine_does(instruct_export, tmp_path):
     """The README's command, asked over HTTP."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     program = Path(sys.executable).parent / "transformers"
-    command = [program, "serve", str(instruct), "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    command = [program, "serve", str(instruct_export), "--port", str(port), "--device", "cpu", "--dtype", "float32"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=ENVIRONMENT)
     try:
@@ -76,7 +83,7 @@ def test_transformers_serve_answers_as_our_engine_does(instruct, tmp_path):
             assert time.monotonic() < deadline, said
             time.sleep(0.2)
         chat = [{"role": "user", "content": "Name the capital of France."}]
-        body = {"model": str(instruct), "messages": chat, "max_tokens": 12, "temperature": 0, "stream": False}
+        body = {"model": str(instruct_export), "messages": chat, "max_tokens": 12, "temperature": 0, "stream": False}
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/chat/completions",
             json.dumps(body).encode(),
@@ -87,5 +94,5 @@ def test_transformers_serve_answers_as_our_engine_does(instruct, tmp_path):
     finally:
         process.terminate()
         process.wait(timeout=60)
-    engine = Engine.load(instruct)
+    engine = Engine.load(instruct_export)
     assert said == engine.complete([engine.chat(chat)], max_new_tokens=12)[0].text
