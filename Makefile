@@ -47,7 +47,7 @@ slow: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py
-	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install --quiet --no-binary llama-cpp-python "llama-cpp-python<0.4"
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install --quiet --no-binary llama-cpp-python "llama-cpp-python[server]<0.4"
 	SMOLLM_SOAK=1 $(BIN)/python -m pytest tests/test_survival.py tests/test_store.py parity_tests/test_llamacpp.py -rP $(PYTEST)
 
 lint: $(VENV)/.test

@@ -1,11 +1,13 @@
 """What we hand over loads elsewhere, whole and without a warning, and says what our engine says."""
 
+import contextlib
 import json
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -68,31 +70,39 @@ def test_a_pipeline_loads_what_was_trained_here_from_scratch(trained, trained_ex
     assert ids == [[0, 0, None], [0, 0, None]]
 
 
-def test_transformers_serve_answers_as_our_engine_does(instruct_export, tmp_path):
-    """The README's command, asked over HTTP."""
+@contextlib.contextmanager
+def served(folder: Path, *command: object) -> Iterator[str]:
+    """The address at which a command, given --port, answers; its log is in `folder`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    program = Path(sys.executable).parent / "transformers"
-    command = [program, "serve", str(instruct_export), "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=ENVIRONMENT)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*map(str, command), "--port", str(port)], stdout=log, stderr=log, env=ENVIRONMENT)
     try:
         deadline = time.monotonic() + 300
-        while "Uvicorn running" not in (said := (tmp_path / "log").read_text()):
+        while "Uvicorn running" not in (said := (folder / "log").read_text()):
             assert process.poll() is None, said
             assert time.monotonic() < deadline, said
             time.sleep(0.2)
-        chat = [{"role": "user", "content": "Name the capital of France."}]
-        body = {"model": str(instruct_export), "messages": chat, "max_tokens": 12, "temperature": 0, "stream": False}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"content-type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=180) as answer:
-            said = json.load(answer)["choices"][0]["message"]["content"]
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def answer(address: str, chat: list, model: str) -> str:
+    """A server's greedy answer of 12 tokens."""
+    body = {"model": model, "messages": chat, "max_tokens": 12, "temperature": 0, "stream": False}
+    header = {"content-type": "application/json"}
+    request = urllib.request.Request(f"{address}/v1/chat/completions", json.dumps(body).encode(), header)
+    with urllib.request.urlopen(request, timeout=180) as answer:
+        return json.load(answer)["choices"][0]["message"]["content"]
+
+
+def test_transformers_serve_answers_as_our_engine_does(instruct_export, tmp_path):
+    """The README's command, asked over HTTP."""
+    program = Path(sys.executable).parent / "transformers"
+    chat = [{"role": "user", "content": "Name the capital of France."}]
+    with served(tmp_path, program, "serve", instruct_export, "--device", "cpu", "--dtype", "float32") as address:
+        said = answer(address, chat, str(instruct_export))
     engine = Engine.load(instruct_export)
     assert said == engine.complete([engine.chat(chat)], max_new_tokens=12)[0].text

@@ -1,12 +1,18 @@
 """llama.cpp, given our GGUF, reads texts as the same tokens and writes the same greedy text. Part of `make soak`."""
 
+import sys
+
+import jax.numpy as jnp
 import llama_cpp
 import numpy as np
 import pytest
 
+from parity_tests.test_handover import answer, served
 from parity_tests.tolerances import ARGMAX_MARGIN
 from smollm_jax import weights
+from smollm_jax.engine import Engine
 from smollm_jax.text import documents, text_files
+from smollm_jax.tokenizer import Tokenizer
 
 PROMPTS = 20
 NEW_TOKENS = 48
@@ -19,12 +25,28 @@ ODD = [
 ]
 
 
-@pytest.fixture(scope="module")
-def llama(weights_path, tmp_path_factory):
-    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    weights.write(path, weights.read(weights_path), "gguf")
+def load(path):
     exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
     return llama_cpp.Llama(str(path), n_ctx=256, n_gpu_layers=0, logits_all=True, verbose=False, **exact)
+
+
+@pytest.fixture(scope="module")
+def gguf(source, exported, tmp_path_factory):
+    """A file of the real weights, and one of a run trained here."""
+    path = tmp_path_factory.mktemp("gguf") / f"{exported.name}.gguf"
+    weights.write(path, weights.read(source), "gguf")
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(gguf):
+    return load(gguf)
+
+
+@pytest.fixture(scope="module")
+def ours(source):
+    """The model and the tokenizer."""
+    return weights.load(source)[0], Tokenizer.load(source)
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +56,15 @@ def passages(text_path):
     return [text[start : start + 300] for text in texts for start in range(1000, 6000, 1000)] + ODD
 
 
-def test_five_hundred_texts_are_the_same_tokens(llama, tokenizer, passages):
+def test_five_hundred_texts_are_the_same_tokens(llama, ours, passages):
     assert len(passages) == 500
     for text in passages:
-        assert llama.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text)
+        assert llama.tokenize(text.encode(), add_bos=False, special=False) == ours[1].encode(text)
 
 
-def test_greedy_text_is_the_same(llama, tokenizer, passages, jax_model):
+def test_greedy_text_is_the_same(llama, ours, passages):
     """Where a token differs, the two likeliest must be closer than float32 can tell apart."""
-    ties = 0
+    (model, tokenizer), ties = ours, 0
     for text in passages[:PROMPTS]:
         ids = tokenizer.encode(text)[:40]
         llama.reset()
@@ -50,10 +72,33 @@ def test_greedy_text_is_the_same(llama, tokenizer, passages, jax_model):
         for _ in range(NEW_TOKENS):
             ids.append(int(np.argmax(llama.scores[len(ids) - 1])))
             llama.eval(ids[-1:])
-        logits = np.asarray(jax_model(np.array([ids])))[0, 39:-1]
+        logits = np.asarray(model(jnp.asarray([ids])))[0, 39:-1]
         chosen = logits[np.arange(NEW_TOKENS), ids[40:]]
         wrong = logits.max(axis=1) != chosen
         assert (logits.max(axis=1) - chosen)[wrong].max(initial=0) < ARGMAX_MARGIN
         ties += int(wrong.sum())
     print(f"{PROMPTS} texts of {NEW_TOKENS} tokens: {ties} near-ties")
     assert ties <= 2
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("f16", 3e-3), ("bf16", 2e-2), ("q8_0", 5e-2)])
+def test_every_smaller_type_computes_what_its_numbers_say(tmp_path, weights_path, passages, tokenizer, kind, bound):
+    """RMS of logits. llama.cpp rounds what it multiplies to the type of the matrix; for f32 see above."""
+    weights.write(tmp_path / "x.gguf", weights.read(weights_path), "gguf", gguf_type=kind)
+    ids = tokenizer.encode(passages[0])[:64]
+    llama = load(tmp_path / "x.gguf")
+    llama.eval(ids)
+    expected = np.asarray(weights.load(tmp_path / "x.gguf")[0](jnp.asarray([ids])))[0]
+    error = np.sqrt(np.mean(np.square(llama.scores[: len(ids)] - expected)) / np.mean(np.square(expected)))
+    print(f"{kind}: logits {error:.1e}")
+    assert error < bound
+
+
+def test_its_server_answers_as_our_engine_does(instruct_export, tmp_path):
+    """The README's command, asked over HTTP: the chat template is the one in the file."""
+    weights.write(tmp_path / "x.gguf", weights.read(instruct_export), "gguf")
+    chat = [{"role": "user", "content": "Name the capital of France."}]
+    with served(tmp_path, sys.executable, "-m", "llama_cpp.server", "--model", tmp_path / "x.gguf") as address:
+        said = answer(address, chat, "x")
+    engine = Engine.load(instruct_export)
+    assert said == engine.complete([engine.chat(chat)], max_new_tokens=12)[0].text
