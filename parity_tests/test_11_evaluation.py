@@ -5,7 +5,9 @@ The tasks are made from the real speeches: which sentence goes on like this, how
 
 import json
 import math
+import re
 import time
+from pathlib import Path
 
 import lm_eval
 import numpy as np
@@ -15,14 +17,15 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
+from parity_tests.conftest import load_hf
 from parity_tests.tolerances import LOGLIKELIHOOD, QUALITY, within
-from scripts import run_lm_eval
-from smollm_jax import score
+from scripts import evaluate, run_lm_eval
 from smollm_jax.engine import Engine
 from smollm_jax.errors import UsageError
 from smollm_jax.harness import SmolLMHarness
 from smollm_jax.text import documents, text_files
 
+README = Path(__file__).parent.parent / "README.md"
 YAML = {
     "speech_choice": """
 output_type: multiple_choice
@@ -109,16 +112,21 @@ def test_the_harness_gets_the_answers_of_its_own_hf_model(tasks, weights_path, h
     within(np.abs(x / y - 1).max(), LOGLIKELIHOOD, f"log-likelihood of {len(pairs)} continuations and paragraphs")
 
 
-def test_the_command_scores_local_tasks_and_refuses_what_it_cannot(tasks, weights_path, tmp_path, monkeypatch, capsys):
+def test_the_command_scores_local_tasks_and_refuses_what_it_cannot(tasks, trained, tmp_path, monkeypatch, capsys):
+    """On a run trained here; every task that the README names is one of the harness."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    given = ["--weights", str(weights_path), "--include", str(tasks), "--out", str(tmp_path / "r.json")]
+    given = ["--weights", str(trained), "--include", str(tasks), "--out", str(tmp_path / "r.json")]
     run_lm_eval.main([*given, "--tasks", "speech_choice", "--limit", "3"])
     assert "|speech_choice|" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "r.json").read_text())["samples"]["speech_choice"]) == 3
     with pytest.raises(UsageError, match=r"r\.json: exists already"):
         run_lm_eval.main([*given, "--tasks", "speech_choice"])
-    with pytest.raises(UsageError, match="no task is called no_such_task"):
-        run_lm_eval.main([*given[:4], "--tasks", "no_such_task"])
+    readme = README.read_text(encoding="utf-8")
+    shown = re.search(r"run_lm_eval.py --weights PATH --tasks ((?:\w+|\\\n|[ ])+)  #", readme)
+    named = shown[1].replace("\\\n", " ").split()
+    assert len(named) == 9
+    with pytest.raises(UsageError, match=r"no task is called no_such_task$"):
+        run_lm_eval.main([*given[:4], "--tasks", *named, "no_such_task"])
 
 
 @pytest.mark.parametrize(
@@ -135,11 +143,18 @@ def test_what_a_task_asks_for_in_vain_is_refused(weights_path, asked, named):
         harness._asked({"until": ["."], **asked})
 
 
-def test_the_quality_on_a_text_is_transformers(weights_path, text_path, jax_model, hf):
-    tokenizer = AutoTokenizer.from_pretrained(weights_path)
+def test_the_quality_on_a_text_is_transformers(source, exported, text_path, tmp_path, monkeypatch):
+    """What `scripts/evaluate.py` writes of the real weights and of a run trained here."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     text = next(iter(documents(text_path / "1861-Lincoln-1.txt")))[:3000]
-    ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     length, stride = 256, 96
+    flags = ["--length", str(length), "--stride", str(stride), "--out", str(tmp_path / "quality")]
+    evaluate.main(["--weights", str(source), "--data", str(tmp_path / "text.txt"), *flags])
+    (ours,) = json.loads((tmp_path / "quality/quality.json").read_text())
+
+    hf, tokenizer = load_hf(exported), AutoTokenizer.from_pretrained(exported)
+    ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
     nats, scored = 0.0, 1
     for begin in range(0, len(ids), stride):
         end = min(begin + length + 1, len(ids))
@@ -151,7 +166,7 @@ def test_the_quality_on_a_text_is_transformers(weights_path, text_path, jax_mode
         if end == len(ids):
             break
     size = len(text.encode())
-    ours = score.quality(jax_model, [(ids, size)], length=length, stride=stride)
-    assert ours.tokens == len(ids) - 1
-    within(abs(ours.loss / (nats / ours.tokens) - 1), QUALITY, "loss on a text, strided windows")
-    within(abs(ours.bits_per_byte / (nats / math.log(2) / size) - 1), QUALITY, "bits per byte on a text")
+    assert (ours["tokens"], ours["bytes"], ours["documents"]) == (len(ids) - 1, size, 1)
+    within(abs(ours["loss"] / (nats / ours["tokens"]) - 1), QUALITY, "loss on a text, strided windows")
+    within(abs(ours["bits_per_byte"] / (nats / math.log(2) / size) - 1), QUALITY, "bits per byte on a text")
+    assert ours["perplexity"] == pytest.approx(math.exp(nats / ours["tokens"]), rel=10 * QUALITY)
