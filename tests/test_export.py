@@ -58,6 +58,11 @@ def test_the_loader_runs_the_real_weights_without_this_package(weights_path, tmp
     assert list(map(int, done.stdout.split())) == expected.tolist()
     with np.load(tmp_path / "model.npz") as archive:
         assert json.loads(archive["config"].tobytes())["hidden_size"] == config.hidden_size
+        forward = jax.export.deserialize(bytearray(archive["forward"]))
+        parameters = [jnp.asarray(archive[name]) for name in sorted(archive.files) if name.startswith("parameter")]
+    tokens = jnp.asarray([[*prompt, *expected.tolist()]])
+    logits = np.asarray(model(tokens))
+    np.testing.assert_allclose(forward.call(parameters, tokens), logits, atol=1e-5 * np.abs(logits).max())
 
 
 def test_the_loader_is_short():
