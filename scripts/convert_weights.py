@@ -12,7 +12,7 @@ DST must not exist; it is written whole or not at all. A file's kind is its suff
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
@@ -57,20 +57,14 @@ def main(argv: list[str] | None = None) -> None:
         f"{flags.dst}: {len(bundle.tensors)} tensors, {numbers:,} parameters, {flags.type or bundle.dtype}, kind {kind}"
     )
     if kind == "gguf":
-        print(f"what it lost: {lost(bundle.tensors, weights.read(flags.dst).tensors)}")
+        from smollm_jax.gguf_writer import lost
+
+        share = lost(bundle.tensors, weights.read(flags.dst).tensors)
+        print(f"what it lost: {f'{share:.2e} of the weights, RMS' if share else 'no bit'}")
     if bundle.tokenizer_files and kind in ("pt", "safetensors"):
         print(f"the tokenizer stays in {flags.src}: a {flags.dst.suffix} file holds weights and config only")
-
-
-def lost(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """How far the numbers of a file are from those it was written from."""
-    import numpy as np
-
-    error = size = 0.0
-    for name, tensor in before.items():
-        error += float(np.square(after[name].astype(np.float64) - tensor.astype(np.float64)).sum())
-        size += float(np.square(tensor.astype(np.float64)).sum())
-    return f"{(error / size) ** 0.5:.2e} of the weights, RMS" if error else "no bit"
+    if not bundle.tokenizer_files and kind in ("hf", "orbax"):
+        print(f"no tokenizer lies with {flags.src}: put tokenizer.json and what belongs to it into {flags.dst}")
 
 
 if __name__ == "__main__":

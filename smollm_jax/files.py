@@ -16,7 +16,7 @@ MAX_BYTES = 4 << 20  # of a JSON file; the longest of ours has 30 KB
 MAX_DIGITS = 100  # of an integer; Hugging Face writes 10**30 for "no limit"
 
 
-def need(module: str, path: Path, *, extra: str | None = None) -> Any:
+def need(module: str, path: str | Path, *, extra: str | None = None) -> Any:
     """An optional package, imported; raises `UsageError` naming the extra that has it."""
     try:
         return importlib.import_module(module)

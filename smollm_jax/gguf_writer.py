@@ -56,7 +56,7 @@ def write(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
         for name, tensor in tensors.items():
-            stored = kind if tensor.ndim == 2 else "f32"  # llama.cpp multiplies norms in float32 only
+            stored = _stored(tensor, kind)
             raw, expected[name] = _encoded(gguf, name, tensor, stored)
             if (count := _heads(name, config)) is not None:
                 raw = einops.rearrange(raw, "(heads two h) D -> (heads h two) D", heads=count, two=2)
@@ -67,6 +67,27 @@ def write(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     _compare(path, expected, config, tokenizer)
+
+
+def rounded(tensors: dict[str, np.ndarray], kind: GgufType) -> dict[str, np.ndarray]:
+    """What a GGUF of this type gives back, in float32; raises `UsageError` for what the type cannot hold."""
+    gguf = need("gguf", "what a GGUF loses")
+    return {name: _encoded(gguf, name, tensor, _stored(tensor, kind))[1] for name, tensor in tensors.items()}
+
+
+def lost(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> float:
+    """How far numbers are from those they were made from, as a share of these (RMS over all)."""
+    error = size = 0.0
+    for name, tensor in before.items():
+        exact = tensor.astype(np.float64)
+        error += float(np.square(after[name].astype(np.float64) - exact).sum())
+        size += float(np.square(exact).sum())
+    return (error / size) ** 0.5 if error else 0.0
+
+
+def _stored(tensor: np.ndarray, kind: GgufType) -> GgufType:
+    """How a tensor lies in a file of this type: llama.cpp multiplies norms in float32 only."""
+    return kind if tensor.ndim == 2 else "f32"
 
 
 def _gguf_name(name: str) -> str:
