@@ -7,15 +7,17 @@ parent, `scripts/parity_report.py`, compares what the sides leave.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 SIDES = ("jax", "twin", "transformers")
 NEW_TOKENS = 48
+GGUF_TYPES: tuple[Literal["f16", "bf16", "q8_0"], ...] = ("f16", "bf16", "q8_0")
 
 
 def write(out: Path, name: str, array: Any) -> None:
@@ -38,8 +40,9 @@ def measure_jax(weights_path: Path, job: dict[str, np.ndarray], out: Path, devic
 
     jax.config.update("jax_platforms", "cuda" if device == "gpu" else "cpu")
     from parity_tests import ladder
-    from smollm_jax import optimizer, train_step, weights
+    from smollm_jax import gguf_writer, optimizer, train_step, weights
     from smollm_jax.attention import packed
+    from smollm_jax.errors import UsageError
     from smollm_jax.generate import NO_TOKEN, generate
     from smollm_jax.recipe import Recipe
 
@@ -51,6 +54,15 @@ def measure_jax(weights_path: Path, job: dict[str, np.ndarray], out: Path, devic
         write(out, f"logits-{dtype}", logits)
         if dtype != "bfloat16":
             write(out, f"first-{dtype}", ladder.jax_stream(bundle, job["firsts"], dtype)[0])
+    for kind in GGUF_TYPES:
+        try:
+            tensors = gguf_writer.rounded(bundle.tensors, kind)
+        except UsageError as error:  # rows of another length, numbers too large: no file of this type can be written
+            print(error)
+            continue
+        logits = ladder.jax_stream(dataclasses.replace(bundle, tensors=tensors), job["texts"], "float32")[1]
+        write(out, f"logits-{kind}", logits)
+        write(out, f"lost-{kind}", gguf_writer.lost(bundle.tensors, tensors))
     if device == "gpu":
         stream, logits = ladder.jax_stream(bundle, job["texts"], "bfloat16", implementation="cudnn")
         write(out, "stream-bfloat16-cudnn", stream.astype(np.float32))

@@ -78,6 +78,9 @@ def test_it_reports_every_rung_on_any_weights(dry_run):
     assert {rung["rung"][0] for rung in found.values()} >= {*"1235789"}
     equal = ("logits, JAX against the twin", "gradients, worst tensor", "logits, JAX against transformers")
     assert all(found[claim]["passed"] for claim in equal)
+    lost = [found[f"what {kind} loses of the weights, RMS"] for kind in ("f16", "bf16", "q8_0")]
+    assert all(rung["passed"] and rung["measured"] > 1e-4 for rung in lost)
+    assert all("perplexity" in rung["noise"] for rung in lost)
     page = (folder / "parity/index.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page, "the page asks for something from outside"

@@ -5,7 +5,7 @@
     python scripts/parity_report.py --weights PATH --device gpu                   # the same ladder on a GPU
 
 For weights of any kind; the thing to run after converting some. Writes a self-contained page and report.json; exit
-status 1 when a rung fails. Needs the extras "torch" and "plot", and "hf" for the comparison with transformers.
+status 1 when a rung fails. Needs the extras "torch", "plot" and "gguf", and "hf" for the comparison with transformers.
 """
 
 import base64
@@ -65,7 +65,7 @@ class Rung:
 
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
-    for module, extra in (("torch", "torch"), ("matplotlib", "plot")):
+    for module, extra in (("torch", "torch"), ("matplotlib", "plot"), ("gguf", "gguf")):
         if importlib.util.find_spec(module) is None:
             raise errors.UsageError(f"parity_report.py needs the extra: pip install smollm-jax[{extra}]")
     if flags.device == "gpu" and shutil.which("nvidia-smi") is None:
@@ -275,6 +275,12 @@ def compare(data: dict[str, Path], job: dict[str, Any]) -> tuple[list[Rung], dic
         )
     packed = np.abs(load("jax", "packed")).max() / largest
     rungs.append(Rung("9 packing", "packed documents against separate ones", packed, bound.PACKED_LOGITS))
+    for kind, most in bound.GGUF_LOSS.items():
+        if not (data["jax"] / f"lost-{kind}.npy").exists():  # no file of this type can be written
+            continue
+        found = of.distribution(load("jax", f"logits-{kind}"), true_logits, texts)
+        noise = f"KL {found['kl']:.1e} nats a token, perplexity {exact['perplexity']:.3f} -> {found['perplexity']:.3f}"
+        rungs.append(Rung("GGUF", f"what {kind} loses of the weights, RMS", load("jax", f"lost-{kind}"), most, noise))
     return [dataclasses.replace(rung, measured=float(rung.measured)) for rung in rungs], curves
 
 
