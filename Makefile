@@ -28,8 +28,7 @@ RESUME = $(shell ls runs/make-train/checkpoints 2>/dev/null | grep -qx '[0-9][0-
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
-	$(BIN)/python scripts/fetch_assets.py tokenizer
-	$(BIN)/python scripts/fetch_assets.py text
+	$(BIN)/python scripts/fetch_assets.py
 	$(BIN)/python scripts/train_jax.py --out runs/make-train $(RESUME) $(ARGS)
 
 test: $(VENV)/.test
