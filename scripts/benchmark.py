@@ -11,6 +11,7 @@
     python scripts/benchmark.py packed --sequence-length 2048            # the same within documents, over plain causal
     python scripts/benchmark.py gemm --sequence-length 2048              # each product of the model: what a step allows
     python scripts/benchmark.py checkpoint                               # what the manifest and the step's guard cost
+    python scripts/benchmark.py prepare --text assets/sotu               # text to a data set, over `tokenizers` alone
 
 Each side is a process of its own with the same seeded weights, tokens and optimizer (AdamW, clip 1.0, float32 state,
 fused in PyTorch); results that differ are refused before anything is timed. Prints a table and writes it, with versions
@@ -44,7 +45,8 @@ SETTINGS = ("JAX_PLATFORMS", "XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "
 Other = Literal["hf", "hf-compile", "hf-compile-max", "twin", "twin-compile", "llamacpp", "plain", "huge-pages"]
 HF, TWIN = ("hf", "hf-compile", "hf-compile-max"), ("twin", "twin-compile")
 # Whom a subject can be measured against; the first is the default.
-AGAINST = {"decode": (*HF, "llamacpp"), "prefill": (*HF, "llamacpp"), "packed": ("plain",), "checkpoint": ()}
+AGAINST = {"decode": (*HF, "llamacpp"), "prefill": (*HF, "llamacpp"), "packed": ("plain",)}
+AGAINST |= {"checkpoint": (), "prepare": ()}
 AGAINST |= dict.fromkeys(("memory", "startup"), (*HF, *TWIN)) | {"train": (*HF, *TWIN, "huge-pages")}
 AGAINST |= dict.fromkeys(("loss", "attention", "gemm"), HF)
 # Needs glibc 2.35; without both thresholds the pages of a freed buffer go back to the system at once.
@@ -59,7 +61,19 @@ LLAMACPP = (
 @dataclasses.dataclass(frozen=True)
 class Flags:
     what: tyro.conf.Positional[
-        Literal["train", "memory", "decode", "prefill", "startup", "loss", "attention", "packed", "gemm", "checkpoint"]
+        Literal[
+            "train",
+            "memory",
+            "decode",
+            "prefill",
+            "startup",
+            "loss",
+            "attention",
+            "packed",
+            "gemm",
+            "checkpoint",
+            "prepare",
+        ]
     ]
     """See above."""
     against: tuple[Other, ...] | None = None
@@ -84,6 +98,8 @@ class Flags:
     """Ours only: what a layer keeps for its backward pass."""
     unroll: int = 1
     """Ours only: layers laid out per step of the layer scan."""
+    text: Path = ROOT / "assets/sotu"
+    """Text, to prepare."""
     out: Path | None = None
     """JSON file to write."""
     debug: bool = False
@@ -92,7 +108,7 @@ class Flags:
     @property
     def job(self) -> dict[str, Any]:
         """What of all this reaches the sides: the fields of `measure/job.py`'s `Job`."""
-        ours_alone = ("against", "out", "debug")
+        ours_alone = ("against", "text", "out", "debug")
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in ours_alone}
 
     @property
@@ -104,14 +120,18 @@ def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
     check_flags(flags)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit's: leave nothing behind
-    measure = {"startup": startup, "memory": memory, "checkpoint": checkpoint}.get(flags.what, speed)
+    measure = {"startup": startup, "memory": memory, "checkpoint": checkpoint, "prepare": prepare}.get(
+        flags.what, speed
+    )
     with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark-") as folder:  # on a disk: /tmp may be memory
         device, rows = measure(flags, Path(folder).resolve())
     for name, row in rows.items():
         print(f"{name:44} {'  '.join(f'{what} {value:.4g}' for what, value in row.items())}")
     size = f"{flags.batch_size}x{flags.new_tokens if flags.what == 'decode' else flags.sequence_length}"
     name = f"{flags.what}-{size}-{device.lower().replace(' ', '-')}-{time.strftime('%Y-%m-%d')}.json"
-    out = flags.out or Path("benchmarks") / (name.replace(f"{size}-", "") if flags.what == "checkpoint" else name)
+    out = flags.out or Path("benchmarks") / (
+        name.replace(f"{size}-", "") if flags.what in ("checkpoint", "prepare") else name
+    )
     versions = environment(device, 1)
     for package in ("torch", "transformers", "llama-cpp-python"):
         with contextlib.suppress(PackageNotFoundError):
@@ -272,6 +292,13 @@ def checkpoint(flags: Flags, folder: Path) -> tuple[str, Rows]:
     ):
         rows[name] = spread([x / y for x, y in zip(times[a], times[b], strict=True)])
     return side.ready["device"], rows
+
+
+def prepare(flags: Flags, _: Path) -> tuple[str, Rows]:
+    """MB/s of text to a data set and of the tokenizer alone, in turn."""
+    side = Side("prepare", flags.job, flags.text.resolve())
+    side.close()
+    return side.ready["device"], with_ratios("MB/s", side.ready["rates"])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from smollm_jax.errors import InputFileError, SmolLMError
+from smollm_jax.errors import InputFileError, SmolLMError, UsageError
 from smollm_jax.text import Part, Passage, passages
 from smollm_jax.token_file import write_token_file
 from smollm_jax.tokenizer import Tokenizer
@@ -108,18 +108,26 @@ def prepare_unit(unit: Unit, job: Job, tokenizer: Tokenizer, tell: Tell) -> None
     while batch := _next(passages_):
         found, position = [passage for _, passage in batch[missing:]], batch[-1][0]
         missing = max(0, missing - len(batch))
-        for passage in found:
-            if reason := tokenizer.unencodable(passage.text):
-                raise InputFileError(f"{passage.where} cannot be encoded: {reason}")
         tokens = 0
-        for passage, ids in zip(found, tokenizer.encode_batch([passage.text for passage in found]), strict=True):
-            array = np.array([*ids, eos] if passage.ends else ids, np.uint16)
-            writer.add(array, passage.ends)
-            tokens += len(array)
+        for passage, ids in zip(found, _encoded(found, tokenizer), strict=True):
+            if passage.ends:
+                ids.append(eos)
+            writer.add(np.array(ids, np.uint16), passage.ends)
+            tokens += len(ids)
         tell(position - before, tokens)
         before = position
     writer.end()
     tell(sum(unit.sizes) - before, 0)
+
+
+def _encoded(found: list[Passage], tokenizer: Tokenizer) -> list[list[int]]:
+    try:
+        return tokenizer.encode_batch([passage.text for passage in found])
+    except UsageError as error:
+        for passage in found:
+            if reason := tokenizer.unencodable(passage.text):
+                raise InputFileError(f"{passage.where} cannot be encoded: {reason}") from error
+        raise
 
 
 def _passages(unit: Unit, job: Job) -> Iterator[tuple[float, Passage]]:

@@ -146,7 +146,7 @@ def text_lines(part: Part) -> Iterator[tuple[str, float, str]]:
             refuse_marks(stream.peek(4096)[:4096], file)
         else:
             stream.seek(part.start)
-        number = 0
+        number, name = 0, str(file)
         try:
             while packed or place < part.stop:
                 most = MAX_LINE + 1 if packed else min(MAX_LINE + 1, part.stop - place)
@@ -154,7 +154,7 @@ def text_lines(part: Part) -> Iterator[tuple[str, float, str]]:
                 if not line:
                     break
                 number += 1
-                where = f"{file}: line {number}" if not part.start else f"{file}: the line at byte {place}"
+                where = f"{name}: line {number}" if not part.start else f"{name}: the line at byte {place}"
                 if len(line) > MAX_LINE:
                     raise InputFileError(f"{where} is longer than {MAX_LINE:,} bytes: this is no text")
                 text = line.decode("utf-8")

@@ -61,7 +61,8 @@ def measured(folder, *arguments):
     )
     assert {"jax", "cores", "device"} < content["environment"].keys()
     assert all(row["min"] <= row["median"] <= row["max"] for row in content["rows"].values())
-    assert [path.name for path in folder.iterdir() if path.name not in ("b.json", "data")] == [], "something was left"
+    left = {path.name for path in folder.iterdir()} - {"b.json", "data", "x.jsonl"}
+    assert not left, "something was left"
     return content
 
 
@@ -106,6 +107,14 @@ def test_a_kernel_is_compared_in_bfloat16_and_under_compile_too(tmp_path, what):
     size = ["--sequence-length", "32", "--dtype", "bfloat16", "--against", "hf-compile"]
     rows = measured(tmp_path, what, *size)["rows"]
     assert rows["tokens/s, ours / hf-compile"]["median"] > 0
+
+
+def test_prepare_measures_ours_and_the_tokenizer_alone(tmp_path):
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "the {i}th text"}}\n' for i in range(200)))
+    rows = measured(tmp_path, "prepare", "--text", "x.jsonl")["rows"]
+    assert rows.keys() == {"MB/s, ours", "MB/s, tokenizers", "MB/s, ours / tokenizers"}
+    ours, alone = (rows[f"MB/s, {name}"]["median"] for name in ("ours", "tokenizers"))
+    assert rows["MB/s, ours / tokenizers"]["median"] == pytest.approx(ours / alone)
 
 
 def test_checkpoint_measures_both_sides(tmp_path):

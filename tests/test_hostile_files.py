@@ -21,6 +21,7 @@ from smollm_jax.errors import InputFileError
 from smollm_jax.files import read_config
 from smollm_jax.text import documents
 from smollm_jax.tokenizer import Tokenizer
+from tests.hostile_data import COMPRESSED, PARQUET, SETS
 from tests.hostile_texts import CONFIG, PICKLES, TEXT, TOKENS
 from tests.hostile_tokenizers import TOKENIZER, TOKENIZER_CONFIG
 from tests.hostile_weights import GGUF, SAFETENSORS, Cases
@@ -41,6 +42,9 @@ KINDS: dict[str, tuple[Cases, Callable[[Path], object]]] = {
     "config": (CONFIG, read_config),
     "tokens": (TOKENS, prepare),
     "text": (TEXT, prepare),
+    "compressed": (COMPRESSED, prepare),
+    "parquet": (PARQUET, prepare),
+    "set": (SETS, prepare),
     "pickle": (PICKLES, weights.read),
 }
 ALL = [(kind, name) for kind, (cases, _) in KINDS.items() for name in cases]

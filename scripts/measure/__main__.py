@@ -25,6 +25,8 @@ def main() -> None:
         from jax_side import prepare
     elif name == "checkpoint":
         from checkpoint_side import prepare
+    elif name == "prepare":
+        from prepare_side import prepare
     elif name == "llamacpp":
         from llamacpp_side import prepare
     else:

@@ -1,0 +1,124 @@
+"""Malformed compressed texts, Parquet files and data sets, as `hostile_texts.py` has malformed texts."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from tests.hostile_texts import GOOD, MIB, Writer, text, tokens
+from tests.hostile_weights import Cases
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+LINE = b'{"text": "some text"}\n'
+
+
+def zst(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as out:
+        out.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
+
+
+def bomb(name: str, pack: Callable[[bytes], bytes], content: bytes) -> Writer:
+    """A small file of 60 times that, in as many members, made when it is wanted."""
+    return text(name, lambda folder: (folder / name, (folder / name).write_bytes(pack(content) * 60))[0])
+
+
+def packed(kind: str, pack: Callable[[bytes], bytes]) -> Cases:
+    """What both ways to compress have in common."""
+    name, whole, no = f"x.{kind}", pack(LINE * 999), f"x.{kind}: cannot be decompressed: "
+    return {
+        f"{kind}, truncated": (text(name, whole[:-9]), f"{no}.*(end-of-stream|Truncated)"),
+        f"{kind}, cut in half": (text(name, whole[: len(whole) // 2]), no),
+        f"{kind}, text": (text(name, LINE), no),
+        f"{kind}, followed by text": (text(name, whole + LINE), no),
+        f"{kind}, of nothing": (text(name, pack(b"")), "holds no text"),
+        f"{kind}, empty": (text(name, b""), "holds no text"),
+        f"{kind}, a byte order mark": (text(name, pack(b"\xef\xbb\xbf" + LINE)), "begins with a byte order mark"),
+        f"{kind}, UTF-16": (text(name, pack(LINE.decode().encode("utf-16-le"))), "looks like UTF-16"),
+        f"{kind}, not UTF-8": (text(name, pack(LINE + b'{"text": "\xe9"}')), "byte 32 is not UTF-8"),
+        f"{kind}, NUL": (text(name, pack(LINE + b"\0")), "line 2: character 0 is NUL"),
+        f"{kind}, 60 MB in a line": (bomb(name, pack, b" " * MIB), "line 1 is longer than 16,777,216"),
+        f"{kind}, 60 MB of blanks": (bomb(name, pack, (b" " * 1023 + b"\n") * 1024), "holds no text"),
+    }
+
+
+def parquet(table: Any, spoil: Callable[[bytes], bytes] = bytes) -> Writer:
+    def write(folder: Path) -> Path:
+        pyarrow.parquet.write_table(table, folder / "x.parquet", compression="none", use_dictionary=False)
+        (folder / "x.parquet").write_bytes(spoil((folder / "x.parquet").read_bytes()))
+        return folder / "x.parquet"
+
+    return text("x.parquet", write)
+
+
+def strings(*values: bytes) -> Any:
+    """A column that says it is UTF-8."""
+    return pyarrow.Array.from_buffers(pyarrow.string(), len(values), pyarrow.array(values, pyarrow.binary()).buffers())
+
+
+TABLE = pyarrow.table({"text": [f"text number {i}" for i in range(500)], "n": range(500)})
+NOT = r"x\.parquet: not a readable Parquet file"
+COMPRESSED: Cases = packed("jsonl.gz", gzip.compress) | packed("jsonl.zst", zst)
+COMPRESSED |= {
+    "jsonl.gz, a flipped byte": (text("x.jsonl.gz", flipped(gzip.compress(LINE * 99), 20)), "cannot be decompressed"),
+    "jsonl.gz, another checksum": (text("x.jsonl.gz", flipped(gzip.compress(LINE * 99), -7)), "CRC"),
+}
+PARQUET: Cases = {
+    "empty": (text("x.parquet", b""), NOT),
+    "text": (text("x.parquet", LINE * 99), NOT),
+    "cut at its end": (parquet(TABLE, lambda x: x[:-9]), NOT),
+    "a footer of 4 GB": (parquet(TABLE, lambda x: x[:-8] + b"\xff" * 4 + b"PAR1"), NOT),
+    "a footer of nothing": (parquet(TABLE, lambda x: x[:-8] + bytes(4) + b"PAR1"), NOT),
+    "a footer of noise": (parquet(TABLE, lambda x: x[:-300] + bytes(range(256)) + x[-44:]), NOT),
+    "pages of noise": (parquet(TABLE, lambda x: x[:4] + bytes(255 - i for i in range(256)) + x[260:]), NOT),
+    "no such column": (parquet(TABLE.drop_columns("text")), "has no column 'text', only .*'n'.*: --text-column"),
+    "a column twice": (parquet(TABLE.append_column("text", TABLE["n"])), "has no column 'text', only"),
+    "numbers": (parquet(pyarrow.table({"text": [1, 2]})), "column 'text' is of type int64, not a string"),
+    "bytes": (parquet(pyarrow.table({"text": [b"a"]})), "column 'text' is of type binary, not a string"),
+    "lists": (parquet(pyarrow.table({"text": [["a"]]})), "column 'text' is of type list.*, not a string"),
+    "a null": (parquet(pyarrow.table({"text": ["a", None]})), "row 2: 'text' is null"),
+    "NUL": (parquet(pyarrow.table({"text": ["a", "b\0"]})), "row 2: 'text': character 1 is NUL"),
+    "not UTF-8": (parquet(pyarrow.table({"text": strings(b"a", b"caf\xe9")})), "row 2: 'text' is not UTF-8"),
+    "no rows": (parquet(TABLE.slice(0, 0)), "holds no text"),
+}
+
+
+def manifest(given: object) -> Writer:
+    """A set of one token file whose manifest is what is given, or says what a change makes of the true one."""
+
+    def write(folder: Path) -> Path:
+        lone = tokens(GOOD)(folder).rename(folder / "y")
+        (folder / "x").mkdir()
+        about = json.loads((lone.rename(folder / "x/000000-0000") / "tokens.json").read_text())
+        entry = {"name": "000000-0000"} | {name: about[name] for name in ("tokens", "documents", "sha256")}
+        content = {"format": "smollm-tokens-2", "files": given(entry)} if callable(given) else given
+        (folder / "x/manifest.json").write_text("{" if content is None else json.dumps(content))
+        return folder / "x"
+
+    return write
+
+
+ANOTHER = r"000000-0000/tokens\.bin: is not the one that .*manifest\.json names"
+SETS: Cases = {
+    "no JSON": (manifest(None), "manifest.json: not readable as JSON"),
+    "a list": (manifest([]), "manifest.json: is not the manifest of a data set"),
+    "of the older format": (manifest({"format": "smollm-tokens-1"}), "manifest.json: is of an older format"),
+    "no files": (manifest({"format": "smollm-tokens-2"}), "manifest.json: lacks files"),
+    "files that are none": (manifest(lambda entry: "a"), "files must be a list, got 'a'"),
+    "an empty list": (manifest(lambda entry: []), "files must name at least one"),
+    "a file that is a number": (manifest(lambda entry: [7]), "files: 7 names no folder"),
+    "a name in another folder": (manifest(lambda entry: [entry | {"name": "../tokenizer"}]), "names no folder in it"),
+    "the folder itself": (manifest(lambda entry: [entry | {"name": "."}]), "names no folder in it"),
+    "a missing file": (manifest(lambda entry: [entry, entry | {"name": "1-1"}]), r"1-1/tokens\.json: no such file"),
+    "another file": (manifest(lambda entry: [entry | {"sha256": "ab" * 32}]), ANOTHER),
+    "another count": (manifest(lambda entry: [entry | {"tokens": 5}]), ANOTHER),
+}
