@@ -4,6 +4,7 @@
     python scripts/train_jax.py --resume                         # go on with the newest run
     python scripts/train_jax.py --data my_text/ --init-from assets/SmolLM2-135M-Instruct --learning-rate 1e-4
     python scripts/train_jax.py --mesh data=8 --batch-size 64    # on eight GPUs; docs/scaling.md for several machines
+    python scripts/train_jax.py --recipe one-gpu-day --data DATA # a whole run by name
 
 On a GPU: 5,000 steps of 8 x 2,048 tokens in bfloat16. Without one: the same 134.5M parameters at a demo size that
 takes about 10 minutes on 2 cores. A flag left out is chosen by the device and printed before training starts.
@@ -27,8 +28,11 @@ from smollm_jax import errors
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
+    recipe: str | None = None
+    """A whole run's preset and numbers, which the flags below override: demo, gpu-demo, one-gpu-day, smollm2-135m or
+    smollm2-135m-long (smollm_jax/recipes.py). Default: demo, or on a GPU gpu-demo."""
     preset: str | None = None
-    """Model to train from scratch: see smollm_jax/config.py; default smollm2-135m-pretrain."""
+    """Model to train from scratch: see smollm_jax/config.py; default the recipe's, smollm2-135m-pretrain."""
     data: tuple[str, ...] | None = None
     """Prepared data sets (prepare_data.py), or text as it takes it, which is prepared under data/. Several are read as
     one, or in the proportion of weights: --data data/web:0.6 data/code:0.4. Default: assets/sotu."""
@@ -108,7 +112,6 @@ class Flags:
     """Show a traceback instead of one line when something goes wrong."""
 
 
-PRESET = "smollm2-135m-pretrain"
 REFERENCE = Path("assets/SmolLM2-135M-Instruct")
 RECIPE_FLAGS = (
     "steps",
@@ -124,10 +127,7 @@ RECIPE_FLAGS = (
     "dtype",
     "seed",
 )
-GPU = {"steps": 5000, "batch_size": 8, "sequence_length": 2048, "dtype": "bfloat16"}
 GPU_CADENCE = {"save_every": 500, "eval_every": 250}
-# About 10 minutes on 2 cores, loss clearly down.
-CPU = {"steps": 200, "batch_size": 2, "sequence_length": 256, "dtype": "float32"}
 CPU_CADENCE = {"save_every": 100, "eval_every": 50}
 
 
@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def begin(flags: Flags, stop, *, first: bool) -> None:
     """Trains in the run folder the flags mean, which the first of a run's processes holds a lock on."""
+    from smollm_jax import recipes
     from smollm_jax.lock import RunLock
 
     if flags.resume:
@@ -169,7 +170,8 @@ def begin(flags: Flags, stop, *, first: bool) -> None:
     else:
         if flags.allow_change or flags.allow_unverified:
             raise errors.UsageError("--allow-change and --allow-unverified say something about --resume only")
-        run = flags.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{flags.preset or PRESET}")
+        name = flags.preset or recipes.named(flags.recipe or "demo").preset
+        run = flags.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}")
         refuse_used(run)
         # What a run left that died before its first checkpoint is replaced; it has a lock file from its start on.
         if any(run.glob("*")) and not (run / "lock").exists():
@@ -201,6 +203,7 @@ def train_in(run: Path, flags: Flags, stop) -> None:
         formats,
         metrics,
         optimizer,
+        recipes,
         sharding,
         train,
         train_step,
@@ -218,6 +221,8 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     mesh = sharding.make_mesh(layout) if layout else None
     on_gpu = device.platform == "gpu"
     given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) is not None}
+    run_name = flags.recipe or ("gpu-demo" if on_gpu else "demo")
+    named = recipes.named(run_name)
     source, start_from, bundle, saved = flags.data or ("assets/sotu",), str(flags.init_from or ""), None, None
     if flags.resume:
         with CheckpointStore(run / "checkpoints", create=False) as store:
@@ -225,18 +230,24 @@ def train_in(run: Path, flags: Flags, stop) -> None:
             saved = store.newest(load, allow_unverified=flags.allow_unverified)
         before = saved.provenance
         config = preset(flags.preset) if flags.preset else formats.read_config(run / "config.json")
-        recipe = Recipe(**(dataclasses.asdict(before.recipe) | given))
+        recipe = Recipe(**(dataclasses.asdict(before.recipe) | (named.fields if flags.recipe else {}) | given))
         source, start_from = flags.data or tuple(shlex.split(before.data)), start_from or before.start_from
         if start_from != before.start_from:
             began = before.start_from or "its recipe's init"
             raise errors.UsageError(f"--init-from {start_from}: this run began with {began}; leave it out")
     else:
         bundle = weights.read(flags.init_from) if flags.init_from else None
-        config = bundle.config if bundle else preset(flags.preset or PRESET)
-        if flags.preset and config != preset(flags.preset):
+        wanted = preset(flags.preset or named.preset)
+        if named.continues:
+            if not bundle:
+                raise errors.UsageError(f"--recipe {run_name} continues a run: add --init-from RUN")
+            names = ("rope_theta", "max_position_embeddings")
+            longer = dataclasses.replace(bundle.config, **{name: getattr(wanted, name) for name in names})
+            bundle = dataclasses.replace(bundle, config=longer)
+        config = bundle.config if bundle else wanted
+        if flags.preset and config != wanted:
             raise errors.UsageError(f"--init-from {flags.init_from} is no {flags.preset}: leave --preset out")
-        chosen = (GPU if on_gpu else CPU) | given
-        recipe = Recipe(**({"learning_rate": 1e-3, "warmup_steps": chosen["steps"] // 20} | chosen))
+        recipe = named.resolve(given)
     if recipe.sequence_length > config.max_position_embeddings:
         raise errors.UsageError(
             f"--sequence-length {recipe.sequence_length} exceeds the model's {config.max_position_embeddings} positions"
@@ -275,7 +286,7 @@ def train_in(run: Path, flags: Flags, stop) -> None:
         raise errors.UsageError(f"{tokenizer_folder} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
 
     if not on_gpu:
-        print("no GPU found: training on the CPU, at a demo size")
+        print("no GPU found: training on the CPU" + ("" if flags.recipe else ", at a demo size"))
     used = f"{devices} of {jax.device_count()}" + (f" as {layout}" if mesh else "")
     used += f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(f"device      {device.device_kind}, {used}, jax {jax.__version__}")
@@ -284,6 +295,8 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     print(f"start       {f'checkpoint of step {saved.progress.step}, verified' if saved else start}")
     print(f"products    {recipe.dtype}, attention {attention}; weights, moments and loss float32")
     tokens_per_step = f"{recipe.batch_size} x {recipe.sequence_length} = {recipe.tokens_per_step:,} tokens a step"
+    if flags.recipe or not saved:
+        print(f"recipe      {run_name}")
     print(f"steps       {recipe.steps:,} of {tokens_per_step}, {recipe.schedule}, peak {recipe.learning_rate}")
     warmup = f"warmup {recipe.warmup_steps} steps, weight decay {recipe.weight_decay}, seed {recipe.seed}"
     print(f"            {warmup}; saved every {cadence.save_every}, validated every {cadence.eval_every} steps")
