@@ -35,7 +35,7 @@ RECIPES = {
     "gpu-demo": NamedRun(
         "smollm2-135m-pretrain", {"steps": 5000, "batch_size": 8, "sequence_length": 2048, "dtype": "bfloat16"}
     ),
-    # Ours: 18.4 billion tokens, 137 a parameter, which 215,000 tokens/s compute in 23.7 hours (docs/scaling.md). A
+    # Ours: 18.4 billion tokens, 136 a parameter, which 215,000 tokens/s compute in 23.7 hours (docs/scaling.md). A
     # quarter of the pre-training recipe's batch, at half its peak: the square root of the batch's ratio.
     "one-gpu-day": NamedRun(
         "smollm2-135m-pretrain",

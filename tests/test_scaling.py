@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from smollm_jax import cost, recipes, weights
+from smollm_jax import cost, recipes, roofline, weights
 from smollm_jax.checkpoint import CheckpointStore
 from smollm_jax.config import Config, preset
 from smollm_jax.errors import UsageError
@@ -134,3 +135,34 @@ def test_a_continuation_needs_weights_to_continue(tmp_path):
     done = train(tmp_path / "run", "--recipe", "smollm2-135m-long")
     assert done.returncode == 2
     assert done.stderr == "error: --recipe smollm2-135m-long continues a run: add --init-from RUN\n"
+
+
+def test_the_tables_of_the_scaling_document_are_the_arithmetics():
+    text = (ROOT / "docs/scaling.md").read_text()
+    written = [block.split("<!-- roofline:end -->")[0] for block in text.split("<!-- roofline:begin -->")[1:]]
+    assert "\n\n".join(block.strip() for block in written) == "\n".join(roofline.tables())
+
+
+def test_sending_is_by_rings():
+    GB = 1e9
+    assert roofline.communication_seconds(1, 1, GB) == 0
+    assert roofline.communication_seconds(8, 1, GB) == pytest.approx(2 * 7 / 8 / 450)
+    assert roofline.communication_seconds(1, 8, GB) == pytest.approx(2 * 7 / 8 / 450)
+    assert roofline.communication_seconds(2, 8, GB) == pytest.approx(2 * 7 / 8 / 450 + 2 * 1 / 2 / 8 / 50)
+    assert roofline.communication_seconds(16, 1, GB) == pytest.approx(2 * 15 / 16 / 50)
+
+
+@pytest.mark.parametrize(("code", "saved", "requeued"), [(75, True, True), (75, False, True), (8, True, False)])
+def test_slurm_resumes_what_was_saved_and_requeues_only_what_stopped(tmp_path, code, saved, requeued):
+    """Slurm's two commands say how they were called; Slurm itself is not here."""
+    for name, status in (("srun", code), ("scontrol", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\nexit {status}\n')
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / f"run/checkpoints/{100 if saved else '100.orbax-checkpoint-tmp'}").mkdir(parents=True)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHON": "python"}
+    command = ["bash", str(ROOT / "scripts/slurm.sh"), "run", "--recipe", "demo"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    train = "srun --kill-on-bad-exit=0 python scripts/train_jax.py --distributed --out run"
+    flags = " --resume --recipe demo\n" if saved else " --recipe demo\n"
+    assert done.stdout == train + flags + ("scontrol requeue 7\n" if requeued else "")
