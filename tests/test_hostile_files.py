@@ -89,11 +89,11 @@ def main(kind: str, folder: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     seconds = {}
     for name, path in paths.items():
-        began = time.perf_counter()
+        began = time.process_time()  # of the processor: a busy machine's clock says nothing
         try:
             read(path)
         except InputFileError as error:
-            seconds[name] = time.perf_counter() - began
+            seconds[name] = time.process_time() - began
             if not re.search(cases[name][1], str(error)):  # out of memory, say
                 raise
     print(json.dumps(seconds))
