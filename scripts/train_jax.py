@@ -51,8 +51,8 @@ class Flags:
     """With --resume: take a checkpoint that has no integrity.json."""
     steps: int | None = None
     """Optimizer steps in all."""
-    batch_size: int | None = None
-    """Sequences a step."""
+    batch_size: int | Literal["auto"] | None = None
+    """Sequences a step; auto: the most that fit, see plan_memory.py. A resumed run keeps its number."""
     gradient_accumulation_steps: int | None = None
     """Parts a batch is computed in, one after another, to save memory; default 1."""
     sequence_length: int | None = None
@@ -201,6 +201,7 @@ def train_in(run: Path, flags: Flags, stop) -> None:
         data,
         distributed,
         formats,
+        memory,
         metrics,
         optimizer,
         recipes,
@@ -219,10 +220,16 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     device = jax.local_devices()[0]
     layout = flags.mesh or (f"data={jax.device_count()}" if flags.distributed else None)
     mesh = sharding.make_mesh(layout) if layout else None
+    devices = mesh.size if mesh else 1
+    # In MiB, of which an int32 holds enough.
+    limit = min(distributed.of_all(memory.available(device, -(-devices // jax.process_count())) >> 20)) << 20
     on_gpu = device.platform == "gpu"
     given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) is not None}
     run_name = flags.recipe or ("gpu-demo" if on_gpu else "demo")
     named = recipes.named(run_name)
+    largest = given.get("batch_size") == "auto"
+    if largest:
+        del given["batch_size"]
     source, start_from, bundle, saved = flags.data or ("assets/sotu",), str(flags.init_from or ""), None, None
     if flags.resume:
         with CheckpointStore(run / "checkpoints", create=False) as store:
@@ -247,6 +254,9 @@ def train_in(run: Path, flags: Flags, stop) -> None:
         config = bundle.config if bundle else wanted
         if flags.preset and config != wanted:
             raise errors.UsageError(f"--init-from {flags.init_from} is no {flags.preset}: leave --preset out")
+        if largest:  # until it is known what else decides
+            fields = named.fields | given
+            given["batch_size"] = devices * fields.get("gradient_accumulation_steps", 1)
         recipe = named.resolve(given)
     if recipe.sequence_length > config.max_position_embeddings:
         raise errors.UsageError(
@@ -261,7 +271,7 @@ def train_in(run: Path, flags: Flags, stop) -> None:
         raise errors.UsageError(
             f"--attention cudnn needs a CUDA GPU and bfloat16, not {device.platform}, {recipe.dtype}"
         )
-    parts, devices = recipe.gradient_accumulation_steps, mesh.size if mesh else 1
+    parts = recipe.gradient_accumulation_steps
     if recipe.batch_size % (parts * devices):
         raise errors.UsageError(
             f"--batch-size {recipe.batch_size} must divide by {devices} devices x {parts} gradient accumulation steps"
@@ -270,10 +280,15 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     tokenizer = Tokenizer.load(tokenizer_folder)
     document_end = tokenizer.eos_token_id if recipe.mask_documents else None
     compute = train_step.Compute(recipe.dtype, attention, flags.remat, flags.unroll, parts, mesh, document_end)
-    step = None
+    if largest and not saved:
+        recipe = memory.largest_batch(config, recipe, compute, device.platform, limit)
+    planned, step = memory.plan(config, recipe, compute, device.platform).total, None
     if not saved or saved.progress.step < recipe.steps:  # compiles while weights and tokens are read
-        compiling = concurrent.futures.ThreadPoolExecutor(1).submit(train_step.compile_step, config, recipe, compute)
+        arguments = limit, config, recipe, compute, device.platform
+        compiling = concurrent.futures.ThreadPoolExecutor(1).submit(memory.compile_within, *arguments)
         step = lambda *batch: compiling.result()(*batch)  # noqa: E731
+        if planned > limit / 2:  # or it is refused after hours of reading, or by a parameter that finds no room
+            compiling.result()
     every = {name: getattr(flags, name) for name in CPU_CADENCE if getattr(flags, name) is not None}
     usual = train.Cadence(**(GPU_CADENCE if on_gpu else CPU_CADENCE))
     cadence = dataclasses.replace(saved.cadence if saved else usual, **every)
@@ -300,6 +315,7 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     print(f"steps       {recipe.steps:,} of {tokens_per_step}, {recipe.schedule}, peak {recipe.learning_rate}")
     warmup = f"warmup {recipe.warmup_steps} steps, weight decay {recipe.weight_decay}, seed {recipe.seed}"
     print(f"            {warmup}; saved every {cadence.save_every}, validated every {cadence.eval_every} steps")
+    print(f"memory      {planned / 1e9:.1f} GB planned of {limit / 1e9:.1f} GB, on each device")
     print(f"run         {run}", flush=True)
 
     tokens = data.prepare(source, tokenizer_folder, Path("data"), stop, tokenizer)

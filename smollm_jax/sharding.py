@@ -23,17 +23,23 @@ ROWS = PartitionSpec(AXES)  # of a batch: the first dimension, over all devices
 ONCE = PartitionSpec()  # whole, on every device
 
 
-def make_mesh(text: str) -> Mesh:
-    """The mesh that "data=4,fsdp=2" describes, an axis left out being 1; of all devices when there are many processes.
-
-    Raises `UsageError` for another axis or size, or more devices than there are.
-    """
-    sizes = dict.fromkeys(AXES, 1)
+def sizes_of(text: str) -> dict[str, int]:
+    """The size of each axis of the mesh that "data=4,fsdp=2" describes, one left out being 1; or `UsageError`."""
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         name, _, size = part.partition("=")
         if name not in AXES or not size.isascii() or not size.isdigit() or int(size) < 1:
             raise UsageError(f"--mesh {text}: expected data=N, fsdp=N or both with a comma between, got {part!r}")
         sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(text: str) -> Mesh:
+    """The mesh that "data=4,fsdp=2" describes; of all devices when there are many processes.
+
+    Raises `UsageError` for another axis or size, or more devices than there are.
+    """
+    sizes = sizes_of(text)
     wanted, there = math.prod(sizes.values()), jax.device_count()
     if wanted > there or (jax.process_count() > 1 and wanted < there):
         raise UsageError(f"--mesh {text}: {wanted} devices, and there are {there}")
