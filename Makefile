@@ -33,7 +33,7 @@ train: $(VENV)/.train
 
 test: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py
-	SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) $(BIN)/python -m pytest $(TESTS) -m "not slow" $(PYTEST)
+	SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) $(BIN)/python -m pytest $(TESTS) -m "not slow" -n 2 --dist loadfile $(PYTEST)
 
 parity: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py
