@@ -74,7 +74,7 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
         # The largest thing saved is widened last: where it lay stays a hole, in which a layer's values find room.
         layer = max(layer, L * M * narrow * max(pieces))
     attention = 0
-    if compute.implementation == "xla":
+    if compute.implementation == "xla" and not (cpu and cast):  # where XLA:CPU does without, as counted
         # The causal mask of every pair of blocks, as wide as their scores, a byte each: XLA computes it once for all
         # layers.
         block = min(block_attention.CPU_BLOCK if cpu else block_attention.BLOCK, recipe.sequence_length)
@@ -192,18 +192,19 @@ def _changes(recipe: Recipe, compute: Compute) -> list[list[tuple[str, Recipe, C
         (f"--remat {policy}", recipe, dataclasses.replace(compute, remat=policy))
         for policy in policies[policies.index(compute.remat) + 1 :]
     ]
+    halves = [1 << n for n in range(1, rows.bit_length())]
+    batches = [
+        (f"--batch-size {rows // n * at_once}", dataclasses.replace(recipe, batch_size=rows // n * at_once), compute)
+        for n in halves
+    ]
     parts = [
         (
             f"--gradient-accumulation-steps {n * compute.parts}",
             dataclasses.replace(recipe, gradient_accumulation_steps=n * compute.parts),
             dataclasses.replace(compute, parts=n * compute.parts),
         )
-        for n in range(2, rows + 1)
+        for n in halves
         if rows % n == 0
-    ]
-    batches = [
-        (f"--batch-size {n * at_once}", dataclasses.replace(recipe, batch_size=n * at_once), compute)
-        for n in range(rows - 1, 0, -1)
     ]
     both = [(f"--remat full {flag}", one, dataclasses.replace(other, remat="full")) for flag, one, other in parts]
     return [batches, remat, parts, both if compute.remat != "full" else []]
