@@ -298,7 +298,10 @@ def prepare(flags: Flags, _: Path) -> tuple[str, Rows]:
     """MB/s of text to a data set and of the tokenizer alone, in turn."""
     side = Side("prepare", flags.job, flags.text.resolve())
     side.close()
-    return side.ready["device"], with_ratios("MB/s", side.ready["rates"])
+    rows: Rows = {}
+    for what, rates in side.ready["rates"].items():
+        rows |= with_ratios(what, rates)
+    return side.ready["device"], rows
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Flags:
     shard_tokens: int = 1 << 24
     """Tokens after which the next file of the set begins; a worker holds as many in memory, with their text."""
     workers: int = 0
-    """Processes; 0: one for each core."""
+    """Processes, which share the cores; 0: one for every four."""
     verify: bool = False
     """Check every byte of prepared sets instead."""
     debug: bool = False

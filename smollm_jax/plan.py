@@ -36,6 +36,7 @@ class Plan:
     files: dict[str, list[Any]]
     units: list[Unit]
     sources: str  # as they were named
+    tokenizer: Tokenizer
 
     def content(self) -> dict[str, Any]:
         """The JSON that is kept; a part's file by its place among the files."""
@@ -75,7 +76,7 @@ def make_plan(sources: Sequence[Path], settings: Settings, *, by_content: bool =
             files[name] = [stat.st_size, sha256_of(file) if by_content else stat.st_mtime_ns]
             found.append(file)
     most = settings.shard_tokens * BYTES_PER_TOKEN
-    return Plan(about, files, _units([(file, _parts(file, most, about)) for file in found], most), named)
+    return Plan(about, files, _units([(file, _parts(file, most, about)) for file in found], most), named, tokenizer)
 
 
 def may_cut(tokenizer: Tokenizer) -> bool:

@@ -35,6 +35,7 @@ from smollm_jax.token_file import MANIFEST, MAX_MANIFEST, write_manifest
 from smollm_jax.tokenizer import Tokenizer
 
 PLAN = "plan.json"
+THREADS = 4  # of the tokenizer in a process: they share its vocabulary, which two processes hold twice in the cache
 REPORT_SECONDS = 10  # between two lines where the output is no terminal
 
 
@@ -64,7 +65,7 @@ def prepared(source: Path, tokenizer: Path, cache: Path, stop: Stop | None = Non
 
 
 def prepare_set(folder: Path, plan: Plan, settings: Settings, workers: int = 0, stop: Stop | None = None) -> None:
-    """Makes what is missing of a plan's token files, by so many processes (0: one a core), and then the manifest.
+    """Makes what is missing of a plan's token files, by so many processes (0: one for four cores), then the manifest.
 
     The folder is locked by the caller.
     """
@@ -82,10 +83,14 @@ def prepare_set(folder: Path, plan: Plan, settings: Settings, workers: int = 0, 
     units = [dataclasses.replace(unit, **found.get(unit.number, ({}, False))[0]) for unit in plan.units]
     left = [unit for unit in units if not found.get(unit.number, ({}, False))[1]]
     left.sort(key=lambda unit: -sum(unit.sizes))  # the longest first, so that none is waited for at the end
-    workers = min(workers or len(os.sched_getaffinity(0)), len(left))
+    workers = min(workers or -(-len(os.sched_getaffinity(0)) // THREADS), len(left))
     size, todo = (sum(sum(unit.sizes) for unit in of) for of in (units, left))
     with _Progress(folder, size, size - todo) as progress:
-        (_work_here if workers <= 1 else _work)(left, job, workers, progress, Stop() if stop is None else stop)
+        stop = Stop() if stop is None else stop
+        if workers > 1:
+            _work(left, job, workers, progress, stop)
+        else:
+            _work_here(left, job, plan.tokenizer, progress, stop)
     found = _written(folder)
     names = [
         unit.file_name(i) for unit in plan.units for i in range(found.get(unit.number, ({"files": 0},))[0]["files"])
@@ -133,9 +138,8 @@ def _written(folder: Path) -> dict[int, tuple[dict[str, int], bool]]:
     return found
 
 
-def _work_here(units: list[Unit], job: Job, _: int, progress: "_Progress", stop: Stop) -> None:
+def _work_here(units: list[Unit], job: Job, tokenizer: Tokenizer, progress: "_Progress", stop: Stop) -> None:
     """All units, by this process and as many threads as the tokenizer takes."""
-    tokenizer = Tokenizer.load(job.tokenizer)
 
     def tell(size: float, tokens: int) -> None:
         progress.add(size, tokens)

@@ -6,22 +6,25 @@ Imports no framework.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from smollm_jax.errors import InputFileError, SmolLMError, UsageError
+from smollm_jax.errors import InputFileError, SmolLMError
 from smollm_jax.text import Part, Passage, passages
 from smollm_jax.token_file import write_token_file
 from smollm_jax.tokenizer import Tokenizer
 
-AT_ONCE = (256, 1 << 22)  # passages and characters in a call into the tokenizer, which spreads them over its threads
+AT_ONCE = (512, 1 << 21)  # passages and characters in a call into the tokenizer, which spreads them over its threads
 Tell = Callable[[float, int], None]  # takes how many bytes of the source and how many tokens more are done
 
 
@@ -103,31 +106,33 @@ def prepare_unit(unit: Unit, job: Job, tokenizer: Tokenizer, tell: Tell) -> None
     """Writes a unit's token files, but for those that are written."""
     eos = tokenizer.eos_token_id
     assert eos is not None
-    writer, before, missing = _Writer(unit, job, eos), 0.0, unit.passages
-    passages_ = _passages(unit, job)
-    while batch := _next(passages_):
-        found, position = [passage for _, passage in batch[missing:]], batch[-1][0]
-        missing = max(0, missing - len(batch))
-        tokens = 0
-        for passage, ids in zip(found, _encoded(found, tokenizer), strict=True):
-            if passage.ends:
-                ids.append(eos)
-            writer.add(np.array(ids, np.uint16), passage.ends)
-            tokens += len(ids)
-        tell(position - before, tokens)
+    writer, before = _Writer(unit, job, eos), 0.0
+    for position, passage, encoding in _encoded(unit, job, tokenizer):
+        ids = encoding.ids
+        if passage.ends:
+            ids.append(eos)
+        writer.add(np.array(ids, np.uint16), passage.ends)
+        tell(position - before, len(ids))
         before = position
     writer.end()
     tell(sum(unit.sizes) - before, 0)
 
 
-def _encoded(found: list[Passage], tokenizer: Tokenizer) -> list[list[int]]:
-    try:
-        return tokenizer.encode_batch([passage.text for passage in found])
-    except UsageError as error:
-        for passage in found:
-            if reason := tokenizer.unencodable(passage.text):
-                raise InputFileError(f"{passage.where} cannot be encoded: {reason}") from error
-        raise
+def _encoded(unit: Unit, job: Job, tokenizer: Tokenizer) -> Iterator[tuple[float, Passage, Any]]:
+    """Every passage that is not written yet, how many bytes of the source are read by then, and its encoding.
+
+    While the tokenizer's threads encode a batch, this one reads the next, and its caller works on the one before.
+    """
+    tokenizer.core.encode_special_tokens = True  # one that is typed in a text is plain text
+    encode = functools.partial(tokenizer.core.encode_batch_fast, add_special_tokens=False)
+    found = itertools.islice(_passages(unit, job), unit.passages, None)
+    with ThreadPoolExecutor(1) as pool:
+        before: tuple[list[tuple[float, Passage]], Any] = ([], None)
+        while (batch := _next(found, tokenizer)) or before[0]:
+            now = (batch, pool.submit(encode, [passage.text for _, passage in batch]))
+            for (position, passage), encoding in zip(before[0], before[1].result() if before[1] else (), strict=True):
+                yield position, passage, encoding
+            before = now
 
 
 def _passages(unit: Unit, job: Job) -> Iterator[tuple[float, Passage]]:
@@ -140,9 +145,12 @@ def _passages(unit: Unit, job: Job) -> Iterator[tuple[float, Passage]]:
         read += size
 
 
-def _next(found: Iterator[tuple[float, Passage]]) -> list[tuple[float, Passage]]:
+def _next(found: Iterator[tuple[float, Passage]], tokenizer: Tokenizer) -> list[tuple[float, Passage]]:
+    """The passages of the next batch; raises `InputFileError` for one that has no tokens."""
     batch, characters = [], 0
     for one in itertools.islice(found, AT_ONCE[0]):
+        if reason := tokenizer.unencodable(one[1].text):
+            raise InputFileError(f"{one[1].where} cannot be encoded: {reason}")
         batch.append(one)
         characters += len(one[1].text)
         if characters >= AT_ONCE[1]:
@@ -158,16 +166,24 @@ def main() -> None:
     def say(**what: Any) -> None:
         print(json.dumps(what), file=answers, flush=True)
 
+    told = {"bytes": 0.0, "tokens": 0, "at": time.monotonic()}
+
     def tell(size: float, tokens: int) -> None:
+        told["bytes"] += size
+        told["tokens"] += tokens
+        if time.monotonic() - told["at"] < 0.1:
+            return
         if os.getppid() != parent:  # killed: another preparation may be at work by now
             os._exit(1)
-        say(bytes=size, tokens=tokens)
+        say(bytes=told["bytes"], tokens=told["tokens"])
+        told.update(bytes=0.0, tokens=0, at=time.monotonic())
 
     try:
         tokenizer = Tokenizer.load(job.tokenizer)
         for line in sys.stdin:
             prepare_unit(Unit(**json.loads(line)), job, tokenizer, tell)
-            say(done=True)
+            say(done=True, bytes=told["bytes"], tokens=told["tokens"])
+            told.update(bytes=0.0, tokens=0)
     except SmolLMError as error:
         say(error=[type(error).__name__, str(error)])
 

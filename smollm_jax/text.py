@@ -21,7 +21,7 @@ TEXT_SUFFIXES = (".txt", ".text", ".md")
 PACKED = (".gz", ".zst")
 SUFFIXES = tuple(f"{suffix}{packed}" for suffix in (*TEXT_SUFFIXES, ".jsonl") for packed in ("", *PACKED))
 MAX_LINE = 16 << 20  # bytes; a whole book has 1 MB
-PIECE = 1 << 20  # characters of a long text that are encoded at once
+PIECE = 1 << 16  # characters of a long text that are encoded at once
 # Where SmolLM2's pre-tokenizer (Digits, then GPT-2's pattern) ends a word whatever lies around: before or, a newline,
 # after one space between two characters that are none. A run of spaces would be split differently at a text's end.
 CUT = re.compile(r"(?<=\S)[ \n\t](?=\S)")

@@ -1,6 +1,9 @@
 """Text becomes a token file once, and a batch is a pure function of (recipe, step)."""
 
 import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -15,6 +18,7 @@ from smollm_jax.token_file import TokenFile, TokenSet
 from smollm_jax.tokenizer import Tokenizer
 from tests.hostile_texts import TOKENS
 from tests.small_files import of_tokens, tokenizer_folder
+from tests.trainer import ENVIRONMENT, ROOT
 
 
 def recipe(**changes) -> Recipe:
@@ -257,3 +261,24 @@ def test_sources_without_weights_are_one_and_with_them_a_mixture(tmp_path):
     assert (len(one.sources), len(one.sets), one.tokens, one.documents) == (1, 2, 2002, 2)
     assert (len(mixed.sources), mixed.shares) == (2, (Fraction(1, 4), Fraction(3, 4)))
     assert one.sha256 != mixed.sha256
+
+
+def test_several_processes_may_ask_for_the_same_text_at_once(tmp_path):
+    folder = tokenizer_folder(tmp_path / "tokenizer")
+    (tmp_path / "x.jsonl").write_text('{"text": "some text"}\n' * 3000)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: prepare(tmp_path / "x.jsonl", folder, tmp_path / "cache"), range(4)))
+    assert {data.sha256 for data in found} == {found[0].sha256}
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_run_on_a_mixture_is_resumed_on_it(tmp_path):
+    for name in ("a b.txt", "c.txt"):
+        (tmp_path / name).write_text("".join(f"{name}: line {i}\n" for i in range(300)))
+    run = [sys.executable, ROOT / "scripts/train_jax.py", "--out", "run", "--tokenizer", ROOT / "assets/tokenizer"]
+    first = ["--preset", "tiny", "--sequence-length", "32", "--steps", "1", "--data", "a b.txt:0.25", "c.txt:0.75"]
+    for flags in (first, ["--resume", "--steps", "2"]):
+        command = list(map(str, [*run, *flags]))
+        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "data        'a b.txt:0.25' c.txt:0.75: 2 documents" in done.stdout

@@ -88,7 +88,7 @@ def test_a_unit_goes_on_from_any_of_its_files(small, tmp_path, monkeypatch):
     texts = ["the a.\nthe b. " * n for n in (30, 7, 900, 11, 40, 500)]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt.gz").write_bytes(gzip.compress(text.encode()))
-    chosen, out = Settings(small, shard_tokens=500), tmp_path / "set"
+    chosen, out = Settings(small, shard_tokens=1500), tmp_path / "set"
     plan = make_plan(sorted(tmp_path.glob("*.gz")), chosen)
     assert len(plan.units) == 1
     out.mkdir()
