@@ -1,0 +1,93 @@
+"""What `tests/test_sharding.py` looks at, computed in a process that has eight virtual CPU devices; writes JSON.
+
+python -m tests.eight_devices FILE
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from smollm_jax import optimizer, sharding, train, train_step
+from smollm_jax.checkpoint import CheckpointStore, flatten
+from smollm_jax.config import preset
+from smollm_jax.provenance import Provenance
+from smollm_jax.recipe import Recipe
+
+# Layouts, each with the parts a batch is computed in.
+RUNS = ((None, 1), ("data=8", 2), ("fsdp=8", 1), ("data=4,fsdp=2", 2))
+RESTORED = ((None, "data=4,fsdp=2"), ("data=2", "fsdp=8"), ("fsdp=4", "data=8"))  # each way
+STEPS, END = 20, 0
+CONFIG = dataclasses.replace(preset("tiny"), vocab_size=512, num_hidden_layers=2)
+RECIPE = Recipe(STEPS, batch_size=16, sequence_length=32, learning_rate=1e-2, warmup_steps=2, dtype="float32")
+TX = optimizer.adamw(RECIPE)
+
+
+def batches() -> np.ndarray:
+    """Tokens `[steps, B, T + 1]`, among them ends of documents, of which rows have different numbers."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, CONFIG.vocab_size, (STEPS, RECIPE.batch_size, RECIPE.sequence_length + 1))
+    ends = rng.random(tokens.shape) < np.linspace(0, 0.3, RECIPE.batch_size)[:, None]
+    return np.where(ends, END, tokens).astype(np.int32)
+
+
+def begin(mesh) -> train_step.TrainState:
+    return train_step.begin(train_step.fresh(CONFIG, 0, mesh), TX, mesh)
+
+
+def largest_bytes(state) -> int:
+    """Of the state, on the device that holds most."""
+    held: dict = {}
+    for shard in itertools.chain.from_iterable(x.addressable_shards for x in jax.tree.leaves(state)):
+        held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    return max(held.values())
+
+
+def lies_as(tree, mesh) -> bool:
+    """Whether every array lies where a mesh has it."""
+    there = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, sharding.shardings(tree, mesh))
+    return all(jax.tree.leaves(there))
+
+
+def run(layout: str | None, parts: int, document_end: int | None) -> dict:
+    mesh = sharding.make_mesh(layout) if layout else None
+    compute = train_step.Compute("float32", parts=parts, mesh=mesh, document_end=document_end)
+    state = begin(mesh)
+    before = largest_bytes(state)
+    step = train_step.compile_step(CONFIG, RECIPE, compute)
+    losses = []
+    for tokens in batches():
+        rows = sharding.put_rows(lambda rows, tokens=tokens: tokens[rows], tokens.shape, mesh)
+        state, metrics = step(state, rows)
+        losses.append(float(metrics["loss"]))
+    assert lies_as(state, mesh), "an array moved"
+    odd = batches()[0][:13]  # validation's last batch may have any number of rows
+    evaluated = train_step.eval_step(state.model, train_step.put_padded(odd, mesh), compute)
+    return {"losses": losses, "bytes": before, "program": step.as_text(), "evaluated": float(evaluated)}
+
+
+def restored() -> dict:
+    """Of pairs of layouts, whether what the first saved is, laid out as the second, the same to the last bit."""
+    equal = {}
+    provenance = Provenance(RECIPE, CONFIG, "numbers", "aa", "bb")
+    about = {"skipped": 0, "recently_skipped": [], "cadence": {"save_every": 1, "eval_every": 1}, "environment": {}}
+    meta = provenance.meta() | {"step": 1, "tokens_seen": 1} | about
+    for saved, layout in (*RESTORED, *(pair[::-1] for pair in RESTORED)):
+        with tempfile.TemporaryDirectory() as folder, CheckpointStore(Path(folder)) as store:
+            state = begin(sharding.make_mesh(saved) if saved else None)
+            store.save(1, {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}, meta)
+            mesh = sharding.make_mesh(layout) if layout else None
+            loaded = train.load(store, 1, mesh).state
+            same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), state, loaded)
+            equal[f"{saved} -> {layout}"] = lies_as(loaded, mesh) and all(jax.tree.leaves(same))
+    return equal
+
+
+if __name__ == "__main__":
+    runs = {str(layout): run(layout, parts, END) for layout, parts in RUNS}
+    Path(sys.argv[1]).write_text(json.dumps({"runs": runs, "restored": restored()}))
