@@ -23,8 +23,21 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def begin(run: Path, count: int, *flags: str) -> list[subprocess.Popen]:
-    """A run's processes, each with a device of its own."""
+@pytest.fixture
+def begin():
+    """Starts a run's processes, each with a device of its own; none outlives its test."""
+    begun: list[subprocess.Popen] = []
+
+    def start(run: Path, count: int, *flags: str) -> list[subprocess.Popen]:
+        begun.extend(processes := peers(run, count, *flags))
+        return processes
+
+    yield start
+    for process in begun:
+        process.kill()
+
+
+def peers(run: Path, count: int, *flags: str) -> list[subprocess.Popen]:
     where = ("--distributed", "--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", str(count))
     resume = ("--resume",) if steps_in(run / "checkpoints") else ()
     options = {"cwd": run.parent, "env": ENVIRONMENT, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -61,7 +74,7 @@ def alone(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("count", "mesh"), [(2, "fsdp=2"), (4, "data=2,fsdp=2")])
-def test_processes_learn_what_one_does_and_any_number_goes_on(tmp_path, alone, count, mesh):
+def test_processes_learn_what_one_does_and_any_number_goes_on(tmp_path, alone, begin, count, mesh):
     run = tmp_path / "run"
     ends = end(begin(run, count, *SMALL, "--mesh", mesh, "--save-every", "10", "--gradient-accumulation-steps", "1"))
     assert [code for code, _, _ in ends] == [0] * count, ends
@@ -74,7 +87,7 @@ def test_processes_learn_what_one_does_and_any_number_goes_on(tmp_path, alone, c
     assert steps_in(run / "checkpoints") == [20, 22]
 
 
-def test_a_signal_to_one_stops_all_and_the_loss_of_one_ends_all_and_both_go_on(tmp_path, alone):
+def test_a_signal_to_one_stops_all_and_the_loss_of_one_ends_all_and_both_go_on(tmp_path, begin):
     run = tmp_path / "run"
     endless = (*SMALL, "--steps", "100000", "--save-every", "1000")
     processes = begin(run, 2, *endless)
