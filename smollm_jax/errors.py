@@ -1,9 +1,9 @@
 """The errors a user can cause, each with its exit code, and the wrapper that prints one as one line.
 
 Exit codes of every script: 0 finished, 1 bug, 2 usage or config, 3 bad input file, 4 no usable checkpoint,
-5 storage, 6 locked by another trainer, 7 diverged, 8 another process of the run has gone, 75 stopped by a signal after
-a verified save, 128 + n ended at once by signal n (a second one, or one before the trainer listens). tyro too uses 2
-for a wrong flag.
+5 storage, 6 locked by another trainer or preparation, 7 diverged, 8 another process of the run has gone, 75 stopped by
+a signal after a verified save, 128 + n ended at once by signal n (a second one, or one before the trainer listens).
+tyro too uses 2 for a wrong flag.
 """
 
 import os

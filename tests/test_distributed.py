@@ -89,7 +89,7 @@ def test_processes_learn_what_one_does_and_any_number_goes_on(tmp_path, alone, b
 
 def test_a_signal_to_one_stops_all_and_the_loss_of_one_ends_all_and_both_go_on(tmp_path, begin):
     run = tmp_path / "run"
-    endless = (*SMALL, "--steps", "100000", "--save-every", "1000")
+    endless = (*SMALL, "--steps", "100000", "--warmup-steps", "2", "--save-every", "1000")
     processes = begin(run, 2, *endless)
     wait_for(lambda: len(rows(run)) > 2, processes)
     processes[1].send_signal(signal.SIGTERM)
