@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         store.verify(step, item="meta")
         like = Provenance.from_meta(store.meta(step))
     recipe = like.recipe
+    if recipe.mask_documents:
+        raise errors.UsageError(f"{flags.like} was trained with --mask-documents, which the twin does not do")
     if like.start_from and not flags.init_from:
         raise errors.UsageError(f"{flags.like} began with {like.start_from}: add --init-from {like.start_from}")
     tokens = data.prepare(flags.data, flags.like, Path("data"))

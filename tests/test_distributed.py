@@ -73,6 +73,13 @@ def alone(tmp_path_factory) -> Path:
     return run
 
 
+def test_documents_are_masked_where_that_is_asked_for(tmp_path, alone):
+    run = tmp_path / "run"
+    done = train(run, *SMALL, "--steps", "1", "--mask-documents")
+    assert done.returncode == 0, done.stderr
+    assert abs(losses(run)[0] - losses(alone)[0]) > 1e-6, "the first batch has more than one document"
+
+
 @pytest.mark.parametrize(("count", "mesh"), [(2, "fsdp=2"), (4, "data=2,fsdp=2")])
 def test_processes_learn_what_one_does_and_any_number_goes_on(tmp_path, alone, begin, count, mesh):
     run = tmp_path / "run"

@@ -18,7 +18,7 @@ from smollm_jax import memory, sharding, train_step
 from smollm_jax.config import Config, preset
 from smollm_jax.errors import UsageError
 from smollm_jax.recipe import Recipe
-from tests.trainer import ENVIRONMENT, ROOT, train
+from tests.trainer import ENVIRONMENT, ROOT, command, train
 
 # preset, batch, length, remat, dtype, parts, mesh. "layers" is tiny with 512 words: its layers' products and sums in
 # bfloat16 or parts are planned 12 and 19 % too low, so small a model's live values being most of what there is.
@@ -135,6 +135,31 @@ def test_a_training_that_cannot_fit_ends_before_it_reads_anything(tmp_path):
         r"error: --batch-size 1048576 --remat dots needs .* GB on each device: by the plan .* fits\n", done.stderr
     )
     assert "data " not in done.stdout
+
+
+WITHIN = """
+import sys
+sys.path.insert(0, f"{sys.argv.pop(1)}/scripts")
+import train_jax
+from smollm_jax import memory
+limit = int(sys.argv.pop(1))
+memory.available = lambda *_: limit
+train_jax.main(sys.argv[1:])
+"""
+
+
+def test_a_training_takes_the_largest_batch_that_fits_and_keeps_it_when_resumed(tmp_path):
+    python, _, *flags = command(tmp_path / "run", "--batch-size", "auto", "--eval-every", "0")
+    limits = {"2": 200_000_000, "3": 300_000_000}  # bytes, by the step to end at
+    for steps, limit in limits.items():
+        resume = ["--resume"] if steps == "3" else []
+        program = [python, "-c", WITHIN, str(ROOT), str(limit), *flags, "--steps", steps, *resume]
+        done = subprocess.run(program, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        config, recipe, compute = setting("tiny 1 64 dots float32 1 -")
+        batch = memory.largest_batch(config, recipe, compute, "cpu", limits["2"]).batch_size
+        assert batch < memory.largest_batch(config, recipe, compute, "cpu", limits["3"]).batch_size
+        assert f" of {batch} x 64 = " in done.stdout
 
 
 def test_available_memory_is_shared_by_the_devices_of_a_cpu():

@@ -10,9 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import train_torch
 
 from smollm_jax import weights
-from smollm_jax.errors import InputFileError, StorageError
+from smollm_jax.checkpoint import CheckpointStore
+from smollm_jax.errors import InputFileError, StorageError, UsageError
+from smollm_jax.provenance import Provenance
+from smollm_jax.recipe import Recipe
 from smollm_jax.safetensors_file import DIGEST
 from tests.small_files import SMALL, small_tensors
 
@@ -172,3 +176,14 @@ def test_a_pt_that_reads_back_different_is_not_kept(tmp_path, bundle, monkeypatc
     with pytest.raises(StorageError, match=r"x\.pt: tensors read back different"):
         weights.write(tmp_path / "x.pt", bundle, "pt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_twin_refuses_a_run_whose_documents_were_masked(tmp_path, tiny):
+    run = tmp_path / "run"
+    recipe = Recipe(1, 1, 8, learning_rate=1e-3, warmup_steps=0, dtype="float32", mask_documents=True)
+    weights.write_run_files(run, tiny, {})
+    with CheckpointStore(run / "checkpoints") as store:
+        about = Provenance(recipe, tiny, "text", "aa", "bb").meta()
+        store.save(1, {"params": {"norm": np.ones(1, np.float32)}}, about)
+    with pytest.raises(UsageError, match=f"{run} was trained with --mask-documents, which the twin does not do"):
+        train_torch.main(["--like", str(run), "--out", str(tmp_path / "twin")])
