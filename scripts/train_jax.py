@@ -67,8 +67,8 @@ class Flags:
     """Share of the steps, at the end, in which wsd goes to 0; default 0.2."""
     weight_decay: float | None = None
     """Decoupled, on all parameters; default 0.01."""
-    mask_documents: bool | None = None
-    """Let tokens see their own document only, positions from 0 in each; default no, as in the recipe."""
+    mask_documents: bool = False
+    """Let tokens see their own document only, positions from 0 in each; the recipe's windows run across borders."""
     mesh: str | None = None
     """Devices to train on: data=8, fsdp=8 or data=4,fsdp=2; fsdp shares parameters and moments out. Default: one
     device, or with --distributed all of them along data."""
@@ -224,7 +224,7 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     # In MiB, of which an int32 holds enough.
     limit = min(distributed.of_all(memory.available(device, -(-devices // jax.process_count())) >> 20)) << 20
     on_gpu = device.platform == "gpu"
-    given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) is not None}
+    given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) not in (None, False)}
     run_name = flags.recipe or ("gpu-demo" if on_gpu else "demo")
     named = recipes.named(run_name)
     largest = given.get("batch_size") == "auto"
@@ -318,7 +318,8 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     print(f"memory      {planned / 1e9:.1f} GB planned of {limit / 1e9:.1f} GB, on each device")
     print(f"run         {run}", flush=True)
 
-    tokens = data.prepare(source, tokenizer_folder, Path("data"), stop, tokenizer)
+    # Not stopped by a first signal: exit 75 promises a checkpoint.
+    tokens = data.prepare(source, tokenizer_folder, Path("data"), None, tokenizer)
     batches = data.Batches(tokens, recipe)
     held_out = np.concatenate([batch[:, 1:].ravel() for batch in batches.validation(cadence.eval_batches)])
     bytes_per_token = tokenizer.byte_count(held_out.tolist()) / held_out.size
