@@ -224,7 +224,8 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     # In MiB, of which an int32 holds enough.
     limit = min(distributed.of_all(memory.available(device, -(-devices // jax.process_count())) >> 20)) << 20
     on_gpu = device.platform == "gpu"
-    given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) not in (None, False)}
+    given = {name: getattr(flags, name) for name in RECIPE_FLAGS}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}  # 0 was given
     run_name = flags.recipe or ("gpu-demo" if on_gpu else "demo")
     named = recipes.named(run_name)
     largest = given.get("batch_size") == "auto"
