@@ -21,6 +21,9 @@ TRAIN_EXTRAS := gguf,plot$(if $(JAX),$(comma)$(JAX))
 TESTS := $(if $(filter 1,$(TORCH)),,tests)
 TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)torch$(comma)hf$(comma)eval$(comma)serve)
 
+# Two at a time, file by file. One that dies or hangs ends the run and is named; xdist's second try can wait for ever.
+TWO := -n 2 --dist loadfile --max-worker-restart 0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
+
 # Whole checkpoints only: a save that was killed leaves a folder 100.orbax-checkpoint-tmp.
 RESUME = $(shell ls runs/make-train/checkpoints 2>/dev/null | grep -qx '[0-9][0-9]*' && echo --resume)
 
@@ -33,7 +36,7 @@ train: $(VENV)/.train
 
 test: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py
-	SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) $(BIN)/python -m pytest $(TESTS) -m "not slow" -n 2 --dist loadfile $(PYTEST)
+	SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) $(BIN)/python -m pytest $(TESTS) -m "not slow" $(TWO) $(PYTEST)
 
 parity: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py

@@ -1,7 +1,10 @@
 """Fixtures on the real weights and the real text, and shapes checked at run time in every test."""
 
+import ctypes
+import gc
 import os
 import signal
+import sys
 from pathlib import Path
 
 import jaxtyping
@@ -34,6 +37,16 @@ if not os.environ.get("SMOLLM_SOAK"):  # llama.cpp takes ten minutes to build: `
     collect_ignore += ["parity_tests/test_llamacpp.py"]
 
 ASSETS = Path(__file__).parent / "assets"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory():
+    """What one file compiled and freed does not stay for the next: two workers that keep it all want over 24 GB."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed blocks between those in use
 
 
 def pytest_report_header() -> str | None:
