@@ -21,6 +21,7 @@ and the command, to benchmarks/. Only ratios of one run mean anything: machines 
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import signal
 import subprocess
@@ -129,9 +130,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:44} {'  '.join(f'{what} {value:.4g}' for what, value in row.items())}")
     size = f"{flags.batch_size}x{flags.new_tokens if flags.what == 'decode' else flags.sequence_length}"
     name = f"{flags.what}-{size}-{device.lower().replace(' ', '-')}-{time.strftime('%Y-%m-%d')}.json"
-    out = flags.out or Path("benchmarks") / (
-        name.replace(f"{size}-", "") if flags.what in ("checkpoint", "prepare") else name
-    )
+    name = name.replace(f"{size}-", "") if flags.what in ("checkpoint", "prepare") else name
+    out = flags.out or unused(Path("benchmarks") / name)
     versions = environment(device, 1)
     for package in ("torch", "transformers", "llama-cpp-python"):
         with contextlib.suppress(PackageNotFoundError):
@@ -146,6 +146,12 @@ def main(argv: list[str] | None = None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {out}")
+
+
+def unused(path: Path) -> Path:
+    """`path`, or where another measurement of the day has it, the next free one with a number."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([path], numbered) if not each.exists())
 
 
 def check_flags(flags: Flags) -> None:
@@ -236,11 +242,8 @@ def startup(flags: Flags, folder: Path) -> tuple[str, Rows]:
     """
     from smollm_jax import data
 
-    weights, text, tokenizer = (
-        write_weights(flags.preset, folder),
-        ROOT / "assets/sotu",
-        ROOT / "assets/tokenizer",
-    )
+    weights = write_weights(flags.preset, folder)
+    text, tokenizer = ROOT / "assets/sotu", ROOT / "assets/tokenizer"
     data.prepare(text, tokenizer, Path("data"))
     train = [sys.executable, ROOT / "scripts/train_jax.py", "--init-from", weights, "--data", text]
     train += ["--tokenizer", tokenizer, "--steps", "1", "--batch-size", str(flags.batch_size), "--dtype", flags.dtype]
