@@ -4,7 +4,6 @@ import ctypes
 import gc
 import os
 import signal
-import sys
 from pathlib import Path
 
 import jaxtyping
@@ -43,8 +42,9 @@ ASSETS = Path(__file__).parent / "assets"
 def _memory():
     """What one file compiled and freed does not stay for the next: two workers that keep it all want over 24 GB."""
     yield
-    if "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
+    import jax
+
+    jax.clear_caches()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed blocks between those in use
 

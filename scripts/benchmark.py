@@ -128,9 +128,9 @@ def main(argv: list[str] | None = None) -> None:
         device, rows = measure(flags, Path(folder).resolve())
     for name, row in rows.items():
         print(f"{name:44} {'  '.join(f'{what} {value:.4g}' for what, value in row.items())}")
-    size = f"{flags.batch_size}x{flags.new_tokens if flags.what == 'decode' else flags.sequence_length}"
-    name = f"{flags.what}-{size}-{device.lower().replace(' ', '-')}-{time.strftime('%Y-%m-%d')}.json"
-    name = name.replace(f"{size}-", "") if flags.what in ("checkpoint", "prepare") else name
+    size = f"-{flags.batch_size}x{flags.new_tokens if flags.what == 'decode' else flags.sequence_length}"
+    size = "" if flags.what in ("checkpoint", "prepare") else size
+    name = f"{flags.what}{size}-{device.lower().replace(' ', '-')}-{time.strftime('%Y-%m-%d')}.json"
     out = flags.out or unused(Path("benchmarks") / name)
     versions = environment(device, 1)
     for package in ("torch", "transformers", "llama-cpp-python"):

@@ -220,3 +220,10 @@ def test_the_sides_are_given_the_same_seeded_work(monkeypatch):
     assert job.samples(np.arange(1000)) == job.samples(np.arange(1000).reshape(10, 100))
     assert made.flops()["qkv"] == 2 * 3 * 4096 * 96 * (6 + 2 * 2) * 16
     assert made.flops()["attention"] == pytest.approx(2 * 2 * 3 * 6 * 16 * 4096 * 4097 / 2)
+
+
+def test_a_measurement_of_the_day_is_never_written_over(tmp_path):
+    for name in ("train.json", "train-2.json", "train-3.json"):
+        path = benchmark.unused(tmp_path / "train.json")
+        assert path.name == name
+        path.touch()
