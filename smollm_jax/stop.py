@@ -29,14 +29,15 @@ class Stop:
     def listen(self, doing: str = "stopping after this step and a save") -> "Stop":
         """Takes the signals over, and makes the output outlive its reader. Call first, from the main thread.
 
-        A Python handler runs only between two bytecodes of the main thread, so not while XLA compiles: the
-        interpreter's wakeup file tells a thread of ours at once, and that thread can end the process.
+        A Python handler runs only between two bytecodes of the main thread: before its next step, then, but not while
+        XLA compiles. The interpreter's wakeup file tells a thread of ours meanwhile, as soon as that thread gets its
+        turn, which may be steps later on a busy machine: it answers the sender, and ends the process if asked again.
         """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-                signal.signal(number, lambda *_: None)
+                signal.signal(number, lambda number, _: self._notice(number))
         signal.set_wakeup_fd(writer.fileno())
         self._doing = doing
         self._sockets = (reader, writer)  # closed with the process, not before
@@ -50,14 +51,20 @@ class Stop:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
+    def _notice(self, number: int) -> None:
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+
     def _watch(self) -> None:
+        answered = False
         while received := self._sockets[0].recv(1):
             number = signal.Signals(received[0])
             if number not in SIGNALS:
                 continue
-            if self.signal is not None:
+            if answered:
                 os._exit(128 + number)  # an unfinished save is in a folder of its own, which the next start removes
-            self.signal = number
+            self._notice(number)
+            answered = True
             print(f"{number.name}: {self._doing}; once more: at once", file=sys.stderr, flush=True)
 
 

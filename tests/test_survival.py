@@ -157,6 +157,19 @@ def test_a_run_stopped_by_signals_again_and_again_has_the_bits_of_one_that_was_n
     print(f"{2 * half} of {2 * half} signals ended in exit 75, saved at steps {saved + more_saved}")
 
 
+def test_a_signal_is_noticed_before_the_next_step_also_when_no_other_thread_gets_its_turn():
+    asked = """
+import signal, sys
+from smollm_jax.stop import Stop
+stop = Stop().listen()
+sys.setswitchinterval(60)
+signal.raise_signal(signal.SIGTERM)
+print(bool(stop))
+"""
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_a_second_signal_ends_the_run_at_once_and_breaks_nothing(straight, tmp_path):
     run = tmp_path / "run"
     process = start(run, *FLAGS)
