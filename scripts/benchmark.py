@@ -101,6 +101,8 @@ class Flags:
     """Ours only: layers laid out per step of the layer scan."""
     text: Path = ROOT / "assets/sotu"
     """Text, to prepare."""
+    copies: int = 6
+    """Times that text is there, as files of their own: less than 64 MB for every four cores does not fill them."""
     out: Path | None = None
     """JSON file to write."""
     debug: bool = False

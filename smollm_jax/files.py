@@ -114,7 +114,8 @@ def _refuse_numbers(key: str, value: Any) -> None:
         raise _FaultError(f"key {shown(key)} is NaN, infinite or a number too large to hold")
     if type(value) is list:
         for item in value:
-            _refuse_numbers(key, item)
+            if type(item) is float or type(item) is list:  # not a call for each of a tokenizer's merges
+                _refuse_numbers(key, item)
 
 
 def read_config(path: Path) -> Config:

@@ -16,6 +16,7 @@ from smollm_jax.text import border, is_jsonl, is_packed, is_parquet, parquet, te
 from smollm_jax.token_file import FORMAT, sha256_of
 from smollm_jax.tokenizer import Tokenizer
 
+CUTS = 2  # raised when a long text is cut elsewhere than before: a begun set counts the passages that are in it
 BYTES_PER_TOKEN = 4  # of English text; decides how much text a unit is
 
 
@@ -43,7 +44,7 @@ class Plan:
         found = dict.fromkeys(file for unit in self.units for file, _, _ in unit.parts)
         places = {file: place for place, file in enumerate(found)}
         units = [[[places[file], start, stop] for file, start, stop in unit.parts] for unit in self.units]
-        return {"format": FORMAT} | self.about | {"files": self.files, "units": units}
+        return {"format": FORMAT, "cuts": CUTS} | self.about | {"files": self.files, "units": units}
 
 
 def make_plan(sources: Sequence[Path], settings: Settings, *, by_content: bool = False) -> Plan:

@@ -5,6 +5,7 @@
 Imports no framework.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -13,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -121,18 +122,21 @@ def prepare_unit(unit: Unit, job: Job, tokenizer: Tokenizer, tell: Tell) -> None
 def _encoded(unit: Unit, job: Job, tokenizer: Tokenizer) -> Iterator[tuple[float, Passage, Any]]:
     """Every passage that is not written yet, how many bytes of the source are read by then, and its encoding.
 
-    While the tokenizer's threads encode a batch, this one reads the next, and its caller works on the one before.
+    The tokenizer has two batches, so that its threads need not wait for the longest passage of one of them, while
+    this thread reads the next and its caller works on the one before.
     """
     tokenizer.core.encode_special_tokens = True  # one that is typed in a text is plain text
     encode = functools.partial(tokenizer.core.encode_batch_fast, add_special_tokens=False)
     found = itertools.islice(_passages(unit, job), unit.passages, None)
-    with ThreadPoolExecutor(1) as pool:
-        before: tuple[list[tuple[float, Passage]], Any] = ([], None)
-        while (batch := _next(found, tokenizer)) or before[0]:
-            now = (batch, pool.submit(encode, [passage.text for _, passage in batch]))
-            for (position, passage), encoding in zip(before[0], before[1].result() if before[1] else (), strict=True):
-                yield position, passage, encoding
-            before = now
+    under_way: collections.deque[tuple[list[tuple[float, Passage]], Future[Any]]] = collections.deque()
+    with ThreadPoolExecutor(2) as pool:
+        while (batch := _next(found, tokenizer)) or under_way:
+            if batch:
+                under_way.append((batch, pool.submit(encode, [passage.text for _, passage in batch])))
+            if len(under_way) > 2 or not batch:
+                batch, encodings = under_way.popleft()
+                for (position, passage), encoding in zip(batch, encodings.result(), strict=True):
+                    yield position, passage, encoding
 
 
 def _passages(unit: Unit, job: Job) -> Iterator[tuple[float, Passage]]:

@@ -1,4 +1,4 @@
-"""Text out of files: plain, JSONL, either of them compressed, and Parquet. Read a line or a page at a time.
+"""Text out of files: plain, JSONL, either of them compressed, and Parquet. Read a block of lines or a page at a time.
 
 What is no UTF-8 text is refused by line, byte or row. Memory is bounded by `MAX_LINE`, whatever a file holds.
 """
@@ -21,7 +21,7 @@ TEXT_SUFFIXES = (".txt", ".text", ".md")
 PACKED = (".gz", ".zst")
 SUFFIXES = tuple(f"{suffix}{packed}" for suffix in (*TEXT_SUFFIXES, ".jsonl") for packed in ("", *PACKED))
 MAX_LINE = 16 << 20  # bytes; a whole book has 1 MB
-PIECE = 1 << 16  # characters of a long text that are encoded at once
+PIECE = 1 << 16  # characters of a long text that are encoded at once, and bytes that are read at once
 # Where SmolLM2's pre-tokenizer (Digits, then GPT-2's pattern) ends a word whatever lies around: before or, a newline,
 # after one space between two characters that are none. A run of spaces would be split differently at a text's end.
 CUT = re.compile(r"(?<=\S)[ \n\t](?=\S)")
@@ -102,68 +102,100 @@ def passages(part: Part, column: str = "text", *, cut: bool = True) -> Iterator[
 
 def _plain(part: Part, cut: bool) -> Iterator[Passage]:
     where, ends = f"{part.file}: document 1", part.stop == part.file.stat().st_size
-    lines: list[str] = []
+    texts: list[str] = []
     length, limit, position = 0, PIECE, 0.0
-    for _, position, line in text_lines(part):
-        lines.append(line.replace("\r\n", "\n").replace("\r", "\n"))
-        length += len(line)
+    for block in _blocks(part):
+        position = block.position
+        texts.append(_decoded(part, block).replace("\r\n", "\n").replace("\r", "\n"))
+        length += len(texts[-1])
         if not cut or length < limit:
             continue
-        text = "".join(lines)
+        text = "".join(texts)
         places = [m.start() for m in CUT.finditer(text, len(text) - 4096)] or [m.start() for m in CUT.finditer(text)]
         if places:
             yield Passage(text[: places[-1]], False, where, position)
             where = f"{part.file}: document 1, {position:.0%} into it"
-            lines, length, limit = [text[places[-1] :]], len(text) - places[-1], PIECE
+            texts, length, limit = [text[places[-1] :]], len(text) - places[-1], PIECE
         elif length > MAX_LINE:
             raise InputFileError(f"{part.file}: no lone space between two words in {MAX_LINE:,} bytes: this is no text")
         else:
             limit = 2 * length
-    if text := "".join(lines):
+    if text := "".join(texts):
         yield Passage(text, ends, where, 1.0)
 
 
 def _json_lines(part: Part, column: str) -> Iterator[Passage]:
-    for where, position, line in text_lines(part):
-        if not line.strip():
-            continue
-        value = parse_json(line, where)
-        if not isinstance(value, dict) or type(value.get(column)) is not str:
-            raise InputFileError(f"{where} is no JSON object with a {column!r} that is a string")
-        _refuse_nul(value[column], f"{where}: {column!r}")
-        yield Passage(value[column], True, where, position)
+    for block in _blocks(part):
+        for line in block.lines():
+            if not line.content.strip():
+                continue
+            where = line.where(part)
+            value = parse_json(_decoded(part, line), where)
+            if not isinstance(value, dict) or type(value.get(column)) is not str:
+                raise InputFileError(f"{where} is no JSON object with a {column!r} that is a string")
+            _refuse_nul(value[column], f"{where}: {column!r}")
+            yield Passage(value[column], True, where, line.position)
 
 
-def text_lines(part: Part) -> Iterator[tuple[str, float, str]]:
-    """Where each line of UTF-8 is, how far into the file, and its text with its line end; reads a line at a time.
+class _Block(NamedTuple):
+    """Whole lines of a file, but for the last one of a part."""
 
-    Raises `InputFileError` naming the line or the byte: a byte order mark, UTF-16, a byte that is not UTF-8, NUL,
-    and a line so long that the file is no text.
+    content: bytes
+    place: int  # of its first byte
+    number: int  # of its first line, counted from the part's
+    position: float  # how far into the part it ends, 0 to 1
+
+    def lines(self) -> "Iterator[_Block]":
+        """Each line, without its line end."""
+        place = self.place
+        for number, line in enumerate(self.content.split(b"\n"), self.number):
+            yield _Block(line, place, number, self.position)
+            place += len(line) + 1
+
+    def where(self, part: Part) -> str:
+        """Where it begins, for an error."""
+        line = f"the line at byte {self.place}" if part.start else f"line {self.number}"
+        return f"{part.file}: {line}"
+
+
+def _decoded(part: Part, block: _Block) -> str:
+    """The text of a block; raises `InputFileError` naming the byte that is not UTF-8 or the line with a NUL."""
+    try:
+        text = block.content.decode()
+    except UnicodeDecodeError as error:
+        raise InputFileError(f"{part.file}: byte {block.place + error.start} is not UTF-8") from error
+    if "\0" in text:
+        for line in block.lines():
+            _refuse_nul(line.content.decode(), line.where(part))
+    return text
+
+
+def _blocks(part: Part) -> Iterator[_Block]:
+    """A part of a file, `PIECE` bytes and the rest of their last line at a time.
+
+    Raises `InputFileError` for a byte order mark, UTF-16, and a line that is too long for a text.
     """
-    file, packed, place = part.file, is_packed(part.file), part.start  # of the line, in bytes
+    file, packed = part.file, is_packed(part.file)
+    place, number = part.start, 1
     with _opened(file) as (stream, raw):
         if not part.start:
             refuse_marks(stream.peek(4096)[:4096], file)
         else:
             stream.seek(part.start)
-        number, name = 0, str(file)
-        try:
-            while packed or place < part.stop:
-                most = MAX_LINE + 1 if packed else min(MAX_LINE + 1, part.stop - place)
-                line = stream.readline(most)
-                if not line:
-                    break
-                number += 1
-                where = f"{name}: line {number}" if not part.start else f"{name}: the line at byte {place}"
-                if len(line) > MAX_LINE:
-                    raise InputFileError(f"{where} is longer than {MAX_LINE:,} bytes: this is no text")
-                text = line.decode("utf-8")
-                _refuse_nul(text, where)
-                place += len(line)
-                done = raw.tell() if packed else place - part.start
-                yield where, min(1.0, done / (part.stop - part.start)), text
-        except UnicodeDecodeError as error:
-            raise InputFileError(f"{file}: byte {place + error.start} is not UTF-8") from error
+        while packed or place < part.stop:
+            left = MAX_LINE + PIECE if packed else part.stop - place
+            content = stream.read(min(PIECE, MAX_LINE, left))
+            if not content:
+                break
+            if not content.endswith(b"\n"):
+                content += stream.readline(min(MAX_LINE + 1, left - len(content)))
+            done = raw.tell() if packed else place + len(content) - part.start
+            block = _Block(content, place, number, min(1.0, done / (part.stop - part.start)))
+            if len(content) - (last := content.rfind(b"\n", 0, -1) + 1) > MAX_LINE:  # no other line can be as long
+                line = block._replace(place=place + last, number=number + content.count(b"\n", 0, last))
+                raise InputFileError(f"{line.where(part)} is longer than {MAX_LINE:,} bytes: this is no text")
+            yield block
+            place, number = place + len(content), number + content.count(b"\n")
 
 
 def border(file: Path, at: int) -> int:

@@ -6,7 +6,6 @@ as GPT-2's. Ids fit in uint16.
 
 import codecs
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,9 @@ class Tokenizer:
         self.eos_token_id = eos_token_id
         self.chat_template = chat_template
         # The largest id and one: an id may lie beyond the count of entries, and an embedding must reach it.
-        self.vocab_size = max(core.get_vocab().values(), default=-1) + 1
         vocabulary = core.get_vocab(with_added_tokens=False)
-        lacking = bytes(byte for byte, symbol in enumerate(byte_symbols()) if symbol not in vocabulary)
-        self._lacking = re.compile(b"[" + re.escape(lacking) + b"]") if lacking else None
+        self.vocab_size = max([*vocabulary.values(), *core.get_added_tokens_decoder()], default=-1) + 1
+        self._lacking = bytes(byte for byte, symbol in enumerate(byte_symbols()) if symbol not in vocabulary)
         self._special = [token.content for token in core.get_added_tokens_decoder().values() if token.special]
 
     @classmethod
@@ -86,10 +84,10 @@ class Tokenizer:
             content = text.encode()
         except UnicodeEncodeError as error:
             return f"character {error.start} is a lone surrogate"
-        lost = self._lacking and self._lacking.search(content)
-        if not lost:
+        if len(content.translate(None, self._lacking)) == len(content):
             return None
-        place = len(lost.string[: lost.start()].decode(errors="ignore"))
+        first = min(found for byte in self._lacking if (found := content.find(byte)) >= 0)
+        place = len(content[:first].decode(errors="ignore"))
         return f"character {place}, U+{ord(text[place]):04X}, has no token in this vocabulary"
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -111,7 +111,9 @@ def test_a_prepared_file_is_reused_and_a_changed_text_is_not(tmp_path, tokenizer
     assert prepare(source, tokenizer_path, tmp_path / "cache").sha256 != first.sha256
 
 
-def test_line_ends_become_newlines_and_nothing_else_of_a_text_changes(tmp_path):
+@pytest.mark.parametrize("read_at_once", [1, 2, 3, 4, smollm_jax.text.PIECE])
+def test_line_ends_become_newlines_and_nothing_else_of_a_text_changes(tmp_path, monkeypatch, read_at_once):
+    monkeypatch.setattr(smollm_jax.text, "PIECE", read_at_once)
     (tmp_path / "x.txt").write_bytes("a\r\nb\rc\n\n  d\té\ufeff 😀".encode())
     assert list(documents(tmp_path / "x.txt")) == ["a\nb\nc\n\n  d\té\ufeff 😀"]
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "a\\r\\nb"}\r\n\r\n{"text": ""}')

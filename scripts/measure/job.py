@@ -33,6 +33,7 @@ class Job:
     dtype: Literal["float32", "bfloat16"]
     remat: Literal["none", "dots", "full"]
     unroll: int
+    copies: int = 1
 
     @property
     def config(self) -> Config:

@@ -23,11 +23,10 @@ def prepare(_name: str, job: Job, source: Path) -> Prepared:
     """No unit of work: what this side says once it is ready is all, MB/s by name, round by round, in turn.
 
     Ours is all of it: starting the processes, reading, encoding, shuffling, writing and reading again. The other is
-    one call of `encode_batch_fast`, on all threads, with all texts in memory; the first round is left out. Less than
-    64 MB of text for every four cores does not fill them.
+    one call of `encode_batch_fast`, on all threads, with all texts in memory; the first round is left out.
     """
     tokenizer = Tokenizer.load(TOKENIZER)
-    texts = [text for file in text_files(source) for text in documents(file)]
+    texts = job.copies * [text for file in text_files(source) for text in documents(file)]
     size, cores = sum(len(text.encode()) for text in texts), len(os.sched_getaffinity(0))
     tokenizer.core.encode_special_tokens = True
     rates: dict[str, dict[str, list[float]]] = {name: {"ours": [], "tokenizers": []} for name in (WALL, CPU)}
@@ -44,11 +43,14 @@ def prepare(_name: str, job: Job, source: Path) -> Prepared:
 
     def to_set(folder: str) -> int:
         settings = Settings(TOKENIZER)
-        prepare_set(Path(folder), make_plan([source], settings), settings)
+        prepare_set(Path(folder), make_plan(sources, settings), settings)
         return TokenSet.open(Path(folder)).tokens
 
     for number in range(job.rounds + 1):
-        with tempfile.TemporaryDirectory(dir=".") as folder:
+        with tempfile.TemporaryDirectory(dir=".") as folder, tempfile.TemporaryDirectory(dir=".") as links:
+            sources = [Path(links, f"{copy}{source.suffix}") for copy in range(job.copies)]
+            for link in sources:
+                link.symlink_to(source)
             assert timed("tokenizers", encode) == timed("ours", lambda place=folder: to_set(place)), f"round {number}"
     measured = {what: {name: of[1:] for name, of in rate.items()} for what, rate in rates.items()}
     return dict, lambda: 0, {"device": f"{cores} cores", "rates": measured}
