@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py train --against hf hf-compile            # seconds, tokens/s and MFU of optimizer steps
     python scripts/benchmark.py train --against huge-pages               # the same, ours with and without
+    python scripts/benchmark.py train --against remat-none remat-full    # ours with each way to rematerialise
     python scripts/benchmark.py memory --sequence-length 2048            # the most memory such steps take
     python scripts/benchmark.py decode --against hf llamacpp             # tokens after a prompt of 16, greedy, cached
     python scripts/benchmark.py prefill --sequence-length 2048           # one forward pass that fills a cache
@@ -31,7 +32,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 from measure.sides import Rows, Side, check_equal, process_environment, spread, with_ratios, write_weights
@@ -43,12 +44,17 @@ from smollm_jax.provenance import environment
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = 16  # tokens before the decoded ones
 SETTINGS = ("JAX_PLATFORMS", "XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
-Other = Literal["hf", "hf-compile", "hf-compile-max", "twin", "twin-compile", "llamacpp", "plain", "huge-pages"]
+Remat = Literal["none", "dots", "full"]
+Other = Literal[
+    "hf", "hf-compile", "hf-compile-max", "twin", "twin-compile", "llamacpp", "plain", "huge-pages",
+    "remat-none", "remat-dots", "remat-full",
+]  # fmt: skip
 HF, TWIN = ("hf", "hf-compile", "hf-compile-max"), ("twin", "twin-compile")
+REMAT = {f"remat-{policy}": policy for policy in get_args(Remat)}
 # Whom a subject can be measured against; the first is the default.
 AGAINST = {"decode": (*HF, "llamacpp"), "prefill": (*HF, "llamacpp"), "packed": ("plain",)}
 AGAINST |= {"checkpoint": (), "prepare": ()}
-AGAINST |= dict.fromkeys(("memory", "startup"), (*HF, *TWIN)) | {"train": (*HF, *TWIN, "huge-pages")}
+AGAINST |= {"startup": (*HF, *TWIN), "memory": (*HF, *TWIN, *REMAT), "train": (*HF, *TWIN, "huge-pages", *REMAT)}
 AGAINST |= dict.fromkeys(("loss", "attention", "gemm"), HF)
 # Needs glibc 2.35; without both thresholds the pages of a freed buffer go back to the system at once.
 HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184"
@@ -79,8 +85,8 @@ class Flags:
     """See above."""
     against: tuple[Other, ...] | None = None
     """transformers' LlamaForCausalLM with SDPA (default), smollm_torch ("-compile": under torch.compile, "-max": its
-    max-autotune), llama.cpp; "packed": our plain causal attention; "train": ourselves on glibc's huge pages. An empty
-    list: ours alone."""
+    max-autotune), llama.cpp; "packed": our plain causal attention; "train": ourselves on glibc's huge pages, and as
+    "memory" ourselves with another --remat. An empty list: ours alone."""
     preset: str = "smollm2-135m"
     """Model, with seeded random weights."""
     rounds: int = 5
@@ -95,7 +101,7 @@ class Flags:
     """Mean length of a packed document."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the products. In training weights and moments stay float32 (transformers: autocast); else weights too."""
-    remat: Literal["none", "dots", "full"] = "dots"
+    remat: Remat = "dots"
     """Ours only: what a layer keeps for its backward pass."""
     unroll: int = 1
     """Ours only: layers laid out per step of the layer scan."""
@@ -108,11 +114,11 @@ class Flags:
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
-    @property
-    def job(self) -> dict[str, Any]:
-        """What of all this reaches the sides: the fields of `measure/job.py`'s `Job`."""
+    def job(self, side: str) -> dict[str, Any]:
+        """What of all this reaches a side: the fields of `measure/job.py`'s `Job`."""
         ours_alone = ("against", "text", "out", "debug")
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in ours_alone}
+        flags = {key: value for key, value in dataclasses.asdict(self).items() if key not in ours_alone}
+        return flags | {"remat": REMAT.get(side, self.remat)}
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -186,7 +192,7 @@ def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
         sides: dict[str, Side] = {}
         for name in ("ours", *flags.others):
             print(f"{name}: preparing", flush=True)
-            sides[name] = Side(name, flags.job, weights, **VARIABLES.get(name, {}))
+            sides[name] = Side(name, flags.job(name), weights, **VARIABLES.get(name, {}))
             stack.callback(sides[name].close)
         ready = {name: side.ready for name, side in sides.items()}
         check_equal(flags.dtype, ready)
@@ -225,7 +231,7 @@ def memory(flags: Flags, folder: Path) -> tuple[str, Rows]:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(flags.rounds):
         for name in names:
-            side = Side(name, flags.job, weights)
+            side = Side(name, flags.job(name), weights)
             side.close()  # one at a time: two could be more than the machine has
             found[name].append(side.ready)
         check_equal(flags.dtype, {name: found[name][-1] for name in names})
@@ -233,7 +239,9 @@ def memory(flags: Flags, folder: Path) -> tuple[str, Rows]:
     rows = with_ratios("peak GB", peaks)
     for name, of in found.items():  # no ratio: PyTorch allocates AdamW's moments in the first step, we before it
         rows[f"GB above before the step, {name}"] = spread([(x["peak_bytes"] - x["before_bytes"]) / 1e9 for x in of])
-    rows["GB of the compiled step, ours"] = spread([x["program_bytes"] / 1e9 for x in found["ours"]])
+    for name, of in found.items():
+        if "program_bytes" in of[0]:
+            rows[f"GB of the compiled step, {name}"] = spread([x["program_bytes"] / 1e9 for x in of])
     return found["ours"][0]["device"], rows
 
 
@@ -277,7 +285,11 @@ def startup(flags: Flags, folder: Path) -> tuple[str, Rows]:
                     times[kind][name].append(time.perf_counter() - began)
                 else:
                     side = Side(
-                        name, flags.job, weights, TORCHINDUCTOR_CACHE_DIR=cache, TRITON_CACHE_DIR=f"{cache}-triton"
+                        name,
+                        flags.job(name),
+                        weights,
+                        TORCHINDUCTOR_CACHE_DIR=cache,
+                        TRITON_CACHE_DIR=f"{cache}-triton",
                     )
                     times[kind][name].append(time.perf_counter() - began)
                     side.close()
@@ -286,7 +298,7 @@ def startup(flags: Flags, folder: Path) -> tuple[str, Rows]:
 
 def checkpoint(flags: Flags, folder: Path) -> tuple[str, Rows]:
     """What the manifest adds to a save and to a restore, and the check for finite numbers to a step."""
-    side = Side("checkpoint", flags.job, folder / "none")
+    side = Side("checkpoint", flags.job("ours"), folder / "none")
     side.close()
     times = side.ready["times"]
     rows = {f"{name}, seconds": spread(of) for name, of in times.items()}
@@ -301,7 +313,7 @@ def checkpoint(flags: Flags, folder: Path) -> tuple[str, Rows]:
 
 def prepare(flags: Flags, _: Path) -> tuple[str, Rows]:
     """MB/s of text to a data set and of the tokenizer alone, in turn."""
-    side = Side("prepare", flags.job, flags.text.resolve())
+    side = Side("prepare", flags.job("ours"), flags.text.resolve())
     side.close()
     rows: Rows = {}
     for what, rates in side.ready["rates"].items():

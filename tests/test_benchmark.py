@@ -94,6 +94,14 @@ def test_ours_with_huge_pages_is_the_same_step_under_other_settings(tmp_path):
     assert "glibc.malloc.hugetlb=1:" in benchmark.VARIABLES["huge-pages"]["GLIBC_TUNABLES"]
 
 
+def test_what_remat_keeps_is_measured_policy_by_policy(tmp_path):
+    rows = measured(tmp_path, "memory", "--against", "remat-none", "remat-full", "--sequence-length", "256")["rows"]
+    none, dots, full = (
+        rows[f"GB of the compiled step, {name}"]["median"] for name in ("remat-none", "ours", "remat-full")
+    )
+    assert none > dots > full
+
+
 def test_packed_documents_are_measured_against_plain_causal_attention(tmp_path):
     rows = measured(tmp_path, "packed", "--sequence-length", "64", "--document-tokens", "16", "--batch-size", "2")[
         "rows"
@@ -165,7 +173,7 @@ def test_ratios_are_taken_round_by_round():
 
 def test_a_side_that_dies_is_named(tmp_path):
     with pytest.raises(SmolLMError, match="side hf ended with status"):
-        benchmark.Side("hf", benchmark.Flags("train", preset="tiny").job, tmp_path / "nowhere")
+        benchmark.Side("hf", benchmark.Flags("train", preset="tiny").job("hf"), tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
