@@ -12,127 +12,21 @@ takes about 10 minutes on 2 cores. A flag left out is chosen by the device and p
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import itertools
 import os
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from smollm_jax import errors
-
-
-@dataclasses.dataclass(frozen=True)
-class Flags:
-    recipe: str | None = None
-    """A whole run's preset and numbers, which the flags below override: demo, gpu-demo, one-gpu-day, smollm2-135m or
-    smollm2-135m-long (smollm_jax/recipes.py). Default: demo, or on a GPU gpu-demo."""
-    preset: str | None = None
-    """Model to train from scratch: see smollm_jax/config.py; default the recipe's, smollm2-135m-pretrain."""
-    data: tuple[str, ...] | None = None
-    """Prepared data sets (prepare_data.py), or text as it takes it, which is prepared under data/. Several are read as
-    one, or in the proportion of weights: --data data/web:0.6 data/code:0.4. Default: assets/sotu."""
-    tokenizer: Path | None = None
-    """Folder with tokenizer.json; default: --init-from's if it has one, else assets/tokenizer."""
-    init_from: Path | None = None
-    """Start from these weights (any kind convert_weights.py reads) instead of the recipe's init."""
-    out: Path | None = None
-    """Run folder; default: runs/<time>-<preset>, or with --resume the newest run under runs/."""
-    resume: bool = False
-    """Go on from the run's newest verified checkpoint, under the run's own recipe."""
-    allow_change: tuple[str, ...] = ()
-    """With --resume: what may differ from the saved run, by name (learning_rate, data, rope_theta ...). The batch of
-    step n is that of the new recipe's step n."""
-    allow_unverified: bool = False
-    """With --resume: take a checkpoint that has no integrity.json."""
-    steps: int | None = None
-    """Optimizer steps in all."""
-    batch_size: int | Literal["auto"] | None = None
-    """Sequences a step; auto: the most that fit, see plan_memory.py. A resumed run keeps its number."""
-    gradient_accumulation_steps: int | None = None
-    """Parts a batch is computed in, one after another, to save memory; default 1."""
-    sequence_length: int | None = None
-    """Tokens a sequence."""
-    learning_rate: float | None = None
-    """Peak; default 1e-3 (the pre-training recipe's 3e-3 is for 1M tokens a step)."""
-    schedule: Literal["wsd", "cosine"] | None = None
-    """Warmup-stable-decay (default), or cosine."""
-    warmup_steps: int | None = None
-    """Default: 5 % of the steps."""
-    decay_fraction: float | None = None
-    """Share of the steps, at the end, in which wsd goes to 0; default 0.2."""
-    weight_decay: float | None = None
-    """Decoupled, on all parameters; default 0.01."""
-    mask_documents: bool = False
-    """Let tokens see their own document only, positions from 0 in each; the recipe's windows run across borders."""
-    mesh: str | None = None
-    """Devices to train on: data=8, fsdp=8 or data=4,fsdp=2; fsdp shares parameters and moments out. Default: one
-    device, or with --distributed all of them along data."""
-    distributed: bool = False
-    """One of several processes of a run, met through Slurm, MPI or the three flags below; needs --out and prepared
-    --data that all of them see."""
-    coordinator_address: str | None = None
-    """HOST:PORT where the first process listens."""
-    num_processes: int | None = None
-    """How many processes there are."""
-    process_id: int | None = None
-    """Which of them this is, from 0."""
-    dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the matrix products; weights and moments are float32. Default: bfloat16 on a GPU, float32 without."""
-    seed: int | None = None
-    """Of the init and of the order of the data; default 0."""
-    attention: Literal["xla", "cudnn"] | None = None
-    """Default: cudnn on a CUDA GPU in bfloat16, else xla."""
-    save_every: int | None = None
-    """Steps between checkpoints; default 500 on a GPU, 100 without. The last step is always saved."""
-    keep: int = 2
-    """Newest checkpoints that are kept."""
-    async_save: bool = False
-    """Write checkpoints while training goes on, from a copy of the state in memory."""
-    eval_every: int | None = None
-    """Steps between validations on held-out text; default 250 on a GPU, 50 without."""
-    log_every: int = 10
-    """Steps between lines when the output is no terminal; metrics.jsonl has every step."""
-    remat: Literal["none", "dots", "full"] = "dots"
-    """What a layer keeps for its backward pass: all, the results of matrix products and attention, or its input."""
-    unroll: int = 1
-    """Layers laid out per step of the layer scan."""
-    tensorboard: bool = False
-    """Also write TensorBoard files into the run folder."""
-    reference: Path | None = None
-    """Weights to measure on the same held-out text at the end, for scale; default: assets/SmolLM2-135M-Instruct, where
-    it has been fetched. Their tokenizer must be the run's."""
-    prompt: str = "The quick brown fox"
-    """Continued after the last step."""
-    debug: bool = False
-    """Show a traceback instead of one line when something goes wrong."""
-
-
-REFERENCE = Path("assets/SmolLM2-135M-Instruct")
-RECIPE_FLAGS = (
-    "steps",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "sequence_length",
-    "learning_rate",
-    "schedule",
-    "warmup_steps",
-    "decay_fraction",
-    "weight_decay",
-    "mask_documents",
-    "dtype",
-    "seed",
-)
-GPU_CADENCE = {"save_every": 500, "eval_every": 250}
-CPU_CADENCE = {"save_every": 100, "eval_every": 50}
+from smollm_jax.training_flags import TrainingFlags
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = tyro.cli(TrainingFlags, args=argv, description=__doc__)
     from smollm_jax.stop import Stop
 
     stop = Stop().listen()
@@ -158,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         begin(flags, stop, first=True)
 
 
-def begin(flags: Flags, stop, *, first: bool) -> None:
+def begin(flags: TrainingFlags, stop, *, first: bool) -> None:
     """Trains in the run folder the flags mean, which the first of a run's processes holds a lock on."""
     from smollm_jax import recipes
     from smollm_jax.lock import RunLock
@@ -190,7 +84,7 @@ def refuse_used(run: Path) -> None:
         raise errors.UsageError(f"{run}: holds a run up to step {steps[-1]}: add --resume, or name another --out")
 
 
-def train_in(run: Path, flags: Flags, stop) -> None:
+def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     """Trains in a run folder that is ours alone."""
     import jax
     import numpy as np
@@ -204,129 +98,39 @@ def train_in(run: Path, flags: Flags, stop) -> None:
         memory,
         metrics,
         optimizer,
-        recipes,
         sharding,
         train,
         train_step,
         weights,
     )
     from smollm_jax.checkpoint import CheckpointStore
-    from smollm_jax.config import preset
     from smollm_jax.provenance import Provenance
-    from smollm_jax.recipe import Recipe
-    from smollm_jax.tokenizer import Tokenizer, folder_beside
+    from smollm_jax.training_setup import set_up
 
     compilation_cache.enable()
-    device = jax.local_devices()[0]
-    layout = flags.mesh or (f"data={jax.device_count()}" if flags.distributed else None)
-    mesh = sharding.make_mesh(layout) if layout else None
-    devices = mesh.size if mesh else 1
-    # In MiB, of which an int32 holds enough.
-    limit = min(distributed.of_all(memory.available(device, -(-devices // jax.process_count())) >> 20)) << 20
-    on_gpu = device.platform == "gpu"
-    given = {name: getattr(flags, name) for name in RECIPE_FLAGS}
-    given = {name: value for name, value in given.items() if value is not None and value is not False}  # 0 was given
-    run_name = flags.recipe or ("gpu-demo" if on_gpu else "demo")
-    named = recipes.named(run_name)
-    largest = given.get("batch_size") == "auto"
-    if largest:
-        del given["batch_size"]
-    source, start_from, bundle, saved = flags.data or ("assets/sotu",), str(flags.init_from or ""), None, None
-    if flags.resume:
-        with CheckpointStore(run / "checkpoints", create=False) as store:
-            load = lambda step: train.load(store, step, mesh)  # noqa: E731
-            saved = store.newest(load, allow_unverified=flags.allow_unverified)
-        before = saved.provenance
-        config = preset(flags.preset) if flags.preset else formats.read_config(run / "config.json")
-        recipe = Recipe(**(dataclasses.asdict(before.recipe) | (named.fields if flags.recipe else {}) | given))
-        source, start_from = flags.data or tuple(shlex.split(before.data)), start_from or before.start_from
-        if start_from != before.start_from:
-            began = before.start_from or "its recipe's init"
-            raise errors.UsageError(f"--init-from {start_from}: this run began with {began}; leave it out")
-    else:
-        bundle = weights.read(flags.init_from) if flags.init_from else None
-        wanted = preset(flags.preset or named.preset)
-        if named.continues:
-            if not bundle:
-                raise errors.UsageError(f"--recipe {run_name} continues a run: add --init-from RUN")
-            names = ("rope_theta", "max_position_embeddings")
-            longer = dataclasses.replace(bundle.config, **{name: getattr(wanted, name) for name in names})
-            bundle = dataclasses.replace(bundle, config=longer)
-        config = bundle.config if bundle else wanted
-        if flags.preset and config != wanted:
-            raise errors.UsageError(f"--init-from {flags.init_from} is no {flags.preset}: leave --preset out")
-        if largest:  # until it is known what else decides
-            fields = named.fields | given
-            given["batch_size"] = devices * fields.get("gradient_accumulation_steps", 1)
-        recipe = named.resolve(given)
-    if recipe.sequence_length > config.max_position_embeddings:
-        raise errors.UsageError(
-            f"--sequence-length {recipe.sequence_length} exceeds the model's {config.max_position_embeddings} positions"
-        )
+    setup = set_up(flags, run)
+    start, recipe, compute, cadence = setup.start, setup.recipe, setup.compute, setup.cadence
+    config, saved, bundle, mesh = start.config, start.saved, start.bundle, compute.mesh
+    tokenizer, tokenizer_folder, step = setup.tokenizer, setup.tokenizer_folder, None
     if recipe.dtype == "float32":  # on a GPU JAX's default is TF32
         jax.config.update("jax_default_matmul_precision", "float32")
-    # cuDNN's attention needs Ampere or later.
-    fused = on_gpu and recipe.dtype == "bfloat16" and float(getattr(device, "compute_capability", "0")) >= 8
-    attention = flags.attention or ("cudnn" if fused and not recipe.mask_documents else "xla")
-    if attention == "cudnn" and not (on_gpu and recipe.dtype == "bfloat16"):
-        raise errors.UsageError(
-            f"--attention cudnn needs a CUDA GPU and bfloat16, not {device.platform}, {recipe.dtype}"
-        )
-    parts = recipe.gradient_accumulation_steps
-    if recipe.batch_size % (parts * devices):
-        raise errors.UsageError(
-            f"--batch-size {recipe.batch_size} must divide by {devices} devices x {parts} gradient accumulation steps"
-        )
-    tokenizer_folder = flags.tokenizer or folder_beside(run if flags.resume else flags.init_from)
-    tokenizer = Tokenizer.load(tokenizer_folder)
-    document_end = tokenizer.eos_token_id if recipe.mask_documents else None
-    compute = train_step.Compute(recipe.dtype, attention, flags.remat, flags.unroll, parts, mesh, document_end)
-    if largest and not saved:
-        recipe = memory.largest_batch(config, recipe, compute, device.platform, limit)
-    planned, step = memory.plan(config, recipe, compute, device.platform).total, None
+    device = jax.local_devices()[0]
     if not saved or saved.progress.step < recipe.steps:  # compiles while weights and tokens are read
-        arguments = limit, config, recipe, compute, device.platform
+        arguments = setup.limit, config, recipe, compute, device.platform
         compiling = concurrent.futures.ThreadPoolExecutor(1).submit(memory.compile_within, *arguments)
         step = lambda *batch: compiling.result()(*batch)  # noqa: E731
-        if planned > limit / 2:  # or it is refused after hours of reading, or by a parameter that finds no room
+        if setup.planned > setup.limit / 2:  # or it is refused after hours of reading, or finds no room for a parameter
             compiling.result()
-    every = {name: getattr(flags, name) for name in CPU_CADENCE if getattr(flags, name) is not None}
-    usual = train.Cadence(**(GPU_CADENCE if on_gpu else CPU_CADENCE))
-    cadence = dataclasses.replace(saved.cadence if saved else usual, **every)
-    reference = flags.reference or (REFERENCE if REFERENCE.is_dir() else None)
-    if reference is not None and not same_tokens(tokenizer, tokenizer_folder, folder_beside(reference)):
-        if flags.reference:
-            raise errors.UsageError(f"--reference {reference}: its tokenizer is not that of {tokenizer_folder}")
-        reference = None  # nobody asked for it
-    if tokenizer.vocab_size > config.vocab_size:
-        raise errors.UsageError(f"{tokenizer_folder} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
-
-    if not on_gpu:
-        print("no GPU found: training on the CPU" + ("" if flags.recipe else ", at a demo size"))
-    used = f"{devices} of {jax.device_count()}" + (f" as {layout}" if mesh else "")
-    used += f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    print(f"device      {device.device_kind}, {used}, jax {jax.__version__}")
-    print(f"model       {cost.count_parameters(config):,} parameters, {config}")
-    start = f"weights of {flags.init_from} ({bundle.origin})" if bundle else f"recipe's init, seed {recipe.seed}"
-    print(f"start       {f'checkpoint of step {saved.progress.step}, verified' if saved else start}")
-    print(f"products    {recipe.dtype}, attention {attention}; weights, moments and loss float32")
-    tokens_per_step = f"{recipe.batch_size} x {recipe.sequence_length} = {recipe.tokens_per_step:,} tokens a step"
-    if flags.recipe or not saved:
-        print(f"recipe      {run_name}")
-    print(f"steps       {recipe.steps:,} of {tokens_per_step}, {recipe.schedule}, peak {recipe.learning_rate}")
-    warmup = f"warmup {recipe.warmup_steps} steps, weight decay {recipe.weight_decay}, seed {recipe.seed}"
-    print(f"            {warmup}; saved every {cadence.save_every}, validated every {cadence.eval_every} steps")
-    print(f"memory      {planned / 1e9:.1f} GB planned of {limit / 1e9:.1f} GB, on each device")
-    print(f"run         {run}", flush=True)
+    announce(run, flags, setup, device)
 
     # Not stopped by a first signal: exit 75 promises a checkpoint.
-    tokens = data.prepare(source, tokenizer_folder, Path("data"), None, tokenizer)
+    tokens = data.prepare(start.source, tokenizer_folder, Path("data"), None, tokenizer)
     batches = data.Batches(tokens, recipe)
     held_out = np.concatenate([batch[:, 1:].ravel() for batch in batches.validation(cadence.eval_batches)])
     bytes_per_token = tokenizer.byte_count(held_out.tolist()) / held_out.size
-    named = shlex.join(source)
+    named = shlex.join(start.source)
     print(f"data        {named}: {tokens.documents:,} documents, {tokens.tokens:,} tokens in {tokens.places}")
-    provenance = Provenance(recipe, config, named, tokens.sha256, tokens.tokenizer_sha256, start_from)
+    provenance = Provenance(recipe, config, named, tokens.sha256, tokens.tokenizer_sha256, start.start_from)
     if saved:
         for change in provenance.check_resumes(saved.provenance, flags.allow_change):
             print(f"note: changed, as --allow-change says: {change}")
@@ -346,7 +150,7 @@ def train_in(run: Path, flags: Flags, stop) -> None:
         weights.write_run_files(run, config, formats.read_tokenizer_files(tokenizer_folder))
     flops = cost.flops_per_token(config, recipe.sequence_length)
     peak = cost.peak_flops(device.device_kind)
-    peak = peak and peak * devices
+    peak = peak and peak * (mesh.size if mesh else 1)
     with (
         CheckpointStore(run / "checkpoints", keep=flags.keep, asynchronous=flags.async_save) as store,
         metrics.RunLog(
@@ -371,11 +175,11 @@ def train_in(run: Path, flags: Flags, stop) -> None:
             log=log,
             step=step,
         )
-    if reference is not None and not stop:
-        scale = sharding.put(weights.load(reference)[0], mesh)
+    if setup.reference is not None and not stop:
+        scale = sharding.put(weights.load(setup.reference)[0], mesh)
         loss = train.validation_loss(scale, batches, cadence.eval_batches, compute, stop)
         if loss is not None:
-            print(f"for scale: {reference}, {metrics.bits_per_byte(loss, bytes_per_token):.3f} bits per byte")
+            print(f"for scale: {setup.reference}, {metrics.bits_per_byte(loss, bytes_per_token):.3f} bits per byte")
     model = distributed.whole(state.model)
     if distributed.first():
         show(model, tokenizer, flags.prompt, stop)
@@ -385,12 +189,33 @@ def train_in(run: Path, flags: Flags, stop) -> None:
     print(f"\nnext: python scripts/generate.py --weights {run} --prompt {flags.prompt!r}")
 
 
-def same_tokens(tokenizer, folder: Path, other: Path) -> bool:
-    """Whether the tokenizer of a folder and that of another have the same entries; a file that is equal is not read."""
-    one, two = (path / "tokenizer.json" for path in (folder, other))
-    if two.is_file() and one.read_bytes() == two.read_bytes():
-        return True
-    return type(tokenizer).load(other).core.get_vocab() == tokenizer.core.get_vocab()
+def announce(run: Path, flags: TrainingFlags, setup, device) -> None:
+    """Prints what was decided."""
+    import jax
+
+    from smollm_jax import cost
+
+    start, recipe, compute, cadence = setup.start, setup.recipe, setup.compute, setup.cadence
+    if device.platform != "gpu":
+        print("no GPU found: training on the CPU" + ("" if flags.recipe else ", at a demo size"))
+    devices = compute.mesh.size if compute.mesh else 1
+    used = f"{devices} of {jax.device_count()}" + (f" as {flags.mesh or f'data={devices}'}" if compute.mesh else "")
+    used += f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    print(f"device      {device.device_kind}, {used}, jax {jax.__version__}")
+    print(f"model       {cost.count_parameters(start.config):,} parameters, {start.config}")
+    begun = f"weights of {flags.init_from} ({start.bundle.origin})" if start.bundle else None
+    begun = begun or f"recipe's init, seed {recipe.seed}"
+    saved = start.saved and f"checkpoint of step {start.saved.progress.step}, verified"
+    print(f"start       {saved or begun}")
+    print(f"products    {recipe.dtype}, attention {compute.implementation}; weights, moments and loss float32")
+    tokens_per_step = f"{recipe.batch_size} x {recipe.sequence_length} = {recipe.tokens_per_step:,} tokens a step"
+    if flags.recipe or not saved:
+        print(f"recipe      {setup.recipe_name}")
+    print(f"steps       {recipe.steps:,} of {tokens_per_step}, {recipe.schedule}, peak {recipe.learning_rate}")
+    warmup = f"warmup {recipe.warmup_steps} steps, weight decay {recipe.weight_decay}, seed {recipe.seed}"
+    print(f"            {warmup}; saved every {cadence.save_every}, validated every {cadence.eval_every} steps")
+    print(f"memory      {setup.planned / 1e9:.1f} GB planned of {setup.limit / 1e9:.1f} GB, on each device")
+    print(f"run         {run}", flush=True)
 
 
 def print_differences(saved, recipe, environment) -> None:

@@ -1,0 +1,161 @@
+"""A training as its flags, this machine and the run that goes on decide it, before weights or text are read in full."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from smollm_jax import distributed, formats, memory, recipes, sharding, train, weights
+from smollm_jax.checkpoint import CheckpointStore
+from smollm_jax.config import Config, preset
+from smollm_jax.errors import UsageError
+from smollm_jax.formats import Bundle
+from smollm_jax.recipe import Recipe
+from smollm_jax.tokenizer import Tokenizer, folder_beside
+from smollm_jax.train import Cadence, Saved
+from smollm_jax.train_step import Compute
+from smollm_jax.training_flags import TrainingFlags
+
+REFERENCE = Path("assets/SmolLM2-135M-Instruct")
+GPU_CADENCE, CPU_CADENCE = Cadence(save_every=500, eval_every=250), Cadence(save_every=100, eval_every=50)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on: with saved state, with weights, or with its recipe's init."""
+
+    config: Config
+    recipe: Recipe
+    source: tuple[str, ...]  # of the text, as `data.prepare` takes it
+    start_from: str  # as --init-from named the weights the run began with; "" for the init
+    bundle: Bundle | None = None
+    saved: Saved | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """All that is decided; `set_up` makes it."""
+
+    start: Start
+    recipe_name: str
+    recipe: Recipe
+    compute: Compute
+    cadence: Cadence
+    limit: int  # bytes of memory, on each device
+    planned: int  # bytes of them that a step is planned to need
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    reference: Path | None
+
+
+def set_up(flags: TrainingFlags, run: Path) -> Setup:
+    """What to train, and how; raises an error that names the flag, the file or the field that does not fit."""
+    device = jax.local_devices()[0]
+    on_gpu = device.platform == "gpu"
+    layout = flags.mesh or (f"data={jax.device_count()}" if flags.distributed else None)
+    mesh = sharding.make_mesh(layout) if layout else None
+    devices = mesh.size if mesh else 1
+    # In MiB, of which an int32 holds enough.
+    limit = min(distributed.of_all(memory.available(device, -(-devices // jax.process_count())) >> 20)) << 20
+    recipe_name, given = flags.recipe or ("gpu-demo" if on_gpu else "demo"), flags.recipe_fields()
+    if largest := given.get("batch_size") == "auto":
+        del given["batch_size"]
+    if flags.resume:
+        start = _going_on(flags, run, given, mesh)
+    else:
+        named = recipes.named(recipe_name)
+        if largest:  # until it is known what else decides
+            parts = (named.fields | given).get("gradient_accumulation_steps", 1)
+            given["batch_size"] = devices * parts
+        start = _beginning(flags, recipe_name, given)
+    config, recipe = start.config, start.recipe
+    if recipe.sequence_length > config.max_position_embeddings:
+        raise UsageError(
+            f"--sequence-length {recipe.sequence_length} exceeds the model's {config.max_position_embeddings} positions"
+        )
+    attention = _attention(flags, recipe, device)
+    parts = recipe.gradient_accumulation_steps
+    if recipe.batch_size % (parts * devices):
+        raise UsageError(
+            f"--batch-size {recipe.batch_size} must divide by {devices} devices x {parts} gradient accumulation steps"
+        )
+    tokenizer_folder = flags.tokenizer or folder_beside(run if flags.resume else flags.init_from)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    document_end = tokenizer.eos_token_id if recipe.mask_documents else None
+    compute = Compute(recipe.dtype, attention, flags.remat, flags.unroll, parts, mesh, document_end)
+    if largest and not start.saved:
+        recipe = memory.largest_batch(config, recipe, compute, device.platform, limit)
+    planned = memory.plan(config, recipe, compute, device.platform).total
+    usual = GPU_CADENCE if on_gpu else CPU_CADENCE
+    cadence = dataclasses.replace(start.saved.cadence if start.saved else usual, **flags.cadence_fields())
+    reference = _reference(flags, tokenizer, tokenizer_folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(f"{tokenizer_folder} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    return Setup(
+        start, recipe_name, recipe, compute, cadence, limit, planned, tokenizer, tokenizer_folder, reference
+    )  # fmt: skip
+
+
+def _going_on(flags: TrainingFlags, run: Path, given: dict[str, Any], mesh: jax.sharding.Mesh | None) -> Start:
+    """From the newest verified checkpoint of a run, under its own recipe and what was given."""
+    named = recipes.named(flags.recipe).fields if flags.recipe else {}
+    with CheckpointStore(run / "checkpoints", create=False) as store:
+        load = lambda step: train.load(store, step, mesh)  # noqa: E731
+        saved = store.newest(load, allow_unverified=flags.allow_unverified)
+    before = saved.provenance
+    config = preset(flags.preset) if flags.preset else formats.read_config(run / "config.json")
+    recipe = Recipe(**(dataclasses.asdict(before.recipe) | named | given))
+    start_from = str(flags.init_from or "") or before.start_from
+    if start_from != before.start_from:
+        began = before.start_from or "its recipe's init"
+        raise UsageError(f"--init-from {start_from}: this run began with {began}; leave it out")
+    return Start(config, recipe, flags.data or tuple(shlex.split(before.data)), start_from, saved=saved)
+
+
+def _beginning(flags: TrainingFlags, recipe_name: str, given: dict[str, Any]) -> Start:
+    """With the weights that were named, or with none."""
+    named = recipes.named(recipe_name)
+    bundle = weights.read(flags.init_from) if flags.init_from else None
+    wanted = preset(flags.preset or named.preset)
+    if named.continues:
+        if not bundle:
+            raise UsageError(f"--recipe {recipe_name} continues a run: add --init-from RUN")
+        names = ("rope_theta", "max_position_embeddings")
+        longer = dataclasses.replace(bundle.config, **{name: getattr(wanted, name) for name in names})
+        bundle = dataclasses.replace(bundle, config=longer)
+    config = bundle.config if bundle else wanted
+    if flags.preset and config != wanted:
+        raise UsageError(f"--init-from {flags.init_from} is no {flags.preset}: leave --preset out")
+    source, start_from = flags.data or ("assets/sotu",), str(flags.init_from or "")
+    return Start(config, named.resolve(given), source, start_from, bundle)
+
+
+def _attention(flags: TrainingFlags, recipe: Recipe, device: Any) -> Any:
+    """The implementation that was asked for, or the fastest there is; raises `UsageError` for one there is not."""
+    fits = device.platform == "gpu" and recipe.dtype == "bfloat16"
+    # cuDNN's attention needs Ampere or later.
+    fused = fits and float(getattr(device, "compute_capability", "0")) >= 8
+    attention = flags.attention or ("cudnn" if fused and not recipe.mask_documents else "xla")
+    if attention == "cudnn" and not fits:
+        raise UsageError(f"--attention cudnn needs a CUDA GPU and bfloat16, not {device.platform}, {recipe.dtype}")
+    return attention
+
+
+def _reference(flags: TrainingFlags, tokenizer: Tokenizer, folder: Path) -> Path | None:
+    """The weights to measure for scale; raises `UsageError` when those that were named read other tokens."""
+    reference = flags.reference or (REFERENCE if REFERENCE.is_dir() else None)
+    if reference is None or _same_tokens(tokenizer, folder, folder_beside(reference)):
+        return reference
+    if flags.reference:
+        raise UsageError(f"--reference {reference}: its tokenizer is not that of {folder}")
+    return None  # nobody asked for it
+
+
+def _same_tokens(tokenizer: Tokenizer, folder: Path, other: Path) -> bool:
+    """Whether the tokenizer of a folder and that of another have the same entries; a file that is equal is not read."""
+    one, two = (path / "tokenizer.json" for path in (folder, other))
+    if two.is_file() and one.read_bytes() == two.read_bytes():
+        return True
+    return Tokenizer.load(other).core.get_vocab() == tokenizer.core.get_vocab()
