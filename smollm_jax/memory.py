@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any, get_args
 
+import jaxlib
+
 from smollm_jax import block_attention, loss, train_step
 from smollm_jax.config import Config
 from smollm_jax.cost import count_parameters
@@ -54,6 +56,9 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
     """
     cpu, narrow, wide = platform == "cpu", BYTES[compute.dtype], max(BYTES[compute.dtype], 4)
     cast = narrow != 4
+    # Before jaxlib 0.11 XLA:CPU computes bfloat16 in float32, and widens all that was saved before the backward pass
+    # begins.
+    widens = cpu and cast and jaxlib.version.__version_info__ < (0, 11)
     D, F, L, V = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
     N, NH, KH = _heads(config)
     devices, fsdp = (compute.mesh.size, compute.mesh.shape["fsdp"]) if compute.mesh else (1, 1)
@@ -63,14 +68,13 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
     layers = whole // 4 - head * (1 if config.tie_word_embeddings else 2)
 
     pieces = saved_numbers(config, compute)
-    # XLA:CPU computes bfloat16 in float32, and widens all that was saved before the backward pass begins.
-    saved = L * M * (sum(pieces) * (wide if cpu else narrow) + (wide * N if compute.remat != "full" else 0))
+    saved = L * M * (sum(pieces) * (wide if widens else narrow) + (wide * N if compute.remat != "full" else 0))
     if compute.remat == "none" and not cast:
         saved += L * narrow * 2 * D * (NH + KH)  # the attention's weights, laid flat, once more
     # The gradients of gate, up and their product, of q, k and v and of the residual stream, each before and after a
     # product or norm; with "full", gate, up, q, k, v and the rest of the layer's own values too.
     layer = M * wide * (6 * F + 12 * D if compute.remat == "full" else 5 * F + 7 * D)
-    if cpu and cast and compute.remat != "none":
+    if widens and compute.remat != "none":
         # The largest thing saved is widened last: where it lay stays a hole, in which a layer's values find room.
         layer = max(layer, L * M * narrow * max(pieces))
     attention = 0
@@ -85,8 +89,8 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
     logits = -(-M // chunks) * V * (wide if cpu else 2 * wide)
     head_gradients = wide * head * (2 if chunks > 1 else 1)  # a chunk's, and their sum
     casts = narrow * (layers + head) if cast else 0
-    if cast and cpu:
-        casts = wide * layers + (narrow + wide) * head  # widened again, for the same reason
+    if cpu and cast:
+        casts = (wide if widens else narrow) * layers + (narrow + wide) * head  # widened again; the head by any jaxlib
     return Plan(
         parameters=whole // fsdp,
         moments=2 * whole // fsdp,
