@@ -208,6 +208,12 @@ def test_two_trainers_do_not_share_a_run_and_a_killed_one_holds_nothing(tmp_path
 FULL_DISK = ("bash", "-c", 'ulimit -f 200; exec "$@"', "bash")
 
 
+def checkpoint_files(run: Path) -> dict[Path, bytes]:
+    """But for the staging folder, which a failed save's threads may make again until the process ends."""
+    files = [path for path in (run / "checkpoints").rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if STAGING not in path.parts}
+
+
 @pytest.mark.parametrize("flags", [(), ("--async-save",)])
 def test_a_full_disk_stops_a_run_before_the_next_step_and_loses_nothing(straight, tmp_path, flags):
     run = tmp_path / "run"
@@ -216,21 +222,23 @@ def test_a_full_disk_stops_a_run_before_the_next_step_and_loses_nothing(straight
     process.send_signal(signal.SIGTERM)
     process.communicate()
     kept = steps_in(run / "checkpoints")
-    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    before = checkpoint_files(run)
     full = train(run, *FLAGS, "--resume", *flags, prefix=FULL_DISK)
     assert full.returncode == 5, full.stderr
     assert "could not be saved" in full.stderr
     assert len(full.stderr.strip().splitlines()) == 1
     failed = -(-(kept[-1] + 1) // SAVE_EVERY) * SAVE_EVERY
     assert failed <= rows(run)[-1]["step"] <= failed + (SAVE_EVERY if flags else 0)
-    assert before == {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    assert before == checkpoint_files(run)
     again = train(run, *FLAGS, "--resume")
     assert again.returncode == 0, again.stderr
+    assert not (run / "checkpoints" / STAGING).exists()
     assert_same_as(straight, run)
 
 
 def test_an_export_to_a_full_disk_leaves_nothing(straight, tmp_path):
-    for name, more in (("x", ["--to", "hf"]), ("x.pt", []), ("x.safetensors", []), ("y", ["--to", "orbax"])):
+    targets = [("x", ["--to", "hf"]), ("x.safetensors", []), ("y", ["--to", "orbax"])]
+    for name, more in targets + ([] if os.environ.get("SMOLLM_WITHOUT_TORCH") else [("x.pt", [])]):
         script = [sys.executable, str(ROOT / "scripts/convert_weights.py"), str(straight), str(tmp_path / name), *more]
         done = subprocess.run([*FULL_DISK, *script], capture_output=True, text=True, check=False, env=ENVIRONMENT)
         assert done.returncode == 5, done.stderr
