@@ -163,7 +163,7 @@ def unused(path: Path) -> Path:
 
 
 def check_flags(flags: Flags) -> None:
-    for name in ("rounds", "batch_size", "sequence_length", "new_tokens", "document_tokens", "unroll"):
+    for name in ("rounds", "batch_size", "sequence_length", "new_tokens", "document_tokens", "unroll", "copies"):
         if getattr(flags, name) < 1:
             raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(flags, name)}")
     if flags.what == "decode" and flags.new_tokens < 2:
@@ -172,6 +172,8 @@ def check_flags(flags: Flags) -> None:
         if side not in AGAINST[flags.what]:
             allowed = f"only {', '.join(AGAINST[flags.what])}" if AGAINST[flags.what] else "nothing"
             raise errors.UsageError(f"{flags.what} cannot be measured --against {side}, {allowed}")
+    if flags.what == "prepare" and not flags.text.exists():
+        raise errors.UsageError(f"--text {flags.text}: no such file or folder")
     longest = PROMPT + flags.new_tokens if flags.what == "decode" else flags.sequence_length
     if longest > (most := preset(flags.preset).max_position_embeddings):
         raise errors.UsageError(f"{longest} tokens exceed the {most} positions of {flags.preset}")

@@ -123,6 +123,10 @@ def _begin(folder: Path, plan: Plan) -> None:
             raise UsageError(f"{folder}: was begun {said} {name}: name the same sources, or another --out")
         if files[name] != now["files"][name]:
             raise UsageError(f"{name}: has changed since {folder} was begun: name another --out")
+    if then.get("cuts") != now["cuts"]:
+        if (folder / MANIFEST).is_file():
+            return
+        raise UsageError(f"{folder}: was begun by a version that cut long texts elsewhere: name another --out")
     if then != now or list(files) != list(now["files"]):
         raise UsageError(f"{folder}: was begun by another version of this script, or with its sources in another order")
 

@@ -127,10 +127,10 @@ def _plain(part: Part, cut: bool) -> Iterator[Passage]:
 def _json_lines(part: Part, column: str) -> Iterator[Passage]:
     for block in _blocks(part):
         for line in block.lines():
-            if not line.content.strip():
+            if not (text := _decoded(part, line)).strip():
                 continue
             where = line.where(part)
-            value = parse_json(_decoded(part, line), where)
+            value = parse_json(text, where)
             if not isinstance(value, dict) or type(value.get(column)) is not str:
                 raise InputFileError(f"{where} is no JSON object with a {column!r} that is a string")
             _refuse_nul(value[column], f"{where}: {column!r}")

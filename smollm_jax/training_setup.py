@@ -1,4 +1,4 @@
-"""A training as its flags, this machine and the run that goes on decide it, before weights or text are read in full."""
+"""A training as its flags, this machine and the run that goes on decide it, before text is read or a step compiled."""
 
 import dataclasses
 import shlex

@@ -116,7 +116,7 @@ def test_line_ends_become_newlines_and_nothing_else_of_a_text_changes(tmp_path, 
     monkeypatch.setattr(smollm_jax.text, "PIECE", read_at_once)
     (tmp_path / "x.txt").write_bytes("a\r\nb\rc\n\n  d\té\ufeff 😀".encode())
     assert list(documents(tmp_path / "x.txt")) == ["a\nb\nc\n\n  d\té\ufeff 😀"]
-    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a\\r\\nb"}\r\n\r\n{"text": ""}')
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a\\r\\nb"}\r\n\r\n\xc2\xa0\n{"text": ""}')
     assert list(documents(tmp_path / "x.jsonl")) == ["a\r\nb", ""]
 
 

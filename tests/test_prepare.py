@@ -18,6 +18,8 @@ import pytest
 from scripts import prepare_data
 from smollm_jax.errors import InputFileError, LockedError, StorageError, UsageError
 from smollm_jax.lock import RunLock
+from smollm_jax.plan import Settings, make_plan
+from smollm_jax.prepare import prepare_set
 from smollm_jax.token_file import TokenSet
 from smollm_jax.tokenizer import Tokenizer
 from tests.small_files import tokenizer_folder
@@ -194,6 +196,20 @@ def test_a_full_disk_is_one_line_and_exit_5(sources, small, tmp_path):
         assert done.stderr.startswith(f"error: {out}/0000"), done.stderr
         assert done.stderr.endswith("cannot be written: [Errno 27] File too large\n")
         assert done.stderr.count("\n") == 1
+
+
+def test_a_set_by_a_version_that_cut_elsewhere_is_taken_whole_or_not_at_all(small, tmp_path):
+    (tmp_path / "x.txt").write_text("the a.\n")
+    (tmp_path / "set").mkdir()
+    plan = make_plan([tmp_path / "x.txt"], chosen := Settings(small))
+    prepare_set(tmp_path / "set", plan, chosen)
+    older = json.loads((tmp_path / "set/plan.json").read_text())
+    del older["cuts"]
+    (tmp_path / "set/plan.json").write_text(json.dumps(older))
+    prepare_set(tmp_path / "set", plan, chosen)
+    (tmp_path / "set/manifest.json").unlink()
+    with pytest.raises(UsageError, match="was begun by a version that cut long texts elsewhere"):
+        prepare_set(tmp_path / "set", plan, chosen)
 
 
 def test_what_changed_since_a_set_was_begun_is_named(small, tmp_path):

@@ -48,7 +48,7 @@ def prepare(_name: str, job: Job, source: Path) -> Prepared:
 
     for number in range(job.rounds + 1):
         with tempfile.TemporaryDirectory(dir=".") as folder, tempfile.TemporaryDirectory(dir=".") as links:
-            sources = [Path(links, f"{copy}{source.suffix}") for copy in range(job.copies)]
+            sources = [Path(links, f"{copy}-{source.name}") for copy in range(job.copies)]
             for link in sources:
                 link.symlink_to(source)
             assert timed("tokenizers", encode) == timed("ours", lambda place=folder: to_set(place)), f"round {number}"
