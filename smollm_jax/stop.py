@@ -1,15 +1,20 @@
 """SIGTERM, SIGINT and SIGHUP as a wish to stop, noticed at once and granted at the next safe place."""
 
+import contextlib
 import io
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 
 from smollm_jax.errors import StoppedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Seconds in which more signals say the same: `timeout` sends its own to the process and to its group, and a terminal's
+# Ctrl-C reaches a script and the launcher that passes it on.
+ONE_WISH = 1.0
 
 
 class Stop:
@@ -31,7 +36,8 @@ class Stop:
 
         A Python handler runs only between two bytecodes of the main thread: before its next step, then, but not while
         XLA compiles. The interpreter's wakeup file tells a thread of ours meanwhile, as soon as that thread gets its
-        turn, which may be steps later on a busy machine: it answers the sender, and ends the process if asked again.
+        turn, which may be steps later on a busy machine: it answers the sender, and ends the process if asked again
+        `ONE_WISH` seconds later.
         """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
@@ -56,16 +62,19 @@ class Stop:
             self.signal = signal.Signals(number)
 
     def _watch(self) -> None:
-        answered = False
-        while received := self._sockets[0].recv(1):
-            number = signal.Signals(received[0])
-            if number not in SIGNALS:
-                continue
-            if answered:
-                os._exit(128 + number)  # an unfinished save is in a folder of its own, which the next start removes
-            self._notice(number)
-            answered = True
-            print(f"{number.name}: {self._doing}; once more: at once", file=sys.stderr, flush=True)
+        number = self._next_signal()
+        self._notice(number)
+        print(f"{number.name}: {self._doing}; once more: at once", file=sys.stderr, flush=True)
+        time.sleep(ONE_WISH)
+        with contextlib.suppress(BlockingIOError):
+            self._sockets[0].recv(65536, socket.MSG_DONTWAIT)
+        # An unfinished save is in a folder of its own, which the next start removes.
+        os._exit(128 + self._next_signal())
+
+    def _next_signal(self) -> signal.Signals:
+        while (number := signal.Signals(self._sockets[0].recv(1)[0])) not in SIGNALS:
+            pass
+        return number
 
 
 class _Lasting(io.RawIOBase):

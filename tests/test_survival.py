@@ -170,14 +170,41 @@ print(bool(stop))
     assert done.stdout == "True\n", done.stderr
 
 
+def test_signals_within_a_second_are_one_wish_and_a_later_one_ends_the_process():
+    """As `timeout` and `kill -- -GROUP` send the same signal twice."""
+    asked = """
+import signal, time
+from smollm_jax.stop import Stop
+stop = Stop().listen()
+for _ in range(5):
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(0.1)
+print(bool(stop))
+time.sleep(2)
+print("was heard once")
+signal.raise_signal(signal.SIGINT)
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.stdout, done.returncode) == ("True\nwas heard once\n", 128 + signal.SIGINT), done.stderr
+    assert done.stderr.startswith("SIGTERM: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_second_signal_ends_the_run_at_once_and_breaks_nothing(straight, tmp_path):
     run = tmp_path / "run"
     process = start(run, *FLAGS)
     wait_for(lambda: len(rows(run)) > SAVE_EVERY + 2, process)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
-    assert process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    process.kill()
+    process.communicate()
+    process = start(run, *FLAGS)
+    wait_for(functools.partial(holds_lock, run, process.pid), process)
+    while process.poll() is None:  # its imports and its compilation take longer than a second, in which they count once
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert output.count("SIGTERM: ") == 1
     done = train(run, *FLAGS, "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_as(straight, run)
