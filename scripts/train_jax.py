@@ -109,7 +109,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
 
     compilation_cache.enable()
     setup = set_up(flags, run)
-    start, recipe, compute, cadence = setup.start, setup.recipe, setup.compute, setup.cadence
+    start, recipe, compute, cadence = setup.start, setup.start.recipe, setup.compute, setup.cadence
     config, saved, bundle, mesh = start.config, start.saved, start.bundle, compute.mesh
     tokenizer, tokenizer_folder, step = setup.tokenizer, setup.tokenizer_folder, None
     if recipe.dtype == "float32":  # on a GPU JAX's default is TF32
@@ -150,7 +150,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
         weights.write_run_files(run, config, formats.read_tokenizer_files(tokenizer_folder))
     flops = cost.flops_per_token(config, recipe.sequence_length)
     peak = cost.peak_flops(device.device_kind)
-    peak = peak and peak * (mesh.size if mesh else 1)
+    peak = peak and peak * setup.devices
     with (
         CheckpointStore(run / "checkpoints", keep=flags.keep, asynchronous=flags.async_save) as store,
         metrics.RunLog(
@@ -195,11 +195,11 @@ def announce(run: Path, flags: TrainingFlags, setup, device) -> None:
 
     from smollm_jax import cost
 
-    start, recipe, compute, cadence = setup.start, setup.recipe, setup.compute, setup.cadence
+    start, recipe, compute, cadence = setup.start, setup.start.recipe, setup.compute, setup.cadence
     if device.platform != "gpu":
         print("no GPU found: training on the CPU" + ("" if flags.recipe else ", at a demo size"))
-    devices = compute.mesh.size if compute.mesh else 1
-    used = f"{devices} of {jax.device_count()}" + (f" as {flags.mesh or f'data={devices}'}" if compute.mesh else "")
+    used = f"{setup.devices} of {jax.device_count()}"
+    used += f" as {flags.mesh or f'data={setup.devices}'}" if compute.mesh else ""
     used += f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(f"device      {device.device_kind}, {used}, jax {jax.__version__}")
     print(f"model       {cost.count_parameters(start.config):,} parameters, {start.config}")

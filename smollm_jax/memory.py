@@ -90,7 +90,7 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
     head_gradients = wide * head * (2 if chunks > 1 else 1)  # a chunk's, and their sum
     casts = narrow * (layers + head) if cast else 0
     if cpu and cast:
-        casts = (wide if widens else narrow) * layers + (narrow + wide) * head  # widened again; the head by any jaxlib
+        casts = (wide if widens else narrow) * layers + (narrow + wide) * head  # the head is widened by any jaxlib
     return Plan(
         parameters=whole // fsdp,
         moments=2 * whole // fsdp,

@@ -123,11 +123,9 @@ def _begin(folder: Path, plan: Plan) -> None:
             raise UsageError(f"{folder}: was begun {said} {name}: name the same sources, or another --out")
         if files[name] != now["files"][name]:
             raise UsageError(f"{name}: has changed since {folder} was begun: name another --out")
-    if then.get("cuts") != now["cuts"]:
-        if (folder / MANIFEST).is_file():
-            return
+    if then.get("cuts") != now["cuts"] and not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder}: was begun by a version that cut long texts elsewhere: name another --out")
-    if then != now or list(files) != list(now["files"]):
+    if then | {"cuts": now["cuts"]} != now or list(files) != list(now["files"]):
         raise UsageError(f"{folder}: was begun by another version of this script, or with its sources in another order")
 
 

@@ -134,8 +134,8 @@ def _encoded(unit: Unit, job: Job, tokenizer: Tokenizer) -> Iterator[tuple[float
             if batch:
                 under_way.append((batch, pool.submit(encode, [passage.text for _, passage in batch])))
             if len(under_way) > 2 or not batch:
-                batch, encodings = under_way.popleft()
-                for (position, passage), encoding in zip(batch, encodings.result(), strict=True):
+                first, encodings = under_way.popleft()
+                for (position, passage), encoding in zip(first, encodings.result(), strict=True):
                     yield position, passage, encoding
 
 

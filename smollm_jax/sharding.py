@@ -110,13 +110,13 @@ def summed(gradients: Any, specs: Any) -> Any:
     def add(x, spec):
         if not spec:
             return jax.lax.psum(x, AXES)
-        # Scattered first, so that what is summed over `data`, perhaps between machines, is a part.
         if jax.default_backend() == "cpu" and jax.distributed.is_initialized():
             # Gloo, which sends between processes of CPUs, now and then scatters a wrong sum to the first
             # (jax-ml/jax#40830); its whole sums are right.
             size = x.shape[len(spec) - 1] // jax.lax.axis_size("fsdp")
             whole, place = jax.lax.psum(x, AXES), jax.lax.axis_index("fsdp") * size
             return jax.lax.dynamic_slice_in_dim(whole, place, size, len(spec) - 1)
+        # Scattered first, so that what is summed over `data`, perhaps between machines, is a part.
         return jax.lax.psum(jax.lax.psum_scatter(x, "fsdp", scatter_dimension=len(spec) - 1, tiled=True), "data")
 
     return jax.tree.map(add, gradients, specs)

@@ -103,9 +103,8 @@ def passages(part: Part, column: str = "text", *, cut: bool = True) -> Iterator[
 def _plain(part: Part, cut: bool) -> Iterator[Passage]:
     where, ends = f"{part.file}: document 1", part.stop == part.file.stat().st_size
     texts: list[str] = []
-    length, limit, position = 0, PIECE, 0.0
+    length, limit = 0, PIECE
     for block in _blocks(part):
-        position = block.position
         texts.append(_decoded(part, block).replace("\r\n", "\n").replace("\r", "\n"))
         length += len(texts[-1])
         if not cut or length < limit:
@@ -113,8 +112,8 @@ def _plain(part: Part, cut: bool) -> Iterator[Passage]:
         text = "".join(texts)
         places = [m.start() for m in CUT.finditer(text, len(text) - 4096)] or [m.start() for m in CUT.finditer(text)]
         if places:
-            yield Passage(text[: places[-1]], False, where, position)
-            where = f"{part.file}: document 1, {position:.0%} into it"
+            yield Passage(text[: places[-1]], False, where, block.position)
+            where = f"{part.file}: document 1, {block.position:.0%} into it"
             texts, length, limit = [text[places[-1] :]], len(text) - places[-1], PIECE
         elif length > MAX_LINE:
             raise InputFileError(f"{part.file}: no lone space between two words in {MAX_LINE:,} bytes: this is no text")

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from smollm_jax import distributed, formats, memory, recipes, sharding, train, weights
+from smollm_jax.attention import Implementation
 from smollm_jax.checkpoint import CheckpointStore
 from smollm_jax.config import Config, preset
 from smollm_jax.errors import UsageError
@@ -40,7 +41,6 @@ class Setup:
 
     start: Start
     recipe_name: str
-    recipe: Recipe
     compute: Compute
     cadence: Cadence
     limit: int  # bytes of memory, on each device
@@ -48,6 +48,11 @@ class Setup:
     tokenizer: Tokenizer
     tokenizer_folder: Path
     reference: Path | None
+
+    @property
+    def devices(self) -> int:
+        """How many."""
+        return self.compute.mesh.size if self.compute.mesh else 1
 
 
 def set_up(flags: TrainingFlags, run: Path) -> Setup:
@@ -87,15 +92,14 @@ def set_up(flags: TrainingFlags, run: Path) -> Setup:
     compute = Compute(recipe.dtype, attention, flags.remat, flags.unroll, parts, mesh, document_end)
     if largest and not start.saved:
         recipe = memory.largest_batch(config, recipe, compute, device.platform, limit)
+        start = dataclasses.replace(start, recipe=recipe)
     planned = memory.plan(config, recipe, compute, device.platform).total
     usual = GPU_CADENCE if on_gpu else CPU_CADENCE
     cadence = dataclasses.replace(start.saved.cadence if start.saved else usual, **flags.cadence_fields())
     reference = _reference(flags, tokenizer, tokenizer_folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"{tokenizer_folder} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
-    return Setup(
-        start, recipe_name, recipe, compute, cadence, limit, planned, tokenizer, tokenizer_folder, reference
-    )  # fmt: skip
+    return Setup(start, recipe_name, compute, cadence, limit, planned, tokenizer, tokenizer_folder, reference)
 
 
 def _going_on(flags: TrainingFlags, run: Path, given: dict[str, Any], mesh: jax.sharding.Mesh | None) -> Start:
@@ -132,7 +136,7 @@ def _beginning(flags: TrainingFlags, recipe_name: str, given: dict[str, Any]) ->
     return Start(config, named.resolve(given), source, start_from, bundle)
 
 
-def _attention(flags: TrainingFlags, recipe: Recipe, device: Any) -> Any:
+def _attention(flags: TrainingFlags, recipe: Recipe, device: Any) -> Implementation:
     """The implementation that was asked for, or the fastest there is; raises `UsageError` for one there is not."""
     fits = device.platform == "gpu" and recipe.dtype == "bfloat16"
     # cuDNN's attention needs Ampere or later.
