@@ -139,6 +139,8 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     else:
         progress = train.Progress()
         begun = sharding.put(weights.from_bundle(bundle), mesh) if bundle else None
+        if bundle:
+            bundle.tensors.clear()  # whose memory the moments take
         model = begun or train_step.fresh(config, recipe.seed, mesh)
         state = train_step.begin(model, optimizer.adamw(recipe), mesh)
         # Of a run that has no checkpoint, or has one no longer.

@@ -6,6 +6,7 @@ framework-free, so that the PyTorch twin goes through the same door.
 
 import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,22 +114,23 @@ def check(bundle: Bundle, source: str | Path) -> Bundle:
 
 
 def to_ours(tensors: dict[str, np.ndarray], config: Config, dtype: Any = None) -> dict[str, np.ndarray]:
-    """Hugging Face's tensors as our stacked parameters, by path, as `dtype` (default: their own): fresh arrays.
+    """Hugging Face's tensors as our stacked parameters, by path, as `dtype` (default: their own): fresh arrays."""
+    return dict(_stacked(tensors, config, dtype))
 
-    Layer by layer into their place: stacking, turning and casting one after another takes 3 times as long.
-    """
-    ours = {}
+
+def _stacked(tensors: dict[str, np.ndarray], config: Config, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Layer by layer into their place: stacking, turning and casting one after another takes 3 times as long."""
     for name, (path, rule) in rules(config).items():
         sizes, layers = _split_sizes(rule, config), range(config.num_hidden_layers)
         if "*" not in name:
-            ours[path] = np.array(einops.rearrange(tensors[name], rule, **sizes), dtype, order="C")
+            yield path, np.array(einops.rearrange(tensors[name], rule, **sizes), dtype, order="C")
             continue
         rule = rule.replace("L ", "")
         turned = [einops.rearrange(tensors[name.replace("*", str(index))], rule, **sizes) for index in layers]
-        ours[path] = np.empty((len(turned), *turned[0].shape), dtype or np.result_type(*turned))
-        for place, layer in zip(ours[path], turned, strict=True):
+        array = np.empty((len(turned), *turned[0].shape), dtype or np.result_type(*turned))
+        for place, layer in zip(array, turned, strict=True):
             place[...] = layer
-    return ours
+        yield path, array
 
 
 def to_hf(parameters: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
@@ -281,8 +283,9 @@ def from_bundle(bundle: Bundle, dtype: Any = np.float32) -> "SmolLM":
     if dtype == np.float64 and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise UsageError("float64 needs jax_enable_x64: set JAX_ENABLE_X64=1")
     abstract = jax.eval_shape(lambda: SmolLM(bundle.config, key=jax.random.key(0)))
-    ours = to_ours(bundle.tensors, bundle.config, dtype)
-    return unflatten(abstract, {path: jnp.asarray(array) for path, array in ours.items()})
+    # One at a time, so that the next takes the memory of the one before.
+    ours = _stacked(bundle.tensors, bundle.config, dtype)
+    return unflatten(abstract, {path: jnp.asarray(array) for path, array in ours})
 
 
 def to_bundle(model: "SmolLM", origin: str = "", tokenizer_files: dict[str, bytes] | None = None) -> Bundle:

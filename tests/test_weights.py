@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,19 @@ def test_load_gives_the_dtype_asked_for(tmp_path, bundle, dtype):
     model, _ = weights.load(tmp_path / "hf", dtype)
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype(dtype)}
     assert model(jnp.array([[1, 2]])).dtype == jnp.float32
+
+
+def test_a_model_is_made_without_a_second_copy_of_its_weights(tiny):
+    """NumPy's memory is counted here, JAX's is not: beside the tensors themselves, one or two stacks at a time."""
+    config = dataclasses.replace(tiny, num_hidden_layers=64)
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in weights.hf_shapes(config).items()}
+    weights.from_bundle(formats.Bundle(tensors, config))  # what is allocated once
+    tracemalloc.start()
+    weights.from_bundle(formats.Bundle(tensors, config))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    whole = sum(tensor.nbytes for tensor in tensors.values())
+    assert peak < 0.6 * whole, f"{peak:,} of {whole:,}"
 
 
 def test_float64_is_refused_where_jax_would_truncate_it(tmp_path, bundle):
