@@ -1,7 +1,7 @@
 """Measure one thing on our side and on PyTorch's, in turn in one run, medians with their spread.
 
     python scripts/benchmark.py train --against hf hf-compile            # seconds, tokens/s and MFU of optimizer steps
-    python scripts/benchmark.py train --against huge-pages               # the same, ours with and without
+    python scripts/benchmark.py train --against kept-memory              # ours with glibc keeping what is freed
     python scripts/benchmark.py train --against remat-none remat-full    # ours with each way to rematerialise
     python scripts/benchmark.py memory --sequence-length 2048            # the most memory such steps take
     python scripts/benchmark.py decode --against hf llamacpp             # tokens after a prompt of 16, greedy, cached
@@ -24,6 +24,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import platform
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ PROMPT = 16  # tokens before the decoded ones
 SETTINGS = ("JAX_PLATFORMS", "XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 Remat = Literal["none", "dots", "full"]
 Other = Literal[
-    "hf", "hf-compile", "hf-compile-max", "twin", "twin-compile", "llamacpp", "plain", "huge-pages",
+    "hf", "hf-compile", "hf-compile-max", "twin", "twin-compile", "llamacpp", "plain", "kept-memory",
     "remat-none", "remat-dots", "remat-full",
 ]  # fmt: skip
 HF, TWIN = ("hf", "hf-compile", "hf-compile-max"), ("twin", "twin-compile")
@@ -54,12 +55,11 @@ REMAT = {f"remat-{policy}": policy for policy in get_args(Remat)}
 # Whom a subject can be measured against; the first is the default.
 AGAINST = {"decode": (*HF, "llamacpp"), "prefill": (*HF, "llamacpp"), "packed": ("plain",)}
 AGAINST |= {"checkpoint": (), "prepare": ()}
-AGAINST |= {"startup": (*HF, *TWIN), "memory": (*HF, *TWIN, *REMAT), "train": (*HF, *TWIN, "huge-pages", *REMAT)}
+AGAINST |= {"startup": (*HF, *TWIN), "memory": (*HF, *TWIN, *REMAT), "train": (*HF, *TWIN, "kept-memory", *REMAT)}
 AGAINST |= dict.fromkeys(("loss", "attention", "gemm"), HF)
-# Needs glibc 2.35; without both thresholds the pages of a freed buffer go back to the system at once.
-HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184"
-THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-VARIABLES = {"huge-pages": {"GLIBC_TUNABLES": HUGE_PAGES}}  # of a side's own process
+# One heap, which only grows: without any one of the three a freed buffer's pages go back to the system at once.
+KEPT_MEMORY = "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+VARIABLES = {"kept-memory": {"GLIBC_TUNABLES": KEPT_MEMORY}}  # of a side's own process
 LLAMACPP = (
     "--against llamacpp needs it: CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python"
 )
@@ -85,8 +85,8 @@ class Flags:
     """See above."""
     against: tuple[Other, ...] | None = None
     """transformers' LlamaForCausalLM with SDPA (default), smollm_torch ("-compile": under torch.compile, "-max": its
-    max-autotune), llama.cpp; "packed": our plain causal attention; "train": ourselves on glibc's huge pages, and as
-    "memory" ourselves with another --remat. An empty list: ours alone."""
+    max-autotune), llama.cpp; "packed": our plain causal attention; "train": ourselves with glibc keeping what is freed,
+    and as "memory" ourselves with another --remat. An empty list: ours alone."""
     preset: str = "smollm2-135m"
     """Model, with seeded random weights."""
     rounds: int = 5
@@ -177,8 +177,8 @@ def check_flags(flags: Flags) -> None:
     longest = PROMPT + flags.new_tokens if flags.what == "decode" else flags.sequence_length
     if longest > (most := preset(flags.preset).max_position_embeddings):
         raise errors.UsageError(f"{longest} tokens exceed the {most} positions of {flags.preset}")
-    if "huge-pages" in flags.others and "[never]" in (said := THP.read_text() if THP.is_file() else "[never]"):
-        raise errors.UsageError(f"{THP} says {said.strip()!r}: there are no huge pages to measure")
+    if "kept-memory" in flags.others and platform.libc_ver()[0] != "glibc":
+        raise errors.UsageError("--against kept-memory sets glibc's allocator, and this system's C library is another")
     if "llamacpp" in flags.others:
         if flags.dtype != "float32" or flags.batch_size != 1:
             raise errors.UsageError("llamacpp is measured with --dtype float32 and --batch-size 1 only")

@@ -87,11 +87,12 @@ def test_the_twin_trains_beside_us(tmp_path):
     assert rows["loss 2, ours"]["median"] < rows["loss 1, ours"]["median"] - 0.5, "the optimizer did nothing"
 
 
-def test_ours_with_huge_pages_is_the_same_step_under_other_settings(tmp_path):
-    rows = measured(tmp_path, "train", "--against", "huge-pages", "--sequence-length", "32")["rows"]
-    assert rows["loss 2, ours"] == rows["loss 2, huge-pages"]
-    assert rows["tokens/s, ours / huge-pages"]["median"] > 0
-    assert "glibc.malloc.hugetlb=1:" in benchmark.VARIABLES["huge-pages"]["GLIBC_TUNABLES"]
+def test_ours_with_kept_memory_is_the_same_step_under_other_settings(tmp_path):
+    rows = measured(tmp_path, "train", "--against", "kept-memory", "--sequence-length", "32")["rows"]
+    assert rows["loss 2, ours"] == rows["loss 2, kept-memory"]
+    assert rows["tokens/s, ours / kept-memory"]["median"] > 0
+    assert f"GLIBC_TUNABLES ?= {benchmark.KEPT_MEMORY}\n" in (ROOT / "Makefile").read_text()
+    assert f"GLIBC_TUNABLES={benchmark.KEPT_MEMORY} " in (ROOT / "README.md").read_text()
 
 
 def test_what_remat_keeps_is_measured_policy_by_policy(tmp_path):
@@ -205,11 +206,10 @@ def test_llama_cpp_that_is_not_there_is_asked_for_in_one_line(monkeypatch):
         benchmark.check_flags(benchmark.Flags("decode", against=("hf", "llamacpp"), preset="tiny"))
 
 
-def test_huge_pages_that_the_kernel_never_gives_are_not_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "THP", tmp_path / "enabled")
-    (tmp_path / "enabled").write_text("always madvise [never]\n")
-    with pytest.raises(UsageError, match="no huge pages to measure"):
-        benchmark.check_flags(benchmark.Flags("train", against=("huge-pages",), preset="tiny"))
+def test_memory_that_another_c_library_would_not_keep_is_not_measured(monkeypatch):
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))  # as with musl
+    with pytest.raises(UsageError, match="sets glibc's allocator"):
+        benchmark.check_flags(benchmark.Flags("train", against=("kept-memory",), preset="tiny"))
 
 
 def test_the_sides_are_given_the_same_seeded_work(monkeypatch):

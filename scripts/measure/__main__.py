@@ -22,7 +22,7 @@ def main() -> None:
     name, job, weights = sys.argv[1], Job(**json.loads(sys.argv[2])), Path(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    if name in ("ours", "plain", "huge-pages") or name.startswith("remat-"):
+    if name in ("ours", "plain", "kept-memory") or name.startswith("remat-"):
         from jax_side import prepare
     elif name == "checkpoint":
         from checkpoint_side import prepare
