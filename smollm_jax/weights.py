@@ -283,7 +283,7 @@ def from_bundle(bundle: Bundle, dtype: Any = np.float32) -> "SmolLM":
     if dtype == np.float64 and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise UsageError("float64 needs jax_enable_x64: set JAX_ENABLE_X64=1")
     abstract = jax.eval_shape(lambda: SmolLM(bundle.config, key=jax.random.key(0)))
-    # One at a time, so that the next takes the memory of the one before.
+    # One at a time: the next takes the memory of one that JAX has copied.
     ours = _stacked(bundle.tensors, bundle.config, dtype)
     return unflatten(abstract, {path: jnp.asarray(array) for path, array in ours})
 
