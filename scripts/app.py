@@ -46,6 +46,11 @@ class Flags:
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
+    @property
+    def connections(self) -> int:
+        """Open at once, and visits remembered."""
+        return 8 * self.queue + 64
+
 
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     shown = f"[{flags.host}]" if ":" in flags.host else flags.host
     print(f"http://{shown}:{listener.getsockname()[1]}", flush=True)
     settings = {"log_level": "warning", "access_log": False, "server_header": False, "timeout_graceful_shutdown": 2}
-    server = uvicorn.Server(uvicorn.Config(app, limit_concurrency=8 * flags.queue + 64, ws="none", **settings))
+    server = uvicorn.Server(uvicorn.Config(app, limit_concurrency=flags.connections, ws="none", **settings))
     server.run(sockets=[listener])
 
 
@@ -114,6 +119,7 @@ def build(flags: Flags):
     # No other documentation pages: theirs would load scripts from another host.
     outer = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     blocks = page(answers, queue_size=flags.queue)
+    blocks.state_session_capacity = flags.connections  # of Gradio's 10,000 visits each keeps 0.1 MB and more
     mounted = gradio.mount_gradio_app(
         outer,
         blocks,
