@@ -23,6 +23,7 @@ from smollm_jax.integrity import DamagedError, NoManifestError
 
 T = TypeVar("T")
 STAGING = ".saving"
+LATE_WRITES = 0.2  # seconds without one after which a failed save's threads count as done
 
 Arrays = dict[str, Any]
 
@@ -147,6 +148,7 @@ class CheckpointStore:
             name: save.PyTreeSave(arrays, ocdbt_target_data_file_size=64 << 20) for name, arrays in items.items()
         }
         about = {"step": step} | {name: meta.get(name, {}) for name in ("fingerprints", "environment")}
+        quiet = LATE_WRITES
         try:
             with distributed.one_for_all():
                 self._staging.mkdir(exist_ok=True)
@@ -154,13 +156,14 @@ class CheckpointStore:
                 if distributed.first():
                     self._commit(step, folder, about)
                 distributed.wait_for_all(f"step {step} is committed")
+            quiet = 0
         except PeerError:
             raise
         except Exception as error:  # Orbax, tensorstore and the file system each raise their own
             raise StorageError(f"{self.folder}: step {step} could not be saved: {_first_line(error)}") from error
         finally:
             if distributed.first():
-                self._clear()
+                self._clear(quiet)
 
     def _commit(self, step: int, folder: Path, about: dict[str, Any]) -> None:
         integrity.seal(folder, about)
@@ -169,13 +172,17 @@ class CheckpointStore:
         for old in self.steps()[: -self._keep] if self._keep else []:
             (self.folder / str(old)).rename(self._staging / f"{old}.removed")
 
-    def _clear(self) -> None:
-        """Removes the staging folder; for up to a second, since a failed save's threads may still write into it."""
-        for _ in range(50):
-            shutil.rmtree(self._staging, ignore_errors=True)
-            if not self._staging.exists():
+    def _clear(self, quiet: float) -> None:
+        """Removes the staging folder, again where a failed save's threads make it again, until it is away for `quiet`
+        seconds; not for longer than ten."""
+        seen = began = time.monotonic()
+        while (now := time.monotonic()) < began + 10:
+            if self._staging.exists():
+                shutil.rmtree(self._staging, ignore_errors=True)
+                seen = now
+            elif now - seen >= quiet:
                 return
-            time.sleep(0.02)
+            time.sleep(0.01)
 
     def newest(self, load: Callable[[int], T], *, allow_unverified: bool = False) -> T:
         """`load(step)` of the newest step that is not damaged.

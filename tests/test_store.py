@@ -203,6 +203,22 @@ def test_a_full_disk_is_an_error_and_leaves_the_step_before(tmp_path, free_bytes
     assert newest(tmp_path / "c") == (3, bits(items(3)))
 
 
+def test_what_a_failed_save_writes_late_is_removed_too(tmp_path):
+    """As Orbax's threads do when one of them met the full disk: seen beside other writers, 20 ms after the error."""
+
+    def fail(folder, **_):
+        late.start()
+        raise OSError("no space left on device")
+
+    store = CheckpointStore(tmp_path / "c")
+    late = threading.Timer(0.05, lambda: (tmp_path / "c" / STAGING / "1/params").mkdir(parents=True))
+    store._orbax.save = fail
+    with pytest.raises(StorageError, match="step 1 could not be saved: OSError: no space left"):
+        store.save(1, items(1), {})
+    late.join()
+    assert list((tmp_path / "c").iterdir()) == []
+
+
 def test_what_goes_wrong_in_the_background_is_raised_by_the_next_save_and_at_the_end(tmp_path):
     store = CheckpointStore(tmp_path / "c", asynchronous=True)
     with full_disk(100):
@@ -264,7 +280,7 @@ class Store(RuleBasedStateMachine):
     def kill_in_a_save(self, stage):
         self.step += 1
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(CheckpointStore, "_clear", lambda self: None)  # the dead clean nothing up
+            patch.setattr(CheckpointStore, "_clear", lambda *_: None)  # the dead clean nothing up
             if stage == "before Orbax":
                 patch.setattr(self.store._orbax, "save", kill)
             elif stage == "before the manifest":
@@ -306,9 +322,8 @@ class Store(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_half_done(self):
-        """But for the staging folder, which a failed save's threads may make again: the next start removes it."""
         if hasattr(self, "folder"):
-            names = {path.name for path in self.folder.glob("*")} - {STAGING}
+            names = {path.name for path in self.folder.glob("*")}
             assert all(name.isdigit() or ".bad" in name for name in names), names
 
 
