@@ -138,10 +138,11 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
         progress, state = saved.progress, saved.state_under(config)
     else:
         progress = train.Progress()
-        begun = sharding.put(weights.from_bundle(bundle), mesh) if bundle else None
         if bundle:
+            model = sharding.put(weights.from_bundle(bundle), mesh)
             bundle.tensors.clear()  # whose memory the moments take
-        model = begun or train_step.fresh(config, recipe.seed, mesh)
+        else:
+            model = train_step.fresh(config, recipe.seed, mesh)
         state = train_step.begin(model, optimizer.adamw(recipe), mesh)
         # Of a run that has no checkpoint, or has one no longer.
         if (run / "metrics.jsonl").exists() and distributed.first():
@@ -152,7 +153,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
         weights.write_run_files(run, config, formats.read_tokenizer_files(tokenizer_folder))
     flops = cost.flops_per_token(config, recipe.sequence_length)
     peak = cost.peak_flops(device.device_kind)
-    peak = peak and peak * setup.devices
+    peak = peak and peak * compute.devices
     with (
         CheckpointStore(run / "checkpoints", keep=flags.keep, asynchronous=flags.async_save) as store,
         metrics.RunLog(
@@ -200,8 +201,8 @@ def announce(run: Path, flags: TrainingFlags, setup, device) -> None:
     start, recipe, compute, cadence = setup.start, setup.start.recipe, setup.compute, setup.cadence
     if device.platform != "gpu":
         print("no GPU found: training on the CPU" + ("" if flags.recipe else ", at a demo size"))
-    used = f"{setup.devices} of {jax.device_count()}"
-    used += f" as {flags.mesh or f'data={setup.devices}'}" if compute.mesh else ""
+    used = f"{compute.devices} of {jax.device_count()}"
+    used += f" as {flags.mesh or f'data={compute.devices}'}" if compute.mesh else ""
     used += f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(f"device      {device.device_kind}, {used}, jax {jax.__version__}")
     print(f"model       {cost.count_parameters(start.config):,} parameters, {start.config}")

@@ -216,4 +216,4 @@ def _changes(recipe: Recipe, compute: Compute) -> list[list[tuple[str, Recipe, C
 
 def _rows_at_once(compute: Compute) -> int:
     """The least batch: one row on each device in each part."""
-    return (compute.mesh.size if compute.mesh else 1) * compute.parts
+    return compute.devices * compute.parts

@@ -47,6 +47,11 @@ class Compute:
         if self.remat not in get_args(Remat):
             raise UsageError(f"remat must be one of {', '.join(get_args(Remat))}, got {self.remat!r}")
 
+    @property
+    def devices(self) -> int:
+        """How many a batch is divided among."""
+        return self.mesh.size if self.mesh else 1
+
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 

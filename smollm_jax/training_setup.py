@@ -49,11 +49,6 @@ class Setup:
     tokenizer_folder: Path
     reference: Path | None
 
-    @property
-    def devices(self) -> int:
-        """How many."""
-        return self.compute.mesh.size if self.compute.mesh else 1
-
 
 def set_up(flags: TrainingFlags, run: Path) -> Setup:
     """What to train, and how; raises an error that names the flag, the file or the field that does not fit."""
