@@ -90,7 +90,7 @@ def prepare(
     for path, _ in named:
         path = path.parent if path.name == "tokens.bin" else path
         whole = any((path / name).is_file() for name in (MANIFEST, "tokens.json"))
-        sets.append(TokenSet.open(path if whole else prepared(path, tokenizer_folder, cache, stop)))
+        sets.append(TokenSet.open(path if whole else prepared(path, tokenizer_folder, cache, stop, tokenizer)))
         for file in sets[-1].files:
             file.check(tokenizer, tokenizer_folder, sha256)
     if not weights:

@@ -47,9 +47,14 @@ class Plan:
         return {"format": FORMAT, "cuts": CUTS} | self.about | {"files": self.files, "units": units}
 
 
-def make_plan(sources: Sequence[Path], settings: Settings, *, by_content: bool = False) -> Plan:
-    """The plan for some sources; a changed file is told by its time or `by_content`, and then wherever it lies."""
-    tokenizer = Tokenizer.load(settings.tokenizer)
+def make_plan(
+    sources: Sequence[Path], settings: Settings, *, by_content: bool = False, tokenizer: Tokenizer | None = None
+) -> Plan:
+    """The plan for some sources; a changed file is told by its time or `by_content`, and then wherever it lies.
+
+    `tokenizer` is the settings', where it was loaded before.
+    """
+    tokenizer = tokenizer or Tokenizer.load(settings.tokenizer)
     if tokenizer.vocab_size > 1 << 16:
         size = f"a vocabulary of {tokenizer.vocab_size}"
         raise InputFileError(f"{settings.tokenizer}: {size} does not fit a token file's uint16")

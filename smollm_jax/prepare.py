@@ -39,13 +39,13 @@ THREADS = 4  # of the tokenizer in a process: they share its vocabulary, which t
 REPORT_SECONDS = 10  # between two lines where the output is no terminal
 
 
-def prepared(source: Path, tokenizer: Path, cache: Path, stop: Stop | None = None) -> Path:
+def prepared(source: Path, tokenizer_folder: Path, cache: Path, stop: Stop | None, tokenizer: Tokenizer) -> Path:
     """The folder under `cache` of a source's tokens, made if it is not there, named by the content it was made from.
 
     Several processes may ask for it at once: one makes it.
     """
-    settings = Settings(tokenizer)
-    plan = make_plan([source], settings, by_content=True)
+    settings = Settings(tokenizer_folder)
+    plan = make_plan([source], settings, by_content=True, tokenizer=tokenizer)
     digest = hashlib.sha256(json.dumps(plan.content(), sort_keys=True).encode()).hexdigest()
     target = cache / f"{re.sub('[^A-Za-z0-9._-]', '_', source.stem)}-{digest[:12]}"
     while not (target / MANIFEST).is_file():

@@ -111,6 +111,12 @@ def test_a_prepared_file_is_reused_and_a_changed_text_is_not(tmp_path, tokenizer
     assert prepare(source, tokenizer_path, tmp_path / "cache").sha256 != first.sha256
 
 
+def test_a_tokenizer_that_was_loaded_is_not_loaded_again(tmp_path, tokenizer_path, tokenizer, monkeypatch):
+    write(tmp_path / "text", a_txt="some text")
+    monkeypatch.setattr(Tokenizer, "load", lambda folder: pytest.fail(f"{folder} was loaded again"))
+    assert prepare(tmp_path / "text", tokenizer_path, tmp_path / "cache", None, tokenizer).tokens > 0
+
+
 @pytest.mark.parametrize("read_at_once", [1, 2, 3, 4, smollm_jax.text.PIECE])
 def test_line_ends_become_newlines_and_nothing_else_of_a_text_changes(tmp_path, monkeypatch, read_at_once):
     monkeypatch.setattr(smollm_jax.text, "PIECE", read_at_once)
