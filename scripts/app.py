@@ -48,7 +48,7 @@ class Flags:
 
     @property
     def connections(self) -> int:
-        """Open at once, and visits remembered."""
+        """Open at once; also the visits remembered, of which the runs tab of an older one begins anew."""
         return 8 * self.queue + 64
 
 

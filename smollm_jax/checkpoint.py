@@ -23,7 +23,7 @@ from smollm_jax.integrity import DamagedError, NoManifestError
 
 T = TypeVar("T")
 STAGING = ".saving"
-LATE_WRITES = 0.2  # seconds without one after which a failed save's threads count as done
+LATE_WRITES = 0.5  # seconds without one after which a failed save's threads count as done
 
 Arrays = dict[str, Any]
 
@@ -175,12 +175,13 @@ class CheckpointStore:
     def _clear(self, quiet: float) -> None:
         """Removes the staging folder, again where a failed save's threads make it again, until it is away for `quiet`
         seconds; not for longer than ten."""
-        seen = began = time.monotonic()
-        while (now := time.monotonic()) < began + 10:
+        away = time.monotonic()
+        end = away + (10 if quiet else 1)
+        while time.monotonic() < end:
             if self._staging.exists():
                 shutil.rmtree(self._staging, ignore_errors=True)
-                seen = now
-            elif now - seen >= quiet:
+                away = time.monotonic()
+            if time.monotonic() - away >= quiet and not self._staging.exists():
                 return
             time.sleep(0.01)
 

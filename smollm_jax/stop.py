@@ -64,7 +64,7 @@ class Stop:
     def _watch(self) -> None:
         number = self._next_signal()
         self._notice(number)
-        print(f"{number.name}: {self._doing}; once more in a second: at once", file=sys.stderr, flush=True)
+        print(f"{number.name}: {self._doing}; again after a second: at once", file=sys.stderr, flush=True)
         time.sleep(ONE_WISH)
         with contextlib.suppress(BlockingIOError):
             self._sockets[0].recv(65536, socket.MSG_DONTWAIT)

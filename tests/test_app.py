@@ -7,6 +7,7 @@ import json
 import re
 import time
 import tracemalloc
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import GeneratorType
@@ -332,17 +333,24 @@ def resident_megabytes() -> float:
     return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
+@pytest.fixture
+def traced() -> Iterator[None]:
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
 def held_kilobytes() -> float:
-    """What Python's objects and JAX's arrays take."""
+    """What Python's objects, traced, and JAX's arrays take."""
     gc.collect()
     return (tracemalloc.get_traced_memory()[0] + sum(array.nbytes for array in jax.live_arrays())) / 1024
 
 
+@pytest.mark.usefixtures("traced")
 def test_two_hundred_visits_leave_memory_flat_and_compile_nothing_new(place):
     given = flags(place, queue=2)
     compiled = []
     lengths = [5, 60, 120]  # in two buckets of prompt slots
-    tracemalloc.start()
     with served(given) as url, Client(url, str(place / "assets/tiny")) as client:
 
         def visit(i: int) -> None:
@@ -361,7 +369,6 @@ def test_two_hundred_visits_leave_memory_flat_and_compile_nothing_new(place):
             held, resident = held_kilobytes() - held, resident_megabytes() - resident
         finally:
             jax.monitoring.unregister_event_duration_listener(listener)
-            tracemalloc.stop()
     assert compiled == []
     print(f"a visit leaves {held / 100:.1f} kB")
     assert held / 100 < 10  # 4.6 seen: the queue Gradio keeps for each of the last 2,000

@@ -111,8 +111,9 @@ def test_a_prepared_file_is_reused_and_a_changed_text_is_not(tmp_path, tokenizer
     assert prepare(source, tokenizer_path, tmp_path / "cache").sha256 != first.sha256
 
 
-def test_a_tokenizer_that_was_loaded_is_not_loaded_again(tmp_path, tokenizer_path, tokenizer, monkeypatch):
+def test_a_tokenizer_that_was_loaded_is_not_loaded_again(tmp_path, tokenizer_path, monkeypatch):
     write(tmp_path / "text", a_txt="some text")
+    tokenizer = Tokenizer.load(tokenizer_path)
     monkeypatch.setattr(Tokenizer, "load", lambda folder: pytest.fail(f"{folder} was loaded again"))
     assert prepare(tmp_path / "text", tokenizer_path, tmp_path / "cache", None, tokenizer).tokens > 0
 
