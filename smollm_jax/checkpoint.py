@@ -174,7 +174,7 @@ class CheckpointStore:
 
     def _clear(self, quiet: float) -> None:
         """Removes the staging folder, again where a failed save's threads make it again, until it is away for `quiet`
-        seconds; not for longer than ten."""
+        seconds; for ten at most, and for one where nothing failed."""
         away = time.monotonic()
         end = away + (10 if quiet else 1)
         while time.monotonic() < end:
