@@ -12,6 +12,7 @@ takes about 10 minutes on 2 cores. A flag left out is chosen by the device and p
 
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import os
 import shlex
@@ -86,6 +87,13 @@ def refuse_used(run: Path) -> None:
 
 def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     """Trains in a run folder that is ours alone."""
+    from smollm_jax import weights
+
+    read = None
+    if flags.init_from and not flags.resume:
+        read = functools.partial(weights.read, flags.init_from, mapped=True)
+        if weights.kind_of(flags.init_from) != "orbax":  # whose reader imports JAX, as only one thread may at a time
+            read = concurrent.futures.ThreadPoolExecutor(1).submit(read).result  # most of it hashes, without the GIL
     import jax
     import numpy as np
 
@@ -101,14 +109,13 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
         sharding,
         train,
         train_step,
-        weights,
     )
     from smollm_jax.checkpoint import CheckpointStore
     from smollm_jax.provenance import Provenance
     from smollm_jax.training_setup import set_up
 
     compilation_cache.enable()
-    setup = set_up(flags, run)
+    setup = set_up(flags, run, read)
     start, recipe, compute, cadence = setup.start, setup.start.recipe, setup.compute, setup.cadence
     config, saved, bundle, mesh = start.config, start.saved, start.bundle, compute.mesh
     tokenizer, tokenizer_folder, step = setup.tokenizer, setup.tokenizer_folder, None
@@ -123,6 +130,10 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
             compiling.result()
     announce(run, flags, setup, device)
 
+    model = None
+    if bundle:  # before text is read, which may take hours: its tensors may be views of a file
+        model = sharding.put(weights.from_bundle(bundle), mesh)
+        bundle.tensors.clear()
     # Not stopped by a first signal: exit 75 promises a checkpoint.
     tokens = data.prepare(start.source, tokenizer_folder, Path("data"), None, tokenizer)
     batches = data.Batches(tokens, recipe)
@@ -138,11 +149,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
         progress, state = saved.progress, saved.state_under(config)
     else:
         progress = train.Progress()
-        if bundle:
-            model = sharding.put(weights.from_bundle(bundle), mesh)
-            bundle.tensors.clear()  # whose memory the moments take
-        else:
-            model = train_step.fresh(config, recipe.seed, mesh)
+        model = train_step.fresh(config, recipe.seed, mesh) if model is None else model
         state = train_step.begin(model, optimizer.adamw(recipe), mesh)
         # Of a run that has no checkpoint, or has one no longer.
         if (run / "metrics.jsonl").exists() and distributed.first():

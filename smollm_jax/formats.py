@@ -93,9 +93,9 @@ def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------ safetensors
 
 
-def read_safetensors_file(path: Path) -> Bundle:
+def read_safetensors_file(path: Path, *, mapped: bool = False) -> Bundle:
     """A lone safetensors file; its config is in its metadata, or in a config.json beside it."""
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = read_safetensors(path, mapped=mapped)
     if "config" in metadata:
         config = parse_config(parse_json(metadata["config"], f"{path}: metadata 'config'"), path)
     else:
@@ -119,19 +119,19 @@ def _config_beside(path: Path) -> Config:
 # ----------------------------------------------------------------------------------------- Hugging Face folder
 
 
-def read_hf(folder: Path) -> Bundle:
+def read_hf(folder: Path, *, mapped: bool = False) -> Bundle:
     """A Hugging Face model folder: config.json, and model.safetensors or its shards."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists() and index.exists():
         raise InputFileError(f"{folder}: holds both {whole.name} and {index.name}: remove the one that is not meant")
-    tensors = _read_shards(index) if index.exists() else read_safetensors(whole)[0]
+    tensors = _read_shards(index, mapped) if index.exists() else read_safetensors(whole, mapped=mapped)[0]
     config = read_config(folder / "config.json")
     origin = folder / "ORIGIN.txt"
     words = " ".join(read_text(origin).split()) if origin.exists() else ""
     return Bundle(tensors, config, read_tokenizer_files(folder), words)
 
 
-def _read_shards(index: Path) -> dict[str, np.ndarray]:
+def _read_shards(index: Path, mapped: bool) -> dict[str, np.ndarray]:
     """The tensors of a folder with an index, each from the one shard it names."""
     content = read_json(index)
     places = content.get("weight_map") if isinstance(content, dict) else None
@@ -141,7 +141,7 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard:
             raise InputFileError(f"{index}: shard {shown(shard)} is not a plain file name")
-        found, _ = read_safetensors(index.parent / shard)
+        found, _ = read_safetensors(index.parent / shard, mapped=mapped)
         expected = {name for name, place in places.items() if place == shard}
         if differing := sorted(expected ^ set(found)):
             names = shown(", ".join(differing))

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -16,7 +17,8 @@ from smollm_jax.errors import InputFileError, StorageError
 from smollm_jax.files import one_line, parse_json, size_of
 
 MAX_HEADER = 16 << 20  # bytes; SmolLM2-135M's has 30 KB
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 DIGEST = "smollm_jax.sha256"  # the metadata key, in a `.pt` too
 
 
@@ -44,16 +46,24 @@ def native(tensor: np.ndarray) -> np.ndarray:
     return np.asarray(tensor, dtype=tensor.dtype.newbyteorder("="), order="C")
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors and metadata of one file; raises `InputFileError` when the file is malformed or its digest differs."""
-    metadata = check_header(path)
-    tensors = _load(path)
+def read_safetensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors and metadata of one file; raises `InputFileError` when the file is malformed or its digest differs.
+
+    `mapped`: the tensors are views of the file, which take no memory of their own. They are not to be kept: whoever
+    writes to the file changes them after they were verified, and who cuts it short ends the process.
+    """
+    metadata, places = check_header(path)
+    tensors = _map(path, places) if mapped else _load(path)
     verify(tensors, metadata.get(DIGEST), path)
     return tensors, metadata
 
 
-def check_header(path: Path) -> dict[str, str]:
-    """The metadata of a file whose header describes it to the last byte; raises `InputFileError` otherwise.
+# Where a tensor lies: its dtype's name, its shape, its first byte and the one after its last.
+Place = tuple[str, list[int], int, int]
+
+
+def check_header(path: Path) -> tuple[dict[str, str], dict[str, Place]]:
+    """Metadata and places of a file whose header describes it to the last byte; raises `InputFileError` otherwise.
 
     safetensors finds most of it too, but takes the last of two tensors of one name and speaks of no tensor by name.
     """
@@ -74,7 +84,7 @@ def check_header(path: Path) -> dict[str, str]:
     metadata = entries.pop("__metadata__", {}) if isinstance(entries, dict) else None
     if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
         raise fail("the header is no object of tensors with metadata of strings")
-    spans = []
+    places: dict[str, Place] = {}
     for name, entry in entries.items():
         if not name.isprintable() or len(name) > 256:
             raise fail(f"a tensor is named {shown(name)}")
@@ -85,23 +95,24 @@ def check_header(path: Path) -> dict[str, str]:
                 pass
             case _:
                 raise fail(f"tensor {name} is described by {shown(entry)}, not by dtype, shape and data_offsets")
-        if dtype not in SIZES:
-            raise fail(f"tensor {name} has dtype {shown(dtype)}, only {', '.join(SIZES)} are read")
+        if dtype not in DTYPES:
+            raise fail(f"tensor {name} has dtype {shown(dtype)}, only {', '.join(DTYPES)} are read")
         if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
             raise fail(f"tensor {name} has shape {shown(shape)}")
-        if math.prod(shape) * SIZES[dtype] != end - begin:
+        if math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize != end - begin:
             raise fail(f"tensor {name}, {dtype} {shape}, does not fill bytes {shown(begin)} to {shown(end)}")
-        spans.append((begin, end, name))
-    place = 0
-    for begin, end, name in sorted(spans):
-        if begin != place:
+        places[name] = (dtype, shape, 8 + length + begin, 8 + length + end)
+    expected = 8 + length
+    for begin, end, name in sorted((begin, end, name) for name, (_, _, begin, end) in places.items()):
+        if begin != expected:
             raise fail(
-                f"tensor {name} begins at byte {shown(begin)} of the data, expected {place}: a hole or an overlap"
+                f"tensor {name} begins at byte {shown(begin - 8 - length)} of the data, "
+                f"expected {expected - 8 - length}: a hole or an overlap"
             )
-        place = end
-    if 8 + length + place != size:
-        raise fail(f"has {size:,} bytes, its header describes {shown(8 + length + place)}")
-    return metadata
+        expected = end
+    if expected != size:
+        raise fail(f"has {size:,} bytes, its header describes {shown(expected)}")
+    return metadata, places
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -135,6 +146,16 @@ def _order_metadata(path: Path) -> None:
             raise StorageError(f"{path}: the header changed its length when its metadata were sorted")
         file.seek(8)
         file.write(ordered)
+
+
+def _map(path: Path, places: dict[str, Place]) -> dict[str, np.ndarray]:
+    try:
+        whole = np.asarray(np.memmap(path, np.uint8, "r"))
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"{path}: not a readable safetensors file: {one_line(error)}") from error
+    return {
+        name: whole[begin:end].view(DTYPES[dtype]).reshape(shape) for name, (dtype, shape, begin, end) in places.items()
+    }
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from smollm_jax import distributed, formats, memory, recipes, sharding, train, weights
+from smollm_jax import distributed, formats, memory, recipes, sharding, train
 from smollm_jax.attention import Implementation
 from smollm_jax.checkpoint import CheckpointStore
 from smollm_jax.config import Config, preset
@@ -50,8 +51,11 @@ class Setup:
     reference: Path | None
 
 
-def set_up(flags: TrainingFlags, run: Path) -> Setup:
-    """What to train, and how; raises an error that names the flag, the file or the field that does not fit."""
+def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -> Setup:
+    """What to train, and how; raises an error that names the flag, the file or the field that does not fit.
+
+    `read` gives the weights to begin with; None without --init-from, and for --resume.
+    """
     device = jax.local_devices()[0]
     on_gpu = device.platform == "gpu"
     layout = flags.mesh or (f"data={jax.device_count()}" if flags.distributed else None)
@@ -59,6 +63,8 @@ def set_up(flags: TrainingFlags, run: Path) -> Setup:
     devices = mesh.size if mesh else 1
     # In MiB, of which an int32 holds enough.
     limit = min(distributed.of_all(memory.available(device, -(-devices // jax.process_count())) >> 20)) << 20
+    tokenizer_folder = flags.tokenizer or folder_beside(run if flags.resume else flags.init_from)
+    tokenizer = Tokenizer.load(tokenizer_folder)  # while weights are read
     recipe_name, given = flags.recipe or ("gpu-demo" if on_gpu else "demo"), flags.recipe_fields()
     if largest := given.get("batch_size") == "auto":
         del given["batch_size"]
@@ -69,7 +75,7 @@ def set_up(flags: TrainingFlags, run: Path) -> Setup:
         if largest:  # until it is known what else decides
             parts = (named.fields | given).get("gradient_accumulation_steps", 1)
             given["batch_size"] = devices * parts
-        start = _beginning(flags, recipe_name, given)
+        start = _beginning(flags, recipe_name, given, read)
     config, recipe = start.config, start.recipe
     if recipe.sequence_length > config.max_position_embeddings:
         raise UsageError(
@@ -81,8 +87,6 @@ def set_up(flags: TrainingFlags, run: Path) -> Setup:
         raise UsageError(
             f"--batch-size {recipe.batch_size} must divide by {devices} devices x {parts} gradient accumulation steps"
         )
-    tokenizer_folder = flags.tokenizer or folder_beside(run if flags.resume else flags.init_from)
-    tokenizer = Tokenizer.load(tokenizer_folder)
     document_end = tokenizer.eos_token_id if recipe.mask_documents else None
     compute = Compute(recipe.dtype, attention, flags.remat, flags.unroll, parts, mesh, document_end)
     if largest and not start.saved:
@@ -113,10 +117,12 @@ def _going_on(flags: TrainingFlags, run: Path, given: dict[str, Any], mesh: jax.
     return Start(config, recipe, flags.data or tuple(shlex.split(before.data)), start_from, saved=saved)
 
 
-def _beginning(flags: TrainingFlags, recipe_name: str, given: dict[str, Any]) -> Start:
+def _beginning(
+    flags: TrainingFlags, recipe_name: str, given: dict[str, Any], read: Callable[[], Bundle] | None
+) -> Start:
     """With the weights that were named, or with none."""
     named = recipes.named(recipe_name)
-    bundle = weights.read(flags.init_from) if flags.init_from else None
+    bundle = read() if read else None
     wanted = preset(flags.preset or named.preset)
     if named.continues:
         if not bundle:

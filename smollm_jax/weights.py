@@ -173,18 +173,18 @@ def kind_of(path: Path) -> Kind:
     )
 
 
-def read(path: str | Path, *, allow_unverified: bool = False) -> Bundle:
+def read(path: str | Path, *, allow_unverified: bool = False, mapped: bool = False) -> Bundle:
     """The weights at a path of any kind, checked, in Hugging Face's names and layout at their stored precision.
 
     A checkpoint whose files are not what was written is a `CheckpointError`; one without a manifest too, unless
-    `allow_unverified`.
+    `allow_unverified`. `mapped`: for who copies the tensors at once; those of a safetensors file are views of it.
     """
     path = Path(path)
     readers = {
         "orbax": functools.partial(_read_orbax, allow_unverified=allow_unverified),
-        "hf": formats.read_hf,
+        "hf": functools.partial(formats.read_hf, mapped=mapped),
         "pt": formats.read_pt,
-        "safetensors": formats.read_safetensors_file,
+        "safetensors": functools.partial(formats.read_safetensors_file, mapped=mapped),
         "gguf": formats.read_gguf,
     }
     return check(readers[kind_of(path)](path), path)
@@ -268,7 +268,7 @@ def load(path: str | Path, dtype: Any = np.float32) -> "tuple[SmolLM, Config]":
 
     float64 needs `jax.config.update("jax_enable_x64", True)` first, else `UsageError`: JAX would truncate in silence.
     """
-    bundle = read(path)
+    bundle = read(path, mapped=True)
     return from_bundle(bundle, dtype), bundle.config
 
 

@@ -3,6 +3,7 @@
 python -m tests.test_hostile_files KIND FOLDER   # the cases of one kind under that memory limit, timed
 """
 
+import functools
 import json
 import os
 import re
@@ -36,6 +37,7 @@ def prepare(path: Path) -> data.Mixture:
 
 KINDS: dict[str, tuple[Cases, Callable[[Path], object]]] = {
     "safetensors": (SAFETENSORS, weights.read),
+    "safetensors, mapped": (SAFETENSORS, functools.partial(weights.read, mapped=True)),
     "gguf": (GGUF, weights.read),
     "tokenizer": (TOKENIZER, Tokenizer.load),
     "tokenizer_config": (TOKENIZER_CONFIG, Tokenizer.load),

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -188,11 +189,42 @@ def test_a_folder_of_weights_is_not_written_over(tmp_path, straight):
     assert "is no run of this trainer" in done.stderr
 
 
-def test_init_from_starts_at_the_weights(tmp_path, straight):
-    done = train(tmp_path / "run", "--steps", "1", "--init-from", str(straight), "--learning-rate", "1e-9")
+@pytest.mark.parametrize("kind", ["orbax", "hf"])
+def test_init_from_starts_at_the_weights(tmp_path, straight, kind):
+    begin = straight
+    if kind == "hf":
+        weights.write(begin := tmp_path / "hf", weights.read(straight), "hf")
+    done = train(tmp_path / "run", "--steps", "1", "--init-from", str(begin), "--learning-rate", "1e-9")
     assert done.returncode == 0, done.stderr
     trained = read_metrics(straight)[-1]["validation_loss"]
     assert read_metrics(tmp_path / "run")[-1]["validation_loss"] == pytest.approx(trained, rel=1e-5)
+
+
+WHEN_MAPPED = """
+import sys
+from pathlib import Path
+from scripts import train_jax
+from smollm_jax import data, weights
+def said(name, function):
+    def wrapped(*given):
+        print(name, "model.safetensors" in Path("/proc/self/maps").read_text(), file=sys.stderr)
+        return function(*given)
+    return wrapped
+weights.from_bundle = said("from_bundle", weights.from_bundle)
+data.prepare = said("prepare", data.prepare)
+train_jax.main(sys.argv[1:])
+"""
+
+
+def test_the_file_a_run_begins_with_is_let_go_before_text_is_read(tmp_path, straight):
+    """Which may take hours, in which whoever writes to it would change weights that were verified."""
+    weights.write(tmp_path / "hf", weights.read(straight), "hf")
+    flags = command(tmp_path / "run", "--steps", "1", "--init-from", str(tmp_path / "hf"))[2:]
+    done = subprocess.run(
+        [sys.executable, "-c", WHEN_MAPPED, *flags], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[:2] == ["from_bundle True", "prepare False"]
 
 
 def test_tensorboard_files_are_written_on_request(tmp_path):

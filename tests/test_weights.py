@@ -1,6 +1,7 @@
 """Weights keep every bit through every format, and faulty ones are named, all at once."""
 
 import dataclasses
+import functools
 import json
 import tracemalloc
 
@@ -165,6 +166,43 @@ def test_a_model_is_made_without_a_second_copy_of_its_weights(tiny, monkeypatch)
     tracemalloc.stop()
     whole = sum(tensor.nbytes for tensor in tensors.values())
     assert peak < 0.6 * whole, f"{peak:,} of {whole:,}"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("spaces", range(8))
+def test_a_mapped_file_has_the_bits_of_one_that_is_copied_wherever_they_begin(tmp_path, bundle, dtype, spaces):
+    path = tmp_path / "x.safetensors"
+    tensors = {name: tensor.astype(dtype) for name, tensor in bundle.tensors.items()}
+    weights.write(path, formats.Bundle(tensors, bundle.config), "safetensors")
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length] + b" " * spaces
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    mapped = weights.read(path, mapped=True).tensors
+    same(mapped, weights.read(path).tensors)
+    assert [*map(np.shape, mapped.values())] == [*map(np.shape, tensors.values())]
+    assert not any(tensor.flags.writeable for tensor in mapped.values())
+
+
+def test_a_model_is_loaded_without_a_second_copy_of_its_file(tmp_path, tiny, monkeypatch):
+    """Beside JAX's arrays, which are not counted, there is the stack under way and no more: as above."""
+    copy = jnp.asarray
+    monkeypatch.setattr(jnp, "asarray", lambda array: jax.block_until_ready(copy(array)))
+    config = dataclasses.replace(tiny, num_hidden_layers=64)
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in weights.hf_shapes(config).items()}
+    weights.write(tmp_path / "hf", formats.Bundle(tensors, config), "hf")
+    whole = sum(tensor.nbytes for tensor in tensors.values())
+    weights.load(tmp_path / "hf")  # what is allocated once
+    peaks = []
+    for read in (weights.read, functools.partial(weights.read, mapped=True), weights.load):
+        tracemalloc.start()
+        read(tmp_path / "hf")
+        peaks.append(tracemalloc.get_traced_memory()[1] / whole)
+        tracemalloc.stop()
+    copied, mapped, loaded = peaks
+    assert copied > 1
+    assert mapped < 0.2, peaks  # of one tensor, which of its numbers are finite
+    assert loaded < 0.6, peaks
 
 
 def test_float64_is_refused_where_jax_would_truncate_it(tmp_path, bundle):
