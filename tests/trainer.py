@@ -1,4 +1,7 @@
-"""Real training processes for the tests: the tiny model, the real text, a compilation cache of this session's."""
+"""Real training processes for the tests: the tiny model, the real text, a compilation cache of their own.
+
+Of their own, because one that is killed leaves what it was writing, of which JAX warns whoever reads it.
+"""
 
 import atexit
 import json
