@@ -151,11 +151,9 @@ def _order_metadata(path: Path) -> None:
 def _map(path: Path, places: dict[str, Place]) -> dict[str, np.ndarray]:
     try:
         whole = np.asarray(np.memmap(path, np.uint8, "r"))
+        return {name: whole[a:b].view(DTYPES[dtype]).reshape(shape) for name, (dtype, shape, a, b) in places.items()}
     except (OSError, ValueError) as error:
         raise InputFileError(f"{path}: not a readable safetensors file: {one_line(error)}") from error
-    return {
-        name: whole[begin:end].view(DTYPES[dtype]).reshape(shape) for name, (dtype, shape, begin, end) in places.items()
-    }
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

@@ -184,6 +184,22 @@ def test_a_mapped_file_has_the_bits_of_one_that_is_copied_wherever_they_begin(tm
     assert not any(tensor.flags.writeable for tensor in mapped.values())
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_file_that_is_exchanged_while_it_is_read_is_refused(tmp_path, bundle, monkeypatch, mapped):
+    path, check_header = tmp_path / "x.safetensors", safetensors_file.check_header
+
+    def exchanged(path):
+        found = check_header(path)
+        path.unlink()
+        formats.write_safetensors(path, {"model.norm.weight": np.ones(7, np.float32)}, {})
+        return found
+
+    weights.write(path, bundle, "safetensors")
+    monkeypatch.setattr(safetensors_file, "check_header", exchanged)
+    with pytest.raises(InputFileError, match=r"x\.safetensors: (not a readable|tensors were changed)"):
+        weights.read(path, mapped=mapped)
+
+
 def test_a_model_is_loaded_without_a_second_copy_of_its_file(tmp_path, tiny, monkeypatch):
     """Beside JAX's arrays, which are not counted, there is the stack under way and no more: as above."""
     copy = jnp.asarray
