@@ -92,8 +92,10 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     read = None
     if flags.init_from and not flags.resume:
         read = functools.partial(weights.read, flags.init_from, mapped=True)
-        if weights.kind_of(flags.init_from) != "orbax":  # whose reader imports JAX, as only one thread may at a time
-            read = concurrent.futures.ThreadPoolExecutor(1).submit(read).result  # most of it hashes, without the GIL
+        # While JAX is imported, for most of it is hashing, without Python's lock. The other kinds' readers import JAX
+        # or PyTorch themselves, or silence stderr.
+        if weights.kind_of(flags.init_from) in ("hf", "safetensors"):
+            read = concurrent.futures.ThreadPoolExecutor(1).submit(read).result
     import jax
     import numpy as np
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -52,8 +52,10 @@ def read_safetensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, np.
     `mapped`: the tensors are views of the file, which take no memory of their own. They are not to be kept: whoever
     writes to the file changes them after they were verified, and who cuts it short ends the process.
     """
-    metadata, places = check_header(path)
-    tensors = _map(path, places) if mapped else _load(path)
+    size_of(path)
+    with path.open("rb") as file:
+        metadata, places = check_header(path, file)
+        tensors = _map(path, file, places) if mapped else _load(path)
     verify(tensors, metadata.get(DIGEST), path)
     return tensors, metadata
 
@@ -62,7 +64,7 @@ def read_safetensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, np.
 Place = tuple[str, list[int], int, int]
 
 
-def check_header(path: Path) -> tuple[dict[str, str], dict[str, Place]]:
+def check_header(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, Place]]:
     """Metadata and places of a file whose header describes it to the last byte; raises `InputFileError` otherwise.
 
     safetensors finds most of it too, but takes the last of two tensors of one name and speaks of no tensor by name.
@@ -71,12 +73,10 @@ def check_header(path: Path) -> tuple[dict[str, str], dict[str, Place]]:
     def fail(what: str) -> InputFileError:
         return InputFileError(f"{path}: not a readable safetensors file: {what}")
 
-    size = size_of(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise fail(f"a header of {length:,} bytes in a file of {size:,}, at most {MAX_HEADER:,} are read")
-        header = file.read(length)
+    size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER):
+        raise fail(f"a header of {length:,} bytes in a file of {size:,}, at most {MAX_HEADER:,} are read")
+    header = file.read(length)
     try:
         entries = parse_json(header.decode("utf-8"), f"{path}: header")
     except UnicodeDecodeError as error:
@@ -148,9 +148,10 @@ def _order_metadata(path: Path) -> None:
         file.write(ordered)
 
 
-def _map(path: Path, places: dict[str, Place]) -> dict[str, np.ndarray]:
+def _map(path: Path, file: BinaryIO, places: dict[str, Place]) -> dict[str, np.ndarray]:
+    """Of the open file: by its name there may be another by now."""
     try:
-        whole = np.asarray(np.memmap(path, np.uint8, "r"))
+        whole = np.asarray(np.memmap(file, np.uint8, "r"))
         return {name: whole[a:b].view(DTYPES[dtype]).reshape(shape) for name, (dtype, shape, a, b) in places.items()}
     except (OSError, ValueError) as error:
         raise InputFileError(f"{path}: not a readable safetensors file: {one_line(error)}") from error

@@ -25,20 +25,6 @@ from tests.trainer import ENVIRONMENT, ROOT
 SOAK = bool(os.environ.get("SMOLLM_SOAK"))
 
 
-def test_orbax_is_imported_by_the_first_save_and_weights_are_read_without_jax(tmp_path):
-    """A training reads its weights while JAX is imported, and its first step does not wait for Orbax."""
-    program = f"""
-import pathlib, sys
-from smollm_jax import weights
-from smollm_jax.checkpoint import CheckpointStore
-with CheckpointStore(pathlib.Path({str(tmp_path)!r})) as store:
-    assert store.steps() == []
-assert not {{"jax", "orbax", "flax"}} & set(sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def items(seed: int):
     key = jax.random.key(seed)
     moments = {"mu.w": jnp.full((8, 3), seed / 7), "count": jnp.asarray(seed, jnp.int32)}

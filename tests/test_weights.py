@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import jax
@@ -16,6 +19,7 @@ from smollm_jax.checkpoint import flatten
 from smollm_jax.config import preset
 from smollm_jax.errors import CheckpointError, InputFileError, StorageError, UsageError
 from smollm_jax.model import SmolLM
+from tests.trainer import ENVIRONMENT
 
 
 @pytest.fixture(scope="module")
@@ -184,20 +188,50 @@ def test_a_mapped_file_has_the_bits_of_one_that_is_copied_wherever_they_begin(tm
     assert not any(tensor.flags.writeable for tensor in mapped.values())
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_a_file_that_is_exchanged_while_it_is_read_is_refused(tmp_path, bundle, monkeypatch, mapped):
-    path, check_header = tmp_path / "x.safetensors", safetensors_file.check_header
+@pytest.mark.parametrize("kind", ["hf", "safetensors"])
+def test_safetensors_are_read_without_a_framework(tmp_path, bundle, kind):
+    """By the trainer in a thread, while its main thread imports JAX."""
+    weights.write(tmp_path / f"x.{kind}", bundle, kind)
+    program = "import sys; from smollm_jax import weights; weights.kind_of(weights.Path(sys.argv[1]))\n"
+    program += "print(len(weights.read(sys.argv[1], mapped=True).tensors))\n"
+    program += "assert not {'jax', 'flax', 'orbax', 'torch'} & set(sys.modules)"
+    command = [sys.executable, "-c", program, str(tmp_path / f"x.{kind}")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (f"{len(bundle.tensors)}\n", "")
 
-    def exchanged(path):
-        found = check_header(path)
-        path.unlink()
-        formats.write_safetensors(path, {"model.norm.weight": np.ones(7, np.float32)}, {})
+
+def after_the_header(monkeypatch, happens):
+    """What happens when a file's header was read and its tensors were not."""
+    check_header = safetensors_file.check_header
+
+    def checked(path, file):
+        found = check_header(path, file)
+        happens(path)
         return found
 
-    weights.write(path, bundle, "safetensors")
-    monkeypatch.setattr(safetensors_file, "check_header", exchanged)
-    with pytest.raises(InputFileError, match=r"x\.safetensors: (not a readable|tensors were changed)"):
-        weights.read(path, mapped=mapped)
+    monkeypatch.setattr(safetensors_file, "check_header", checked)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_file_that_is_cut_short_while_it_is_read_is_refused(tmp_path, bundle, monkeypatch, mapped):
+    weights.write(tmp_path / "x.safetensors", bundle, "safetensors")
+    after_the_header(monkeypatch, lambda path: os.truncate(path, path.stat().st_size - 4096))
+    with pytest.raises(InputFileError, match=r"x\.safetensors: not a readable"):
+        weights.read(tmp_path / "x.safetensors", mapped=mapped)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_file_that_another_takes_the_place_of_is_one_of_both(tmp_path, monkeypatch, mapped):
+    """Foreign ones, without a digest, of the same size and with the same tensors elsewhere in them."""
+    path, old = tmp_path / "x.safetensors", {"a": np.zeros(3, np.float32), "b": np.ones(3, np.float32)}
+    new = {"a": old["b"], "b": old["a"] + 2}
+    safetensors_file.save_file(new, tmp_path / "other")
+    other = (tmp_path / "other").read_bytes().replace(b'"a"', b'"c"').replace(b'"b"', b'"a"').replace(b'"c"', b'"b"')
+    (tmp_path / "other").write_bytes(other)
+    new = {"a": new["b"], "b": new["a"]}
+    safetensors_file.save_file(old, path)
+    after_the_header(monkeypatch, (tmp_path / "other").rename)
+    same(safetensors_file.read_safetensors(path, mapped=mapped)[0], old if mapped else new)
 
 
 def test_a_model_is_loaded_without_a_second_copy_of_its_file(tmp_path, tiny, monkeypatch):
