@@ -21,7 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # step of the tiny model takes 0.16 s so, and 0.07 where threads sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# One compilation cache for a session, its workers and the processes they start, trainers apart: a third less to compute.
+# One compilation cache for a session, its workers and all they start but trainers: a third less to compute.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="smollm-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
