@@ -156,10 +156,11 @@ def test_a_signal_leaves_what_is_finished_and_says_so(sources, straight, small, 
     os.killpg(process.pid, sent)  # as a terminal does
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
-    assert said.splitlines()[-1] == (
-        f"stopped by {sent.name}: {out}: what was finished is kept; the same command goes on"
-    )
-    assert len(said.splitlines()) == 2, "a worker spoke"
+    *before, last = said.splitlines()
+    assert last == f"stopped by {sent.name}: {out}: what was finished is kept; the same command goes on"
+    # A thread answers the signal; on a busy machine the main thread may have ended all before it can.
+    assert len(before) <= 1, "a worker spoke"
+    assert all(line.startswith(f"{sent.name}: ") for line in before)
     assert not (out / "manifest.json").exists()
     prepare(out, small, sources[0])
     assert content(out) == content(straight)
