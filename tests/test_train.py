@@ -212,22 +212,15 @@ def said(name, function):
     return wrapped
 weights.from_bundle = said("from_bundle", weights.from_bundle)
 data.prepare = said("prepare", data.prepare)
-train_jax.main(sys.argv[1:])
+train_jax.main(sys.argv[3:])  # after the command it stands for
 """
 
 
 def test_the_file_a_run_begins_with_is_let_go_before_text_is_read(tmp_path, straight):
     """Which may take hours, in which whoever writes to it would change weights that were verified."""
     weights.write(tmp_path / "hf", weights.read(straight), "hf")
-    flags = command(tmp_path / "run", "--steps", "1", "--init-from", str(tmp_path / "hf"))[2:]
-    done = subprocess.run(
-        [sys.executable, "-c", WHEN_MAPPED, *flags],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    prefix = (sys.executable, "-c", WHEN_MAPPED)
+    done = train(tmp_path / "run", "--steps", "1", "--init-from", str(tmp_path / "hf"), prefix=prefix)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith(("from_bundle", "prepare"))]
     assert said == ["from_bundle True", "prepare False"]
