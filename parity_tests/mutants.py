@@ -144,7 +144,7 @@ MUTANTS = [
     Mutant("decay not on the norms", "optimizer", "weight_decay=recipe.weight_decay,", "weight_decay=recipe.weight_decay, mask=lambda p: {k: v.ndim > 1 for k, v in p.items()},", ADAMW),
     Mutant("beta2 0.999", "optimizer", "b2=recipe.beta2", "b2=0.999", ADAMW),
     Mutant("bias correction missing", "optimizer", "optax.adamw(\n", "(lambda lr, b1, b2, eps, weight_decay: optax.chain(optax.scale_by_rms(b2, eps), optax.ema(b1, debias=False), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(lr)))(\n", ADAMW),
-    Mutant("clip by value", "optimizer", "optax.clip_by_global_norm(recipe.clip)", "optax.clip(recipe.clip)", ADAMW),
+    Mutant("clip by value", "optimizer", "clip_by_global_norm(recipe.clip)", "optax.clip(recipe.clip)", ADAMW),
     Mutant("warmup off by one", "optimizer", "schedule(jnp.asarray(count, float))", "schedule(jnp.asarray(count + 1, float))", ADAMW),
     Mutant("cache written one slot late", "attention", "at = (cache.layer, zero, cache.length, zero, zero)", "at = (cache.layer, zero, cache.length + 1, zero, zero)", CACHE),
     Mutant("unwritten cache slots attended", "attention", "(slot <= query[:, None])", "(slot <= query[:, None] + 1)", CACHE),

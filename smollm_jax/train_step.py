@@ -139,7 +139,7 @@ def over_devices(of_rows: Callable[..., Any], model: SmolLM, tokens: Int[Array, 
 
 @functools.partial(jax.jit, static_argnames=("tx", "compute"), donate_argnames="state")
 def train_step(
-    state: TrainState, tokens: Int[Array, "B window"], *, tx: optax.GradientTransformation, compute: Compute
+    state: TrainState, tokens: Int[Array, "B window"], *, tx: optax.GradientTransformationExtraArgs, compute: Compute
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """The state after one optimizer step, and its loss and gradient norm (before clipping) as device scalars.
 
@@ -153,7 +153,7 @@ def train_step(
     @jax.named_scope("optimizer")
     def update(state: TrainState) -> TrainState:
         parameters: Any = state.model  # optax's types know arrays and dicts; a module is a pytree like them
-        updates, opt_state = tx.update(gradients, state.opt_state, parameters)
+        updates, opt_state = tx.update(gradients, state.opt_state, parameters, norm=norm)
         model: Any = optax.apply_updates(parameters, updates)
         return TrainState(model, opt_state)
 
