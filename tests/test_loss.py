@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smollm_jax.loss import linear_cross_entropy
+from smollm_jax.loss import linear_cross_entropy, logsumexp_in_one_pass
 
 
 def dense(hidden, head, targets):
@@ -18,7 +18,9 @@ def dense(hidden, head, targets):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 10, 37, 4096])
 @pytest.mark.parametrize("masked", ["none", "some", "a whole chunk", "all"])
-def test_it_equals_the_dense_loss_in_float64(chunk_tokens, masked):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # whose form of the sum
+def test_it_equals_the_dense_loss_in_float64(chunk_tokens, masked, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     with jax.enable_x64(True):
         draw = np.random.default_rng(0)
         hidden, head = jnp.asarray(draw.normal(size=(37, 16))), jnp.asarray(draw.normal(size=(101, 16)))
@@ -78,3 +80,13 @@ def test_value_and_gradients_take_three_products_not_four():
     targets = jax.ShapeDtypeStruct((40,), jnp.int32)
     step = jax.jit(jax.value_and_grad(lambda h, w, t: linear_cross_entropy(h, w, t, 10), argnums=(0, 1)))
     assert step.lower(*shapes, targets).as_text().count("stablehlo.dot_general") == 3
+
+
+def test_a_sum_in_one_pass_holds_numbers_of_any_size():
+    x = np.random.default_rng(0).normal(size=(6, 5000)).astype(np.float32) * np.float32(
+        [[1e-6], [1], [30], [1e4], [1e30], [0]]
+    )
+    largest = x.max(axis=1, keepdims=True).astype(float)
+    expected = (largest + np.log(np.exp(x.astype(float) - largest).sum(axis=1, keepdims=True)))[:, 0]
+    np.testing.assert_allclose(logsumexp_in_one_pass(jnp.asarray(x), axis=-1), expected, rtol=3e-7)
+    assert jnp.isnan(logsumexp_in_one_pass(jnp.array([[1.0, jnp.nan, 2.0]]), axis=-1)).all()
