@@ -120,8 +120,9 @@ def saved_numbers(config: Config, compute: Compute) -> list[int]:
     if compute.remat == "full":
         return [D]  # its input
     if compute.remat == "dots":
-        products = [NH, KH, KH, F, F] if compute.dtype == "float32" else [NH + 2 * KH, 2 * F]  # see `model.fused`
-        return [D, *products, NH, D]  # its input, the attention's output, and what that adds to the residual stream
+        gate_up = [F, F] if compute.dtype == "float32" else [2 * F]  # see `model.fused`
+        # Its input, queries, keys and values, the attention's output, and what that adds to the residual stream.
+        return [D, NH, KH, KH, *gate_up, NH, D]
     # Gate, up, and what SwiGLU makes of them; both norms' inputs, factors and outputs; queries, keys and values in
     # blocks, and the attention's output: counted in XLA:CPU's program.
     return [F] * 6 + [D] * 8 + [NH] * 3 + [KH] * 2

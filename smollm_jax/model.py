@@ -75,11 +75,15 @@ def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Arra
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def project(x: Float[Array, "B T I"], w: Float[Array, "I ..."]) -> Float[Array, "B T ..."]:
-    """x @ w; under `jax.default_matmul_precision("highest")` as exact as float32 allows, see `precision.py`."""
+def project(x: Float[Array, "B T I"], w: Float[Array, "I ..."], *, kept: bool = True) -> Float[Array, "B T ..."]:
+    """x @ w; under `jax.default_matmul_precision("highest")` as exact as float32 allows, see `precision.py`.
+
+    `kept` is whether `Remat` "dots" keeps it for the backward pass.
+    """
     flat = w.reshape(w.shape[0], -1)
     out = in_blocks(x, flat, EXACT_BLOCK) if exactly(x.dtype) else _matmul(x, flat)
-    return checkpoint_name(out.reshape(*x.shape[:-1], *w.shape[1:]), "product")  # see `Remat`
+    out = out.reshape(*x.shape[:-1], *w.shape[1:])
+    return checkpoint_name(out, "kept") if kept else out
 
 
 @jax.custom_vjp
@@ -120,11 +124,14 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, memory: Any):
         N, H, D = self.o_proj.shape
         if self.qkv_proj is None:
-            q, k, v = (project(x, w[...]) for w in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (project(x, w[...], kept=False) for w in (self.q_proj, self.k_proj, self.v_proj))
         else:
-            q, k, v = jnp.split(project(x, self.qkv_proj[...]), (N, (N + self.qkv_proj.shape[-2]) // 2), axis=-2)
+            qkv = project(x, self.qkv_proj[...], kept=False)
+            q, k, v = jnp.split(qkv, (N, (N + qkv.shape[-2]) // 2), axis=-2)
         with jax.named_scope("attention"):  # a name for `scripts/profile_train.py`
-            out, memory = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, memory)
+            # Kept once they are turned: their gradients ask for nothing of what they were before.
+            q, k, v = (checkpoint_name(y, "kept") for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+            out, memory = attend(q, k, v, memory)
         return project(out.reshape(*x.shape[:-1], N * H), self.o_proj.reshape(N * H, D)), memory
 
 
@@ -276,7 +283,7 @@ class SmolLM(nnx.Module):
 
 def _keep_dots(primitive: Any, *_: Any, **options: Any) -> bool:
     """Whether `Remat` "dots" keeps what a primitive gives."""
-    named = primitive.name == "name" and options["name"] in ("product", "attention")
+    named = primitive.name == "name" and options["name"] in ("kept", "attention")
     return named or primitive.name.startswith("dot_product_attention_fwd")  # cuDNN's, which names nothing
 
 
