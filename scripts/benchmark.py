@@ -103,8 +103,8 @@ class Flags:
     """Of the products. In training weights and moments stay float32 (transformers: autocast); else weights too."""
     remat: Remat = "dots"
     """Ours only: what a layer keeps for its backward pass."""
-    unroll: int = 1
-    """Ours only: layers laid out per step of the layer scan."""
+    unroll: int | None = None
+    """Ours only: layers laid out per step of the layer scan; default: as in train_jax.py."""
     text: Path = ROOT / "assets/sotu"
     """Text, to prepare."""
     copies: int = 6
@@ -164,8 +164,8 @@ def unused(path: Path) -> Path:
 
 def check_flags(flags: Flags) -> None:
     for name in ("rounds", "batch_size", "sequence_length", "new_tokens", "document_tokens", "unroll", "copies"):
-        if getattr(flags, name) < 1:
-            raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(flags, name)}")
+        if (value := getattr(flags, name)) is not None and value < 1:
+            raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if flags.what == "decode" and flags.new_tokens < 2:
         raise errors.UsageError("--new-tokens must be at least 2: the first comes with the prompt and is not timed")
     for side in flags.others:
@@ -259,8 +259,8 @@ def startup(flags: Flags, folder: Path) -> tuple[str, Rows]:
     data.prepare(text, tokenizer, Path("data"))
     train = [sys.executable, ROOT / "scripts/train_jax.py", "--init-from", weights, "--data", text]
     train += ["--tokenizer", tokenizer, "--steps", "1", "--batch-size", str(flags.batch_size), "--dtype", flags.dtype]
-    train += ["--sequence-length", str(flags.sequence_length), "--unroll", str(flags.unroll)]
-    train += ["--remat", flags.remat]
+    train += ["--sequence-length", str(flags.sequence_length), "--remat", flags.remat]
+    train += [] if flags.unroll is None else ["--unroll", str(flags.unroll)]
     device, times = "", {"cold": {name: [] for name in ("ours", *flags.others)}}
     times["warm"] = {name: [] for name in times["cold"]}
 

@@ -35,8 +35,8 @@ class Flags:
     """Of the products."""
     remat: Literal["none", "dots", "full"] = "dots"
     """As in train_jax.py."""
-    unroll: int = 1
-    """Layers laid out per step of the layer scan."""
+    unroll: int | None = None
+    """Layers laid out per step of the layer scan; default: as in train_jax.py."""
     steps: int = 3
     """Steps to trace, after two that are not."""
     instructions: int = 15
@@ -56,8 +56,8 @@ Interval = tuple[float, float, str]  # nanoseconds, nanoseconds, instruction
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
     for name in ("batch_size", "sequence_length", "unroll", "steps", "instructions"):
-        if getattr(flags, name) < 1:
-            raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(flags, name)}")
+        if (value := getattr(flags, name)) is not None and value < 1:
+            raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     import jax
     import numpy as np
 
@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
     )
     attention: Any = "cudnn" if gpu and flags.dtype == "bfloat16" else "xla"
-    compute = train_step.Compute(flags.dtype, attention, flags.remat, flags.unroll)
+    unroll = train_step.layers_at_once(config, jax.devices()[0].platform) if flags.unroll is None else flags.unroll
+    compute = train_step.Compute(flags.dtype, attention, flags.remat, unroll)
     print(f"device      {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"step        {flags.batch_size} x {flags.sequence_length} tokens of {flags.preset}, {compute}", flush=True)
     step: Any = train_step.compile_step(config, recipe, compute)

@@ -265,7 +265,9 @@ class SmolLM(nnx.Module):
             return layer(x, cos, sin, attend, memory), None
 
         if remat != "none":
-            step = jax.checkpoint(step, prevent_cse=False, policy=_keep_dots if remat == "dots" else None)
+            # Where one loop runs forward and another backward, nothing can be found equal and kept after all.
+            loops = unroll < self.config.num_hidden_layers
+            step = jax.checkpoint(step, prevent_cse=not loops, policy=_keep_dots if remat == "dots" else None)
         (x, memory), _ = jax.lax.scan(step, (rows.astype(dtype), memory), layers, unroll=unroll)
         return rms_norm(x, norm, self.config.rms_norm_eps), memory
 

@@ -80,8 +80,8 @@ class TrainingFlags:
     """Steps between lines when the output is no terminal; metrics.jsonl has every step."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What a layer keeps for its backward pass: all, the results of matrix products and attention, or its input."""
-    unroll: int = 1
-    """Layers laid out per step of the layer scan."""
+    unroll: int | None = None
+    """Layers laid out per step of the layer scan; default: all on a GPU, 1 without."""
     tensorboard: bool = False
     """Also write TensorBoard files into the run folder."""
     reference: Path | None = None

@@ -17,7 +17,7 @@ from smollm_jax.formats import Bundle
 from smollm_jax.recipe import Recipe
 from smollm_jax.tokenizer import Tokenizer, folder_beside
 from smollm_jax.train import Cadence, Saved
-from smollm_jax.train_step import Compute
+from smollm_jax.train_step import Compute, layers_at_once
 from smollm_jax.training_flags import TrainingFlags
 
 REFERENCE = Path("assets/SmolLM2-135M-Instruct")
@@ -88,7 +88,8 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
             f"--batch-size {recipe.batch_size} must divide by {devices} devices x {parts} gradient accumulation steps"
         )
     document_end = tokenizer.eos_token_id if recipe.mask_documents else None
-    compute = Compute(recipe.dtype, attention, flags.remat, flags.unroll, parts, mesh, document_end)
+    unroll = layers_at_once(config, device.platform) if flags.unroll is None else flags.unroll
+    compute = Compute(recipe.dtype, attention, flags.remat, unroll, parts, mesh, document_end)
     if largest and not start.saved:
         recipe = memory.largest_batch(config, recipe, compute, device.platform, limit)
         start = dataclasses.replace(start, recipe=recipe)

@@ -24,13 +24,13 @@ def lowered(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda *_: True)
     monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda *_: False)
 
-    def text(remat: train_step.Remat, implementation: train_step.Implementation = "cudnn") -> str:
+    def text(remat: train_step.Remat, implementation: train_step.Implementation = "cudnn", unroll: int = 1) -> str:
         tokens = jax.ShapeDtypeStruct((3, LENGTH + 1), jnp.int32)
         traced = train_step.train_step.trace(
             train_step.abstract_state(preset("tiny"), RECIPE),
             tokens,
             tx=optimizer.adamw(RECIPE),
-            compute=train_step.Compute("bfloat16", implementation, remat),
+            compute=train_step.Compute("bfloat16", implementation, remat, unroll),
         )
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -80,3 +80,19 @@ def test_each_weight_is_cast_once_a_step_outside_the_layers_loop(lowered, remat)
 def test_every_array_of_the_state_is_overwritten_in_place(lowered):
     leaves = jax.tree.leaves(train_step.abstract_state(preset("tiny"), RECIPE))
     assert lowered("dots").count("tf.aliasing_output") == len(leaves) == 35
+
+
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_nothing_is_summed_in_bfloat16(lowered, unroll):
+    """A GPU adds up in the dtype it is told: the gradient of a norm's scale is a sum over all tokens."""
+    text = lowered("dots", unroll=unroll)
+    shapes = re.findall(r"reduce\(.* applies stablehlo\.add .*: \(tensor<(.*?)>", text)
+    sums = [shape.split("x")[-1] for shape in shapes]
+    assert len(sums) > 20
+    assert {*sums} <= {"f32", "i32"}
+
+
+def test_without_a_loop_what_is_to_be_computed_again_is_not_kept_after_all(lowered):
+    """XLA would find the second computation equal to the first, and keep its results from one to the other."""
+    assert "optimization_barrier" in lowered("dots", unroll=3)
+    assert "optimization_barrier" not in lowered("dots")

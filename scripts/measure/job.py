@@ -32,7 +32,7 @@ class Job:
     document_tokens: int
     dtype: Literal["float32", "bfloat16"]
     remat: Literal["none", "dots", "full"]
-    unroll: int
+    unroll: int | None = None
     copies: int = 1
 
     @property
