@@ -51,8 +51,8 @@ class Plan:
 def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu") -> Plan:
     """What the step of `train_step.compile_step` needs; its mesh may be an abstract one.
 
-    Where XLA:CPU differs from first principles a comment says so. A GPU's is the same arithmetic without that, and
-    measured by nobody yet.
+    Where XLA:CPU differs from first principles a comment says so. A GPU's is the same arithmetic without that; what XLA
+    compiles for one needs as much (`scripts/compile_for_gpu.py`), and no GPU was asked yet.
     """
     cpu, narrow, wide = platform == "cpu", BYTES[compute.dtype], max(BYTES[compute.dtype], 4)
     cast = narrow != 4
@@ -71,9 +71,11 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
     saved = L * M * (sum(pieces) * (wide if widens else narrow) + (wide * N if compute.remat != "full" else 0))
     if compute.remat == "none" and not cast:
         saved += L * narrow * 2 * D * (NH + KH)  # the attention's weights, laid flat, once more
+    if compute.remat == "none" and widens:
+        saved += L * M * wide * 2 * D  # two more as wide as the residual stream, by what XLA says
     # The gradients of gate, up and their product, of q, k and v and of the residual stream, each before and after a
     # product or norm; with "full", gate, up, q, k, v and the rest of the layer's own values too.
-    layer = M * wide * (6 * F + 12 * D if compute.remat == "full" else 5 * F + 7 * D)
+    layer = M * (wide if cpu else narrow) * (6 * F + 12 * D if compute.remat == "full" else 5 * F + 7 * D)
     if widens and compute.remat != "none":
         # The largest thing saved is widened last: where it lay stays a hole, in which a layer's values find room.
         layer = max(layer, L * M * narrow * max(pieces))
@@ -85,8 +87,8 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
         n = -(-recipe.sequence_length // block)
         attention = n * (n + 1) // 2 * rows * N * block**2
     chunks = -(-M // (loss.CPU_CHUNK_TOKENS if cpu else loss.CHUNK_TOKENS))
-    # A CPU's logits are overwritten by their error; of a GPU's both are counted.
-    logits = -(-M // chunks) * V * (wide if cpu else 2 * wide)
+    # A CPU's logits are overwritten by their error; a GPU holds both.
+    logits = -(-M // chunks) * V * (wide if cpu else wide + narrow)
     head_gradients = wide * head * (2 if chunks > 1 else 1)  # a chunk's, and their sum
     casts = narrow * (layers + head) if cast else 0
     if cpu and cast:
@@ -123,9 +125,9 @@ def saved_numbers(config: Config, compute: Compute) -> list[int]:
         gate_up = [F, F] if compute.dtype == "float32" else [2 * F]  # see `model.fused`
         # Its input, queries, keys and values, the attention's output, and what that adds to the residual stream.
         return [D, NH, KH, KH, *gate_up, NH, D]
-    # Gate, up, and what SwiGLU makes of them; both norms' inputs, factors and outputs; queries, keys and values in
-    # blocks, and the attention's output: counted in XLA:CPU's program.
-    return [F] * 6 + [D] * 8 + [NH] * 3 + [KH] * 2
+    # Gate, up, and what SwiGLU makes of them; both norms' inputs and outputs; queries, keys and values, the
+    # attention's output, and queries in blocks or what o_proj reads: counted in XLA's programs.
+    return [F] * (6 if compute.dtype == "float32" else 3) + [D] * 4 + [NH] * 3 + [KH] * 2
 
 
 def needed(step: Any) -> int:

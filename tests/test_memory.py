@@ -84,16 +84,16 @@ def test_a_compiled_step_that_does_not_fit_is_refused_with_what_to_change():
     need = memory.needed(train_step.compile_step(config, recipe, compute))
     assert memory.compile_within(need, config, recipe, compute, "cpu")
     with pytest.raises(UsageError) as refused:
-        memory.compile_within(need * 6 // 10, config, recipe, compute, "cpu")
+        memory.compile_within(need * 7 // 10, config, recipe, compute, "cpu")
     said = str(refused.value)
     assert "\n" not in said
     assert said.startswith(
-        f"--batch-size 8 --remat none needs {need / 1e9:.2f} GB of {need * 0.6 / 1e9:.2f} GB on each"
+        f"--batch-size 8 --remat none needs {need / 1e9:.2f} GB of {need * 0.7 / 1e9:.2f} GB on each"
     )
     for flag in ("--batch-size 4", "--remat dots", "--gradient-accumulation-steps 2"):
         assert f" {flag} " in said.split(":")[1]
     other = setting("layers 8 256 dots float32 1 -")
-    assert memory.needed(train_step.compile_step(*other)) <= need * 6 // 10, "advised, and does not fit"
+    assert memory.needed(train_step.compile_step(*other)) <= need * 7 // 10, "advised, and does not fit"
 
 
 def test_where_no_change_is_enough_the_refusal_says_so():
