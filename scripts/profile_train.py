@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
     )
     attention: Any = "cudnn" if gpu and flags.dtype == "bfloat16" else "xla"
-    unroll = train_step.layers_at_once(config, jax.devices()[0].platform) if flags.unroll is None else flags.unroll
+    unroll = train_step.layers_at_once(config, attention) if flags.unroll is None else flags.unroll
     compute = train_step.Compute(flags.dtype, attention, flags.remat, unroll)
     print(f"device      {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"step        {flags.batch_size} x {flags.sequence_length} tokens of {flags.preset}, {compute}", flush=True)
@@ -123,7 +123,7 @@ def instructions(text: str) -> dict[str, Instruction]:
         origin = match[1] if (match := re.search(r'op_name="([^"]*)"', rest)) else ""
         called = computations.get(match[1], "") if (match := re.search(r"calls=%?([\w.-]+)", rest)) else ""
         scope = next((kind for word, kind in SCOPES.items() if re.search(rf"\b{word}\b", origin)), None)
-        product = opcode == "dot" or " dot(" in called or "gemm" in rest or "cublas" in rest
+        product = opcode == "dot" or " dot(" in called or re.search(r'custom_call_target="[^"]*(gemm|matmul)', rest)
         found[name] = Instruction(opcode, scope or ("matrix products" if product else "elementwise"), origin)
     return found
 

@@ -19,7 +19,8 @@ ENTRY %main (x: f32[2,2]) -> f32[2,2] {
   %b.2 = f32[2,2]{1,0} fusion(%a), calls=%other, metadata={op_name="jit(f)/jvp(loss)/exp"}
   ROOT %c = f32[2,2] add(%b.2, %b.2), metadata={op_name="jit(f)/optimizer/add"}
   %d = (bf16[4], u8[0]) custom-call(%x), custom_call_target="__cublas$gemm", metadata={op_name="jit(f)/while/body/dot"}
-  %e = f32[2,2] negate(%x)
+  %gemm_fusion_dot.3 = f32[2,2] fusion(%x), calls=%fused_dot, metadata={op_name="jit(f)/while/body/dot_general"}
+  %e = f32[2,2] negate(%gemm_fusion_dot.3)
 }
 """
 
