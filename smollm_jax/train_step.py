@@ -53,13 +53,14 @@ class Compute:
         return self.mesh.size if self.mesh else 1
 
 
-def layers_at_once(config: Config, platform: str) -> int:
-    """`Compute.unroll` where nobody chose: one layer on a CPU, all of them on a GPU.
+def layers_at_once(config: Config, implementation: Implementation) -> int:
+    """`Compute.unroll` where nobody chose: all layers with cuDNN's attention, else one.
 
     A GPU's loop first fills what layers keep with zeros, then copies each result into it: a third of all that is moved
-    outside matrix products. Without a loop a step takes three times as long to compile.
+    outside matrix products. Without a loop a step takes three times as long to compile. With attention in blocks, too,
+    XLA begins many layers' at once, and `remat` full needs twice the memory.
     """
-    return config.num_hidden_layers if platform == "gpu" else 1
+    return config.num_hidden_layers if implementation == "cudnn" else 1
 
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]

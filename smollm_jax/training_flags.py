@@ -81,7 +81,7 @@ class TrainingFlags:
     remat: Literal["none", "dots", "full"] = "dots"
     """What a layer keeps for its backward pass: all, the results of matrix products and attention, or its input."""
     unroll: int | None = None
-    """Layers laid out per step of the layer scan; default: all on a GPU, 1 without."""
+    """Layers laid out per step of the layer scan; default: all with cudnn, else 1."""
     tensorboard: bool = False
     """Also write TensorBoard files into the run folder."""
     reference: Path | None = None

@@ -88,7 +88,7 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
             f"--batch-size {recipe.batch_size} must divide by {devices} devices x {parts} gradient accumulation steps"
         )
     document_end = tokenizer.eos_token_id if recipe.mask_documents else None
-    unroll = layers_at_once(config, device.platform) if flags.unroll is None else flags.unroll
+    unroll = layers_at_once(config, attention) if flags.unroll is None else flags.unroll
     compute = Compute(recipe.dtype, attention, flags.remat, unroll, parts, mesh, document_end)
     if largest and not start.saved:
         recipe = memory.largest_batch(config, recipe, compute, device.platform, limit)

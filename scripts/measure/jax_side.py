@@ -48,7 +48,7 @@ def step(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
     tokens, tx = jnp.asarray(job.tokens()), optimizer.adamw(job.recipe())
-    unroll = train_step.layers_at_once(job.config, device.platform) if job.unroll is None else job.unroll
+    unroll = train_step.layers_at_once(job.config, implementation(job)) if job.unroll is None else job.unroll
     compute = train_step.Compute(job.dtype, implementation(job), remat=job.remat, unroll=unroll)
     state = train_step.begin(weights.load(folder, jnp.float32)[0], tx)
     ready: dict[str, Any] = {}
