@@ -1,5 +1,6 @@
 # make train   environment, text, training          make test    environment, real weights, all fast tests
 # make parity  the whole parity ladder and its report     make slow    every test that takes minutes
+# make gpu-program   what XLA makes of a training step for an H100, and tests of it; no GPU, 4.6 GB of packages
 # make soak    200 kills, 200 signals, 500 random lives of a checkpoint folder; llama.cpp, built here: over an hour
 # The first two are idempotent. Needs Python >= 3.11, make and a package index; a CUDA GPU is used when nvidia-smi is there.
 #
@@ -31,7 +32,7 @@ TWO := -n 2 --dist loadfile --max-worker-restart 0 -o faulthandler_timeout=900 -
 # Whole checkpoints only: a save that was killed leaves a folder 100.orbax-checkpoint-tmp.
 RESUME = $(shell ls runs/make-train/checkpoints 2>/dev/null | grep -qx '[0-9][0-9]*' && echo --resume)
 
-.PHONY: train test parity slow soak lint clean
+.PHONY: train test parity slow soak gpu-program lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -55,6 +56,15 @@ soak: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install --quiet --no-binary llama-cpp-python "llama-cpp-python[server]<0.4"
 	SMOLLM_SOAK=1 $(BIN)/python -m pytest tests/test_survival.py tests/test_store.py parity_tests/test_llamacpp.py -rP $(PYTEST)
+
+gpu-program: .venv-cuda/.test
+	.venv-cuda/bin/python scripts/compile_for_gpu.py $(ARGS)
+	SMOLLM_CUDA=1 SMOLLM_WITHOUT_TORCH=1 .venv-cuda/bin/python -m pytest tests/test_compiled_for_gpu.py -rP $(PYTEST)
+
+.venv-cuda/.test: pyproject.toml
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --editable ".[dev,cuda13]"
+	@touch $@
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

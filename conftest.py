@@ -47,6 +47,8 @@ WITHOUT_TORCH = bool(os.environ.get("SMOLLM_WITHOUT_TORCH"))
 collect_ignore = ["tests/test_torch_files.py", "tests/test_benchmark.py"] if WITHOUT_TORCH else []
 if not os.environ.get("SMOLLM_SOAK"):  # llama.cpp takes ten minutes to build: `make soak` does
     collect_ignore += ["parity_tests/test_llamacpp.py"]
+if not os.environ.get("SMOLLM_CUDA"):  # JAX's CUDA plugin and what it loads are 4.6 GB: `make gpu-program` does
+    collect_ignore += ["tests/test_compiled_for_gpu.py"]
 
 ASSETS = Path(__file__).parent / "assets"
 
