@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = Recipe(
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
     )
-    attention: Any = "cudnn" if flags.dtype == "bfloat16" and not flags.mask_documents else "xla"
+    attention: Any = "cudnn" if flags.dtype == "bfloat16" else "xla"
     unroll = train_step.layers_at_once(config, attention) if flags.unroll is None else flags.unroll
     document_end = config.eos_token_ids[0] if flags.mask_documents else None
     compute = train_step.Compute(flags.dtype, attention, flags.remat, unroll, document_end=document_end)
@@ -195,8 +195,10 @@ def kernels_of(text: str) -> Iterator[Kernel]:
                     raise errors.SmolLMError(f"{name}: a loop of unknown length")
                 yield from walk(called["body"], times * int(trips[1]))
                 continue
-            if each.opcode == "conditional":  # the update of weights and moments, which a usual step makes
-                yield from walk(called["true_computation"], times)
+            if each.opcode == "conditional":  # weights are updated, blocks of documents meet
+                branches = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
+                chosen = branches[1].split(", ")[-1].lstrip("%") if branches else called["true_computation"]
+                yield from walk(chosen, times)
                 continue
             fused = computations.get(called.get("calls", ""))
             if fused:

@@ -33,7 +33,7 @@ class Plan:
     gathered: int  # whole float32 parameters, where devices hold parts
     summed: int  # gradients added up over the parts of a batch
     casts: int  # weights in the dtype of the products
-    saved: int  # what layers keep for the backward pass
+    saved: int  # what layers keep for the backward pass, and which tokens see each other where cuDNN is told
     loss: int  # a chunk's logits, and the gradients of head and hidden states
     gradients: int  # whole, of what is computed at once
     layer: int  # what one layer's backward pass holds
@@ -73,6 +73,8 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
         saved += L * narrow * 2 * D * (NH + KH)  # the attention's weights, laid flat, once more
     if compute.remat == "none" and widens:
         saved += L * M * wide * 2 * D  # two more as wide as the residual stream, by what XLA says
+    if compute.implementation == "cudnn" and compute.document_end is not None:
+        saved += rows * recipe.sequence_length**2 * narrow  # which tokens see each other, once for all layers
     # The gradients of gate, up and their product, of q, k and v and of the residual stream, each before and after a
     # product or norm; with "full", gate, up, q, k, v and the rest of the layer's own values too.
     layer = M * (wide if cpu else narrow) * (6 * F + 12 * D if compute.remat == "full" else 5 * F + 7 * D)

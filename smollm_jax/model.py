@@ -20,8 +20,8 @@ from smollm_jax.attention import Attend, causal
 from smollm_jax.config import Config
 from smollm_jax.precision import exactly, in_blocks
 
-# What a layer keeps for its backward pass: everything, the results of matrix products and of attention (norms, rotary
-# positions and SwiGLU are computed again, for less than the memory traffic of keeping them), or its input alone.
+# What a layer keeps for its backward pass: everything, the results of matrix products (queries and keys rotated) and of
+# attention (norms and SwiGLU are computed again, for less than the memory traffic of keeping them), or its input alone.
 Remat = Literal["none", "dots", "full"]
 EXACT_BLOCK = 96  # terms summed at once where products must be as exact as float32 allows
 

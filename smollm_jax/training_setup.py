@@ -143,7 +143,7 @@ def _attention(flags: TrainingFlags, recipe: Recipe, device: Any) -> Implementat
     fits = device.platform == "gpu" and recipe.dtype == "bfloat16"
     # cuDNN's attention needs Ampere or later.
     fused = fits and float(getattr(device, "compute_capability", "0")) >= 8
-    attention = flags.attention or ("cudnn" if fused and not recipe.mask_documents else "xla")
+    attention = flags.attention or ("cudnn" if fused else "xla")
     if attention == "cudnn" and not fits:
         raise UsageError(f"--attention cudnn needs a CUDA GPU and bfloat16, not {device.platform}, {recipe.dtype}")
     return attention

@@ -7,7 +7,6 @@ import pytest
 
 from smollm_jax.attention import KVCache, attention, cached, causal, packed
 from smollm_jax.block_attention import block_attention
-from smollm_jax.errors import UsageError
 
 # float32 sums in another order: a few roundings of values near 1.
 CLOSE = {"atol": 2e-5}
@@ -116,9 +115,21 @@ def test_packed_documents_do_not_see_each_other(tiny_model):
     np.testing.assert_allclose(logits[:, 10:], tiny_model(jnp.asarray(second[None])), **CLOSE)
 
 
-def test_packed_documents_are_refused_where_they_would_be_wrong():
-    with pytest.raises(UsageError, match="cudnn"):
-        packed(jnp.zeros((1, 4), int), implementation="cudnn")
+def test_what_cudnn_is_told_of_packed_documents_is_the_formula(monkeypatch):
+    """All but the kernel: XLA's stands in for it."""
+    theirs, told = jax.nn.dot_product_attention, []
+
+    def stand_in(*inputs, implementation, **options):
+        told.append(implementation)
+        return theirs(*inputs, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    q, k, v = draw(2, 9, 6, 16), draw(2, 9, 2, 16), draw(2, 9, 2, 16) + 1
+    segments = np.array([[0, 0, 0, 1, 1, 2, 2, 2, 2], [5, 5, 5, 5, 5, 5, 5, 5, 0]])
+    allowed = np.tri(9, dtype=bool) & (segments[:, :, None] == segments[:, None, :])
+    out, _ = packed(jnp.asarray(segments), "cudnn")(*map(jnp.asarray, (q, k, v)), None)
+    np.testing.assert_allclose(out, reference(q, k, v, allowed), **CLOSE)
+    assert told == ["cudnn"]
 
 
 @pytest.mark.parametrize("chunks", [[24], [1] * 24, [7, 1, 16]])

@@ -91,6 +91,13 @@ def test_kernels_are_counted_as_often_as_they_run_with_what_they_move_and_comput
     assert found["attention.1"].flops == 2 * 2 * 9 * 64 * 128 * 129
 
 
+def test_of_branches_by_number_the_last_is_counted_the_true_one():
+    named = "true_computation=%update, false_computation=%same"
+    numbered = PROGRAM.replace(named, "branch_computations={%same, %update}")
+    assert numbered != PROGRAM
+    assert [*kernels_of(numbered)] == [*kernels_of(PROGRAM)]
+
+
 def test_what_is_not_known_is_an_error():
     with pytest.raises(SmolLMError, match="attention_of_tomorrow: a kernel whose work is not known"):
         [*kernels_of(PROGRAM.replace("__cudnn$fmhaSoftmax", "attention_of_tomorrow"))]

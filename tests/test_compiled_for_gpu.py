@@ -26,7 +26,7 @@ GRID = """
 16 2048 dots bfloat16 1 -
 16 2048 none bfloat16 1 -
 8 2048 dots bfloat16 - masked
-8 2048 full bfloat16 - masked
+4 8192 full bfloat16 - masked
 8 2048 dots float32 - -
 8 2048 full float32 - -
 """
@@ -37,7 +37,7 @@ def compiled(line: str) -> tuple[int, int, str]:
     """Bytes needed and planned, and the program."""
     batch, length, remat, dtype, unroll, masked = line.split()
     recipe = Recipe(1000, int(batch), int(length), learning_rate=1e-3, warmup_steps=0, dtype=dtype)  # pyright: ignore
-    attention: Any = "cudnn" if dtype == "bfloat16" and masked == "-" else "xla"
+    attention: Any = "cudnn" if dtype == "bfloat16" else "xla"
     layers = train_step.layers_at_once(CONFIG, attention) if unroll == "-" else int(unroll)
     document_end = CONFIG.eos_token_ids[0] if masked == "masked" else None
     compute = train_step.Compute(dtype, attention, remat, layers, document_end=document_end)  # pyright: ignore
@@ -84,3 +84,10 @@ def test_a_step_moves_no_more_than_when_it_was_last_looked_at():
         moved = sum(kernel.times * kernel.bytes for kernel in kernels) / 1e9
         print(f"{line}: {moved:.1f} GB, {milliseconds(kernels):.1f} ms at the ceilings")
         assert 0.9 * most < moved < most
+
+
+def test_documents_are_masked_by_one_bias_for_all_layers():
+    text = compiled("8 2048 dots bfloat16 - masked")[2]
+    biases = re.findall(r'custom-call\(([^)]*)\), custom_call_target="__cudnn\$fmhaScaleBiasSoftmax"', text)
+    assert len(biases) == CONFIG.num_hidden_layers
+    assert len({operands.split(", ")[3] for operands in biases}) == 1

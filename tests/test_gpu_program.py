@@ -24,13 +24,18 @@ def lowered(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda *_: True)
     monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda *_: False)
 
-    def text(remat: train_step.Remat, implementation: train_step.Implementation = "cudnn", unroll: int = 1) -> str:
+    def text(
+        remat: train_step.Remat,
+        implementation: train_step.Implementation = "cudnn",
+        unroll: int = 1,
+        document_end: int | None = None,
+    ) -> str:
         tokens = jax.ShapeDtypeStruct((3, LENGTH + 1), jnp.int32)
         traced = train_step.train_step.trace(
             train_step.abstract_state(preset("tiny"), RECIPE),
             tokens,
             tx=optimizer.adamw(RECIPE),
-            compute=train_step.Compute("bfloat16", implementation, remat, unroll),
+            compute=train_step.Compute("bfloat16", implementation, remat, unroll, document_end=document_end),
         )
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -96,3 +101,10 @@ def test_without_a_loop_what_is_to_be_computed_again_is_not_kept_after_all(lower
     """XLA would find the second computation equal to the first, and keep its results from one to the other."""
     assert "optimization_barrier" in lowered("dots", unroll=3)
     assert "optimization_barrier" not in lowered("dots")
+
+
+def test_documents_that_do_not_see_each_other_are_cudnns_too(lowered):
+    text = lowered("dots", document_end=0)
+    calls = re.findall(r"__cudnn\$\w+", text)
+    assert (calls.count("__cudnn$fmhaScaleBiasSoftmax"), calls.count("__cudnn$fmhaScaleBiasSoftmaxBackward")) == (1, 1)
+    assert text.count("mask_type\\22: \\22CAUSAL\\22") == len(calls) == 2

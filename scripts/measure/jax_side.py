@@ -117,7 +117,7 @@ def attend(job: Job, name: str) -> tuple[Unit, dict[str, Any]]:
     """Causal attention and its gradients; in "packed", ours within documents, "plain" across them."""
     q, k, v, gradient = (jnp.asarray(x, job.dtype) for x in job.heads())
     if job.what == "packed" and name == "ours":
-        both = forward_and_backward(attention.packed(jnp.asarray(job.segments())))
+        both = forward_and_backward(attention.packed(jnp.asarray(job.segments()), implementation(job)))
     else:
         both = forward_and_backward(attention.causal(implementation(job)))
     ready: dict[str, Any] = {"flops": job.flops()["attention both ways"]}
