@@ -60,8 +60,8 @@ MUTANTS = [
     Mutant(
         "queries one position late",
         "model",
-        "attend(rotate(q, cos, sin),",
-        "attend(rotate(q, jnp.roll(cos, -1, 1), jnp.roll(sin, -1, 1)),",
+        "(rotate(q, cos, sin), rotate(k",
+        "(rotate(q, jnp.roll(cos, -1, 1), jnp.roll(sin, -1, 1)), rotate(k",
         FAMILY,
     ),
     Mutant("KV heads tiled", "block_attention", "heads, N // heads, H).transpose(1, 0, 3, 4, 2, 5)", "N // heads, heads, H).transpose(1, 0, 4, 3, 2, 5)", FAMILY),
@@ -96,19 +96,21 @@ MUTANTS = [
     Mutant(
         "norm scaled before it is rounded",
         "model",
-        "return normed.astype(x.dtype) * scale",
-        "return (normed * scale).astype(x.dtype)",
+        "return _normed(x, eps)[0].astype(x.dtype) * scale",
+        "return (_normed(x, eps)[0] * scale).astype(x.dtype)",
         f"{MODEL}::test_rms_norm_rounds_before_it_scales",
     ),
-    Mutant("norm scaled by 1 + weight", "model", "normed.astype(x.dtype) * scale", "normed.astype(x.dtype) * (1 + scale)", FAMILY),
+    Mutant("norm scaled by 1 + weight", "model", "_normed(x, eps)[0].astype(x.dtype) * scale", "_normed(x, eps)[0].astype(x.dtype) * (1 + scale)", FAMILY),
     Mutant("eps 1e-6", "model", "keepdims=True) + eps)", "keepdims=True) + 1e-6)", FAMILY),
     Mutant(
         "eps outside the root",
         "model",
-        "wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)",
-        "wide / (jnp.sqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True)) + eps)",
+        "jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)",
+        "1 / (jnp.sqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True)) + eps)",
         FAMILY,
     ),
+    Mutant("norm's gradient along its input", "model", "(gradient - normed * jnp.mean(gradient * normed, axis=-1, keepdims=True))", "gradient", f"{MODEL}::test_gradients_written_out_are_those_of_the_function"),
+    Mutant("gradients of gate and up swapped", "model", "jnp.arange(2)[:, None] == 0", "jnp.arange(2)[:, None] == 1", f"{MODEL}::test_gradients_written_out_are_those_of_the_function"),
     Mutant("norm before the MLP skipped", "model", "self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps))", "self.mlp(x)", FAMILY),
     Mutant("last norm skipped", "model", "return rms_norm(x, norm, self.config.rms_norm_eps), memory", "return x, memory", FAMILY),
     Mutant("head scaled", "model", "return project(hidden, self.head.astype(hidden.dtype).T)", "return project(hidden, self.head.astype(hidden.dtype).T) / 24", FAMILY),
@@ -154,7 +156,7 @@ MUTANTS = [
     Mutant("top-p drops the token that crosses it", "sampling", "(depth <= deepest[:, None]) |", "(depth < deepest[:, None]) |", "tests/test_sampling.py::test_draws_follow_the_reference_distribution"),
     Mutant("prefill sees the left padding", "attention", "(jnp.arange(q.shape[1]) >= start[:, None])", "(jnp.arange(q.shape[1]) >= 0 * start[:, None])", f"{GENERATE}::test_the_bucket_of_a_prompt_changes_nothing"),
     Mutant("packed documents see each other", "block_attention", "(of_queries[i][:, :, None] == of_keys[j][:, None, :])", "(of_queries[i][:, :, None] >= of_keys[j][:, None, :])", "tests/test_attention.py::test_packed_attention_is_the_formula_with_the_segments_mask"),
-    Mutant("held-out tokens trained on", "data", "file.tokens[: max(len(file.tokens) - held_out, 0)]", "file.tokens[: len(file.tokens) - 17]", "tests/test_data.py::test_held_out_tokens_are_never_trained_on"),
+    Mutant("held-out tokens trained on", "data", "starts = [max(len(file.tokens) - held, 0)", "starts = [max(len(file.tokens) - 17, 0)", "tests/test_data.py::test_held_out_tokens_are_never_trained_on"),
 ]  # fmt: skip
 
 

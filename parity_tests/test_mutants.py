@@ -2,14 +2,16 @@
 
 import pytest
 
-from parity_tests.mutants import MUTANTS, hunt
+from parity_tests.mutants import MUTANTS, ROOT, hunt
 
 FEW = {"rotary interleaved", "k and v swapped", "cache written one slot late", "labels shifted twice", "beta2 0.999"}
 
 
-def test_there_are_enough_of_them():
+def test_there_are_enough_of_them_and_each_can_be_planted():
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 25
     assert {mutant.name for mutant in MUTANTS} > FEW
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "smollm_jax").glob("*.py")}
+    assert [mutant.name for mutant in MUTANTS if sources[mutant.module].count(mutant.old) != 1] == []
 
 
 @pytest.mark.parametrize(
