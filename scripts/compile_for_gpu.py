@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     for kind in [*kinds, "**step**"]:
         of_kind = [kernel for kernel in kernels if kind in (kernel.kind, "**step**")]
         print(f"| {kind} | {row(of_kind)} |")
+    print(f"| of it no product, no attention | {row([kernel for kernel in kernels if not kernel.flops])} |")
     groups: dict[tuple[str, str, str], list[Kernel]] = collections.defaultdict(list)
     for kernel in kernels:
         groups[kernel.kind, kernel.results, kernel.origin.rpartition("/")[2]].append(kernel)

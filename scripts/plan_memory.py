@@ -5,7 +5,7 @@
     python scripts/plan_memory.py --sequence-length 1024 --check    # compiles each, and shows what XLA says
 
 Takes train_jax.py's flags. Nothing is allocated, and nothing compiled but with --check, so that a model may be planned
-for devices that are not here. A GPU's numbers are the CPU's arithmetic less what is known of XLA:CPU alone, within 9 %
+for devices that are not here. A GPU's numbers are the CPU's arithmetic less what is known of XLA:CPU alone, within 8 %
 of what scripts/compile_for_gpu.py compiles for an H100.
 """
 

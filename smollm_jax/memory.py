@@ -73,11 +73,13 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
         saved += L * narrow * 2 * D * (NH + KH)  # the attention's weights, laid flat, once more
     if compute.remat == "none" and widens:
         saved += L * M * wide * 2 * D  # two more as wide as the residual stream, by what XLA says
-    if compute.implementation == "cudnn" and compute.document_end is not None:
-        saved += rows * recipe.sequence_length**2 * narrow  # which tokens see each other, once for all layers
     # The gradients of gate, up and their product, of q, k and v and of the residual stream, each before and after a
     # product or norm; with "full", gate, up, q, k, v and the rest of the layer's own values too.
     layer = M * (wide if cpu else narrow) * (6 * F + 12 * D if compute.remat == "full" else 5 * F + 7 * D)
+    if compute.implementation == "cudnn" and compute.document_end is not None:
+        # Which tokens see each other, once for all layers; with "full" made again, beside less than an MLP's gradients.
+        bias = rows * recipe.sequence_length**2 * narrow
+        saved, layer = (saved, max(layer, bias)) if compute.remat == "full" else (saved + bias, layer)
     if widens and compute.remat != "none":
         # The largest thing saved is widened last: where it lay stays a hole, in which a layer's values find room.
         layer = max(layer, L * M * narrow * max(pieces))
@@ -89,8 +91,8 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
         n = -(-recipe.sequence_length // block)
         attention = n * (n + 1) // 2 * rows * N * block**2
     chunks = -(-M // (loss.CPU_CHUNK_TOKENS if cpu else loss.CHUNK_TOKENS))
-    # A CPU's logits are overwritten by their error; a GPU holds both.
-    logits = -(-M // chunks) * V * (wide if cpu else wide + narrow)
+    # Logits are overwritten by their error where that is as wide.
+    logits = -(-M // chunks) * V * (wide if cpu or not cast else wide + narrow)
     head_gradients = wide * head * (2 if chunks > 1 else 1)  # a chunk's, and their sum
     casts = narrow * (layers + head) if cast else 0
     if cpu and cast:
