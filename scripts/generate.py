@@ -12,6 +12,7 @@ timings. Compiled programs are kept in ~/.cache/smollm-jax/compiled (JAX_COMPILA
 """
 
 import dataclasses
+import gc
 import json
 import sys
 import time
@@ -60,6 +61,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
+    gc.disable()  # until the weights are loaded: see `train_jax.main`
     flags = tyro.cli(Flags, args=argv, description=__doc__)
     if flags.logprobs and not flags.json:
         raise errors.UsageError("--logprobs: only --json shows them")
@@ -73,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     sampling = flags.sampling.checked()
     engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer)
     ids = [encode(engine, prompt, flags) for prompt in prompts]
+    gc.freeze()
+    gc.enable()
     options = {"max_new_tokens": flags.max_new_tokens, "sampling": sampling, "stop": flags.stop}
     options |= {"context": flags.context, "alternatives": flags.logprobs if flags.json else None}
     timings: dict[str, float] = {"load_seconds": time.perf_counter() - began}

@@ -13,6 +13,7 @@ takes about 10 minutes on 2 cores. A flag left out is chosen by the device and p
 import concurrent.futures
 import contextlib
 import functools
+import gc
 import itertools
 import os
 import shlex
@@ -27,6 +28,7 @@ from smollm_jax.training_flags import TrainingFlags
 
 
 def main(argv: list[str] | None = None) -> None:
+    gc.disable()  # until text is read: nearly all that a start makes stays, and looking through it takes half a second
     flags = tyro.cli(TrainingFlags, args=argv, description=__doc__)
     from smollm_jax.stop import Stop
 
@@ -136,6 +138,8 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     if bundle:  # before text is read, which may take hours: its tensors may be views of a file
         model = sharding.put(weights.from_bundle(bundle), mesh)
         bundle.tensors.clear()
+    gc.freeze()
+    gc.enable()
     # Not stopped by a first signal: exit 75 promises a checkpoint.
     tokens = data.prepare(start.source, tokenizer_folder, Path("data"), None, tokenizer)
     batches = data.Batches(tokens, recipe)
