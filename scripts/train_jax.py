@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import importlib
 import itertools
 import os
 import shlex
@@ -128,7 +129,9 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     device = jax.local_devices()[0]
     if not saved or saved.progress.step < recipe.steps:  # compiles while weights and tokens are read
         arguments = setup.limit, config, recipe, compute, device.platform
-        compiling = concurrent.futures.ThreadPoolExecutor(1).submit(memory.compile_within, *arguments)
+        beside = concurrent.futures.ThreadPoolExecutor(1)
+        compiling = beside.submit(memory.compile_within, *arguments)
+        beside.submit(importlib.import_module, "orbax.checkpoint")  # what `CheckpointStore` need not wait for then
         step = lambda *batch: compiling.result()(*batch)  # noqa: E731
         if setup.planned > setup.limit / 2:  # or it is refused after hours of reading, or finds no room for a parameter
             compiling.result()

@@ -4,7 +4,6 @@ A checkpoint is a set of named items ("params", "optimizer"), each a flat dict o
 It knows trees and names, not models, so that `weights.py` can read it too.
 """
 
-import functools
 import logging
 import re
 import shutil
@@ -76,6 +75,8 @@ class CheckpointStore:
     """
 
     def __init__(self, folder: Path, *, keep: int | None = None, create: bool = True, asynchronous: bool = False):
+        import orbax.checkpoint as ocp  # 1.8 s to import
+
         self.folder = folder.absolute()
         self._staging = self.folder / STAGING
         if create:
@@ -84,6 +85,9 @@ class CheckpointStore:
                 shutil.rmtree(self._staging)
         elif not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no such checkpoint folder")
+        _hush()
+        self._ocp = ocp
+        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         self._keep = keep
         self.asynchronous = asynchronous
         self._background = ThreadPoolExecutor(1)
@@ -97,20 +101,7 @@ class CheckpointStore:
             self.wait()
         finally:
             self._background.shutdown()
-            if "_orbax" in self.__dict__:
-                self._orbax.close()
-
-    @functools.cached_property
-    def _ocp(self) -> Any:
-        """Orbax, imported with the first save or restore: a start need not wait for it."""
-        import orbax.checkpoint
-
-        _hush()
-        return orbax.checkpoint
-
-    @functools.cached_property
-    def _orbax(self) -> Any:
-        return self._ocp.Checkpointer(self._ocp.CompositeCheckpointHandler())
+            self._orbax.close()
 
     def steps(self) -> list[int]:
         """The steps on disk, oldest first."""
