@@ -29,7 +29,7 @@ from smollm_jax.training_flags import TrainingFlags
 
 
 def main(argv: list[str] | None = None) -> None:
-    gc.disable()  # until text is read: nearly all that a start makes stays, and looking through it takes half a second
+    gc.disable()  # until text is read: nearly all that a start makes stays (docs/performance.md, "What helped")
     flags = tyro.cli(TrainingFlags, args=argv, description=__doc__)
     from smollm_jax.stop import Stop
 

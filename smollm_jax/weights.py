@@ -122,27 +122,21 @@ def to_ours(tensors: dict[str, np.ndarray], config: Config, dtype: Any = None) -
 def _stacked(tensors: dict[str, np.ndarray], config: Config, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Layer by layer into their place: stacking, turning and casting one after another takes 3 times as long."""
     for name, (path, rule) in rules(config).items():
-        sizes, layers = _split_sizes(rule, config), range(config.num_hidden_layers)
-        if "*" not in name:
-            turned = einops.rearrange(tensors[name], rule, **sizes)
-            array = _aligned(turned.shape, dtype or turned.dtype)
-            array[...] = turned
-            yield path, array
-            continue
-        rule = rule.replace("L ", "")
-        turned = [einops.rearrange(tensors[name.replace("*", str(index))], rule, **sizes) for index in layers]
+        sizes, stacked = _split_sizes(rule, config), "*" in name
+        names = [name.replace("*", str(index)) for index in range(config.num_hidden_layers if stacked else 1)]
+        turned = [einops.rearrange(tensors[one], rule.replace("L ", ""), **sizes) for one in names]
         array = _aligned((len(turned), *turned[0].shape), dtype or np.result_type(*turned))
-        for place, layer in zip(array, turned, strict=True):
-            place[...] = layer
-        yield path, array
+        for place, one in zip(array, turned, strict=True):
+            place[...] = one
+        yield path, array if stacked else array[0]
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An empty array that begins on a 64-byte line: JAX copies any other twice on a CPU, in 3 times the time."""
-    dtype = np.dtype(dtype)
-    memory = np.empty(math.prod(shape) * dtype.itemsize + 63, np.uint8)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 63, np.uint8)
     begin = -memory.ctypes.data % 64
-    return memory[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def to_hf(parameters: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
@@ -295,7 +289,8 @@ def from_bundle(bundle: Bundle, dtype: Any = np.float32) -> "SmolLM":
     if dtype == np.float64 and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise UsageError("float64 needs jax_enable_x64: set JAX_ENABLE_X64=1")
     abstract = jax.eval_shape(lambda: SmolLM(bundle.config, key=jax.random.key(0)))
-    # One at a time: the next takes the memory of one that JAX has copied.
+    # One at a time: the next takes the memory of one that JAX has copied. Memory that it only borrowed from NumPy a
+    # training step could not overwrite in place.
     ours = _stacked(bundle.tensors, bundle.config, dtype)
     return unflatten(abstract, {path: jnp.array(array) for path, array in ours})
 
