@@ -38,7 +38,7 @@ class Plan:
     gradients: int  # whole, of what is computed at once
     layer: int  # what one layer's backward pass holds
     attention: int  # which scores are visible, of all pairs of blocks
-    update: int  # gradients, and what the optimizer makes of a device's part of them
+    update: int  # gradients; on several devices also their sum, a device's part of it
 
     @property
     def total(self) -> int:
@@ -109,7 +109,7 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
         gradients=narrow * layers + wide * head,
         layer=layer,
         attention=attention,
-        update=whole + whole // fsdp,
+        update=whole + (whole // fsdp if devices > 1 else 0),
     )
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from smollm_jax import optimizer
@@ -39,6 +40,22 @@ def test_decay_is_on_every_parameter_norms_and_embedding_too(tiny_model):
     updates, _ = tx.update(zero, tx.init(tiny_model), tiny_model)
     for update, parameter in zip(jax.tree.leaves(updates), jax.tree.leaves(tiny_model), strict=True):
         np.testing.assert_allclose(update, -3e-3 * 0.1 * parameter, rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [2.0, 1e3])
+def test_clipping_is_optax_own(limit):
+    """The same numbers where nothing is clipped; else three roundings of 2^-24 away, two of them ours."""
+    draw = np.random.default_rng(0)
+    gradients = {"a": draw.normal(size=(64, 64)), "b": 1e-6 * draw.normal(size=7)}  # the norm is 64
+    gradients = {name: jnp.asarray(gradient, jnp.float32) for name, gradient in gradients.items()}
+    empty = optax.EmptyState()
+    ours, _ = optimizer.clip_by_global_norm(limit).update(gradients, empty)
+    known, _ = optimizer.clip_by_global_norm(limit).update(gradients, empty, norm=optax.tree.norm(gradients))
+    theirs, _ = optax.clip_by_global_norm(limit).update(gradients, empty)
+    assert (limit < 64) == bool((theirs["a"] != gradients["a"]).all())
+    for name, gradient in theirs.items():
+        np.testing.assert_array_equal(known[name], ours[name])
+        np.testing.assert_allclose(ours[name], gradient, rtol=3 * 2**-24 if limit < 64 else 0, atol=0)
 
 
 @pytest.mark.parametrize(
