@@ -22,10 +22,6 @@ TRAIN_EXTRAS := gguf,plot$(if $(JAX),$(comma)$(JAX))
 TESTS := $(if $(filter 1,$(TORCH)),,tests)
 TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)torch$(comma)hf$(comma)eval$(comma)serve)
 
-# On a CPU glibc keeps a step's buffers for the next one: docs/performance.md, "What helped".
-GLIBC_TUNABLES ?= glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
-KEEPING := $(if $(JAX),,GLIBC_TUNABLES=$(GLIBC_TUNABLES))
-
 # Two at a time, file by file. One that dies or hangs ends the run and is named; xdist's second try can wait for ever.
 TWO := -n 2 --dist loadfile --max-worker-restart 0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
@@ -37,7 +33,7 @@ RESUME = $(shell ls runs/make-train/checkpoints 2>/dev/null | grep -qx '[0-9][0-
 
 train: $(VENV)/.train
 	$(BIN)/python scripts/fetch_assets.py
-	$(KEEPING) $(BIN)/python scripts/train_jax.py --out runs/make-train $(RESUME) $(ARGS)
+	$(BIN)/python scripts/train_jax.py --out runs/make-train $(RESUME) $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py

@@ -1,7 +1,7 @@
 """Measure one thing on our side and on PyTorch's, in turn in one run, medians with their spread.
 
     python scripts/benchmark.py train --against hf hf-compile            # seconds, tokens/s and MFU of optimizer steps
-    python scripts/benchmark.py train --against kept-memory              # ours with glibc keeping what is freed
+    python scripts/benchmark.py train --against kept-memory              # ours, keeping what is freed, as the trainer
     python scripts/benchmark.py train --against remat-none remat-full    # ours with each way to rematerialise
     python scripts/benchmark.py memory --sequence-length 2048            # the most memory such steps take
     python scripts/benchmark.py decode --against hf llamacpp             # tokens after a prompt of 16, greedy, cached
@@ -24,6 +24,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -57,9 +58,6 @@ AGAINST = {"decode": (*HF, "llamacpp"), "prefill": (*HF, "llamacpp"), "packed": 
 AGAINST |= {"checkpoint": (), "prepare": ()}
 AGAINST |= {"startup": (*HF, *TWIN), "memory": (*HF, *TWIN, *REMAT), "train": (*HF, *TWIN, "kept-memory", *REMAT)}
 AGAINST |= dict.fromkeys(("loss", "attention", "gemm"), HF)
-# One heap, which only grows: without any one of the three a freed buffer's pages go back to the system at once.
-KEPT_MEMORY = "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
-VARIABLES = {"kept-memory": {"GLIBC_TUNABLES": KEPT_MEMORY}}  # of a side's own process
 LLAMACPP = (
     "--against llamacpp needs it: CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python"
 )
@@ -177,8 +175,8 @@ def check_flags(flags: Flags) -> None:
     longest = PROMPT + flags.new_tokens if flags.what == "decode" else flags.sequence_length
     if longest > (most := preset(flags.preset).max_position_embeddings):
         raise errors.UsageError(f"{longest} tokens exceed the {most} positions of {flags.preset}")
-    if "kept-memory" in flags.others and platform.libc_ver()[0] != "glibc":
-        raise errors.UsageError("--against kept-memory sets glibc's allocator, and this system's C library is another")
+    if "kept-memory" in flags.others and (platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ):
+        raise errors.UsageError("--against kept-memory sets glibc's allocator: needs glibc, and GLIBC_TUNABLES unset")
     if "llamacpp" in flags.others:
         if flags.dtype != "float32" or flags.batch_size != 1:
             raise errors.UsageError("llamacpp is measured with --dtype float32 and --batch-size 1 only")
@@ -194,7 +192,7 @@ def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
         sides: dict[str, Side] = {}
         for name in ("ours", *flags.others):
             print(f"{name}: preparing", flush=True)
-            sides[name] = Side(name, flags.job(name), weights, **VARIABLES.get(name, {}))
+            sides[name] = Side(name, flags.job(name), weights)
             stack.callback(sides[name].close)
         ready = {name: side.ready for name, side in sides.items()}
         check_equal(flags.dtype, ready)

@@ -29,7 +29,10 @@ from smollm_jax.training_flags import TrainingFlags
 
 
 def main(argv: list[str] | None = None) -> None:
-    gc.disable()  # until text is read: nearly all that a start makes stays (docs/performance.md, "What helped")
+    # Until text is read (docs/performance.md, "What helped"): nearly all that a start makes stays, and its threads do
+    # most of their work without Python's lock, which they would wait 5 ms for each time.
+    gc.disable()
+    sys.setswitchinterval(1e-4)
     flags = tyro.cli(TrainingFlags, args=argv, description=__doc__)
     from smollm_jax.stop import Stop
 
@@ -90,9 +93,9 @@ def refuse_used(run: Path) -> None:
 
 def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     """Trains in a run folder that is ours alone."""
-    from smollm_jax import weights
+    from smollm_jax import heap, weights
 
-    read = None
+    kept, read = heap.keep(), None
     if flags.init_from and not flags.resume:
         read = functools.partial(weights.read, flags.init_from, mapped=True)
         # While JAX is imported, for most of it is hashing, without Python's lock. The other kinds' readers import JAX
@@ -127,6 +130,9 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     if recipe.dtype == "float32":  # on a GPU JAX's default is TF32
         jax.config.update("jax_default_matmul_precision", "float32")
     device = jax.local_devices()[0]
+    if kept and (device.platform != "cpu" or 2 * setup.planned > setup.limit):  # around what is kept a heap grows
+        heap.give_back()
+        kept = False
     if not saved or saved.progress.step < recipe.steps:  # compiles while weights and tokens are read
         arguments = setup.limit, config, recipe, compute, device.platform
         beside = concurrent.futures.ThreadPoolExecutor(1)
@@ -135,7 +141,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
         step = lambda *batch: compiling.result()(*batch)  # noqa: E731
         if setup.planned > setup.limit / 2:  # or it is refused after hours of reading, or finds no room for a parameter
             compiling.result()
-    announce(run, flags, setup, device)
+    announce(run, flags, setup, device, kept)
 
     model = None
     if bundle:  # before text is read, which may take hours: its tensors may be views of a file
@@ -143,6 +149,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
         bundle.tensors.clear()
     gc.freeze()
     gc.enable()
+    sys.setswitchinterval(5e-3)
     # Not stopped by a first signal: exit 75 promises a checkpoint.
     tokens = data.prepare(start.source, tokenizer_folder, Path("data"), None, tokenizer)
     batches = data.Batches(tokens, recipe)
@@ -208,7 +215,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     print(f"\nnext: python scripts/generate.py --weights {run} --prompt {flags.prompt!r}")
 
 
-def announce(run: Path, flags: TrainingFlags, setup, device) -> None:
+def announce(run: Path, flags: TrainingFlags, setup, device, kept: bool) -> None:
     """Prints what was decided."""
     import jax
 
@@ -233,7 +240,8 @@ def announce(run: Path, flags: TrainingFlags, setup, device) -> None:
     print(f"steps       {recipe.steps:,} of {tokens_per_step}, {recipe.schedule}, peak {recipe.learning_rate}")
     warmup = f"warmup {recipe.warmup_steps} steps, weight decay {recipe.weight_decay}, seed {recipe.seed}"
     print(f"            {warmup}; saved every {cadence.save_every}, validated every {cadence.eval_every} steps")
-    print(f"memory      {setup.planned / 1e9:.1f} GB planned of {setup.limit / 1e9:.1f} GB, on each device")
+    keeping = "; what a step frees is kept" if kept else ""
+    print(f"memory      {setup.planned / 1e9:.1f} GB planned of {setup.limit / 1e9:.1f} GB, on each device{keeping}")
     print(f"run         {run}", flush=True)
 
 
