@@ -45,7 +45,14 @@ from smollm_jax.provenance import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = 16  # tokens before the decoded ones
-SETTINGS = ("JAX_PLATFORMS", "XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+SETTINGS = (
+    "JAX_PLATFORMS",
+    "XLA_FLAGS",
+    "GLIBC_TUNABLES",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "PYTHONDONTWRITEBYTECODE",
+)
 Remat = Literal["none", "dots", "full"]
 Other = Literal[
     "hf", "hf-compile", "hf-compile-max", "twin", "twin-compile", "llamacpp", "plain", "kept-memory",
@@ -262,28 +269,30 @@ def startup(flags: Flags, folder: Path) -> tuple[str, Rows]:
     device, times = "", {"cold": {name: [] for name in ("ours", *flags.others)}}
     times["warm"] = {name: [] for name in times["cold"]}
 
-    def start_ours(run: str, cache: str) -> str:
-        """The device; returns when the first step is done."""
+    def start_ours(run: str, cache: str) -> tuple[str, float]:
+        """The device, and the seconds until the first step is done, without those that ending the process takes."""
         # By default JAX keeps only programs that took a second to compile.
         small = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
         variables, found = process_environment(JAX_COMPILATION_CACHE_DIR=cache, **small), ""
+        began = time.perf_counter()
         with subprocess.Popen([*train, "--out", run], stdout=subprocess.PIPE, text=True, env=variables) as process:
             for line in process.stdout or ():
                 found = line.split(None, 1)[1].split(",")[0] if line.startswith("device ") else found
                 if line.startswith("step 1/1 "):
+                    seconds = time.perf_counter() - began
                     process.kill()  # what it would save is not wanted
-                    return found
+                    return found, seconds
         raise errors.SmolLMError("train_jax.py ended before its first step; what it said is above")
 
     for turn in range(flags.rounds):
         for name in times["cold"]:
             cache = str(folder / f"{name}-{turn}")
             for kind in ("cold", "warm"):
-                began = time.perf_counter()
                 if name == "ours":
-                    device = start_ours(f"{folder}/run-{turn}-{kind}", cache)
-                    times[kind][name].append(time.perf_counter() - began)
+                    device, seconds = start_ours(f"{folder}/run-{turn}-{kind}", cache)
+                    times[kind][name].append(seconds)
                 else:
+                    began = time.perf_counter()
                     side = Side(
                         name,
                         flags.job(name),
