@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from smollm_jax import memory
+from smollm_jax import heap, memory
 from tests.test_memory import WITHIN, setting
 from tests.trainer import ENVIRONMENT, ROOT, command
 
@@ -17,6 +18,7 @@ import ctypes, json, resource, sys, threading
 from pathlib import Path
 from smollm_jax import heap
 
+heap.DRIVER = Path("no GPU")
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 
@@ -73,11 +75,21 @@ def test_glibc_is_left_alone_where_its_own_variable_says_what_to_do():
     assert said["keep"][2] > SIZE // os.sysconf("SC_PAGE_SIZE")
 
 
+def test_glibc_is_left_alone_beside_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(heap, "DRIVER", tmp_path)
+    told = []
+    monkeypatch.setattr(heap, "_libc", SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda *of: told.append(of)))
+    assert heap.keep() is False
+    assert not told
+
+
 @pytest.mark.parametrize("share", [0.4, 0.6])
 def test_the_trainer_keeps_what_is_less_than_half_of_what_is_free(tmp_path, share):
     python, _, *flags = command(tmp_path / "run", "--batch-size", "2", "--steps", "1", "--eval-every", "0")
     limit = int(memory.plan(*setting("tiny 2 64 dots float32 1 -")).total / share)
     program = [python, "-c", WITHIN, str(ROOT), str(limit), *flags]
-    done = subprocess.run(program, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "GLIBC_TUNABLES"}
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert ("on each device; what a step frees is kept\n" in done.stdout) == (share < 0.5)

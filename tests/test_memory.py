@@ -141,7 +141,8 @@ WITHIN = """
 import sys
 sys.path.insert(0, f"{sys.argv.pop(1)}/scripts")
 import train_jax
-from smollm_jax import memory
+from smollm_jax import heap, memory
+heap.DRIVER = heap.Path("no GPU")
 limit = int(sys.argv.pop(1))
 memory.available = lambda *_: limit
 train_jax.main(sys.argv[1:])

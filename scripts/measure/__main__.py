@@ -22,8 +22,8 @@ def main() -> None:
     name, job, weights = sys.argv[1], Job(**json.loads(sys.argv[2])), Path(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    if name == "kept-memory":
-        heap.keep()  # before there are threads
+    if name == "kept-memory" and not heap.keep():  # before there are threads
+        raise errors.UsageError("kept-memory: the trainer would not keep it here, for there is a GPU")
     if name in ("ours", "plain", "kept-memory") or name.startswith("remat-"):
         from jax_side import prepare
     elif name == "checkpoint":
