@@ -130,7 +130,8 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     if recipe.dtype == "float32":  # on a GPU JAX's default is TF32
         jax.config.update("jax_default_matmul_precision", "float32")
     device = jax.local_devices()[0]
-    if kept and (device.platform != "cpu" or 2 * setup.planned > setup.limit):  # around what is kept a heap grows
+    tight = setup.planned > setup.limit / 2
+    if kept and (tight or device.platform != "cpu"):  # around what is kept a heap grows
         heap.give_back()
         kept = False
     if not saved or saved.progress.step < recipe.steps:  # compiles while weights and tokens are read
@@ -139,7 +140,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
         compiling = beside.submit(memory.compile_within, *arguments)
         beside.submit(importlib.import_module, "orbax.checkpoint")  # what `CheckpointStore` need not wait for then
         step = lambda *batch: compiling.result()(*batch)  # noqa: E731
-        if setup.planned > setup.limit / 2:  # or it is refused after hours of reading, or finds no room for a parameter
+        if tight:  # or it is refused after hours of reading, or finds no room for a parameter
             compiling.result()
     announce(run, flags, setup, device, kept)
 

@@ -113,9 +113,9 @@ def _over_pairs(step, carry, segment_ids, block, shape):
     def causal(i, j):
         return (place[:, None] >= jnp.arange(block)) | (i > j)
 
-    if segment_ids is None and n == 1:  # the same without a loop: a step is traced in a tenth less time
-        return step(carry, (0, 0), causal(0, 0))
     if segment_ids is None:
+        if n == 1:  # the same without a loop: a step is traced in a tenth less time
+            return step(carry, (0, 0), causal(0, 0))
         return jax.lax.scan(lambda c, pair: (step(c, pair, causal(*pair)), None), carry, tuple(pairs.T))[0]
     B = len(segment_ids)
     of_keys = segment_ids.reshape(B, n, block).swapaxes(0, 1)  # [n, B, b]

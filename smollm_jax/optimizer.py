@@ -31,7 +31,7 @@ def learning_rate(recipe: Recipe) -> optax.Schedule:
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-    """optax's within two roundings; it takes as `norm` what is known already, and reads the gradients once less.
+    """optax's within three roundings; it takes as `norm` what is known already, and reads the gradients once less.
 
     A product with one number, where optax divides: XLA:CPU would keep all quotients, as large as the gradients.
     """
