@@ -1,7 +1,7 @@
 """The C library's heap of a trainer on a CPU: what a step frees is kept for the next one.
 
 By default glibc gives a step's buffers back to the system, which hands them out anew page by page, each cleared and
-mapped: at 256 tokens up to a fifth of a step. For scripts to call, never on import: it is the whole process that changes.
+mapped: at 256 tokens up to a fifth of a step. For scripts to call, never on import: the whole process changes.
 """
 
 import ctypes
