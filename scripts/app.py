@@ -36,7 +36,7 @@ class Flags:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and the cache."""
     tokenizer: Path | None = None
-    """Folder with tokenizer.json; default: the weights', else assets/tokenizer."""
+    """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     queue: int = 64
     """Requests that may wait; more are refused."""
     time_limit: float = 300.0

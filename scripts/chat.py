@@ -50,7 +50,7 @@ class Flags:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and the cache; XLA multiplies bfloat16 slowly on a CPU."""
     tokenizer: Path | None = None
-    """Folder with tokenizer.json; default: the weights', else assets/tokenizer."""
+    """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
@@ -66,12 +66,15 @@ def main(argv: list[str] | None = None) -> None:
     compilation_cache.enable()
     from smollm_jax.engine import Engine
 
-    sampling = flags.sampling.checked()
+    flags.sampling.checked()
     engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer)
+    sampling = flags.sampling.over(engine.generation)
     engine.chat([{"role": "user", "content": ""}])  # a folder without a chat template is refused now
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited, and earlier ones recalled
     print(f"{flags.weights}: {HELP}", file=sys.stderr)
+    for line in filter(None, [flags.sampling.said(engine.generation), engine.generation.note]):
+        print(line, file=sys.stderr)
     if flags.history:
         opening = [message for message in messages[:1] if message["role"] == "system"]
     while (line := ask()) is not None:

@@ -29,6 +29,8 @@ class Flags:
     """Kind of DST; needed for a folder."""
     type: Literal["f32", "f16", "bf16", "q8_0"] | None = None
     """How a GGUF holds its matrices; default: what keeps every bit. Its norms are float32."""
+    tokenizer: Path | None = None
+    """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     allow_unverified: bool = False
     """Read a checkpoint that has no integrity.json."""
     debug: bool = False
@@ -49,8 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     if flags.type and kind != "gguf":
         raise errors.UsageError(f"--type {flags.type} is for GGUF files; {flags.dst} is to be {kind}")
     from smollm_jax import weights
+    from smollm_jax.tokenizer import Tokenizer
 
+    chosen = Tokenizer.of_weights(flags.src, flags.tokenizer) if flags.tokenizer else None
     bundle = weights.read(flags.src, allow_unverified=flags.allow_unverified)
+    if chosen:
+        bundle.tokenizer_files = chosen.files
     weights.write(flags.dst, bundle, kind, gguf_type=flags.type)
     numbers = sum(tensor.size for tensor in bundle.tensors.values())
     print(
@@ -64,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     if bundle.tokenizer_files and kind in ("pt", "safetensors"):
         print(f"the tokenizer stays in {flags.src}: a {flags.dst.suffix} file holds weights and config only")
     if not bundle.tokenizer_files and kind in ("hf", "orbax"):
-        print(f"no tokenizer lies with {flags.src}: put tokenizer.json and what belongs to it into {flags.dst}")
+        print(f"{flags.src} has no tokenizer that is read here, and so {flags.dst} has none: --tokenizer names one")
 
 
 if __name__ == "__main__":

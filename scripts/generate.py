@@ -6,9 +6,11 @@
     echo "Once upon a time" | python scripts/generate.py --weights PATH
 
 Weights: a run folder or one step under its checkpoints/, a Hugging Face folder, a .pt, .safetensors or .gguf file.
-Greedy unless --temperature is given. One text is shown as it comes, several in a batch one after the other when all
-are done; the speed is printed at the end on stderr. --json prints one object: text, token ids, log-probabilities and
-timings. Compiled programs are kept in ~/.cache/smollm-jax/compiled (JAX_COMPILATION_CACHE_DIR names another folder).
+Without sampling flags the weights' own generation_config.json says how the next token is chosen, greedy where there is
+none; a line on stderr says which. --prompt "" writes a text from nothing: from the token that begins one.
+One text is shown as it comes, several in a batch one after the other when all are done; the speed is printed at the
+end on stderr. --json prints one object: text, token ids, log-probabilities and timings. Compiled programs are kept in
+~/.cache/smollm-jax/compiled (JAX_COMPILATION_CACHE_DIR names another folder).
 """
 
 import dataclasses
@@ -48,6 +50,8 @@ class Flags:
     """Ask as the user of a chat (Instruct weights)."""
     system: str | None = None
     """System prompt of the chat; asks as --chat does."""
+    special_tokens: bool = False
+    """Special tokens typed in a prompt (<|im_start|>) count as such instead of as plain text."""
     json: bool = False
     """Print one JSON object instead of the text."""
     logprobs: int = 0
@@ -55,7 +59,7 @@ class Flags:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and the cache; XLA multiplies bfloat16 slowly on a CPU."""
     tokenizer: Path | None = None
-    """Folder with tokenizer.json; default: the weights', else assets/tokenizer."""
+    """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
@@ -65,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
     if flags.logprobs and not flags.json:
         raise errors.UsageError("--logprobs: only --json shows them")
+    if flags.special_tokens and asks(flags):
+        raise errors.UsageError("--special-tokens is for texts: in a chat only the template's own tokens are special")
     prompts = read_prompts(flags)
     from smollm_jax import compilation_cache
 
@@ -72,8 +78,11 @@ def main(argv: list[str] | None = None) -> None:
     from smollm_jax.engine import Engine
 
     began = time.perf_counter()
-    sampling = flags.sampling.checked()
+    flags.sampling.checked()
     engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer)
+    sampling = flags.sampling.over(engine.generation)
+    for line in filter(None, [flags.sampling.said(engine.generation), engine.generation.note]):
+        print(line, file=sys.stderr)
     ids = [encode(engine, prompt, flags) for prompt in prompts]
     gc.freeze()
     gc.enable()
@@ -122,7 +131,7 @@ def read_prompts(flags: Flags) -> list[str]:
 def encode(engine: "Engine", prompt: str, flags: Flags) -> list[int]:
     """The tokens a prompt gives, as a text or as a message."""
     if not asks(flags):
-        return engine.encode(prompt)
+        return engine.encode(prompt, parse_special=flags.special_tokens)
     system = [] if flags.system is None else [{"role": "system", "content": flags.system}]
     return engine.chat([*system, {"role": "user", "content": prompt}])
 

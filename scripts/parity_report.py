@@ -39,7 +39,7 @@ class Flags:
     text: Path = Path("assets/sotu")
     """Real text to measure on: a file, a folder or .jsonl of at least 9 documents or 3,000 tokens."""
     tokenizer: Path | None = None
-    """Folder with tokenizer.json; default: the weights', else assets/tokenizer."""
+    """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Where the models run; torch and JAX always run in separate processes."""
     readme: Path | None = None
@@ -72,11 +72,11 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError("--device gpu: this machine has no NVIDIA driver")
     sys.path.insert(0, str(ROOT))
     from smollm_jax import weights
-    from smollm_jax.tokenizer import Tokenizer, folder_beside
+    from smollm_jax.tokenizer import Tokenizer
 
     began = time.time()
     bundle = weights.read(flags.weights)
-    tokenizer = Tokenizer.load(flags.tokenizer or folder_beside(flags.weights))
+    tokenizer = Tokenizer.of_weights(flags.weights, flags.tokenizer)
     sides = ["jax", "twin"] + (["transformers"] if importlib.util.find_spec("transformers") else [])
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -38,7 +38,7 @@ class Flags:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and the cache."""
     tokenizer: Path | None = None
-    """Folder with tokenizer.json; default: the weights', else assets/tokenizer."""
+    """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     out: Path | None = None
     """JSON file to write: scores, versions of the tasks, and each answer."""
     debug: bool = False

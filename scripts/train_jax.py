@@ -110,7 +110,6 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
         cost,
         data,
         distributed,
-        formats,
         memory,
         metrics,
         optimizer,
@@ -126,7 +125,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     setup = set_up(flags, run, read)
     start, recipe, compute, cadence = setup.start, setup.start.recipe, setup.compute, setup.cadence
     config, saved, bundle, mesh = start.config, start.saved, start.bundle, compute.mesh
-    tokenizer, tokenizer_folder, step = setup.tokenizer, setup.tokenizer_folder, None
+    tokenizer, step = setup.tokenizer, None
     if recipe.dtype == "float32":  # on a GPU JAX's default is TF32
         jax.config.update("jax_default_matmul_precision", "float32")
     device = jax.local_devices()[0]
@@ -152,7 +151,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     gc.enable()
     sys.setswitchinterval(5e-3)
     # Not stopped by a first signal: exit 75 promises a checkpoint.
-    tokens = data.prepare(start.source, tokenizer_folder, Path("data"), None, tokenizer)
+    tokens = data.prepare(start.source, tokenizer.path, Path("data"), None, tokenizer)
     batches = data.Batches(tokens, recipe)
     held_out = np.concatenate([batch[:, 1:].ravel() for batch in batches.validation(cadence.eval_batches)])
     bytes_per_token = tokenizer.byte_count(held_out.tolist()) / held_out.size
@@ -174,7 +173,8 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
             (run / "metrics.jsonl").rename(old)
             print(f"note: starts from the beginning, in a run without a checkpoint; its metrics are now {old}")
     if distributed.first():
-        weights.write_run_files(run, config, formats.read_tokenizer_files(tokenizer_folder))
+        generation_config = start.bundle.generation_config if start.bundle else None
+        weights.write_run_files(run, config, tokenizer.files, generation_config=generation_config)
     flops = cost.flops_per_token(config, recipe.sequence_length)
     peak = cost.peak_flops(device.device_kind)
     peak = peak and peak * compute.devices

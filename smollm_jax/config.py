@@ -160,11 +160,15 @@ class Config:
             raise UsageError(f"config lacks {', '.join(missing)}: no model constant is guessed")
         return cls(**{name: rest[name] for name in names})
 
+    def special_token_ids(self) -> dict[str, Any]:
+        """The ids of bos, eos and pad that the config names, as Hugging Face's JSON has them."""
+        eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+        ids = {"bos_token_id": self.bos_token_id, "eos_token_id": eos, "pad_token_id": self.pad_token_id}
+        return {name: value for name, value in ids.items() if value is not None}
+
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """A Hugging Face `config.json` as a dict, in the old and the new spelling: every reader finds its own."""
-        config = dataclasses.asdict(self)
-        if isinstance(self.eos_token_id, tuple):
-            config["eos_token_id"] = list(self.eos_token_id)
+        config = dataclasses.asdict(self) | self.special_token_ids()
         return config | {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",

@@ -20,7 +20,7 @@ from smollm_jax.order import Turns, shuffled
 from smollm_jax.prepare import prepared
 from smollm_jax.recipe import Recipe
 from smollm_jax.stop import Stop
-from smollm_jax.token_file import MANIFEST, TokenFile, TokenSet, sha256_of
+from smollm_jax.token_file import MANIFEST, TokenFile, TokenSet
 from smollm_jax.tokenizer import Tokenizer
 
 ORDER = "feistel-1"  # names the order of the windows: another one is other data
@@ -85,14 +85,14 @@ def prepare(
     weights = [weight for _, weight in named if weight is not None]
     if not named or (weights and len(weights) != len(named)):
         raise UsageError("data: give a weight to every source or to none: PATH:WEIGHT")
-    tokenizer, sha256 = tokenizer or Tokenizer.load(tokenizer_folder), sha256_of(tokenizer_folder / "tokenizer.json")
+    tokenizer = tokenizer or Tokenizer.load(tokenizer_folder)
     sets = []
     for path, _ in named:
         path = path.parent if path.name == "tokens.bin" else path
         whole = any((path / name).is_file() for name in (MANIFEST, "tokens.json"))
         sets.append(TokenSet.open(path if whole else prepared(path, tokenizer_folder, cache, stop, tokenizer)))
         for file in sets[-1].files:
-            file.check(tokenizer, tokenizer_folder, sha256)
+            file.check(tokenizer, tokenizer_folder, tokenizer.sha256)
     if not weights:
         return Mixture((tuple(sets),), vocab_size=tokenizer.vocab_size)
     shares = tuple(weight / sum(weights) for weight in weights)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from smollm_jax import generate
 from smollm_jax.config import shown
 from smollm_jax.errors import UsageError
+from smollm_jax.generation_config import GenerationConfig
 from smollm_jax.precision import float32_as_it_is
 from smollm_jax.sampling import GREEDY, Sampling
-from smollm_jax.tokenizer import Message, TextStream, Tokenizer, folder_beside
+from smollm_jax.tokenizer import Message, TextStream, Tokenizer
 from smollm_jax.unrolled import Unrolled
 
 if TYPE_CHECKING:
@@ -55,31 +56,54 @@ class Completion:
 class Engine:
     """A model and its tokenizer, ready to write. Its methods may be called from several threads at once."""
 
-    def __init__(self, model: "SmolLM", tokenizer: Tokenizer):
+    def __init__(self, model: "SmolLM", tokenizer: Tokenizer, generation: GenerationConfig | None = None):
+        """`generation` is how the weights are to be written with; None: greedy, up to the config's eos tokens."""
         self.config = model.config
         self.tokenizer = tokenizer
+        self.generation = generation or GenerationConfig.of(None, self.config, "")
         self._model = Unrolled.of(model)
-        self._eos = self.config.eos_token_ids
+        self._eos = self.generation.eos_token_ids
         self._texts: dict[int, str] = {i: "" for i in self._eos}  # of single tokens
         self._encoding = threading.Lock()  # the tokenizer holds the way of one call at a time
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: Any = "float32", tokenizer: str | Path | None = None) -> "Engine":
-        """The engine of weights of any kind; `tokenizer` is a folder, by default the one beside the weights."""
+        """The engine of weights of any kind, with their own tokenizer; weights without one need `tokenizer`."""
         from smollm_jax import weights
 
-        model, _ = weights.load(path, jnp.dtype(dtype))
-        return cls(model, Tokenizer.load(tokenizer or folder_beside(Path(path))))
+        path = Path(path)
+        chosen = Tokenizer.of_weights(path, None if tokenizer is None else Path(tokenizer))
+        bundle = weights.read(path, mapped=True)
+        source = f"{path}: generation_config"
+        generation = GenerationConfig.of(bundle.generation_config, bundle.config, source)
+        return cls(weights.from_bundle(bundle, jnp.dtype(dtype)), chosen, generation)
+
+    @property
+    def defaults(self) -> Sampling:
+        """How the weights ask to be sampled from: greedy unless their `generation_config.json` says otherwise."""
+        return Sampling(**self.generation.sampling)
 
     @property
     def model(self) -> "SmolLM":
         """The model itself."""
         return self._model.model
 
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of a text."""
+    def encode(self, prompt: str, *, parse_special: bool = False) -> list[int]:
+        """Token ids of a text to continue, with what the tokenizer puts around a text.
+
+        Special tokens in it are plain text unless `parse_special`. An empty prompt is the token that begins a text:
+        what follows is unconditional. Raises `UsageError` where the config names no such token.
+        """
         with self._encoding:
-            return self.tokenizer.encode(prompt)
+            ids = self.tokenizer.encode(prompt, parse_special=parse_special, add_special_tokens=True)
+        if ids:
+            return ids
+        begins = self.generation.bos_token_id
+        if begins is None:
+            begins = next(iter(self._eos), None)
+        if begins is None:
+            raise UsageError("an empty prompt needs a token that begins a text, and the config names none")
+        return [begins]
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the assistant speaks."""
@@ -99,9 +123,9 @@ class Engine:
     ) -> Generator[Piece, None, None]:
         """Pieces, as they come; closing the iterator ends the computing within `tokens_per_call` tokens.
 
-        `sampling` is one for all rows or one a row. A text ends at any of the config's eos tokens or before the first
-        of the strings `stop`. `alternatives`: None for no log-probabilities, n for each token's and those of the n
-        likeliest. Where the context is full, "error" refuses beforehand and "slide" goes on from its last half.
+        `sampling` is one for all rows or one a row. A text ends at any of `generation.eos_token_ids` or before the
+        first of the strings `stop`. `alternatives`: None for no log-probabilities, n for each token's and those of
+        the n likeliest. Where the context is full, "error" refuses beforehand and "slide" goes on from its last half.
         Raises `UsageError` here, not at the first piece.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)

@@ -60,7 +60,11 @@ def refuse_marks(head: bytes, path: Path) -> None:
 
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
     """A small file's UTF-8 text; `InputFileError` names the first byte that is none."""
-    content = read_bytes(path, limit)
+    return text_of(read_bytes(path, limit), path)
+
+
+def text_of(content: bytes, path: Path) -> str:
+    """The UTF-8 text of a file's content; `InputFileError` names the first byte that is none."""
     refuse_marks(content[:4096], path)
     try:
         return content.decode("utf-8")

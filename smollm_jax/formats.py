@@ -13,11 +13,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 
-from smollm_jax import gguf_file, gguf_writer, integrity, tokenizer_file
+from smollm_jax import gguf_file, gguf_writer, integrity
 from smollm_jax.config import Config, shown
 from smollm_jax.errors import InputFileError, StorageError, UsageError
 from smollm_jax.files import (
@@ -25,25 +26,27 @@ from smollm_jax.files import (
     one_line,
     parse_config,
     parse_json,
-    read_bytes,
     read_config,
     read_json,
     read_text,
 )
 from smollm_jax.safetensors_file import DIGEST, digest, read_safetensors, verify, write_safetensors
+from smollm_jax.tokenizer_source import read_tokenizer_files
 from smollm_jax.torch_file import check_archive, checked_from_torch, from_torch, to_torch
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclasses.dataclass
 class Bundle:
-    """Weights on their way between formats. `origin` says in words where the numbers come from."""
+    """Weights on their way between formats. `origin` says in words where the numbers come from.
+
+    `generation_config` is the content of `generation_config.json`, None where the weights have none.
+    """
 
     tensors: dict[str, np.ndarray]
     config: Config
     tokenizer_files: dict[str, bytes] = dataclasses.field(default_factory=dict)
     origin: str = ""
+    generation_config: dict[str, Any] | None = None
 
     @property
     def dtype(self) -> str:
@@ -81,31 +84,27 @@ def replacing(target: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The tokenizer files a folder holds, by name."""
-    return {
-        name: read_bytes(folder / name, tokenizer_file.MAX_BYTES)
-        for name in TOKENIZER_FILES
-        if (folder / name).exists()
-    }
-
-
 # ------------------------------------------------------------------------------------------------ safetensors
 
 
 def read_safetensors_file(path: Path, *, mapped: bool = False) -> Bundle:
     """A lone safetensors file; its config is in its metadata, or in a config.json beside it."""
     tensors, metadata = read_safetensors(path, mapped=mapped)
+    where = f"{path}: metadata 'generation_config'"
     if "config" in metadata:
         config = parse_config(parse_json(metadata["config"], f"{path}: metadata 'config'"), path)
+        own = metadata.get("generation_config")
+        generation = None if own is None else _object(parse_json(own, where), where)
     else:
-        config = _config_beside(path)
-    return Bundle(tensors, config, read_tokenizer_files(path.parent), metadata.get("origin", ""))
+        config, generation = _config_beside(path), read_generation_config(path.parent)
+    return Bundle(tensors, config, read_tokenizer_files(path.parent), metadata.get("origin", ""), generation)
 
 
 def write_safetensors_file(path: Path, bundle: Bundle) -> None:
     """The PyTorch twin's weights as one file that carries its config."""
     metadata = {"config": json.dumps(bundle.config.to_hf(bundle.dtype)), "origin": bundle.origin}
+    if bundle.generation_config is not None:
+        metadata["generation_config"] = json.dumps(bundle.generation_config)
     with replacing(path) as temporary:
         write_safetensors(temporary, bundle.tensors, metadata)
 
@@ -114,6 +113,18 @@ def _config_beside(path: Path) -> Config:
     if not (path.parent / "config.json").is_file():
         raise InputFileError(f"{path}: carries no config, and no config.json lies beside it")
     return read_config(path.parent / "config.json")
+
+
+def read_generation_config(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's `generation_config.json`, None where there is none."""
+    path = folder / "generation_config.json"
+    return _object(read_json(path), path) if path.exists() else None
+
+
+def _object(values: Any, where: object) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise InputFileError(f"{where}: must be a JSON object, got {shown(values)}")
+    return values
 
 
 # ----------------------------------------------------------------------------------------- Hugging Face folder
@@ -128,7 +139,7 @@ def read_hf(folder: Path, *, mapped: bool = False) -> Bundle:
     config = read_config(folder / "config.json")
     origin = folder / "ORIGIN.txt"
     words = " ".join(read_text(origin).split()) if origin.exists() else ""
-    return Bundle(tensors, config, read_tokenizer_files(folder), words)
+    return Bundle(tensors, config, read_tokenizer_files(folder), words, read_generation_config(folder))
 
 
 def _read_shards(index: Path, mapped: bool) -> dict[str, np.ndarray]:
@@ -152,22 +163,26 @@ def _read_shards(index: Path, mapped: bool) -> dict[str, np.ndarray]:
 
 def write_hf(folder: Path, bundle: Bundle) -> None:
     """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load, with the tied head left out."""
-    config = bundle.config
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: value for name, value in config.to_hf().items() if name in names and value is not None}
+    config, generation = bundle.config, bundle.generation_config
     with replacing(folder) as temporary:
         temporary.mkdir()
         write_safetensors(temporary / "model.safetensors", bundle.tensors, {})
         texts = {
             "config.json": json.dumps(config.to_hf(bundle.dtype), indent=2) + "\n",
-            "generation_config.json": json.dumps(ids, indent=2) + "\n",
+            "generation_config.json": generation_text(config, generation),
             "README.md": _model_card(bundle),
             "ORIGIN.txt": bundle.origin + "\n",
         }
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         for name, content in bundle.tokenizer_files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)  # named chat templates lie in a folder of their own
             (temporary / name).write_bytes(content)
+
+
+def generation_text(config: Config, generation: dict[str, Any] | None) -> str:
+    """The text of a `generation_config.json`: the weights' own, else the ids that the config names."""
+    return json.dumps(config.special_token_ids() if generation is None else generation, indent=2) + "\n"
 
 
 def _model_card(bundle: Bundle) -> str:
@@ -194,9 +209,10 @@ def read_pt(path: Path) -> Bundle:
         raise InputFileError(
             f"{path}: not a weights-only torch file ({said}); give a .safetensors file, or a .pt of tensors alone"
         ) from error
+    generation = None
     if isinstance(content, dict) and "state_dict" in content:
         state, config, origin = content["state_dict"], content.get("config"), content.get("origin", "")
-        expected = content.get(DIGEST)
+        expected, generation = content.get(DIGEST), content.get("generation_config")
     else:
         state, config, origin, expected = content, None, "", None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
@@ -206,7 +222,11 @@ def read_pt(path: Path) -> Bundle:
         raise InputFileError(f"{path}: origin must be a string, got {shown(origin)}")
     verify(tensors, expected, path)
     values = _config_beside(path) if config is None else parse_config(config, path)
-    return Bundle(tensors, values, read_tokenizer_files(path.parent), origin)
+    if generation is not None:
+        generation = _object(generation, f"{path}: generation_config")
+    elif config is None:
+        generation = read_generation_config(path.parent)
+    return Bundle(tensors, values, read_tokenizer_files(path.parent), origin, generation)
 
 
 def write_pt(path: Path, bundle: Bundle) -> None:
@@ -217,6 +237,7 @@ def write_pt(path: Path, bundle: Bundle) -> None:
     made = digest(bundle.tensors)
     with replacing(path) as temporary:
         content = {"config": bundle.config.to_hf(bundle.dtype), "origin": bundle.origin, DIGEST: made}
+        content["generation_config"] = bundle.generation_config
         try:
             torch.save(content | {"state_dict": state}, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
@@ -238,5 +259,11 @@ def write_gguf(path: Path, bundle: Bundle, kind: gguf_writer.GgufType | None = N
     """A Llama GGUF with the tokenizer in its metadata, its matrices as `kind`: by default what keeps every bit."""
     with replacing(path) as temporary:
         gguf_writer.write(
-            temporary, bundle.tensors, bundle.config, bundle.tokenizer_files, bundle.origin or path.stem, kind
+            temporary,
+            bundle.tensors,
+            bundle.config,
+            bundle.tokenizer_files,
+            bundle.origin or path.stem,
+            kind,
+            bundle.generation_config,
         )

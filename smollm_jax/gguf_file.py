@@ -8,8 +8,9 @@ import numpy as np
 
 from smollm_jax.config import Config, shown
 from smollm_jax.errors import InputFileError
-from smollm_jax.files import need, one_line, parse_config
+from smollm_jax.files import need, one_line, parse_config, parse_json
 from smollm_jax.gguf_header import read_header
+from smollm_jax.gguf_tokenizer import ForeignTokenizerError, files_from_gguf
 
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -35,23 +36,39 @@ _INTEGERS = {
 }
 _FLOATS = {"rope_theta": "llama.rope.freq_base", "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon"}
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+# More tokens that end a text, which Hugging Face's layout has in one list with eos.
+ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+# Hugging Face's generation_config.json: whole under a key of ours, and what llama.cpp has a key for.
+GENERATION = "smollm_jax.generation_config"
+CONFIG_ENDS = "smollm_jax.config.eos_token_id"  # where config.json itself has a list
+SAMPLING = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
 # Keys with one value this model computes, and two that say head_dim again.
 _FIXED = {"llama.rope.scaling.type": "none", "llama.expert_count": 0, "llama.expert_used_count": 0}
 _HEAD_DIM = ("llama.attention.key_length", "llama.attention.value_length")
 
 
-def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], str]:
-    """Tensors in float32, config, tokenizer files and origin; `InputFileError` names the key or tensor at fault.
+def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], str, dict[str, Any] | None]:
+    """Tensors in float32, config, tokenizer files, origin, and what `generation_config.json` would say.
+
+    A tokenizer of a kind that is not read here gives no tokenizer files. `InputFileError` names the key or tensor at
+    fault.
 
     GGUF stores the rows of q and k for interleaved rotary pairs; here they go back to HF's half-split order, each
     with its own number of heads. Source: llama.cpp, conversion of LlamaModel (`permute`).
     """
     gguf = need("gguf", path)
-    from smollm_jax.tokenizer import files_from_gguf
-
     fields, infos = read_header(path, gguf.GGML_QUANT_SIZES)
     config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
-    files = files_from_gguf(fields, config.vocab_size, path)
+    try:
+        files = files_from_gguf(fields, path)
+    except ForeignTokenizerError:  # for who needs it to say: weights are whole without
+        files = {}
     data = np.memmap(path, np.uint8, mode="r") if infos else np.empty(0, np.uint8)
     tensors: dict[str, np.ndarray] = {}
     for info in infos:
@@ -72,7 +89,8 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], s
     title = fields.get("general.name", path.name)
     if type(title) is not str:
         raise InputFileError(f"{path}: metadata general.name must be a string, got {shown(title)}")
-    return tensors, config, files, f"{' '.join(title.split())}, dequantised from GGUF ({', '.join(kinds)})"
+    origin = f"{' '.join(title.split())}, dequantised from GGUF ({', '.join(kinds)})"
+    return tensors, config, files, origin, _generation(fields, config, path)
 
 
 def _hf_name(name: str) -> str:
@@ -111,6 +129,28 @@ def _config(fields: dict[str, Any], path: Path, tied: bool) -> Config:
     # GGUF holds float32: 9.99999974e-06 is 1e-5, found again as the shortest decimal with the same float32.
     values |= {name: float(str(np.float32(fields[key]))) for name, key in _FLOATS.items()}
     values |= {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKENS.items()}
+    ends = list(dict.fromkeys(fields[key] for key in ENDS if key in fields))
+    if CONFIG_ENDS in fields:
+        values["eos_token_id"] = fields[CONFIG_ENDS]
+    elif len(ends) > 1 and GENERATION not in fields:  # where ours is, it has the others
+        values["eos_token_id"] = ends
     # Not in a GGUF and not used by trained weights: the recipe's 1/sqrt(hidden).
     values |= {"initializer_range": values["hidden_size"] ** -0.5, "tie_word_embeddings": tied}
     return parse_config(values, path)
+
+
+def _generation(fields: dict[str, Any], config: Config, path: Path) -> dict[str, Any] | None:
+    """What `generation_config.json` would say: ours, else llama.cpp's sampling keys, else None."""
+    if GENERATION in fields:
+        if type(fields[GENERATION]) is not str:
+            raise InputFileError(f"{path}: metadata {GENERATION} must be a string, got {shown(fields[GENERATION])}")
+        values = parse_json(fields[GENERATION], f"{path}: metadata {GENERATION}")
+        if not isinstance(values, dict):
+            raise InputFileError(f"{path}: metadata {GENERATION} must be a JSON object, got {shown(values)}")
+        return values
+    sampling = {name: fields[key] for name, key in SAMPLING.items() if key in fields}
+    if not sampling:
+        return None
+    # GGUF holds float32: 0.9 again, not 0.89999998.
+    numbers = {name: float(str(np.float32(x))) if type(x) is float else x for name, x in sampling.items()}
+    return config.special_token_ids() | {"do_sample": True} | numbers

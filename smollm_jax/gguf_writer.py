@@ -6,7 +6,6 @@ The file is read back by `gguf_file.py`, and what a GGUF cannot hold is refused:
 
 import contextlib
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,16 +15,27 @@ import numpy as np
 
 from smollm_jax import gguf_file
 from smollm_jax.config import Config, shown
-from smollm_jax.errors import InputFileError, StorageError, UsageError
+from smollm_jax.errors import StorageError, UsageError
 from smollm_jax.files import need
-from smollm_jax.gguf_file import _FLOATS, _HEAD_DIM, _INTEGERS, _LAYER, _TOP  # one table for both directions
-from smollm_jax.tokenizer import Tokenizer, build
+from smollm_jax.gguf_file import (  # one table for both directions
+    _FLOATS,
+    _HEAD_DIM,
+    _INTEGERS,
+    _LAYER,
+    _TOP,
+    CONFIG_ENDS,
+    ENDS,
+    GENERATION,
+    SAMPLING,
+)
+from smollm_jax.gguf_tokenizer import CONTROL, NORMAL, ROLES, UNUSED, USER_DEFINED, build
+from smollm_jax.tokenizer import Tokenizer
+from smollm_jax.tokenizer_source import TEMPLATES
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+PRE = {"smollm": True, "gpt-2": False}  # the pre-tokenizers that are written, and whether they split digits
 # What keeps every bit of a dtype. A float64 has none: it must be asked for.
 LOSSLESS: dict[str, GgufType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
-_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # and what GGUF calls them
 
 
 def write(
@@ -35,11 +45,12 @@ def write(
     tokenizer_files: dict[str, bytes],
     origin: str,
     kind: GgufType | None = None,
+    generation_config: dict[str, Any] | None = None,
 ) -> None:
     """Writes a GGUF, its matrices as `kind` (None: what keeps the bits), its norms as float32, and reads it back.
 
-    Raises `UsageError` for what a GGUF cannot hold: no tokenizer or another than SmolLM2's kind, several eos tokens, a
-    theta that is no float32, numbers beyond float16, rows that are no multiple of q8_0's 32.
+    Raises `UsageError` for what a GGUF cannot hold: no tokenizer or another than SmolLM2's kind, more than three tokens
+    that end a text, a theta that is no float32, numbers beyond float16, rows that are no multiple of q8_0's 32.
     """
     gguf = need("gguf", path)
     kinds = {tensor.dtype.name for tensor in tensors.values() if tensor.ndim == 2}
@@ -48,6 +59,7 @@ def write(
     kind = kind or LOSSLESS[kinds.pop()]
     tokenizer = _tokenizer(tokenizer_files)
     fields = _metadata(config, tokenizer_files, tokenizer, origin or path.stem)
+    fields |= _ends(config, fields, generation_config) | _sampling(generation_config)
     expected = {}
     with contextlib.closing(gguf.GGUFWriter(path, "llama")) as writer:
         for key, value in fields.items():
@@ -130,8 +142,6 @@ def _heads(name: str, config: Config) -> int | None:
 
 def _metadata(config: Config, files: dict[str, bytes], tokenizer: Tokenizer, title: str) -> dict[str, Any]:
     """Every key but those of the tensors' types."""
-    if len(config.eos_token_ids) > 1:
-        raise UsageError(f"config field eos_token_id is {list(config.eos_token_ids)}: a GGUF holds one")
     values = {key: getattr(config, name) for name, key in (_INTEGERS | _FLOATS).items()}
     # Needed where head_dim is not hidden_size / num_attention_heads.
     values |= dict.fromkeys(_HEAD_DIM, config.head_dim)
@@ -145,48 +155,97 @@ def _metadata(config: Config, files: dict[str, bytes], tokenizer: Tokenizer, tit
     for added in core["added_tokens"]:
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in core["model"]["merges"]]
-    in_config = {"bos": config.bos_token_id, "eos": next(iter(config.eos_token_ids), None), "pad": config.pad_token_id}
+    in_config = {"bos": (config.bos_token_id,), "eos": config.eos_token_ids, "pad": (config.pad_token_id,)}
     beside, roles = json.loads(files.get("tokenizer_config.json", b"{}")), {}
-    for role, name in _ROLES.items():
+    for role, name in ROLES.items():
         token = beside.get(f"{role}_token")
         token = token.get("content") if isinstance(token, dict) else token
         named = None if token is None else tokenizer.token_to_id(token)
-        ids = {i for i in (in_config.get(role), named) if i is not None}
-        if len(ids) > 1:
-            raise UsageError(f"the config says {role}_token_id {in_config[role]}, tokenizer_config.json {named}")
-        roles |= {f"tokenizer.ggml.{name}_token_id": i for i in ids}
-    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
+        ids = [i for i in in_config.get(role, ()) if i is not None]
+        if ids and named is not None and named not in ids:
+            in_words = ids[0] if len(ids) == 1 else ids
+            raise UsageError(f"the config says {role}_token_id {in_words}, tokenizer_config.json {named}")
+        if ids or named is not None:
+            roles[f"tokenizer.ggml.{name}_token_id"] = ids[0] if ids else named
     return {
         "general.type": "model",
         "general.name": title,
         **values,
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.pre": _pre(tokenizer),
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": merges,
         **roles,
-        "tokenizer.ggml.add_bos_token": False,
+        **_affixes(tokenizer, roles),
         "tokenizer.ggml.add_space_prefix": False,
-        **template,
+        **_templates(files, tokenizer),
     }
 
 
+def _affixes(tokenizer: Tokenizer, roles: dict[str, Any]) -> dict[str, bool]:
+    """Whether bos is put before a text and eos after it, which is all that a GGUF can say of a post-processor."""
+    affixes = {"bos": tokenizer.prefix_ids, "eos": tokenizer.suffix_ids}
+    for role, ids in affixes.items():
+        if ids and ids != [roles.get(f"tokenizer.ggml.{role}_token_id")]:
+            place = "before" if role == "bos" else "after"
+            raise UsageError(f"tokenizer.json: post_processor puts {ids} {place} a text: a GGUF can only name {role}")
+    end = {"tokenizer.ggml.add_eos_token": True} if affixes["eos"] else {}
+    return {"tokenizer.ggml.add_bos_token": bool(affixes["bos"])} | end
+
+
+def _templates(files: dict[str, bytes], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The chat template and those with names, as llama.cpp's converter writes them."""
+    fields: dict[str, Any] = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
+    named = {name: files[name].decode() for name in files if name.startswith(f"{TEMPLATES}/")}
+    fields |= {f"tokenizer.chat_template.{Path(name).stem}": text for name, text in named.items()}
+    return fields | ({"tokenizer.chat_templates": [Path(name).stem for name in named]} if named else {})
+
+
+def _ends(config: Config, fields: dict[str, Any], generation_config: dict[str, Any] | None) -> dict[str, Any]:
+    """The keys for every token that ends a text: eos, then eot and eom, which llama.cpp stops at too."""
+    ends = generation_config.get("eos_token_id") if generation_config else None
+    first = fields.get(ENDS[0])
+    wanted = [first, *config.eos_token_ids, *(ends if isinstance(ends, list) else [ends])]
+    ids = list(dict.fromkeys(i for i in wanted if i is not None))
+    if len(ids) > len(ENDS):
+        raise UsageError(f"the tokens {ids} end a text: a GGUF has places for {len(ENDS)} of them")
+    lists = {CONFIG_ENDS: list(config.eos_token_ids)} if isinstance(config.eos_token_id, tuple) else {}
+    return dict(zip(ENDS, ids, strict=False)) | lists
+
+
+def _sampling(generation_config: dict[str, Any] | None) -> dict[str, Any]:
+    """`generation_config.json` whole, for who reads it back, and its sampling by llama.cpp's keys where it samples."""
+    if generation_config is None:
+        return {}
+    fields: dict[str, Any] = {GENERATION: json.dumps(generation_config)}
+    if generation_config.get("do_sample"):
+        for name, key in SAMPLING.items():
+            if (value := generation_config.get(name)) is not None:
+                fields[key] = value if name == "top_k" else float(value)
+    return fields
+
+
 def _tokenizer(files: dict[str, bytes]) -> Tokenizer:
-    """The tokenizer of these files, which must split text as llama.cpp's pre-tokenizer "smollm" does."""
+    """The tokenizer of these files, which must split text as one of llama.cpp's pre-tokenizers does."""
     if "tokenizer.json" not in files:
         raise UsageError("a GGUF holds a tokenizer, and there is no tokenizer.json beside the weights")
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
-        try:
-            tokenizer = Tokenizer.load(folder)
-        except InputFileError as error:
-            raise InputFileError(str(error).replace(f"{folder}/", "the weights' ")) from error
-    if (theirs := _text_rules(tokenizer)) != (ours := _text_rules(Tokenizer(build([], [], []), None, None))):
-        changed = [name for name in ours if theirs[name] != ours[name]]
-        raise UsageError(f"tokenizer.json: {', '.join(changed)} not SmolLM2's: a GGUF can only name its kind, 'smollm'")
+    tokenizer = Tokenizer.from_files(files, Path("the weights"))
+    _pre(tokenizer)
     return tokenizer
+
+
+def _pre(tokenizer: Tokenizer) -> str:
+    """llama.cpp's name for how a tokenizer splits text; raises `UsageError` where it has none that is written here."""
+    rules = _text_rules(tokenizer)
+    known = {name: _text_rules(Tokenizer(build([], [], [], digits=digits), None, None)) for name, digits in PRE.items()}
+    for name, ours in known.items():
+        if rules == ours:
+            return name
+    changed = [name for name, ours in known["smollm"].items() if rules[name] != ours]
+    raise UsageError(
+        f"tokenizer.json: {', '.join(changed)} not SmolLM2's: a GGUF can only name its kind, {' or '.join(PRE)}"
+    )
 
 
 def _text_rules(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -202,7 +261,7 @@ def _text_rules(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _compare(path: Path, expected: dict[str, np.ndarray], config: Config, tokenizer: Tokenizer) -> None:
     """Raises unless the file gives back these numbers, this config and this tokenizer."""
-    tensors, found, files, _ = gguf_file.read(path)
+    tensors, found, files, *_ = gguf_file.read(path)
     for name, tensor in expected.items():
         if name not in tensors or tensors[name].tobytes() != np.ascontiguousarray(tensor).tobytes():
             raise StorageError(f"{path}: tensor {name} read back different from what was written")
@@ -210,8 +269,20 @@ def _compare(path: Path, expected: dict[str, np.ndarray], config: Config, tokeni
         # A GGUF has no place for the initial spread; a role that only the tokenizer had is the config's now too.
         if name != "initializer_range" and value not in (None, getattr(found, name), (getattr(found, name),)):
             raise UsageError(f"config field {name} is {value!r}, a GGUF would hold {getattr(found, name)!r}")
-    again = _tokenizer(files).core
-    before = tokenizer.core.get_added_tokens_decoder().items()
-    after = {i: (token.content, token.special) for i, token in again.get_added_tokens_decoder().items()}
-    if lost := [token.content for i, token in before if after.get(i) != (token.content, token.special)]:
-        raise UsageError(f"tokenizer.json: added tokens {shown(lost)} are not special: a GGUF read here loses them")
+    again = _tokenizer(files)
+    before, after = _added(tokenizer), _added(again)
+    if differing := [token for token, how in before.items() if after.get(token) != how]:
+        raise UsageError(
+            f"tokenizer.json: added tokens {shown(differing)} strip the text around them or match whole words only: "
+            "a GGUF cannot hold that"
+        )
+    if (tokenizer.prefix_ids, tokenizer.suffix_ids) != (again.prefix_ids, again.suffix_ids):
+        raise StorageError(f"{path}: what stands around a text reads back different from what was written")
+
+
+def _added(tokenizer: Tokenizer) -> dict[str, tuple[Any, ...]]:
+    """Each added token by its text: its id and how it is matched."""
+    return {
+        token.content: (i, token.special, token.lstrip, token.rstrip, token.single_word)
+        for i, token in tokenizer.core.get_added_tokens_decoder().items()
+    }

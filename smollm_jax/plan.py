@@ -63,7 +63,7 @@ def make_plan(
     if settings.shard_tokens < 1:
         raise UsageError(f"shard_tokens must be at least 1, got {settings.shard_tokens}")
     about = {
-        "tokenizer_sha256": sha256_of(settings.tokenizer / "tokenizer.json"),
+        "tokenizer_sha256": tokenizer.sha256,
         "eos_token_id": tokenizer.eos_token_id,
         "text_column": settings.text_column,
         "shard_tokens": settings.shard_tokens,

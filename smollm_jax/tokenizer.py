@@ -5,67 +5,125 @@ as GPT-2's. Ids fit in uint16.
 """
 
 import codecs
-import json
-from collections.abc import Iterable, Sequence
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from smollm_jax.config import shown
 from smollm_jax.errors import InputFileError, UsageError
-from smollm_jax.files import one_line, read_json, read_text
-from smollm_jax.tokenizer_file import byte_symbols, check_template, read_core, silent_stderr, template_environment
+from smollm_jax.files import one_line, parse_json, text_of
+from smollm_jax.gguf_tokenizer import ForeignTokenizerError
+from smollm_jax.tokenizer_file import byte_symbols, check_template, read_core, template_environment
+from smollm_jax.tokenizer_source import is_gguf, own_tokenizer, tokenizer_files_at
 
 Message = dict[str, str]
+DEFAULT = Path("assets/tokenizer")  # SmolLM2's, where a model is trained from scratch
 
 
 class Tokenizer:
-    """One tokenizer folder: `tokenizer.json`, and its `tokenizer_config.json` for eos and the chat template."""
+    """A tokenizer and its files: `tokenizer.json`, and `tokenizer_config.json` for its roles and chat template.
 
-    def __init__(self, core: tokenizers.Tokenizer, eos_token_id: int | None, chat_template: str | None):
+    `path` is where it was read, `files` what was read there. `prefix_ids` and `suffix_ids` are what its post-processor
+    puts around a text, as a tokenizer that begins every text with BOS does.
+    """
+
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        eos_token_id: int | None,
+        chat_template: str | None,
+        files: Mapping[str, bytes] | None = None,
+        path: Path | None = None,
+    ):
         self.core = core
         self.eos_token_id = eos_token_id
         self.chat_template = chat_template
+        self.files = dict(files or {})
+        self.path = path or Path("tokenizer")
         # The largest id and one: an id may lie beyond the count of entries, and an embedding must reach it.
         vocabulary = core.get_vocab(with_added_tokens=False)
         self.vocab_size = max([*vocabulary.values(), *core.get_added_tokens_decoder()], default=-1) + 1
         self._lacking = bytes(byte for byte, symbol in enumerate(byte_symbols()) if symbol not in vocabulary)
         self._special = [token.content for token in core.get_added_tokens_decoder().values() if token.special]
+        self.prefix_ids, self.suffix_ids = _affixes(core)
+        # llama.cpp puts BOS before a conversation too, transformers only where the chat template writes it.
+        self._chat_prefix = self.prefix_ids if is_gguf(self.path) else []
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer":
-        """The tokenizer in a folder; raises `InputFileError` naming the file that is missing or malformed."""
-        path, beside, jinja = (
-            Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-        )
-        if not path.is_file():
-            raise InputFileError(f"{path}: no such file; `python scripts/fetch_assets.py tokenizer` fetches SmolLM2's")
-        core = read_core(path)
-        config = read_json(beside) if beside.exists() else {}
-        if not isinstance(config, dict):
-            raise InputFileError(f"{beside}: not a JSON object")
-        eos, template = config.get("eos_token"), config.get("chat_template")
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """The tokenizer of a folder, a `tokenizer.json` or a GGUF.
+
+        Raises `InputFileError` naming the file that is missing or malformed.
+        """
+        path = Path(path)
+        return cls.from_files(tokenizer_files_at(path), path)
+
+    @classmethod
+    def of_weights(cls, weights: Path | None, named: Path | None = None) -> "Tokenizer":
+        """The one tokenizer of some weights: their own, or the one `named` where they have none.
+
+        Without weights (a model trained from scratch) it is the one `named`, or SmolLM2's. Raises `InputFileError`
+        where there is none, and `UsageError` when the one `named` gives other ids than the weights' own.
+        """
+        own = None if weights is None else own_tokenizer(weights)
+        if weights is not None and own is None and named is None:
+            raise InputFileError(
+                f"{weights}: has no tokenizer of its own: name its folder with --tokenizer "
+                "(`python scripts/fetch_assets.py tokenizer` fetches SmolLM2's into assets/tokenizer)"
+            )
+        if named is None:
+            return cls.load(own or DEFAULT)
+        chosen = cls.load(named)
+        if own is None or own == named:
+            return chosen
+        try:
+            theirs = cls.load(own)
+        except ForeignTokenizerError:  # of a kind that is not read here
+            return chosen
+        if theirs.core.get_vocab() != chosen.core.get_vocab():
+            raise UsageError(f"--tokenizer {named}: {own} has a tokenizer of its own, with other ids; leave it out")
+        return chosen
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], path: Path) -> "Tokenizer":
+        """The tokenizer of a folder's files by name; `path` is where they are from, for errors."""
+        where = path.parent if path.name == "tokenizer.json" else path
+        core = read_core(files, where)
+        config = _json(files, "tokenizer_config.json", where)
+        roles = {**_json(files, "special_tokens_map.json", where), **config}
+        eos, template = roles.get("eos_token"), config.get("chat_template")
         eos = eos.get("content") if isinstance(eos, dict) else eos
-        if "eos_token" in config and config["eos_token"] is not None and type(eos) is not str:
-            raise InputFileError(f"{beside}: eos_token must be a string, got {shown(config['eos_token'])}")
+        beside = where / "tokenizer_config.json"
+        if roles.get("eos_token") is not None and type(eos) is not str:
+            raise InputFileError(f"{beside}: eos_token must be a string, got {shown(roles['eos_token'])}")
         eos_token_id = None if eos is None else core.token_to_id(eos)
         if eos is not None and eos_token_id is None:
             raise InputFileError(f"{beside}: eos_token {shown(eos)} is not in the vocabulary")
-        if jinja.exists():
-            template, beside = read_text(jinja), jinja
+        if "chat_template.jinja" in files:
+            beside = where / "chat_template.jinja"
+            template = text_of(files["chat_template.jinja"], beside)
         if template is not None:
             check_template(template, beside)
-        return cls(core, eos_token_id, template)
+        return cls(core, eos_token_id, template, files, path)
 
-    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The hash of `tokenizer.json`, by which token files know the tokenizer that made them."""
+        return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
+
+    def encode(self, text: str, *, parse_special: bool = False, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text. A special token typed in the text is plain text unless `parse_special`.
 
-        Raises `UsageError` for a character the vocabulary has no bytes for: SmolLM2's lacks six control characters
-        and U+40000 to U+BFFFF, which `tokenizers` would drop without a word.
+        With `add_special_tokens` the post-processor's ids stand around them, as in `tokenizer(text)` of transformers:
+        SmolLM2's has none. Raises `UsageError` for a character the vocabulary has no bytes for: SmolLM2's lacks six
+        control characters and U+40000 to U+BFFFF, which `tokenizers` would drop without a word.
         """
-        return self._encode_batch([text], parse_special)[0]
+        ids = self._encode_batch([text], parse_special)[0]
+        return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores."""
@@ -96,9 +154,12 @@ class Tokenizer:
 
     def byte_count(self, ids: Iterable[int]) -> int:
         """The bytes of text that token ids stand for; a special token stands for none."""
-        special = {i for i, token in self.core.get_added_tokens_decoder().items() if token.special}
-        symbols = {int(i): self.core.id_to_token(int(i)) or "" for i in set(ids) - special}
-        return sum(len(symbols.get(int(i), "")) for i in ids)  # a byte-level entry has one symbol a byte
+        decoder = self.core.get_added_tokens_decoder()
+        special = {i for i, token in decoder.items() if token.special}
+        added = {i: len(token.content.encode()) for i, token in decoder.items()}  # an added token stands for itself
+        sizes = {int(i): len(self.core.id_to_token(int(i)) or "") for i in set(ids)}  # others have one symbol a byte
+        sizes |= added | dict.fromkeys(special, 0)
+        return sum(sizes.get(int(i), 0) for i in ids)
 
     def token_to_id(self, token: str) -> int | None:
         """The id of one entry of the vocabulary, or None."""
@@ -130,7 +191,8 @@ class Tokenizer:
             ids += self.encode(text[:start].replace(hide, ""))
             ids += self.encode(token, parse_special=True)
             text = text[start + len(token) :]
-        return ids
+        prefix = self._chat_prefix
+        return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
 
 
 class TextStream:
@@ -160,84 +222,21 @@ class TextStream:
             return token.encode()
 
 
-def folder_beside(weights: Path | None) -> Path:
-    """The folder of the tokenizer that lies with some weights (folder, step of a run, file), else assets/tokenizer."""
-    if weights is not None:
-        for folder in (weights, weights.parent, weights.parent.parent):
-            if (folder / "tokenizer.json").is_file():
-                return folder
-    return Path("assets/tokenizer")
+def _json(files: Mapping[str, bytes], name: str, where: Path) -> dict[str, Any]:
+    """The JSON object in one of a tokenizer's files; empty when it is not there."""
+    if name not in files:
+        return {}
+    values = parse_json(text_of(files[name], where / name), where / name)
+    if not isinstance(values, dict):
+        raise InputFileError(f"{where / name}: not a JSON object")
+    return values
 
 
-def build(vocabulary: Sequence[str], merges: Sequence[str], special: Sequence[str]) -> tokenizers.Tokenizer:
-    """SmolLM2's tokenizer from its vocabulary (in id order) and merges: Digits, then ByteLevel.
-
-    transformers 5.23 rebuilds it from a GGUF without Digits, and then "12" is one token where the model knows two.
-    """
-    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-    core = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=pairs))
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    core.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
-    return core
-
-
-def tokenizer_files(
-    core: tokenizers.Tokenizer, max_length: int, roles: dict[str, str | None], chat_template: str | None
-) -> dict[str, bytes]:
-    """The files of a tokenizer folder; `roles` names bos, eos, unk and pad, None for a role the model has not."""
-    present = {f"{role}_token": token for role, token in roles.items() if token is not None}
-    config: dict[str, Any] = {
-        # Not GPT2Tokenizer, the released name: transformers 5 rebuilds that class without Digits.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_length,
-        **present,
-    }
-    if chat_template is not None:
-        config["chat_template"] = chat_template
-    return {
-        "tokenizer.json": core.to_str(pretty=True).encode(),
-        "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
-        "special_tokens_map.json": (json.dumps(present, indent=2) + "\n").encode(),
-    }
-
-
-def files_from_gguf(fields: dict[str, Any], vocab_size: int, path: Path) -> dict[str, bytes]:
-    """The tokenizer folder's files from a GGUF's metadata; raises `InputFileError` naming the key that is malformed."""
-
-    def get(name: str, of: type) -> list[Any]:
-        values = fields.get(f"tokenizer.ggml.{name}")
-        if type(values) is not list or not all(type(value) is of for value in values):
-            raise InputFileError(f"{path}: metadata tokenizer.ggml.{name} must be an array of {of.__name__}")
-        return values
-
-    kind = tuple(fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    if kind != ("gpt2", "smollm"):
-        raise InputFileError(
-            f"{path}: metadata tokenizer.ggml.model and .pre are {shown(kind)}, only ('gpt2', 'smollm') is supported"
-        )
-    tokens, types, merges = get("tokens", str), get("token_type", int), get("merges", str)
-    if not len(tokens) == len(set(tokens)) == len(types) <= vocab_size:
-        counts = f"{len(tokens)} tokens, {len(set(tokens))} of them distinct, {len(types)} types"
-        raise InputFileError(f"{path}: metadata tokenizer.ggml.tokens: {counts}, a vocabulary of {vocab_size}")
-    roles: dict[str, str | None] = {}
-    for role, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
-        i = fields.get(f"tokenizer.ggml.{name}_token_id")
-        if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
-            raise InputFileError(f"{path}: metadata tokenizer.ggml.{name}_token_id is {shown(i)}, no token")
-        roles[role] = None if i is None else tokens[i]
-    template = fields.get("tokenizer.chat_template")
-    if template is not None:
-        check_template(template, path)
-    control = 3  # gguf.TokenType.CONTROL
-    try:
-        with silent_stderr():
-            core = build(tokens, merges, [token for token, t in zip(tokens, types, strict=True) if t == control])
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise InputFileError(f"{path}: metadata tokenizer.ggml.merges: {one_line(error)}") from error
-    return tokenizer_files(core, fields["llama.context_length"], roles, template)
+def _affixes(core: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor puts before and after a single text."""
+    if core.post_processor is None:
+        return [], []
+    bare = core.encode("x", add_special_tokens=False)
+    around = core.post_processor.process(core.encode("x", add_special_tokens=False), None, True).ids
+    start = next((i for i in range(len(around)) if around[i : i + len(bare.ids)] == bare.ids), 0)
+    return around[:start], around[start + len(bare.ids) :]

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,15 +14,16 @@ from tokenizers import models
 
 from smollm_jax.config import shown
 from smollm_jax.errors import InputFileError
-from smollm_jax.files import one_line, parse_json, read_text
+from smollm_jax.files import one_line, parse_json, text_of
 
 MAX_BYTES = 32 << 20  # of tokenizer.json; SmolLM2's has 3.4 MB, one of 262,144 entries 33
 MAX_TEMPLATE = 1 << 16  # characters; the longest released have 20,000
 
 
-def read_core(path: Path) -> tokenizers.Tokenizer:
+def read_core(files: Mapping[str, bytes], where: Path) -> tokenizers.Tokenizer:
     """The byte-level BPE of a `tokenizer.json`; raises `InputFileError` when it is malformed or would lose text."""
-    text = read_text(path, MAX_BYTES)
+    path = where / "tokenizer.json"
+    text = text_of(files["tokenizer.json"], path)
     values = parse_json(text, path)
     model = values.get("model") if isinstance(values, dict) else None
     if not isinstance(model, dict):

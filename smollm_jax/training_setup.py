@@ -15,7 +15,8 @@ from smollm_jax.config import Config, preset
 from smollm_jax.errors import UsageError
 from smollm_jax.formats import Bundle
 from smollm_jax.recipe import Recipe
-from smollm_jax.tokenizer import Tokenizer, folder_beside
+from smollm_jax.tokenizer import Tokenizer
+from smollm_jax.tokenizer_source import own_tokenizer
 from smollm_jax.train import Cadence, Saved
 from smollm_jax.train_step import Compute, layers_at_once
 from smollm_jax.training_flags import TrainingFlags
@@ -47,7 +48,6 @@ class Setup:
     limit: int  # bytes of memory, on each device
     planned: int  # bytes of them that a step is planned to need
     tokenizer: Tokenizer
-    tokenizer_folder: Path
     reference: Path | None
 
 
@@ -63,8 +63,8 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
     devices = mesh.size if mesh else 1
     # In MiB, of which an int32 holds enough.
     limit = min(distributed.of_all(memory.available(device, -(-devices // jax.process_count())) >> 20)) << 20
-    tokenizer_folder = flags.tokenizer or folder_beside(run if flags.resume else flags.init_from)
-    tokenizer = Tokenizer.load(tokenizer_folder)  # while weights are read
+    # While weights are read.
+    tokenizer = Tokenizer.of_weights(run if flags.resume else flags.init_from, flags.tokenizer)
     recipe_name, given = flags.recipe or ("gpu-demo" if on_gpu else "demo"), flags.recipe_fields()
     if largest := given.get("batch_size") == "auto":
         del given["batch_size"]
@@ -96,10 +96,10 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
     planned = memory.plan(config, recipe, compute, device.platform).total
     usual = GPU_CADENCE if on_gpu else CPU_CADENCE
     cadence = dataclasses.replace(start.saved.cadence if start.saved else usual, **flags.cadence_fields())
-    reference = _reference(flags, tokenizer, tokenizer_folder)
+    reference = _reference(flags, tokenizer)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UsageError(f"{tokenizer_folder} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
-    return Setup(start, recipe_name, compute, cadence, limit, planned, tokenizer, tokenizer_folder, reference)
+        raise UsageError(f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    return Setup(start, recipe_name, compute, cadence, limit, planned, tokenizer, reference)
 
 
 def _going_on(flags: TrainingFlags, run: Path, given: dict[str, Any], mesh: jax.sharding.Mesh | None) -> Start:
@@ -149,19 +149,22 @@ def _attention(flags: TrainingFlags, recipe: Recipe, device: Any) -> Implementat
     return attention
 
 
-def _reference(flags: TrainingFlags, tokenizer: Tokenizer, folder: Path) -> Path | None:
+def _reference(flags: TrainingFlags, tokenizer: Tokenizer) -> Path | None:
     """The weights to measure for scale; raises `UsageError` when those that were named read other tokens."""
     reference = flags.reference or (REFERENCE if REFERENCE.is_dir() else None)
-    if reference is None or _same_tokens(tokenizer, folder, folder_beside(reference)):
+    if reference is None or _same_tokens(tokenizer, reference):
         return reference
     if flags.reference:
-        raise UsageError(f"--reference {reference}: its tokenizer is not that of {folder}")
+        raise UsageError(f"--reference {reference}: its tokenizer is not that of {tokenizer.path}")
     return None  # nobody asked for it
 
 
-def _same_tokens(tokenizer: Tokenizer, folder: Path, other: Path) -> bool:
-    """Whether the tokenizer of a folder and that of another have the same entries; a file that is equal is not read."""
-    one, two = (path / "tokenizer.json" for path in (folder, other))
-    if two.is_file() and one.read_bytes() == two.read_bytes():
+def _same_tokens(tokenizer: Tokenizer, weights: Path) -> bool:
+    """Whether weights have a tokenizer with the same entries; a file that is equal is not read again."""
+    own = own_tokenizer(weights)
+    if own is None:
+        return False
+    content = own / "tokenizer.json"
+    if content.is_file() and content.read_bytes() == tokenizer.files.get("tokenizer.json"):
         return True
-    return Tokenizer.load(other).core.get_vocab() == tokenizer.core.get_vocab()
+    return Tokenizer.load(own).core.get_vocab() == tokenizer.core.get_vocab()

@@ -4,6 +4,7 @@
 framework-free, so that the PyTorch twin goes through the same door.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -111,7 +112,7 @@ def check(bundle: Bundle, source: str | Path) -> Bundle:
     if faults:
         more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise InputFileError(f"{source}: {len(faults)} fault(s) in the weights: {'; '.join(faults[:20])}{more}")
-    return Bundle({name: tensors[name] for name in expected}, bundle.config, bundle.tokenizer_files, bundle.origin)
+    return dataclasses.replace(bundle, tensors={name: tensors[name] for name in expected})
 
 
 def to_ours(tensors: dict[str, np.ndarray], config: Config, dtype: Any = None) -> dict[str, np.ndarray]:
@@ -239,24 +240,33 @@ def _read_orbax(path: Path, allow_unverified: bool) -> Bundle:
         tensors = to_hf(parameters, config)
     except einops.EinopsError as error:
         raise InputFileError(f"{path}: step {step} has a parameter of the wrong shape: {error}") from error
-    return Bundle(tensors, config, formats.read_tokenizer_files(run), origin)
+    return Bundle(tensors, config, formats.read_tokenizer_files(run), origin, formats.read_generation_config(run))
 
 
 def _write_orbax(path: Path, bundle: Bundle) -> None:
     with formats.replacing(path) as temporary:
-        write_run_files(temporary, bundle.config, bundle.tokenizer_files, bundle.dtype)
+        write_run_files(temporary, bundle.config, bundle.tokenizer_files, bundle.dtype, bundle.generation_config)
         with CheckpointStore(temporary / "checkpoints") as store:
             store.save(0, {"params": to_ours(bundle.tensors, bundle.config)}, {"origin": bundle.origin})
 
 
-def write_run_files(run: Path, config: Config, tokenizer_files: dict[str, bytes], dtype: str = "float32") -> None:
-    """What lies beside the checkpoints of a run: config.json and the tokenizer's files, each whole or as it was."""
+def write_run_files(
+    run: Path,
+    config: Config,
+    tokenizer_files: dict[str, bytes],
+    dtype: str = "float32",
+    generation_config: dict[str, Any] | None = None,
+) -> None:
+    """What lies beside the checkpoints of a run: configs and the tokenizer's files, each whole or as it was."""
     import json
 
     run.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config.to_hf(dtype), indent=2) + "\n"
-    for name, content in ({"config.json": text.encode()} | tokenizer_files).items():
+    texts = {"config.json": json.dumps(config.to_hf(dtype), indent=2) + "\n"}
+    if generation_config is not None:
+        texts["generation_config.json"] = formats.generation_text(config, generation_config)
+    for name, content in ({name: text.encode() for name, text in texts.items()} | tokenizer_files).items():
         target, temporary = run / name, run / f"{name}.tmp"
+        target.parent.mkdir(exist_ok=True)
         if target.is_file() and target.read_bytes() == content:
             continue
         try:

@@ -129,22 +129,29 @@ def changed_tokenizer(**changes):
     return with_file("tokenizer.json", json.dumps(json.loads(small_tokenizer()["tokenizer.json"]) | changes).encode())
 
 
-def not_special():
+def affixes(*names: str) -> dict:
+    """A post-processor that puts these entries around a text, which is "$A"."""
     core = json.loads(small_tokenizer()["tokenizer.json"])
-    core["added_tokens"][0]["special"] = False
-    return with_file("tokenizer.json", json.dumps(core).encode())
+    ids = {name: core["model"]["vocab"][name] for name in names if name != "$A"}
+    pieces = [
+        {"Sequence": {"id": "A", "type_id": 0}} if name == "$A" else {"SpecialToken": {"id": name, "type_id": 0}}
+        for name in names
+    ]
+    special = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in ids.items()}
+    pair = [*pieces, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {"type": "TemplateProcessing", "single": pieces, "pair": pair, "special_tokens": special}
 
 
 CASES = [
     ({"tokenizer_files": {}}, None, UsageError, "there is no tokenizer.json"),
-    ({"config": dataclasses.replace(SMALL, eos_token_id=(0, 2))}, None, UsageError, r"eos_token_id is \[0, 2\]"),
+    ({"config": dataclasses.replace(SMALL, eos_token_id=(0, 2, 3, 4))}, None, UsageError, "places for 3 of them"),
     ({"config": dataclasses.replace(SMALL, eos_token_id=5)}, None, UsageError, "eos_token_id 5, .* 0"),
     ({"config": dataclasses.replace(SMALL, rope_theta=1e5 + 1e-4)}, None, UsageError, "rope_theta is 100000.0001"),
     ({"config": dataclasses.replace(SMALL, vocab_size=259)}, None, UsageError, "ids up to 259"),
-    (changed_tokenizer(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}),
-     None, UsageError, "pre_tokenizer not SmolLM2's"),
-    (not_special(), None, UsageError, "endoftext.* not special"),
-    (with_file("tokenizer.json", b"{"), None, InputFileError, "the weights' tokenizer.json: not readable"),
+    (changed_tokenizer(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                                      "use_regex": False}), None, UsageError, "pre_tokenizer not SmolLM2's"),
+    (changed_tokenizer(post_processor=affixes("he", "$A")), None, UsageError, r"puts \[258\] before a text"),
+    (with_file("tokenizer.json", b"{"), None, InputFileError, "the weights/tokenizer.json: not readable"),
     ({}, "q8_0", UsageError, "rows of 8 do not divide into q8_0's blocks of 32"),
 ]  # fmt: skip
 

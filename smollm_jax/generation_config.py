@@ -1,0 +1,108 @@
+"""What a `generation_config.json` asks of whoever writes with its weights. Imports no framework.
+
+Source: transformers, generation/configuration_utils.py (GenerationConfig), and generation/utils.py
+(`_prepare_generation_config`): where the file is there, it alone says which tokens end a text.
+"""
+
+import dataclasses
+from typing import Any
+
+from smollm_jax.config import Config, shown
+from smollm_jax.errors import InputFileError
+
+# Fields of `Sampling`, and what transformers takes where a file that samples leaves one out.
+DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+# What changes the text and is not done here, with the values that change nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "assistant_early_exit": (None,),
+    "bad_words_ids": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "constraints": (None, []),
+    "dola_layers": (None,),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
+    "exponential_decay_length_penalty": (None,),
+    "force_words_ids": (None, []),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "guidance_scale": (None, 1),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beams": (None, 1),
+    "penalty_alpha": (None, 0),
+    "sequence_bias": (None, {}),
+    "stop_strings": (None, []),
+    "suppress_tokens": (None, []),
+    "top_h": (None,),
+    "typical_p": (None, 1),
+    "watermarking_config": (None,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """How weights are to be written with, by themselves: a caller's own wishes come first."""
+
+    eos_token_ids: tuple[int, ...]  # any of them ends a text
+    bos_token_id: int | None  # begins a text that has no prompt
+    sampling: dict[str, Any]  # fields of `Sampling`: numbers
+    source: str = ""  # the file that says so; "" where there is none, and writing is greedy
+    not_done: tuple[str, ...] = ()  # what the file asks for besides, as NAME=VALUE
+
+    @classmethod
+    def of(cls, values: dict[str, Any] | None, config: Config, source: str) -> "GenerationConfig":
+        """What a file's `values` ask for; None: there is no file, and the config names the tokens that end a text.
+
+        Raises `InputFileError` naming the file and the field that makes no sense.
+        """
+        if values is None:
+            return cls(config.eos_token_ids, config.bos_token_id, dict(GREEDY))
+        ends = _ids(values, "eos_token_id", source)
+        begins = _ids(values, "bos_token_id", source)
+        sampling: dict[str, Any] = dict(DEFAULTS) if _flag(values, "do_sample", source) else dict(GREEDY)
+        for name in sampling:
+            value = values.get(name)
+            if value is None or (name == "temperature" and not values.get("do_sample")):
+                continue
+            if type(value) not in (int, float):
+                raise InputFileError(f"{source}: {name} must be a number, got {shown(value)}")
+            sampling[name] = value
+        not_done = [
+            f"{name}={shown(values[name])}"
+            for name, neutral in NEUTRAL.items()
+            if name in values and values[name] not in neutral
+        ]
+        return cls(ends, begins[0] if begins else config.bos_token_id, sampling, source, tuple(not_done))
+
+    @property
+    def note(self) -> str | None:
+        """One line on what the file asks for and is not done; None where there is nothing."""
+        return f"{self.source}: not supported and left out: {', '.join(self.not_done)}" if self.not_done else None
+
+
+def described(sampling: dict[str, Any]) -> str:
+    """How the next token is chosen, in a few words: only what differs from plain sampling."""
+    names = {name.replace("_", " "): sampling[name] for name in GREEDY if sampling[name] != GREEDY[name]}
+    if not sampling["temperature"]:
+        penalty = names.get("repetition penalty")
+        return "greedy" if penalty is None else f"greedy, repetition penalty {penalty:g}"
+    return ", ".join(f"{name} {value:g}" for name, value in names.items())
+
+
+def _flag(values: dict[str, Any], name: str, source: str) -> bool:
+    if (value := values.get(name)) not in (None, True, False):
+        raise InputFileError(f"{source}: {name} must be true or false, got {shown(value)}")
+    return bool(value)
+
+
+def _ids(values: dict[str, Any], name: str, source: str) -> tuple[int, ...]:
+    """The token ids in a field that holds one or a list of them, or is not there."""
+    value = values.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise InputFileError(f"{source}: {name} must be a token id or a list of them, got {shown(value)}")
+    return tuple(dict.fromkeys(ids))

@@ -1,0 +1,208 @@
+"""Weights have one tokenizer, their own: whatever lies near them, and through every conversion."""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smollm_jax import weights
+from smollm_jax.engine import Engine
+from smollm_jax.errors import InputFileError, UsageError
+from smollm_jax.formats import Bundle
+from smollm_jax.tokenizer import Tokenizer
+from smollm_jax.tokenizer_file import byte_symbols
+from smollm_jax.tokenizer_source import own_tokenizer
+from tests.small_files import SMALL, gguf_metadata, small_tensors, small_tokenizer, tokenizer_folder, write_gguf
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|endoftext|>' }}{% endfor %}"
+
+
+def metadata(**changed) -> dict:
+    """That of a GGUF whose vocabulary is another than `small_tokenizer`'s: two more tokens, a chat template."""
+    tokens = ["<|endoftext|>", "<think>", "</think>", *byte_symbols(), "Ġt", "he", "Ġthe"]
+    types = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [3, 4, 4] + [1] * 259}
+    return gguf_metadata(SMALL) | types | {"tokenizer.chat_template": TEMPLATE} | changed
+
+
+def gguf(path: Path, **changed) -> Path:
+    write_gguf(path, SMALL, small_tensors(), metadata(**changed))
+    return path
+
+
+def test_a_gguf_is_fed_its_own_ids_whatever_lies_near_it(tmp_path):
+    (tmp_path / "models").mkdir()
+    tokenizer_folder(tmp_path)
+    tokenizer_folder(tmp_path / "models")
+    engine = Engine.load(gguf(tmp_path / "models/x.gguf"))
+    ids = engine.encode("the <think>")
+    vocabulary = metadata()["tokenizer.ggml.tokens"]
+    assert [vocabulary[i] for i in ids] == ["t", "he", "Ġ", "<think>"]
+    assert Tokenizer.load(tmp_path).encode("the") != engine.encode("the")  # the stranger's would be others
+    assert engine.tokenizer.decode(engine.chat([{"role": "user", "content": "hi"}])) == "user:hi<|endoftext|>"
+
+
+def test_no_tokenizer_further_up_is_taken(tmp_path):
+    tokenizer_folder(tmp_path)
+    weights.write(tmp_path / "sub/hf", Bundle(small_tensors(), SMALL), "hf")
+    assert own_tokenizer(tmp_path / "sub/hf") is None
+    with pytest.raises(InputFileError, match="sub/hf: has no tokenizer of its own: name its folder with --tokenizer"):
+        Engine.load(tmp_path / "sub/hf")
+    assert Engine.load(tmp_path / "sub/hf", tokenizer=tmp_path).encode("the") == Tokenizer.load(tmp_path).encode("the")
+
+
+def test_each_kind_of_weights_has_its_tokenizer_where_it_belongs(tmp_path):
+    bundle = Bundle(small_tensors(), SMALL, small_tokenizer())
+    for kind, name in {"hf": "hf", "orbax": "run", "gguf": "x.gguf"}.items():
+        weights.write(tmp_path / name, bundle, kind)
+    weights.write(tmp_path / "hf/x.safetensors", bundle, "safetensors")
+    weights.write(tmp_path / "x.safetensors", bundle, "safetensors")
+    expected = {"hf": "hf", "run": "run", "run/checkpoints/0": "run", "x.gguf": "x.gguf", "hf/x.safetensors": "hf"}
+    assert {name: own_tokenizer(tmp_path / name) for name in expected} == {
+        name: tmp_path / place for name, place in expected.items()
+    }
+    assert own_tokenizer(tmp_path / "x.safetensors") is None
+
+
+def test_a_tokenizer_that_gives_other_ids_than_the_weights_own_is_refused(tmp_path):
+    path = gguf(tmp_path / "x.gguf")
+    other = tokenizer_folder(tmp_path / "other")
+    with pytest.raises(UsageError, match=r"other: .*x\.gguf has a tokenizer of its own, with other ids"):
+        Tokenizer.of_weights(path, other)
+    weights.write(tmp_path / "hf", weights.read(path), "hf")
+    (tmp_path / "hf/chat_template.jinja").write_text("another template")
+    assert Tokenizer.of_weights(path, tmp_path / "hf").path == tmp_path / "hf"  # same ids, another template
+
+
+def test_a_gguf_whose_tokenizer_is_foreign_still_gives_its_weights(tmp_path):
+    path = gguf(tmp_path / "x.gguf", **{"tokenizer.ggml.model": "llama"})
+    assert weights.read(path).tokenizer_files == {}
+    with pytest.raises(InputFileError, match=r"tokenizer\.ggml\.model and \.pre are .llama.*--tokenizer names"):
+        Tokenizer.of_weights(path)
+    other = tokenizer_folder(tmp_path / "other")
+    assert Tokenizer.of_weights(path, other).path == other
+
+
+@pytest.mark.parametrize("pre", ["smollm", "starcoder", "gpt-2"])
+def test_a_gguf_says_whether_digits_are_split(tmp_path, pre):
+    tokens, merges = metadata()["tokenizer.ggml.tokens"], ["Ġ t", "h e", "Ġt he", "1 2"]
+    changed = {"tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": [*tokens, "12"], "tokenizer.ggml.merges": merges}
+    path = gguf(tmp_path / "x.gguf", **changed, **{"tokenizer.ggml.token_type": [3, 4, 4] + [1] * 260})
+    assert len(Tokenizer.load(path).encode("12")) == (1 if pre == "gpt-2" else 2)
+    weights.write(tmp_path / "again.gguf", weights.read(path), "gguf")
+    assert Tokenizer.load(tmp_path / "again.gguf").encode("a12") == Tokenizer.load(path).encode("a12")
+
+
+def test_a_user_defined_token_is_one_id_through_every_conversion(tmp_path):
+    """special: false in a folder, token_type 4 in a GGUF; it is one token even where special ones are plain text."""
+    weights.write(tmp_path / "hf", weights.read(gguf(tmp_path / "x.gguf")), "hf")
+    added = {token["content"]: token["special"] for token in read_added(tmp_path / "hf")}
+    assert added == {"<|endoftext|>": True, "<think>": False, "</think>": False}
+    weights.write(tmp_path / "again.gguf", weights.read(tmp_path / "hf"), "gguf")
+    for name in ("x.gguf", "hf", "again.gguf"):
+        tokenizer = Tokenizer.load(tmp_path / name)
+        assert tokenizer.encode("<think>") == [1]
+        assert len(tokenizer.encode("<|endoftext|>")) > 1
+        assert tokenizer.decode([1]) == "<think>"
+
+
+def read_added(folder: Path) -> list[dict]:
+    return json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+
+
+def test_bos_that_a_gguf_asks_for_stands_before_a_text_and_a_chat_once(tmp_path):
+    changed = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 0}
+    path = gguf(tmp_path / "x.gguf", **changed)
+    engine = Engine.load(path)
+    assert engine.encode("he") == [0, *engine.tokenizer.encode("he")]
+    chat = [{"role": "user", "content": "he"}]
+    assert engine.chat(chat)[0] == 0  # as llama.cpp does
+    written = gguf(tmp_path / "y.gguf", **changed, **{"tokenizer.chat_template": "<|endoftext|>" + TEMPLATE})
+    assert Engine.load(written).chat(chat) == engine.chat(chat)  # the template's own is not doubled
+    weights.write(tmp_path / "hf", weights.read(path), "hf")
+    folder = Engine.load(tmp_path / "hf")
+    assert folder.encode("he") == engine.encode("he")
+    assert folder.chat(chat) == engine.chat(chat)[1:]  # as transformers does: what the template writes
+    weights.write(tmp_path / "again.gguf", weights.read(tmp_path / "hf"), "gguf")
+    assert Engine.load(tmp_path / "again.gguf").encode("he") == engine.encode("he")
+
+
+def test_the_converter_takes_a_tokenizer_for_weights_that_have_none(tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "scripts/convert_weights.py"))["main"]
+    weights.write(tmp_path / "x.safetensors", Bundle(small_tensors(), SMALL), "safetensors")
+    with pytest.raises(UsageError, match=r"no tokenizer\.json beside the weights"):
+        main([str(tmp_path / "x.safetensors"), str(tmp_path / "x.gguf")])
+    folder = tokenizer_folder(tmp_path / "tokenizer")
+    main([str(tmp_path / "x.safetensors"), str(tmp_path / "x.gguf"), "--tokenizer", str(folder)])
+    assert Tokenizer.load(tmp_path / "x.gguf").encode("the the") == Tokenizer.load(folder).encode("the the")
+
+
+GENERATION = {"eos_token_id": [0, 7], "do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 99}
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax", "pt", "safetensors", "gguf"])
+@pytest.mark.parametrize("generation", [GENERATION, {"eos_token_id": 5}, None])
+def test_generation_config_survives_every_conversion(tmp_path, kind, generation):
+    if kind == "pt":
+        pytest.importorskip("torch")
+    name = f"x.{kind}" if kind not in ("hf", "orbax") else kind
+    bundle = Bundle(small_tensors(), SMALL, small_tokenizer(), generation_config=generation)
+    weights.write(tmp_path / name, bundle, kind)
+    again = weights.read(tmp_path / name)
+    ids = {"bos_token_id": 0, "eos_token_id": 0}  # what a Hugging Face folder says where nothing else is known
+    assert again.generation_config == (ids if generation is None and kind == "hf" else generation)
+    assert again.config.eos_token_id == SMALL.eos_token_id
+
+
+def test_a_gguf_names_every_token_that_ends_a_text_for_llama_cpp(tmp_path):
+    from gguf import GGUFReader
+
+    bundle = Bundle(small_tensors(), SMALL, small_tokenizer(), generation_config=GENERATION)
+    weights.write(tmp_path / "x.gguf", bundle, "gguf")
+    fields = GGUFReader(tmp_path / "x.gguf").fields
+    named = {key: fields[key].contents() for key in fields if key.startswith(("tokenizer.ggml.e", "general.sampling"))}
+    assert named == {
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.eot_token_id": 7,
+        "general.sampling.temp": np.float32(0.6),
+        "general.sampling.top_p": np.float32(0.9),
+    }
+    several = dataclasses.replace(SMALL, eos_token_id=(0, 3, 7))
+    weights.write(tmp_path / "y.gguf", dataclasses.replace(bundle, config=several), "gguf")
+    assert weights.read(tmp_path / "y.gguf").config.eos_token_id == (0, 3, 7)
+
+
+def test_the_ends_and_the_sampling_of_a_foreign_gguf_are_taken(tmp_path):
+    asked = {"tokenizer.ggml.eot_token_id": 9, "general.sampling.temp": 0.7, "general.sampling.top_k": 20}
+    engine = Engine.load(gguf(tmp_path / "x.gguf", **asked))
+    assert engine.generation.eos_token_ids == (0, 9)
+    assert (engine.defaults.temperature, engine.defaults.top_k, engine.defaults.top_p) == (0.7, 20, 1.0)
+
+
+def test_sampling_defaults_are_the_weights_own_and_flags_come_first(tmp_path):
+    from smollm_jax.sampling_flags import SamplingFlags
+
+    bundle = Bundle(small_tensors(), SMALL, small_tokenizer(), generation_config=GENERATION | {"num_beams": 4})
+    weights.write(tmp_path / "hf", bundle, "hf")
+    generation = Engine.load(tmp_path / "hf").generation
+    flags = SamplingFlags(top_p=0.5)
+    assert (flags.over(generation).temperature, flags.over(generation).top_p) == (0.6, 0.5)
+    assert flags.said(generation).startswith("sampling: temperature 0.6, top k 50, top p 0.5 (")
+    assert "num_beams=4" in (generation.note or "")
+    plain = Engine.load(tmp_path / "hf").__class__(Engine.load(tmp_path / "hf").model, Tokenizer.load(tmp_path / "hf"))
+    assert SamplingFlags().over(plain.generation).is_greedy
+    assert SamplingFlags().said(plain.generation) == "sampling: greedy"
+
+
+def test_a_generation_config_that_makes_no_sense_is_named(tmp_path):
+    weights.write(tmp_path / "hf", Bundle(small_tensors(), SMALL, small_tokenizer()), "hf")
+    for values, fault in (({"eos_token_id": "x"}, "eos_token_id"), ({"do_sample": 1.5}, "do_sample")):
+        (tmp_path / "hf/generation_config.json").write_text(json.dumps(values))
+        with pytest.raises(InputFileError, match=rf"hf: generation_config: {fault} must be"):
+            Engine.load(tmp_path / "hf")
+    (tmp_path / "hf/generation_config.json").write_text("[]")
+    with pytest.raises(InputFileError, match=r"generation_config\.json: must be a JSON object"):
+        Engine.load(tmp_path / "hf")
