@@ -20,7 +20,7 @@ class Flags:
     out: Path
     """Hugging Face folder to write; must not exist."""
     tokenizer: Path | None = None
-    """Folder whose tokenizer files go along."""
+    """Folder (or GGUF) whose tokenizer goes along."""
     seed: int = 0
     """Of the numbers."""
     debug: bool = False
@@ -29,10 +29,11 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
-    from smollm_jax import formats, train_step, weights
+    from smollm_jax import train_step, weights
     from smollm_jax.config import preset
+    from smollm_jax.tokenizer_source import tokenizer_files_at
 
-    files = formats.read_tokenizer_files(flags.tokenizer) if flags.tokenizer else {}
+    files = tokenizer_files_at(flags.tokenizer) if flags.tokenizer else {}
     model = train_step.fresh(preset(flags.preset), flags.seed)
     weights.write(flags.out, weights.to_bundle(model, f"random, recipe's init, seed {flags.seed}", files), "hf")
     print(f"{flags.out}: written")

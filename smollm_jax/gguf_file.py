@@ -69,6 +69,9 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], s
         files = files_from_gguf(fields, path)
     except ForeignTokenizerError:  # for who needs it to say: weights are whole without
         files = {}
+    tokens = len(fields["tokenizer.ggml.tokens"]) if files else 0
+    if tokens > config.vocab_size:
+        raise InputFileError(f"{path}: metadata tokenizer.ggml.tokens: {tokens} tokens for {config.vocab_size} rows")
     data = np.memmap(path, np.uint8, mode="r") if infos else np.empty(0, np.uint8)
     tensors: dict[str, np.ndarray] = {}
     for info in infos:

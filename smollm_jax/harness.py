@@ -141,7 +141,9 @@ class SmolLMHarness(TemplateLM):
             raise UsageError(f"a task asks for {most} new tokens, the context is {self.max_length}")
         sampled = rest.pop("do_sample", False)
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        numbers = {name: rest.pop(name) for name in names if name in rest}
+        # As in transformers, a penalty of the weights' generation_config.json counts in a greedy answer too.
+        own = self.engine.generation.sampling["repetition_penalty"]
+        numbers = {"repetition_penalty": own} | {name: rest.pop(name) for name in names if name in rest}
         if rest:
             raise UsageError(f"a task's generation_kwargs are not known: {shown(rest)}")
         if not sampled:
