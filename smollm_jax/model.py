@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from smollm_jax.attention import Attend, causal
 from smollm_jax.config import Config
+from smollm_jax.errors import UsageError
 from smollm_jax.precision import exactly, in_blocks
 
 # What a layer keeps for its backward pass: everything, the results of matrix products (queries and keys rotated) and of
@@ -278,9 +279,30 @@ class SmolLM(nnx.Module):
             return jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
         return project(hidden, self.head.astype(hidden.dtype).T)
 
-    def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Float[Array, "B T V"]:
-        """Next-token logits, float32 (float64 when computed in float64); options as in `hidden_states`."""
-        return self.logits(self.hidden_states(tokens, **options)[0])
+    def __call__(self, tokens: Any, **options: Any) -> Float[Array, "B T V"]:
+        """Next-token logits, float32 (float64 when computed in float64); options as in `hidden_states`.
+
+        `tokens` are integers [B, T]: a JAX array, or lists or a NumPy array, whose ids are checked (`UsageError`).
+        """
+        return self.logits(self.hidden_states(_token_ids(tokens, self.config.vocab_size), **options)[0])
+
+
+def _token_ids(tokens: Any, vocab_size: int) -> Int[Array, "B T"]:
+    """Token ids as the model takes them; those of a JAX array are not looked at, which would wait for the device."""
+    try:
+        ids = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+    except ValueError as error:
+        raise UsageError("tokens must be rows of equal length") from error
+    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise UsageError(f"tokens must be integers [batch, length], got {ids.dtype} {list(ids.shape)}")
+    if isinstance(ids, jax.Array):
+        return ids
+    # Before the cast to int32, which would make a valid id of 2**32 + 5.
+    if ids.size == 0:
+        raise UsageError(f"tokens must hold at least one, got {list(ids.shape)}")
+    if (wrong := ids[(ids < 0) | (ids >= vocab_size)]).size:
+        raise UsageError(f"token ids {wrong[:5].tolist()} are outside the vocabulary of {vocab_size}")
+    return jnp.asarray(ids, jnp.int32)
 
 
 def _keep_dots(primitive: Any, *_: Any, **options: Any) -> bool:

@@ -61,6 +61,32 @@ def test_float64_is_computed_in_float64(tiny):
         assert 1e-16 < float(jnp.abs(model(x) - base).max()) < 1e-10
 
 
+@pytest.mark.parametrize("kind", [list, np.int64, np.uint16], ids=["lists", "int64", "uint16"])
+def test_the_model_takes_lists_and_numpy_arrays(tiny_model, kind):
+    ids = [[5, 0, 95], [1, 2, 3]]
+    logits = tiny_model(ids if kind is list else np.array(ids, kind))
+    assert jnp.array_equal(logits, tiny_model(jnp.array(ids)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        ([[1, -1]], "outside the vocabulary"),
+        (np.array([[2**32 + 5]]), "outside the vocabulary"),
+        ([1, 2], r"\[batch, length\], got int64 \[2\]"),
+        ([[1, 2], [3]], "rows of equal length"),
+        ([[1.5]], "integers"),
+        ([[True]], "integers"),
+        (np.zeros((1, 0), int), "at least one"),
+        (jnp.array([[1.5]]), "integers"),
+        (None, "integers"),
+    ],
+)
+def test_tokens_that_are_none_are_refused_in_one_line(tiny_model, tokens, said):
+    with pytest.raises(UsageError, match=said):
+        tiny_model(tokens)
+
+
 def test_a_token_outside_the_vocabulary_gives_nan_not_a_neighbour(tiny_model, tiny):
     for wrong in (tiny.vocab_size, -1):
         assert jnp.isnan(tiny_model(jnp.array([[1, wrong, 2]]))[0, 1]).all()
