@@ -3,12 +3,20 @@
 Exit codes of every script: 0 finished, 1 bug, 2 usage or config, 3 bad input file, 4 no usable checkpoint,
 5 storage, 6 locked by another trainer or preparation, 7 diverged, 8 another process of the run has gone, 75 stopped by
 a signal after a verified save, 128 + n ended at once by signal n (a second one, or one before the trainer listens).
-tyro too uses 2 for a wrong flag.
+
+A closed stdin, stdout or stderr counts as /dev/null and changes no code, and neither does a stderr that cannot be
+written. A full stdout is 5; one whose reader has gone (`| head -1`) ends the script without a word with 141, as SIGPIPE
+does. The trainers and prepare_data.py go on without their stdout: what they are asked for is a file.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
+
+from smollm_jax import install, streams
+
+READER_GONE = 141  # 128 + SIGPIPE
 
 
 class SmolLMError(ValueError):
@@ -67,16 +75,71 @@ class StoppedError(SmolLMError):
 
 def run(main: Callable[[], None]) -> None:
     """Exits with `main`'s documented code; an expected error becomes one line, `--debug` keeps the traceback."""
+    streams.prepare()
     try:
-        main()
-    except (SmolLMError, OSError) as error:
-        stopped = isinstance(error, StoppedError)
-        if "--debug" in sys.argv and not stopped:
+        _run_and_flush(main)
+    except streams.OutputError as error:
+        _leave(
+            None if error.reader_gone else f"error: {error}",
+            READER_GONE if error.reader_gone else StorageError.exit_code,
+        )
+    except StoppedError as error:
+        _leave(error, error.exit_code)
+    except (SmolLMError, OSError, RuntimeError, AssertionError, UnicodeEncodeError) as error:
+        expected = _expected(error)
+        if expected is None or "--debug" in sys.argv:
             raise
-        print(error if stopped else f"error: {error}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not sys.exit: after a failed save, threads of the libraries underneath may never end.
-        os._exit(error.exit_code if isinstance(error, SmolLMError) else StorageError.exit_code)
+        _leave(f"error: {expected}", getattr(expected, "exit_code", StorageError.exit_code))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _run_and_flush(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except SystemExit:  # of --help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _leave(message: object | None, code: int) -> None:
+    if message is not None:
+        print(message, file=sys.stderr)
+    with contextlib.suppress(streams.OutputError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: after a failed save, threads of the libraries underneath may never end.
+    os._exit(code)
+
+
+def _expected(error: Exception) -> Exception | None:
+    """The error to show in one line; None for a bug. What a user causes, other libraries raise as unspecific kinds."""
+    if isinstance(error, (SmolLMError, OSError)):
+        return error
+    if isinstance(error, UnicodeEncodeError):
+        names = sys.getfilesystemencoding()
+        if error.encoding.replace("latin-1", "iso8859-1") != names or names == "utf-8":
+            return None
+        name = ascii(error.object)
+        return UsageError(f"{name}: no file name in this locale, whose encoding is {names}: set LC_ALL=C.UTF-8")
+    return _no_device()
+
+
+def _no_device() -> UsageError | None:
+    """What to say when JAX was imported and cannot start, for which it raises RuntimeError or a bare AssertionError."""
+    jax = sys.modules.get("jax")
+    try:
+        if jax is not None and hasattr(jax, "devices"):  # else its import failed
+            jax.devices()  # at once when it has started; raises again when it has not
+        return None
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split("(set JAX_PLATFORMS")[0].split())
+    asked = next((name for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(name)), None)
+    if asked is None:
+        return UsageError(f"JAX finds no device to compute on: {reason}; JAX_PLATFORMS=cpu takes the CPU")
+    why = f" ({reason[:200]})" if reason else ""
+    return UsageError(
+        f"{asked}={os.environ[asked]}: JAX finds no such device here{why}; unset it to take what there is; "
+        f"an NVIDIA GPU needs the extra: {install.command('cuda13')}"
+    )

@@ -1,7 +1,6 @@
 """SIGTERM, SIGINT and SIGHUP as a wish to stop, noticed at once and granted at the next safe place."""
 
 import contextlib
-import io
 import os
 import signal
 import socket
@@ -10,6 +9,7 @@ import threading
 import time
 
 from smollm_jax.errors import StoppedError
+from smollm_jax.streams import lasting
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Seconds in which more signals say the same: `timeout` sends its own to the process and to its group, and a terminal's
@@ -48,7 +48,7 @@ class Stop:
         self._doing = doing
         self._sockets = (reader, writer)  # closed with the process, not before
         threading.Thread(target=self._watch, daemon=True).start()
-        sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
+        sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
         return self
 
     @staticmethod
@@ -75,32 +75,3 @@ class Stop:
         while (number := signal.Signals(self._sockets[0].recv(1)[0])) not in SIGNALS:
             pass
         return number
-
-
-class _Lasting(io.RawIOBase):
-    """A standard stream that goes on into nothing when its reader is gone: a `| head`, a closed terminal."""
-
-    def __init__(self, descriptor: int):
-        self._descriptor = descriptor
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def isatty(self) -> bool:
-        return os.isatty(self._descriptor)
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data, /) -> int:
-        try:
-            return os.write(self._descriptor, data)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._descriptor)
-            return len(data)
-
-
-def _lasting(stream) -> io.TextIOWrapper:
-    stream.flush()
-    raw = io.BufferedWriter(_Lasting(stream.fileno()))
-    return io.TextIOWrapper(raw, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
