@@ -16,9 +16,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-from smollm_jax import errors
+from smollm_jax import command_line, errors, install
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
     if flags.queue < 1 or flags.loaded < 1 or not 0 < flags.time_limit < float("inf"):
         raise errors.UsageError("--queue and --loaded must be at least 1, --time-limit above 0 and finite")
     listener = listen(flags.host, flags.port)
@@ -88,7 +86,7 @@ def build(flags: Flags):
     try:
         import gradio
     except ImportError as error:
-        raise errors.UsageError("app.py needs the extra: pip install smollm-jax[web]") from error
+        raise errors.UsageError(install.needs("app.py", "web")) from error
     import fastapi
     import jax
 

@@ -39,7 +39,7 @@ from typing import Any, Literal, get_args
 import tyro
 from measure.sides import Rows, Side, check_equal, process_environment, spread, with_ratios, write_weights
 
-from smollm_jax import cost, errors
+from smollm_jax import command_line, cost, errors
 from smollm_jax.config import preset
 from smollm_jax.provenance import environment
 
@@ -131,7 +131,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__)
     check_flags(flags)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit's: leave nothing behind
     measure = {"startup": startup, "memory": memory, "checkpoint": checkpoint, "prepare": prepare}.get(

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from smollm_jax import errors
+from smollm_jax import command_line, errors
 from smollm_jax.sampling_flags import SamplingFlags
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
     if flags.history and flags.system is not None:
         raise errors.UsageError("--system: the conversation of --history has its own beginning")
     opening = [] if flags.system is None else [{"role": "system", "content": flags.system}]

@@ -15,9 +15,7 @@ import os
 import re
 from typing import Any, Literal
 
-import tyro
-
-from smollm_jax import errors, recipes
+from smollm_jax import command_line, errors, recipes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,7 @@ RECIPE_FLAGS = ("batch_size", "sequence_length", "gradient_accumulation_steps", 
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__)
     named = recipes.named(flags.recipe)
     given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) is not None}
     recipe = named.resolve(given)

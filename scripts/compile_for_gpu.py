@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
-import tyro
 from profile_train import instructions
 
-from smollm_jax import errors
+from smollm_jax import command_line, errors, install
 
 # What XLA wants to know of a GPU, from openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb.
 H100 = """
@@ -76,7 +75,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__)
     for name in ("batch_size", "sequence_length", "unroll", "kernels"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -131,7 +130,7 @@ def compile_step(config: Any, recipe: Any, compute: Any) -> Any:
     try:
         topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     except Exception as error:
-        raise errors.SmolLMError(f'no CUDA plugin of JAX\'s here, pip install -e ".[cuda13]": {error}') from error
+        raise errors.SmolLMError(f"no CUDA plugin of JAX's here, {install.command('cuda13')}: {error}") from error
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     state = train_step.abstract_state(config, recipe)
     tokens = jax.ShapeDtypeStruct((recipe.batch_size, recipe.sequence_length + 1), jnp.int32)

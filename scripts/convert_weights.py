@@ -16,7 +16,7 @@ from typing import Literal
 
 import tyro
 
-from smollm_jax import errors
+from smollm_jax import command_line, errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__, weights=("src",))
     suffixes: dict[str, Literal["pt", "safetensors", "gguf"]]
     suffixes = {".pt": "pt", ".safetensors": "safetensors", ".gguf": "gguf"}
     kind = flags.to or suffixes.get(flags.dst.suffix)

@@ -18,9 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
-from smollm_jax import errors
+from smollm_jax import command_line, errors, install
 
 if TYPE_CHECKING:
     from smollm_jax.config import Config
@@ -54,7 +52,7 @@ FORMS = {"loss": ",.4f", "perplexity": ",.2f", "bits_per_byte": ".4f", "tokens_p
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
     if not flags.weights:
         raise errors.UsageError("--weights: name at least one")
     paths = [path for given in flags.weights for path in checkpoints_of(given, flags.every_checkpoint)]
@@ -137,7 +135,7 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise errors.UsageError("quality.png needs the extra: pip install smollm-jax[plot]") from error
+        raise errors.UsageError(install.needs("quality.png", "plot")) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

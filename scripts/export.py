@@ -22,7 +22,7 @@ from typing import Literal
 
 import tyro
 
-from smollm_jax import errors
+from smollm_jax import command_line, errors, install
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__, weights=("src",))
     if flags.dst.suffix != ".npz":
         raise errors.UsageError(f"{flags.dst}: the file's name must end in .npz")
     if flags.dst.exists():
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         import flatbuffers  # noqa: F401  # what jax.export serialises with
     except ImportError as error:
-        raise errors.UsageError("needs the extra: pip install smollm-jax[export]") from error
+        raise errors.UsageError(install.needs("export.py", "export")) from error
     import jax.numpy as jnp
     import numpy as np
 

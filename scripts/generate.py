@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from smollm_jax import errors
+from smollm_jax import command_line, errors, streams
 from smollm_jax.sampling_flags import SamplingFlags
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> None:
     gc.disable()  # until the weights are loaded: see `train_jax.main`
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
     if flags.logprobs and not flags.json:
         raise errors.UsageError("--logprobs: only --json shows them")
     if flags.special_tokens and asks(flags):
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     options |= {"context": flags.context, "alternatives": flags.logprobs if flags.json else None}
     timings: dict[str, float] = {"load_seconds": time.perf_counter() - began}
     if flags.json:
-        print(json.dumps(write_all(engine, prompts, ids, options, timings), ensure_ascii=False, indent=2))
+        print(json.dumps(write_all(engine, prompts, ids, options, timings), indent=2))  # ASCII: any pipe takes it
     elif len(prompts) > 1:
         for row in write_all(engine, prompts, ids, options, timings)["completions"]:
             print(f"{'' if asks(flags) else row['prompt']}{row['text']}\n")
@@ -119,7 +119,7 @@ def read_prompts(flags: Flags) -> list[str]:
     prompts = [*flags.prompt, *map(read_text, flags.prompt_file)]
     if prompts:
         return prompts
-    if sys.stdin.isatty():
+    if streams.no_text_on_stdin():
         raise errors.UsageError("give --prompt, --prompt-file or a text on stdin")
     try:
         text = sys.stdin.buffer.read().decode("utf-8")

@@ -23,9 +23,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-from smollm_jax import errors
+from smollm_jax import command_line, errors, install
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,10 +62,10 @@ class Rung:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
     for module, extra in (("torch", "torch"), ("matplotlib", "plot"), ("gguf", "gguf")):
         if importlib.util.find_spec(module) is None:
-            raise errors.UsageError(f"parity_report.py needs the extra: pip install smollm-jax[{extra}]")
+            raise errors.UsageError(install.needs("parity_report.py", extra))
     if flags.device == "gpu" and shutil.which("nvidia-smi") is None:
         raise errors.UsageError("--device gpu: this machine has no NVIDIA driver")
     sys.path.insert(0, str(ROOT))

@@ -13,9 +13,7 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
-import tyro
-
-from smollm_jax import errors
+from smollm_jax import command_line, errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__)
     if flags.sequence_length < 1 or not 0 < (flags.memory or 1) < math.inf:
         raise errors.UsageError("--sequence-length and --memory must be positive")
     import jax

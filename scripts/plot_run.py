@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from smollm_jax import errors
+from smollm_jax import command_line, errors, install
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__)
     if not flags.runs:
         raise errors.UsageError("name at least one run folder")
     try:
         import matplotlib
     except ImportError as error:
-        raise errors.UsageError("plot_run.py needs the extra: pip install smollm-jax[plot]") from error
+        raise errors.UsageError(install.needs("plot_run.py", "plot")) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

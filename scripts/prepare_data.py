@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from smollm_jax import errors
+from smollm_jax import command_line, errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__)
     from smollm_jax.lock import RunLock
     from smollm_jax.plan import Settings, make_plan
     from smollm_jax.prepare import prepare_set

@@ -18,9 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-from smollm_jax import errors
+from smollm_jax import command_line, errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +52,7 @@ Interval = tuple[float, float, str]  # nanoseconds, nanoseconds, instruction
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__)
     for name in ("batch_size", "sequence_length", "unroll", "steps", "instructions"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

@@ -8,9 +8,7 @@ For measuring where the real weights cannot be had: shapes and speed are the rea
 import dataclasses
 from pathlib import Path
 
-import tyro
-
-from smollm_jax import errors
+from smollm_jax import command_line, errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__)
     from smollm_jax import train_step, weights
     from smollm_jax.config import preset
     from smollm_jax.tokenizer_source import tokenizer_files_at

@@ -14,9 +14,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-from smollm_jax import errors
+from smollm_jax import command_line, errors, install
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
     if not flags.tasks:
         raise errors.UsageError("--tasks: name at least one")
     if flags.include and not flags.include.is_dir():
@@ -58,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ImportError as error:
-        raise errors.UsageError(f"needs the extra: pip install smollm-jax[eval] ({error.name} is missing)") from error
+        raise errors.UsageError(f"{error.name} is missing: {install.needs('run_lm_eval.py', 'eval')}") from error
     from smollm_jax import compilation_cache
     from smollm_jax.engine import Engine
     from smollm_jax.harness import SmolLMHarness

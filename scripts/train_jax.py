@@ -22,9 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-import tyro
-
-from smollm_jax import errors
+from smollm_jax import command_line, errors
 from smollm_jax.training_flags import TrainingFlags
 
 
@@ -33,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     # most of their work without Python's lock, which they would wait 5 ms for each time.
     gc.disable()
     sys.setswitchinterval(1e-4)
-    flags = tyro.cli(TrainingFlags, args=argv, description=__doc__)
+    flags = command_line.parse(TrainingFlags, argv, __doc__, weights=("init_from", "reference"))
     from smollm_jax.stop import Stop
 
     stop = Stop().listen()

@@ -12,9 +12,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-from smollm_jax import errors
+from smollm_jax import command_line, errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__, weights=("init_from",))
     # torch and JAX in one process fight over cuDNN on a GPU (jax#19004); JAX only draws the first weights here.
     os.environ["JAX_PLATFORMS"] = "cpu"
     import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from smollm_jax import errors
+from smollm_jax import command_line, errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=argv, description=__doc__)
+    flags = command_line.parse(Flags, argv, __doc__)
     from smollm_jax import integrity
     from smollm_jax.checkpoint import steps_in
 

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from smollm_jax import install
 from smollm_jax.config import Config, shown
 from smollm_jax.errors import InputFileError, UsageError
 
@@ -17,11 +18,11 @@ MAX_DIGITS = 100  # of an integer; Hugging Face writes 10**30 for "no limit"
 
 
 def need(module: str, path: str | Path, *, extra: str | None = None) -> Any:
-    """An optional package, imported; raises `UsageError` naming the extra that has it."""
+    """An optional package, imported; raises `UsageError` saying how to get the extra that has it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UsageError(f"{path}: needs the extra: pip install smollm-jax[{extra or module}]") from error
+        raise UsageError(install.needs(f"{path}:", extra or module)) from error
 
 
 def one_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from smollm_jax import gguf_file, gguf_writer, integrity
 from smollm_jax.config import Config, shown
-from smollm_jax.errors import InputFileError, StorageError, UsageError
+from smollm_jax.errors import InputFileError, SmolLMError, StorageError, UsageError
 from smollm_jax.files import (
     need,
     one_line,
@@ -73,10 +73,11 @@ def replacing(target: Path) -> Iterator[Path]:
             integrity.sync(path)
         os.rename(temporary, target)
         integrity.sync(target.parent)
-    except StorageError as error:
-        raise StorageError(str(error).replace(str(temporary), str(target))) from error
+    except SmolLMError as error:
+        raise type(error)(str(error).replace(str(temporary), str(target))) from error
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        raise StorageError(f"{target}: cannot be written: {error}") from error
+        reason = str(error).replace(str(temporary), str(target))
+        raise StorageError(f"{target}: cannot be written: {reason}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

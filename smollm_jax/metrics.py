@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from smollm_jax import install
 from smollm_jax.errors import InputFileError, StorageError, UsageError
 
 RATE_STEPS = 20  # the throughput is the mean over this many steps
@@ -169,5 +170,5 @@ def _tensorboard(run: Path) -> Any:
     try:
         from tensorboard.summary import Writer
     except ImportError as error:
-        raise UsageError("--tensorboard needs the extra: pip install smollm-jax[tensorboard]") from error
+        raise UsageError(install.needs("--tensorboard", "tensorboard")) from error
     return Writer(str(run / "tensorboard"))

@@ -276,7 +276,7 @@ def write_run_files(
             integrity.sync(run)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise StorageError(f"{target}: cannot be written: {error}") from error
+            raise StorageError(f"{target}: cannot be written: {error.strerror}") from error
 
 
 def load(path: str | Path, dtype: Any = np.float32) -> "tuple[SmolLM, Config]":
