@@ -10,6 +10,8 @@ import reprlib
 import struct
 from typing import Any
 
+from smollm_jax import config_keys
+from smollm_jax.config_keys import generation_defaults as generation_defaults
 from smollm_jax.errors import UsageError
 
 # The least and the most of each size and constant, so that a config alone cannot ask for all memory or divide by zero.
@@ -121,44 +123,27 @@ class Config:
         for key, value in config.items():
             if type(key) is not str or type(value) not in (str, int, float, bool, list, tuple, dict, type(None)):
                 raise UsageError(f"config key {shown(key)}={shown(value)} is not JSON")
-        rest = dict(config)
-        for key, allowed in _FIXED.items():
-            if key not in rest:
-                continue
-            value = rest.pop(key)
-            if not any(type(value) is type(one) and value == one for one in allowed):  # 0 == False in Python
-                raise UsageError(f"config key {key}={shown(value)} is not supported, only {allowed[0]!r} is")
-        dtypes = {key: rest.pop(key) for key in ("dtype", "torch_dtype") if rest.get(key) is not None}
-        for key, dtype in dtypes.items():
-            if dtype not in DTYPES:
-                raise UsageError(f"config key {key} must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
-        thetas = {"rope_theta": rest.pop("rope_theta", None)}
+        values = dict(config)
+        _drop_what_changes_nothing(values)
+        dtypes = {key: _dtype(key, values.pop(key)) for key in ("dtype", "torch_dtype") if values.get(key) is not None}
+        thetas = {"rope_theta": values.pop("rope_theta", None)}
         for key in ("rope_parameters", "rope_scaling"):  # the new spelling, and the old one's place for variants
-            thetas[f"{key}.rope_theta"] = _plain_theta(key, rest.pop(key, None))
+            thetas[f"{key}.rope_theta"] = _plain_theta(key, values.pop(key, None))
         thetas = {key: theta for key, theta in thetas.items() if theta is not None}
         for key, theta in thetas.items():
             if type(theta) not in (int, float):
                 raise UsageError(f"config key {key} must be a number, got {shown(theta)}")
-        for values in (dtypes, thetas):
-            if len(set(values.values())) > 1:
-                raise UsageError("config keys disagree: " + ", ".join(f"{k}={shown(v)}" for k, v in values.items()))
-        rest |= {"rope_theta": theta for theta in thetas.values()}  # noqa: B035  # they agree
-        # What LlamaConfig itself does with these when a file leaves them out.
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            rest.setdefault(key, None)
-        if type(rest.get("num_attention_heads")) is int and rest["num_attention_heads"] > 0:
-            if rest.get("num_key_value_heads") is None:
-                rest["num_key_value_heads"] = rest["num_attention_heads"]
-            if rest.get("head_dim") is None and type(rest.get("hidden_size")) is int:
-                rest["head_dim"], left = divmod(rest["hidden_size"], rest["num_attention_heads"])
-                if left:
-                    raise UsageError("config lacks head_dim, and num_attention_heads does not divide hidden_size")
+        for same in (dtypes, thetas):
+            if len(set(same.values())) > 1:
+                raise UsageError("config keys disagree: " + ", ".join(f"{k}={shown(v)}" for k, v in same.items()))
+        values |= {"rope_theta": theta for theta in thetas.values()}  # noqa: B035  # they agree
+        _fill_in(values)
         names = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(rest) - names - _BOOKKEEPING):
+        if unknown := sorted(key for key in set(values) - names if values[key] is not None):
             raise UsageError(f"config has keys this model cannot honour: {shown(', '.join(unknown))}")
-        if missing := sorted(names - set(rest)):
+        if missing := sorted(names - set(values)):
             raise UsageError(f"config lacks {', '.join(missing)}: no model constant is guessed")
-        return cls(**{name: rest[name] for name in names})
+        return cls(**{name: values[name] for name in names})
 
     def special_token_ids(self) -> dict[str, Any]:
         """The ids of bos, eos and pad that the config names, as Hugging Face's JSON has them."""
@@ -184,54 +169,76 @@ class Config:
         }
 
 
+def _drop_what_changes_nothing(values: dict[str, Any]) -> None:
+    """Removes the keys that leave what the model computes as it is; `UsageError` for one whose value does not."""
+    if values.get("use_sliding_window") is False:
+        values.pop("sliding_window", None)
+    for key, allowed in config_keys.FIXED.items():
+        value = values.pop(key, allowed[0])
+        if value is None and key not in ("model_type", "hidden_act"):
+            continue
+        if not any(type(value) is type(good) and value == good for good in allowed):  # 0 == False in Python
+            raise UsageError(f"config key {key}={shown(value)} is not supported, only {allowed[0]!r} is")
+    for key, allowed in config_keys.FIXED_LISTS.items():
+        value = values.pop(key, None)
+        if value is not None and (type(value) is not list or any(item not in allowed for item in value)):
+            raise UsageError(f"config key {key}={shown(value)} is not supported, only {[allowed[0]]} is")
+    if values.get("auto_map") is not None:
+        raise UsageError(
+            f"config key auto_map={shown(values['auto_map'])} names Python code that comes with the weights: it may "
+            "compute something else and is never run; remove the key if the weights are a plain Llama's"
+        )
+    for key in list(values):
+        if key in config_keys.BOOKKEEPING or key in config_keys.GENERATION or key.startswith("unsloth_"):
+            del values[key]
+
+
+def _dtype(key: str, dtype: Any) -> str:
+    """The name of a dtype that a config gives, where some programs write PyTorch's "torch.bfloat16"."""
+    name = dtype.removeprefix("torch.") if type(dtype) is str else dtype
+    if name not in DTYPES:
+        raise UsageError(f"config key {key} must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
+    return name
+
+
 def _plain_theta(key: str, parameters: Any) -> Any:
-    """The theta in one of the spellings of rotary parameters, None where it has none."""
+    """The theta in one of the spellings of rotary parameters, None where it has none.
+
+    Linear scaling by 1 and a partial rotary embedding of the whole head are plain ones.
+    """
     if parameters is None:
         return None
     if type(parameters) is not dict:
         raise UsageError(f"config key {key} must be an object, got {shown(parameters)}")
-    rest = dict(parameters)
-    kind, theta = rest.pop("rope_type", rest.pop("type", "default")), rest.pop("rope_theta", None)
-    if kind != "default" or rest:
+    values = dict(parameters)
+    theta = values.pop("rope_theta", None)
+    kinds = [kind for kind in (values.pop("rope_type", None), values.pop("type", None)) if kind is not None]
+    allowed = ("default", "linear") if values.get("factor") is not None else ("default",)
+    factors = [values.pop(name, None) for name in ("factor", "attention_factor", "partial_rotary_factor")]
+    ones = all(factor is None or (type(factor) in (int, float) and factor == 1) for factor in factors)
+    plain = ones and all(kind in allowed and kind == kinds[0] for kind in kinds)
+    if not plain or any(value is not None for value in values.values()):
         raise UsageError(f"config key {key}={shown(parameters)} is not supported, only plain rotary embeddings are")
     return theta
 
 
+def _fill_in(values: dict[str, Any]) -> None:
+    """What LlamaConfig itself does with keys that a file leaves out; -1 for a token is an old spelling of none."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = values.setdefault(key, None)
+        if type(token) is int and token == -1:  # Llama 1's pad_token_id: transformers warns, and no token is it
+            values[key] = None
+    if type(values.get("num_attention_heads")) is int and values["num_attention_heads"] > 0:
+        if values.get("num_key_value_heads") is None:
+            values["num_key_value_heads"] = values["num_attention_heads"]
+        if values.get("head_dim") is None and type(values.get("hidden_size")) is int:
+            values["head_dim"], remainder = divmod(values["hidden_size"], values["num_attention_heads"])
+            if remainder:
+                raise UsageError("config lacks head_dim, and num_attention_heads does not divide hidden_size")
+
+
 def _float32(x: float) -> float:
     return struct.unpack("f", struct.pack("f", x))[0]
-
-
-# Keys with one value this model computes: the first is what we write, the others mean the same.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "architectures": (["LlamaForCausalLM"], None),
-    "model_type": ("llama",),
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False, None),
-    "attention_dropout": (0.0, 0, None),
-    "mlp_bias": (False, None),
-    "pretraining_tp": (1, None),
-    "rope_interleaved": (False, None),  # False is the half-split layout every LlamaForCausalLM has
-}
-# Keys that change nothing the model computes.
-_BOOKKEEPING = frozenset(
-    [
-        "_name_or_path",
-        "dtype",
-        "is_llama_config",
-        "torch_dtype",
-        "transformers.js_config",
-        "transformers_version",
-        "use_cache",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "id2label",
-        "label2id",
-        "problem_type",
-    ]
-)
 
 
 def _preset(hidden, mlp, layers, heads, kv_heads, theta, positions, std, **changes) -> Config:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from smollm_jax import cost
-from smollm_jax.config import BOUNDS, PRESETS, Config, preset, shown
+from smollm_jax.config import BOUNDS, PRESETS, Config, generation_defaults, preset, shown
 from smollm_jax.errors import UsageError
 
 
@@ -71,6 +71,140 @@ def test_several_eos_tokens_survive():
 def test_what_cannot_be_honoured_is_refused_by_name(change, named):
     with pytest.raises(UsageError, match=named):
         Config.from_hf(preset("tiny").to_hf() | change)
+
+
+# What transformers 4.x's `PreTrainedConfig.to_dict` writes beside a Llama's own keys, at its defaults.
+OF_TRANSFORMERS_4 = {
+    "_attn_implementation_autoset": True,
+    "_commit_hash": "0" * 40,
+    "add_cross_attention": False,
+    "architectures": ["LlamaForCausalLM"],
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": None,
+    "decoder_start_token_id": None,
+    "diversity_penalty": 0.0,
+    "do_sample": False,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "finetuning_task": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "length_penalty": 1.0,
+    "max_length": 20,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "prefix": None,
+    "pretraining_tp": 1,
+    "problem_type": None,
+    "pruned_heads": {},
+    "remove_invalid_values": False,
+    "repetition_penalty": 1.0,
+    "return_dict": True,
+    "return_dict_in_generate": False,
+    "sep_token_id": None,
+    "suppress_tokens": None,
+    "task_specific_params": None,
+    "temperature": 1.0,
+    "tf_legacy_loss": False,
+    "tie_encoder_decoder": False,
+    "tokenizer_class": None,
+    "top_k": 50,
+    "top_p": 1.0,
+    "torchscript": False,
+    "typical_p": 1.0,
+    "use_bfloat16": False,
+}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        OF_TRANSFORMERS_4,
+        {"unsloth_version": "2025.1.1", "unsloth_fixed": True, "unsloth_training_step": 3, "model_name": "a/b"},
+        {"_attn_implementation": "sdpa", "attn_implementation": "flash_attention_2", "use_flash_attn": True},
+        {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1, "max_new_tokens": 64},
+        {"architectures": ["LlamaModel"]},
+        {"architectures": ["FSDPLlamaForCausalLM"]},
+        {"layer_types": ["full_attention"] * 3},
+        {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
+        {"sliding_window": None, "quantization_config": None, "auto_map": None, "attn_logit_softcapping": None},
+        {"partial_rotary_factor": 1.0},
+        {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": {"type": "default", "rope_type": "default", "partial_rotary_factor": 1}},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_scaling": {}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 1.0}},
+        {"torch_dtype": "torch.float32", "dtype": None},
+        {"pad_token_id": -1},
+        {"is_causal": True, "attention_dropout": None, "hidden_dropout": 0},
+        {"tokenizer_class": "GPT2TokenizerFast", "model_max_length": 2048, "num_labels": 2},
+    ],
+)
+def test_what_changes_nothing_is_read(more):
+    assert Config.from_hf(preset("tiny").to_hf() | more) == preset("tiny")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"is_encoder_decoder": True},
+        {"add_cross_attention": True},
+        {"tie_encoder_decoder": True},
+        {"pruned_heads": {"0": [1]}},
+        {"is_causal": False},
+        {"use_sliding_window": True},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"architectures": "LlamaForCausalLM"},
+        {"partial_rotary_factor": 0.5},
+        {"partial_rotary_factor": True},
+        {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"type": "linear"}},
+        {"rope_scaling": {"type": "dynamic", "factor": 1.0}},
+        {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 1.0}},
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [1]}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e5}}},
+        {"quantization_config": {"quant_method": "awq"}},
+        {"attention_multiplier": 0.5},
+        {"logit_scale": 2.0},
+        {"attn_logit_softcapping": 50.0},
+        {"attention_dropout": 0.1},
+        {"prefix": "Once"},
+        {"torch_dtype": "torch.float8_e4m3fn"},
+        {"pad_token_id": -2},
+        {"eos_token_id": [0, -1]},
+        {"hidden_act": None},
+        {"a_key_of_nobody": 0},
+    ],
+)
+def test_what_changes_the_function_is_refused_by_name(more):
+    with pytest.raises(UsageError, match=next(iter(more))):
+        Config.from_hf(preset("tiny").to_hf() | more)
+
+
+def test_remote_code_is_refused_in_words():
+    with pytest.raises(UsageError, match="auto_map=.* names Python code that comes with the weights"):
+        Config.from_hf(preset("tiny").to_hf() | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
+
+
+def test_the_defaults_of_generate_in_a_config_are_those_that_differ_from_transformers():
+    assert generation_defaults(preset("tiny").to_hf() | OF_TRANSFORMERS_4) == {}
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 20, "forced_eos_token_id": 0}
+    assert generation_defaults(OF_TRANSFORMERS_4 | sampling | {"top_p": None}) == sampling
 
 
 def test_every_size_and_constant_has_bounds_and_both_ends_are_held():
