@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__, weights=("src",))
     suffixes: dict[str, Literal["pt", "safetensors", "gguf"]]
     suffixes = {".pt": "pt", ".safetensors": "safetensors", ".gguf": "gguf"}
-    kind = flags.to or suffixes.get(flags.dst.suffix)
+    kind = flags.to or suffixes.get(flags.dst.suffix.lower())
     if kind is None:
         raise errors.UsageError(
             f"{flags.dst}: which kind? Add --to hf or --to orbax, or a suffix .pt, .safetensors or .gguf"

@@ -32,7 +32,7 @@ from smollm_jax.files import (
 )
 from smollm_jax.safetensors_file import DIGEST, digest, read_safetensors, verify, write_safetensors
 from smollm_jax.tokenizer_source import read_tokenizer_files
-from smollm_jax.torch_file import check_archive, checked_from_torch, from_torch, to_torch
+from smollm_jax.torch_file import check_archive, checked_from_torch, from_torch, state_dict_of, to_torch
 
 
 @dataclasses.dataclass
@@ -199,7 +199,10 @@ def _model_card(bundle: Bundle) -> str:
 
 
 def read_pt(path: Path) -> Bundle:
-    """A `.pt` file that holds {"config": ..., "state_dict": ...} or a bare state dict; never runs pickled code."""
+    """The one model in a `.pt` file: what `write_pt` writes, a bare state dict, or one in a training checkpoint.
+
+    Its config is in the file or in a config.json beside it. Pickled code is never run.
+    """
     check_archive(path)
     torch = need("torch", path)
 
@@ -210,20 +213,15 @@ def read_pt(path: Path) -> Bundle:
         raise InputFileError(
             f"{path}: not a weights-only torch file ({said}); give a .safetensors file, or a .pt of tensors alone"
         ) from error
-    generation = None
-    if isinstance(content, dict) and "state_dict" in content:
-        state, config, origin = content["state_dict"], content.get("config"), content.get("origin", "")
-        expected, generation = content.get(DIGEST), content.get("generation_config")
-    else:
-        state, config, origin, expected = content, None, "", None
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise InputFileError(f"{path}: holds no state dict of tensors")
+    state, about = state_dict_of(content, path)
     tensors = {name: checked_from_torch(name, tensor, path) for name, tensor in state.items()}
+    origin = about.get("origin", "")
     if type(origin) is not str:
         raise InputFileError(f"{path}: origin must be a string, got {shown(origin)}")
-    verify(tensors, expected, path)
+    verify(tensors, about.get(DIGEST), path)
+    config = about.get("config")
     values = _config_beside(path) if config is None else parse_config(config, path)
-    if generation is not None:
+    if (generation := about.get("generation_config")) is not None:
         generation = _object(generation, f"{path}: generation_config")
     elif config is None:
         generation = read_generation_config(path.parent)

@@ -4,6 +4,7 @@ torch is imported only where a tensor is at hand.
 """
 
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from smollm_jax.config import shown
 from smollm_jax.errors import InputFileError
 from smollm_jax.files import one_line, size_of
 from smollm_jax.safetensors_file import native
+from smollm_jax.tensor_names import FIRST_LAYER
 
 MAX_PICKLE = 2 << 20  # bytes of the pickle in a .pt, which holds names and shapes; SmolLM2-135M's has 40 KB
 
@@ -33,6 +35,46 @@ def check_archive(path: Path) -> None:
         raise InputFileError(f"{path}: not written by torch.save: its entries are packed or overlap")
     if any(entry.filename.endswith("data.pkl") and entry.file_size > MAX_PICKLE for entry in entries):
         raise InputFileError(f"{path}: data.pkl has over {MAX_PICKLE:,} bytes, too many for a state dict of tensors")
+
+
+def state_dict_of(content: Any, path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """The one state dict in what `torch.load` gave, and what a file of ours (a "state_dict" at the top) says of it.
+
+    Trainers keep it beside the optimizer's state: under "state_dict" (Lightning), "model", "module" (DeepSpeed),
+    "model_state_dict", or a level deeper. `InputFileError` when there is none, or when there are several models.
+    """
+    about = content if isinstance(content, dict) and "state_dict" in content else {}
+    state = about.get("state_dict", content)
+    if _holds_tensors(state):
+        return state, about
+    models = dict(_models(content, "", {id(content)}, depth=3))
+    if len(models) > 1:
+        names = ", ".join(models)
+        raise InputFileError(f"{path}: holds several models, under {names}: save the one that is meant alone")
+    if not models:
+        raise InputFileError(f"{path}: holds no state dict of tensors")
+    config = content.get("config")
+    described = isinstance(config, dict) and "hidden_size" in config  # a trainer's own settings say nothing of it
+    return next(iter(models.values())), {"config": config} if described else {}
+
+
+def _holds_tensors(content: Any) -> bool:
+    import torch
+
+    return isinstance(content, dict) and all(isinstance(tensor, torch.Tensor) for tensor in content.values())
+
+
+def _models(content: Any, where: str, seen: set[int], depth: int) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """The state dicts of Llamas in nested dicts, by where they are; a dict that is there twice counts once."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if not isinstance(value, dict) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        place = f"{where}{shown(key)}"
+        if _holds_tensors(value) and any(type(name) is str and name.endswith(FIRST_LAYER) for name in value):
+            yield place, value
+        elif depth > 1:
+            yield from _models(value, f"{place}.", seen, depth - 1)
 
 
 def checked_from_torch(name: Any, tensor: Any, path: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ import einops
 import ml_dtypes
 import numpy as np
 
-from smollm_jax import formats, integrity
+from smollm_jax import formats, integrity, tensor_names
 from smollm_jax.checkpoint import CheckpointStore, flatten, unflatten
 from smollm_jax.config import Config
 from smollm_jax.errors import InputFileError, StorageError, UsageError
@@ -88,14 +88,16 @@ def hf_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def check(bundle: Bundle, source: str | Path) -> Bundle:
     """The bundle, complete and in the model's order; raises one `InputFileError` that names every fault.
 
-    A copy of a tied head is dropped when it equals the embedding and is a fault when it does not.
+    Names are made Hugging Face's (`tensor_names.py`). A copy of a tied head is dropped when it equals the embedding and
+    is a fault when it does not; alone, it is the embedding: safetensors' `save_model` keeps one name of a tied pair.
     """
     expected = hf_shapes(bundle.config)
-    tensors = {name: t if t.dtype.isnative else native(t) for name, t in bundle.tensors.items()}
-    faults = []
+    tensors, faults = tensor_names.standard(bundle.tensors, bundle.config)
+    tensors = {name: t if t.dtype.isnative else native(t) for name, t in tensors.items()}
     if bundle.config.tie_word_embeddings and "lm_head.weight" in tensors:
-        head, embedding = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-        if embedding is None or head.shape != embedding.shape or head.tobytes() != embedding.tobytes():
+        head = tensors.pop("lm_head.weight")
+        embedding = tensors.setdefault("model.embed_tokens.weight", head)
+        if head is not embedding and (head.shape != embedding.shape or head.tobytes() != embedding.tobytes()):
             faults.append("lm_head.weight differs from model.embed_tokens.weight though the config ties them")
     faults += [f"{name} is missing" for name in expected if name not in tensors]
     faults += [f"{name} is not part of the model" for name in sorted(set(tensors) - set(expected))]
@@ -162,10 +164,11 @@ def kind_of(path: Path) -> Kind:
     """What kind of weights a path holds; raises `InputFileError` when none can be recognised."""
     if not path.exists():
         raise InputFileError(f"{path}: no such file or folder")
-    if path.is_file() and path.suffix in PICKLES:
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix in PICKLES:
         raise InputFileError(f"{path}: a {path.suffix} file can hold code that runs when it is read; {INSTEAD}")
-    if path.is_file() and path.suffix in (".pt", ".safetensors", ".gguf"):
-        return path.suffix[1:]  # type: ignore[return-value]  # one of the three just tested
+    if path.is_file() and suffix in (".pt", ".safetensors", ".gguf"):
+        return suffix[1:]  # type: ignore[return-value]  # one of the three just tested
     if path.is_dir() and (path / "checkpoints").is_dir():
         return "orbax"
     if path.is_dir() and any(path.glob("model*.safetensors")):

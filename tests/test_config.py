@@ -197,7 +197,7 @@ def test_what_changes_the_function_is_refused_by_name(more):
 
 
 def test_remote_code_is_refused_in_words():
-    with pytest.raises(UsageError, match="auto_map=.* names Python code that comes with the weights"):
+    with pytest.raises(UsageError, match=r"auto_map=.* names Python code that comes with the weights"):
         Config.from_hf(preset("tiny").to_hf() | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
 
 
