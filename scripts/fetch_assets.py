@@ -114,12 +114,13 @@ def fetch_text(target: Path) -> None:
 
 def fetch_from_hub(model: str, target: Path) -> None:
     """A model of the hub, as it is, checked before it is kept."""
-    need("huggingface_hub", "--source hub", extra="hf")
     from smollm_jax import formats, hub, weights
+    from smollm_jax.files import need
 
     if target.exists():
         print(f"{target}: there already")
         return
+    need("huggingface_hub", "--source hub", extra="hf")
     with formats.replacing(target) as temporary:
         hub.fetch(model, local_dir=temporary)
         shutil.rmtree(temporary / ".cache", ignore_errors=True)

@@ -12,6 +12,7 @@ from smollm_jax import generate
 from smollm_jax.config import shown
 from smollm_jax.errors import UsageError
 from smollm_jax.generation_config import GenerationConfig
+from smollm_jax.hub import locate
 from smollm_jax.precision import float32_as_it_is
 from smollm_jax.sampling import GREEDY, Sampling
 from smollm_jax.tokenizer import Message, TextStream, Tokenizer
@@ -71,7 +72,7 @@ class Engine:
         """The engine of weights of any kind, with their own tokenizer; weights without one need `tokenizer`."""
         from smollm_jax import weights
 
-        path = Path(path)
+        path = locate(path)
         chosen = Tokenizer.of_weights(path, None if tokenizer is None else Path(tokenizer))
         bundle = weights.read(path, mapped=True)
         source = f"{path}: generation_config"

@@ -58,12 +58,20 @@ def fetch(name: str, **options: Any) -> Path:
     """
     import huggingface_hub
     from huggingface_hub import errors
+    from huggingface_hub.utils import disable_progress_bars, logging
 
+    logging.set_verbosity_error()
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
-    patterns: dict[str, Any] = {"allow_patterns": FILES, "ignore_patterns": NOT_FILES, "etag_timeout": SECONDS}
+        disable_progress_bars()
+    options |= {"allow_patterns": FILES, "ignore_patterns": NOT_FILES, "etag_timeout": SECONDS}
+    try:  # `snapshot_download` itself would wait for an answer without end
+        huggingface_hub.HfApi().model_info(name, timeout=SECONDS)
+    except errors.HfHubHTTPError:  # an answer, which it asks for again
+        pass
+    except Exception:  # of the libraries under the client, which are others in each of its versions
+        options["local_files_only"] = True
     try:
-        return Path(huggingface_hub.snapshot_download(name, **patterns, **options))
+        return Path(huggingface_hub.snapshot_download(name, **options))
     except errors.GatedRepoError as error:
         why = f"{name} on the Hugging Face hub is gated: accept its terms on its page, then log in: hf auth login"
         raise InputFileError(why) from error

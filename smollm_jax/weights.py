@@ -22,6 +22,7 @@ from smollm_jax.config import Config
 from smollm_jax.errors import InputFileError, StorageError, UsageError
 from smollm_jax.formats import Bundle
 from smollm_jax.gguf_writer import GgufType
+from smollm_jax.hub import locate
 from smollm_jax.safetensors_file import native
 
 if TYPE_CHECKING:
@@ -186,10 +187,11 @@ def kind_of(path: Path) -> Kind:
 def read(path: str | Path, *, allow_unverified: bool = False, mapped: bool = False) -> Bundle:
     """The weights at a path of any kind, checked, in Hugging Face's names and layout at their stored precision.
 
+    Where there is no such path it may be a model's name on the Hugging Face hub, see `hub.locate`.
     A checkpoint whose files are not what was written is a `CheckpointError`; one without a manifest too, unless
     `allow_unverified`. `mapped`: for who copies the tensors at once; those of a safetensors file are views of it.
     """
-    path = Path(path)
+    path = locate(path)
     readers = {
         "orbax": functools.partial(_read_orbax, allow_unverified=allow_unverified),
         "hf": functools.partial(formats.read_hf, mapped=mapped),

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,11 +16,10 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 REAL = ROOT / "assets/SmolLM2-135M-Instruct"
 
 
-def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, check=False, cwd=cwd, env=environment
-    )
+def run(*command: str, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    options = {"capture_output": True, "text": True, "check": False} | options
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment, **options)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
