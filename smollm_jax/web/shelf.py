@@ -100,7 +100,9 @@ class Shelf:
             return self._loaded[key]
 
     def _fetched(self, path: Path) -> Generator[str, None, None]:
-        process = subprocess.Popen(self._fetch, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            self._fetch, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+        )
         try:
             began = time.monotonic()
             while process.poll() is None:
