@@ -20,6 +20,7 @@ from smollm_jax import tensor_names, weights
 from smollm_jax.errors import InputFileError
 from smollm_jax.torch_file import from_torch
 from tests.small_files import SMALL
+from tests.test_gguf_read import written
 
 TOKENS = np.arange(24).reshape(2, 12)
 NORM, FREQUENCIES = "model.norm.weight", "model.layers.1.self_attn.rotary_emb.inv_freq"
@@ -210,3 +211,10 @@ def test_a_training_checkpoint_of_two_models_is_not_guessed_at(tmp_path):
     torch.save({"model": model.state_dict(), "ema": average.state_dict()}, tmp_path / "x.pt")
     with pytest.raises(InputFileError, match=r"x\.pt: holds several models, under 'model', 'ema'"):
         weights.read(tmp_path / "x.pt")
+
+
+def test_a_gguf_without_its_optional_keys_is_read_as_transformers_reads_it(tmp_path):
+    """But for head_count_kv: without it transformers 5.23 leaves q and k in llama.cpp's order of rows."""
+    written(tmp_path / "x.gguf", without=("llama.rope.dimension_count", "llama.rope.freq_base"))
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
+    assert_read_as(tmp_path / "x.gguf", theirs.eval())

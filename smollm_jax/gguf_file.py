@@ -48,9 +48,28 @@ SAMPLING = {
     "min_p": "general.sampling.min_p",
     "repetition_penalty": "general.sampling.penalty_repeat",
 }
-# Keys with one value this model computes, and two that say head_dim again.
-_FIXED = {"llama.rope.scaling.type": "none", "llama.expert_count": 0, "llama.expert_used_count": 0}
-_HEAD_DIM = ("llama.attention.key_length", "llama.attention.value_length")
+# Those of which llama.cpp also reads an array, a value for each layer.
+_PER_LAYER = ("llama.feed_forward_length", "llama.attention.head_count", "llama.attention.head_count_kv")
+_HEAD_DIM = ("llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length")
+# Keys with a few values that this model computes. A scaling factor of 0 is llama.cpp's own for none.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "llama.rope.scaling.type": ("none", "linear"),
+    "llama.rope.scaling.factor": (1.0, 0.0),
+    "llama.rope.scale_linear": (1.0, 0.0),  # its old name
+    "llama.rope.scaling.attn_factor": (1.0,),
+    "llama.attention.causal": (True,),
+    "llama.attention.sliding_window": (0,),
+    "llama.attention.max_alibi_bias": (0.0,),
+    "llama.attention.clamp_kqv": (0.0,),
+    "llama.use_parallel_residual": (False,),
+    "llama.tensor_data_layout": ("Meta AI original pth",),  # the order of q's and k's rows that every Llama GGUF has
+    "llama.expert_count": (0,),
+    "llama.expert_used_count": (0,),
+    "llama.expert_shared_count": (0,),
+    "llama.pooling_type": (0,),
+}
+# How long contexts were before a scaling that is refused, and whether the model was trained with it.
+_BOOKKEEPING = ("llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned")
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], str, dict[str, Any] | None]:
@@ -109,17 +128,22 @@ def _hf_name(name: str) -> str:
 def _config(fields: dict[str, Any], path: Path, tied: bool) -> Config:
     """The config in the metadata; a key of the architecture that this model cannot honour is refused, as in HF's."""
     if fields.get("general.architecture") != "llama":
-        found = shown(fields.get("general.architecture"))
-        raise InputFileError(f"{path}: metadata general.architecture is {found}, only 'llama' is supported")
+        architecture = shown(fields.get("general.architecture"))
+        raise InputFileError(f"{path}: metadata general.architecture is {architecture}, only 'llama' is supported")
     keys = _INTEGERS | _FLOATS
-    if missing := [key for key in keys.values() if key not in fields]:
-        raise InputFileError(f"{path}: metadata lacks {', '.join(missing)}")
     for key, allowed in _FIXED.items():
-        if key in fields and (type(fields[key]), fields[key]) != (type(allowed), allowed):
-            raise InputFileError(f"{path}: metadata {key}={shown(fields[key])} is not supported, only {allowed!r} is")
-    known = {*keys.values(), *_FIXED, *_HEAD_DIM}
+        scaled = key in ("llama.rope.scaling.factor", "llama.rope.scale_linear")
+        if key not in fields or (scaled and fields.get("llama.rope.scaling.type") == "none"):  # llama.cpp: no factor
+            continue
+        if not any(type(fields[key]) is type(good) and fields[key] == good for good in allowed):
+            only = " or ".join(map(repr, allowed))
+            raise InputFileError(f"{path}: metadata {key}={shown(fields[key])} is not supported, only {only} is")
+    known = {*keys.values(), *_FIXED, *_HEAD_DIM, *_BOOKKEEPING}
     if unknown := sorted(key for key in fields if key.startswith("llama.") and key not in known):
         raise InputFileError(f"{path}: metadata has keys this model cannot honour: {shown(', '.join(unknown))}")
+    fields = _with_defaults(fields)
+    if missing := [key for key in keys.values() if key not in fields]:
+        raise InputFileError(f"{path}: metadata lacks {', '.join(missing)}")
     for kinds, names in (((int,), _INTEGERS), ((int, float), _FLOATS)):
         for key in names.values():
             if type(fields[key]) not in kinds or not fields[key] > 0:
@@ -157,3 +181,27 @@ def _generation(fields: dict[str, Any], config: Config, path: Path) -> dict[str,
     # GGUF holds float32: 0.9 again, not 0.89999998.
     numbers = {name: float(str(np.float32(x))) if type(x) is float else x for name, x in sampling.items()}
     return config.special_token_ids() | {"do_sample": True} | numbers
+
+
+def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
+    """The metadata with what llama.cpp takes for optional keys that are not there, and one value where layers agree.
+
+    Source: llama.cpp, src/llama-model.cpp, `load_hparams`; the width of a head is hidden size / heads.
+    """
+    fields = dict(fields)
+    for key in _PER_LAYER:
+        value = fields.get(key)
+        if type(value) is list and value == value[:1] * len(value) and len(value) == fields.get("llama.block_count"):
+            fields[key] = value[0]
+    hidden, heads = fields.get("llama.embedding_length"), fields.get("llama.attention.head_count")
+    if heads is not None:
+        fields.setdefault("llama.attention.head_count_kv", heads)
+    width = fields.get("llama.attention.key_length")
+    if width is None and type(hidden) is int and type(heads) is int and heads > 0 and hidden % heads == 0:
+        width = hidden // heads
+    if width is not None:
+        fields.setdefault("llama.rope.dimension_count", width)
+    fields.setdefault("llama.rope.freq_base", 10_000.0)
+    if type(tokens := fields.get("tokenizer.ggml.tokens")) is list:
+        fields.setdefault("llama.vocab_size", len(tokens))
+    return fields

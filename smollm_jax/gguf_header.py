@@ -15,10 +15,13 @@ from smollm_jax.config import shown
 from smollm_jax.errors import InputFileError
 from smollm_jax.files import size_of
 
-MAX_HEADER = 8 << 20  # bytes before the tensors; SmolLM2's has 1.7 MB, and no other tokenizer is read
+# Bytes before the tensors. SmolLM2's has 1.7 MB; a vocabulary of 128,256 with its 280,147 merges 7.5, one of 262,144
+# with twice as many merges 15.
+MAX_HEADER = 32 << 20
 MAX_FIELDS = 4096
 MAX_TENSORS = 1 << 16
 MAX_ARRAY = 1 << 20  # entries: the largest vocabulary `Config` takes
+MAX_STRINGS = 1 << 20  # in all arrays: 786,432 in the largest of the above; as many take a second
 MAX_NAME = 256
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -55,7 +58,7 @@ def read_header(path: Path, blocks: dict[Any, tuple[int, int]]) -> tuple[dict[st
 class _Header:
     def __init__(self, path: Path, data: mmap.mmap, size: int):
         self.path, self.data, self.size = path, data, size
-        self.at = 0
+        self.at = self.strings = 0
 
     def fail(self, what: str) -> InputFileError:
         return InputFileError(f"{self.path}: not a readable GGUF file: {what}")
@@ -108,6 +111,9 @@ class _Header:
             return list(struct.unpack_from(form, self.data, self.take(struct.calcsize(form), what)))
         if kind != STRING:
             raise self.fail(f"{what} is an array of {'arrays' if kind == ARRAY else f'the unknown type {kind}'}")
+        self.strings += length
+        if self.strings > MAX_STRINGS:
+            raise self.fail(f"{what} makes {self.strings:,} strings, at most {MAX_STRINGS:,} are read")
         return [self.string(what) for _ in range(length)]
 
     def read(self, blocks: dict[Any, tuple[int, int]]) -> tuple[dict[str, Any], list[Tensor]]:

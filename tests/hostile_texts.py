@@ -89,7 +89,7 @@ CONFIG: Cases = {
     "eps of 1e-300": (config(rms_norm_eps=1e-300), "rms_norm_eps must be a number from 1e-30"),
     "eos in a list in a list": (config(eos_token_id=[[0]]), r"eos_token_id must be a token id .* got \[0\]"),
     "eos in words": (config(eos_token_id="</s>"), "eos_token_id must be a token id"),
-    "eos below 0": (config(eos_token_id=-1), "eos_token_id must be a token id"),
+    "eos below 0": (config(eos_token_id=-2), "eos_token_id must be a token id"),
     "a dtype in words": (config(torch_dtype="banana"), "torch_dtype must be one of float32.* got 'banana'"),
     "a dtype that is a number": (config(dtype=16), "dtype must be one of float32.* got 16"),
     "two dtypes": (config(dtype="float16"), "disagree: dtype='float16'"),

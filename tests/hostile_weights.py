@@ -193,12 +193,19 @@ def rename(old: bytes, new: bytes) -> Callable[[bytearray], bytearray]:
     return lambda content: content.replace(old, new, 1)
 
 
-def gguf_long(folder: Path) -> Path:
-    """Two arrays of as many empty strings as are read, 8 MiB each."""
-    strings = struct.pack("<IIQ", 9, 8, 1 << 20) + bytes(8 << 20)
-    fields = b"".join(struct.pack("<Q", 1) + key + strings for key in (b"a", b"b"))
-    (folder / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + fields)
-    return folder / "x.gguf"
+def gguf_arrays(*arrays: bytes) -> Callable[[Path], Path]:
+    """A GGUF of nothing but arrays, a, b, ..., each given as its type and its entries."""
+
+    def write(folder: Path) -> Path:
+        fields = (struct.pack("<Q1sI", 1, bytes([97 + i]), 9) + array for i, array in enumerate(arrays))
+        (folder / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(arrays)) + b"".join(fields))
+        return folder / "x.gguf"
+
+    return write
+
+
+EMPTY_STRINGS = struct.pack("<IQ", 8, 1 << 20) + bytes(8 << 20)
+DOUBLES = struct.pack("<IQ", 12, 1 << 20) + bytes(8 << 20)
 
 
 def gguf_both(folder: Path) -> Path:
@@ -226,7 +233,8 @@ GGUF: Cases = {
     "a key more": (put("Q", 19, skip=16), "metadata|tensor"),
     "a key's name of 2**60 bytes": (put("Q", 1 << 60, skip=24), "metadata key 0 claims"),
     "a key's name of 300 bytes": (put("Q", 300, skip=24), "metadata key 0 claims 300 bytes, at most 256"),
-    "metadata of 16 MiB": (gguf_long, "metadata a lies beyond the first 8,388,608 bytes"),
+    "metadata of 40 MiB": (gguf_arrays(*[DOUBLES] * 5), "metadata d lies beyond the first 33,554,432 bytes"),
+    "two million strings": (gguf_arrays(*[EMPTY_STRINGS] * 2), "metadata b makes 2,097,152 strings, at most 1,048,576"),
     "a string of 2**60 bytes": (put("Q", 1 << 60, "tokenizer.ggml.pre", 4), r"tokenizer\.ggml\.pre claims"),
     "a string longer than the file": (put("Q", 1 << 24, "tokenizer.ggml.pre", 4), r"tokenizer\.ggml\.pre claims"),
     "an array of 2**60 strings": (put("Q", 1 << 60, TOKENS, 8), r"tokenizer\.ggml\.tokens claims"),
@@ -271,20 +279,30 @@ GGUF: Cases = {
     "an alignment of 3": (gguf_with(general__alignment=3), "general.alignment must be a power of two, got 3"),
     "an alignment in words": (gguf_with(general__name="x", general__alignment="x"), "general.alignment"),
     "another architecture": (gguf_with(general__architecture="mistral"), "architecture is 'mistral'"),
-    "a key missing": (gguf_with(without="llama.rope.freq_base"), "lacks llama.rope.freq_base"),
+    "a key missing": (gguf_with(without="llama.attention.layer_norm_rms_epsilon"), "lacks llama.attention.layer_norm"),
+    "no length of contexts": (gguf_with(without="llama.context_length"), "lacks llama.context_length"),
     "heads in words": (
         gguf_with(llama__attention__head_count="two"),
         "head_count must be a positive integer, got 'two'",
     ),
     "heads a fraction": (gguf_with(llama__attention__head_count=2.0), "head_count must be a positive integer, got 2.0"),
     "heads true": (gguf_with(llama__attention__head_count=True), "head_count must be a positive integer, got True"),
-    "heads for each layer": (gguf_with(llama__attention__head_count=[2, 2]), "head_count must be a positive integer"),
+    "other heads in each layer": (gguf_with(llama__attention__head_count=[2, 1]), r"integer, got \[2, 1\]"),
+    "heads for more layers": (gguf_with(llama__attention__head_count=[2, 2, 2]), r"integer, got \[2, 2, 2\]"),
+    "heads in fractions": (gguf_with(llama__attention__head_count=[2.0, 2.0]), "integer, got 2.0"),
     "no head": (gguf_with(llama__attention__head_count=0), "head_count must be a positive integer, got 0"),
     "more heads than rows": (gguf_with(llama__attention__head_count=7), "q_proj.weight has shape"),
     "a billion layers": (gguf_with(llama__block_count=10**9), "num_hidden_layers must be an integer from 1 to 1024"),
     "theta NaN": (gguf_with(llama__rope__freq_base=float("nan")), "freq_base must be a positive number, got nan"),
     "theta infinite": (gguf_with(llama__rope__freq_base=float("inf")), "rope_theta must be a number from 1"),
     "scaled rotary": (gguf_with(llama__rope__scaling__type="yarn"), "llama.rope.scaling.type='yarn'"),
+    "scaled linearly": (
+        gguf_with(llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0),
+        r"llama.rope.scaling.factor=4.0 is not supported, only 1.0 or 0.0 is",
+    ),
+    "scaled by the old key": (gguf_with(llama__rope__scale_linear=2.0), "llama.rope.scale_linear=2.0"),
+    "not causal": (gguf_with(llama__attention__causal=False), "llama.attention.causal=False"),
+    "a sliding window": (gguf_with(llama__attention__sliding_window=64), "llama.attention.sliding_window=64"),
     "experts": (gguf_with(llama__expert_count=8), "llama.expert_count=8"),
     "an unknown key of Llama": (gguf_with(llama__logit_scale=2.0), "cannot honour: 'llama.logit_scale'"),
     "keys of another length": (gguf_with(llama__attention__key_length=8), "key_length=8"),
