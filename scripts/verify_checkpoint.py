@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         size = sum(size for size, _ in files.values()) / 1e6
         told = ", ".join(f"{name} {where[name]}" for name in ("jax", "device", "cores") if name in where)
         print(f"step {step}: verified, {len(files)} files, {size:,.1f} MB{', saved with ' if told else ''}{told}")
-    for aside in sorted(folder.glob("*.bad*")):
+    for aside in sorted(path for path in folder.glob("*.bad*") if not integrity.is_stray(path.name)):
         print(f"{aside}: set aside by a resume")
     if bad or not steps:
         raise errors.CheckpointError(f"{folder}: {bad} of {len(steps)} checkpoints are bad")

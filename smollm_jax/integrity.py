@@ -3,9 +3,12 @@
 Neither Orbax nor tensorstore checks what it reads: a flipped bit in an array file restores as another weight.
 """
 
+import fnmatch
+import functools
 import hashlib
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,21 @@ from smollm_jax.errors import CheckpointError, StorageError
 
 MANIFEST = "integrity.json"
 FORMAT = "smollm-integrity-1"
+# Files and folders that operating systems leave where somebody looked (macOS, Windows, KDE, Synology) or where an open
+# file was removed (NFS, FUSE). Nothing that Orbax writes has such a name. In lower case.
+STRAYS = (
+    ".ds_store",
+    "._*",
+    ".appledouble",
+    ".localized",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    ".directory",
+    "@eadir",
+    ".nfs*",
+    ".fuse_hidden*",
+)
 
 
 class DamagedError(CheckpointError):
@@ -26,7 +44,7 @@ class NoManifestError(DamagedError):
 
 def seal(folder: Path, about: dict[str, Any]) -> None:
     """Puts every byte under `folder` on the disk, then writes the manifest: complete, or not there."""
-    files = _files(folder)
+    files, _ = _files(folder)
     with ThreadPoolExecutor() as pool:
         entries = dict(zip(files, pool.map(_size_and_digest, files.values()), strict=True))
     for path in files.values():
@@ -45,12 +63,15 @@ def seal(folder: Path, about: dict[str, Any]) -> None:
 def verify(folder: Path, parts: tuple[str, ...] = ()) -> dict[str, Any]:
     """The manifest, once every file is what it says; `DamagedError` names the first that is not.
 
-    With `parts`, only files in these folders and at the top are read; all must be there with the right size. A file
-    that cannot be read says nothing of what is in it: `StorageError`.
+    Files that the operating system left there (`STRAYS`) are no damage: a line on stderr says once that they are
+    ignored. With `parts`, only files in these folders and at the top are read; all must be there with the right size.
+    A file that cannot be read says nothing of what is in it: `StorageError`.
     """
     manifest = _read(folder)
     try:
-        found, expected = _files(folder), manifest["files"]
+        found, strays = _files(folder)
+        # A step may have been sealed with strays in it, which have gone since.
+        expected = {name: entry for name, entry in manifest["files"].items() if not is_stray(name)}
         for name in sorted(found.keys() | expected.keys()):
             if name not in found:
                 raise DamagedError(f"{folder / name}: is missing")
@@ -65,7 +86,20 @@ def verify(folder: Path, parts: tuple[str, ...] = ()) -> dict[str, Any]:
                     raise DamagedError(f"{folder / name}: sha256 differs from {MANIFEST}")
     except OSError as error:
         raise StorageError(f"{folder}: cannot be read: {error}") from error
+    if strays:
+        more = f" and {len(strays) - 5} more" if len(strays) > 5 else ""
+        _note(f"note: {folder}: no part of the checkpoint, so ignored: {', '.join(strays[:5])}{more}")
     return manifest
+
+
+def is_stray(name: str) -> bool:
+    """Whether a path relative to a checkpoint is, or lies in, what an operating system left there."""
+    return any(fnmatch.fnmatchcase(part.lower(), pattern) for part in name.split("/") for pattern in STRAYS)
+
+
+@functools.cache
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def sync(path: Path) -> None:
@@ -77,10 +111,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """What belongs to a checkpoint, without its manifest, by relative path; and the relative paths of strays."""
     paths = (path for path in sorted(folder.rglob("*")) if not path.is_dir())
     files = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: path for name, path in files.items() if name != MANIFEST}
+    strays = [name for name in files if is_stray(name)]
+    return {name: path for name, path in files.items() if name != MANIFEST and name not in strays}, strays
 
 
 def _size_and_digest(path: Path) -> list[Any]:

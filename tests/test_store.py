@@ -118,6 +118,65 @@ def test_a_file_too_many_is_damage_too(tmp_path):
         integrity.verify(tmp_path / "c/1")
 
 
+STRAYS = (
+    ".DS_Store",
+    "._params",
+    "._integrity.json",
+    "params/.nfs000000000004a1b700000001",
+    "params/d/._d0",
+    "optimizer/Thumbs.db",
+    "optimizer/d/desktop.ini",
+    "meta/.directory",
+    "meta/.fuse_hidden0000000100000002",
+    "@eaDir/params@SynoEAStream",
+)
+
+
+def test_what_an_operating_system_leaves_in_a_step_is_no_damage_and_said_once(tmp_path, capfd):
+    with CheckpointStore(tmp_path / "c") as store:
+        store.save(1, items(1), {"step": 1})
+        for name in STRAYS:
+            (tmp_path / "c/1" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "c/1" / name).write_bytes(b"\0\0\0\1Bud1")
+        for name in (".DS_Store", "._1", "._2", "._3.bad"):
+            (tmp_path / "c" / name).write_bytes(b"x")
+        store.verify(1)
+        store.verify(1, item="params")
+    assert newest(tmp_path / "c") == (1, bits(items(1)))
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        f"note: {tmp_path / 'c/1'}: no part of the checkpoint, so ignored: .DS_Store, ._integrity.json, ._params, "
+        "@eaDir/params@SynoEAStream, meta/.directory and 5 more\n"
+    )
+    with CheckpointStore(tmp_path / "c") as store:
+        assert store.steps() == [1]
+        store.save(2, items(2), {"step": 2})
+    assert newest(tmp_path / "c") == (2, bits(items(2)))
+
+
+@pytest.mark.parametrize("name", [".DS_Stores", "DS_Store", ".nf", "_.d", "params/thumbs", "params/d/.integrity.json"])
+def test_any_other_file_too_many_is_damage(tmp_path, name):
+    with CheckpointStore(tmp_path / "c") as store:
+        store.save(1, items(1), {})
+    (tmp_path / "c/1" / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=f"{name}: is not in integrity"):
+        integrity.verify(tmp_path / "c/1")
+
+
+def test_a_step_sealed_with_a_stray_file_is_whole_when_the_file_has_gone(tmp_path, monkeypatch):
+    with CheckpointStore(tmp_path / "c") as store:
+        store.save(1, items(1), {})
+    with monkeypatch.context() as before:
+        before.setattr(integrity, "STRAYS", ())
+        (tmp_path / "c/1/.DS_Store").write_bytes(b"x")
+        integrity.seal(tmp_path / "c/1", {"step": 1})
+        assert ".DS_Store" in integrity.verify(tmp_path / "c/1")["files"]
+    integrity.verify(tmp_path / "c/1")
+    (tmp_path / "c/1/.DS_Store").unlink()
+    integrity.verify(tmp_path / "c/1")
+
+
 def test_reading_one_item_does_not_read_the_others_but_sees_what_is_missing(tmp_path):
     with CheckpointStore(tmp_path / "c") as store:
         store.save(1, items(1), {})
