@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from parity_tests.sides import load_transformers
 from parity_tests.tolerances import FLOAT32_LOGITS
-from smollm_jax import tensor_names, weights
+from smollm_jax import config, config_keys, tensor_names, weights
 from smollm_jax.errors import InputFileError
 from smollm_jax.torch_file import from_torch
 from tests.small_files import SMALL
@@ -65,6 +65,27 @@ def test_a_folder_with_every_key_that_transformers_writes(tmp_path, tied):
     assert_read_as(tmp_path, load_transformers(tmp_path))
 
 
+def test_the_defaults_of_generate_in_a_config_are_those_that_transformers_takes_from_it(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 1.0, "repetition_penalty": 1.2}
+    values = json.loads((tmp_path / "config.json").read_text()) | sampling
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    taken = load_transformers(tmp_path).generation_config
+    assert {key: getattr(taken, key) for key in sampling} == sampling
+    assert config.generation_defaults(values) == {key: value for key, value in sampling.items() if key != "top_p"}
+    assert_same_tensors(tmp_path, model)
+
+
+def test_every_default_of_generate_is_known_and_is_transformers():
+    own = {"use_cache", "output_attentions", "output_hidden_states"}  # the model's too
+    own |= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
+    assert GenerationConfig().to_dict().keys() - own <= config_keys.GENERATION.keys()
+    for key, default in GenerationConfig._get_default_generation_params().items():
+        assert key in own or config_keys.GENERATION[key] == default, key
+
+
 def test_save_model_keeps_the_head_of_a_tied_pair(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path)
@@ -101,7 +122,7 @@ def test_rotary_buffers_are_dropped_where_they_are_those_of_the_config_and_refus
 @pytest.mark.parametrize("theta", [1e4, 1e5, 130_000.0, 5e5])
 @pytest.mark.parametrize("dim", [4, 64, 128])
 def test_old_spellings_of_the_frequencies_are_the_same_frequencies_and_a_near_theta_is_not(theta, dim):
-    config = dataclasses.replace(SMALL, head_dim=dim, rope_theta=theta)
+    model = dataclasses.replace(SMALL, head_dim=dim, rope_theta=theta)
     steps = torch.arange(0, dim, 2).float()
     spellings = [
         1.0 / (theta ** (steps / dim)),  # transformers 4.28
@@ -111,9 +132,9 @@ def test_old_spellings_of_the_frequencies_are_the_same_frequencies_and_a_near_th
     for spelling in spellings:
         for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
             buffer = {FREQUENCIES: spelling.numpy().astype(dtype)}
-            assert tensor_names.standard(buffer, config) == ({}, [])
+            assert tensor_names.standard(buffer, model) == ({}, [])
     near = (1.0 / ((theta * 1.00001) ** (steps / dim))).numpy()
-    assert tensor_names.standard({FREQUENCIES: near}, config)[1]
+    assert tensor_names.standard({FREQUENCIES: near}, model)[1]
 
 
 def wrapped(prefix):

@@ -114,6 +114,8 @@ def _one_line(box: str) -> str:
     text = " ".join(row for row in rows if not re.fullmatch(r"[─-]*", row))
     text = re.split(r"For full helptext|Argument helptext", text)[0]
     text = re.sub(r"Missing from \S+", "missing", text).replace("(required)", "")
+    # Of a flag that may also be left out ({None}|INT), the fault of the value alone.
+    text = re.sub(r": no type matching .* - <class '\w+'>:", ":", text, flags=re.DOTALL)
     return " ".join(text.replace("Unrecognized options", "not understood").split()) or "not understood"
 
 

@@ -208,7 +208,7 @@ def test_generate_takes_prompts_of_every_kind_and_gives_json(engine, folder, tmp
         (("--prompt", "x", "--logprobs", "3"), 2, "--logprobs"),
         (("--prompt", "x", "--json", "--logprobs", "21"), 2, "alternatives"),
         (("--prompt", "x", "--stop", ""), 2, "stop"),
-        (("--prompt", ""), 2, "at least one token"),
+        (("--prompt", "x", "--special-tokens", "--chat"), 2, "--special-tokens"),
         (("--prompt-file", "nowhere.txt"), 3, "nowhere.txt"),
         (("--prompt", "x", "--max-tokens", "512"), 2, "context of 512"),
     ],

@@ -150,7 +150,7 @@ OF_TRANSFORMERS_4 = {
         {"torch_dtype": "torch.float32", "dtype": None},
         {"pad_token_id": -1},
         {"is_causal": True, "attention_dropout": None, "hidden_dropout": 0},
-        {"tokenizer_class": "GPT2TokenizerFast", "model_max_length": 2048, "num_labels": 2},
+        {"pretraining_tp": 2, "tokenizer_class": "GPT2TokenizerFast", "model_max_length": 2048, "num_labels": 2},
     ],
 )
 def test_what_changes_nothing_is_read(more):
