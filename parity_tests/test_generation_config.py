@@ -42,6 +42,16 @@ def test_a_text_ends_where_transformers_ends_it(folder):
     assert ours(Engine.load(folder), ids) == theirs(folder, ids)[3:]
 
 
+def test_defaults_in_an_old_config_count_where_there_is_no_generation_config(folder):
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"repetition_penalty": 1.7, "top_k": 50}))
+    engine, ids = Engine.load(folder), [5, 6, 7]
+    answer = engine.complete([ids], max_new_tokens=24, sampling=engine.defaults)[0]
+    assert [token.id for token in answer.tokens] == theirs(folder, ids)[3:]
+    assert engine.defaults.repetition_penalty == 1.7
+
+
 def test_an_empty_prompt_writes_what_transformers_writes_from_nothing(folder):
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 3, "eos_token_id": 299}))
     engine = Engine.load(folder)

@@ -19,6 +19,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "qkv_bias": (False,),
     "use_qk_norm": (False,),
+    "pretraining_tp": (1, 2, 4, 8, 16),  # transformers 4 summed that many slices of a matmul, 5 does not
     "rope_interleaved": (False,),  # False is the half-split layout every LlamaForCausalLM has
     "partial_rotary_factor": (1.0, 1),
     "use_mrope": (False,),
@@ -72,7 +73,6 @@ BOOKKEEPING = frozenset(
         "use_flash_attention_2",
         "use_flash_attn",
         "chunk_size_feed_forward",
-        "pretraining_tp",  # transformers 4 summed that many slices of a matmul, 5 does not
         "gradient_checkpointing",
         "output_attentions",
         "output_hidden_states",

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from smollm_jax import gguf_file, gguf_writer, integrity
 from smollm_jax.config import Config, shown
+from smollm_jax.config_keys import generation_defaults
 from smollm_jax.errors import InputFileError, SmolLMError, StorageError, UsageError
 from smollm_jax.files import (
     need,
@@ -140,7 +141,10 @@ def read_hf(folder: Path, *, mapped: bool = False) -> Bundle:
     config = read_config(folder / "config.json")
     origin = folder / "ORIGIN.txt"
     words = " ".join(read_text(origin).split()) if origin.exists() else ""
-    return Bundle(tensors, config, read_tokenizer_files(folder), words, read_generation_config(folder))
+    generation = read_generation_config(folder)
+    if generation is None and (old := generation_defaults(read_json(folder / "config.json"))):
+        generation = config.special_token_ids() | old  # as transformers 4 kept them
+    return Bundle(tensors, config, read_tokenizer_files(folder), words, generation)
 
 
 def _read_shards(index: Path, mapped: bool) -> dict[str, np.ndarray]:
