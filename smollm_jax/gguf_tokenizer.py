@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from smollm_jax.config import shown
 from smollm_jax.errors import InputFileError
 from smollm_jax.files import need, one_line
-from smollm_jax.tokenizer_file import silent_stderr
+from smollm_jax.panics import silent_stderr
 from smollm_jax.tokenizer_source import TEMPLATES
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
@@ -70,9 +70,11 @@ def tokenizer_files(
         "model_max_length": max_length,
         **present,
     }
-    if chat_template is not None:
-        config["chat_template"] = chat_template
     named = {f"{TEMPLATES}/{name}.jinja": text.encode() for name, text in (named_templates or {}).items()}
+    if chat_template is not None and named:  # where files of templates are, those of the config do not count
+        named["chat_template.jinja"] = chat_template.encode()
+    elif chat_template is not None:
+        config["chat_template"] = chat_template
     return {
         "tokenizer.json": core.to_str(pretty=True).encode(),
         "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),

@@ -30,7 +30,6 @@ from smollm_jax.gguf_file import (  # one table for both directions
 )
 from smollm_jax.gguf_tokenizer import CONTROL, NORMAL, ROLES, UNUSED, USER_DEFINED, build
 from smollm_jax.tokenizer import Tokenizer
-from smollm_jax.tokenizer_source import TEMPLATES
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 PRE = {"smollm": True, "gpt-2": False}  # the pre-tokenizers that are written, and whether they split digits
@@ -179,7 +178,7 @@ def _metadata(config: Config, files: dict[str, bytes], tokenizer: Tokenizer, tit
         **roles,
         **_affixes(tokenizer, roles),
         "tokenizer.ggml.add_space_prefix": False,
-        **_templates(files, tokenizer),
+        **_templates(tokenizer),
     }
 
 
@@ -194,12 +193,14 @@ def _affixes(tokenizer: Tokenizer, roles: dict[str, Any]) -> dict[str, bool]:
     return {"tokenizer.ggml.add_bos_token": bool(affixes["bos"])} | end
 
 
-def _templates(files: dict[str, bytes], tokenizer: Tokenizer) -> dict[str, Any]:
+def _templates(tokenizer: Tokenizer) -> dict[str, Any]:
     """The chat template and those with names, as llama.cpp's converter writes them."""
-    fields: dict[str, Any] = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
-    named = {name: files[name].decode() for name in files if name.startswith(f"{TEMPLATES}/")}
-    fields |= {f"tokenizer.chat_template.{Path(name).stem}": text for name, text in named.items()}
-    return fields | ({"tokenizer.chat_templates": [Path(name).stem for name in named]} if named else {})
+    fields: dict[str, Any] = {}
+    for name in tokenizer.templates.sources:
+        key = "tokenizer.chat_template" + ("" if name == "default" else f".{name}")
+        fields[key] = tokenizer.templates.source(name)
+    named = [name for name in tokenizer.templates.sources if name != "default"]
+    return fields | ({"tokenizer.chat_templates": named} if named else {})
 
 
 def _ends(config: Config, fields: dict[str, Any], generation_config: dict[str, Any] | None) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def _tokenizer(files: dict[str, bytes]) -> Tokenizer:
 def _pre(tokenizer: Tokenizer) -> str:
     """llama.cpp's name for how a tokenizer splits text; raises `UsageError` where it has none that is written here."""
     rules = _text_rules(tokenizer)
-    known = {name: _text_rules(Tokenizer(build([], [], [], digits=digits), None, None)) for name, digits in PRE.items()}
+    known = {name: _text_rules(Tokenizer(build([], [], [], digits=digits))) for name, digits in PRE.items()}
     for name, ours in known.items():
         if rules == ours:
             return name

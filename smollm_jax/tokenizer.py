@@ -13,43 +13,45 @@ from typing import Any
 
 import tokenizers
 
-from smollm_jax.config import shown
+from smollm_jax.chat_template import ChatTemplates
+from smollm_jax.chat_tokens import encode_chat
+from smollm_jax.conversation import Conversation, Message
 from smollm_jax.errors import InputFileError, UsageError
-from smollm_jax.files import one_line, parse_json, text_of
 from smollm_jax.gguf_tokenizer import ForeignTokenizerError
-from smollm_jax.tokenizer_file import byte_symbols, check_template, read_core, template_environment
+from smollm_jax.special_tokens import byte_symbols, special_affixes
+from smollm_jax.tokenizer_file import read_folder
 from smollm_jax.tokenizer_source import is_gguf, own_tokenizer, tokenizer_files_at
 
-Message = dict[str, str]
 DEFAULT = Path("assets/tokenizer")  # SmolLM2's, where a model is trained from scratch
 
 
 class Tokenizer:
     """A tokenizer and its files: `tokenizer.json`, and `tokenizer_config.json` for its roles and chat template.
 
-    `path` is where it was read, `files` what was read there. `prefix_ids` and `suffix_ids` are what its post-processor
-    puts around a text, as a tokenizer that begins every text with BOS does.
+    `path` is where it was read, `files` what was read there. `roles` are its special tokens by name (`bos_token`).
+    `prefix_ids` and `suffix_ids` are what its post-processor puts around a text: a tokenizer may begin each with BOS.
     """
 
     def __init__(
         self,
         core: tokenizers.Tokenizer,
-        eos_token_id: int | None,
-        chat_template: str | None,
+        templates: ChatTemplates | None = None,
+        roles: Mapping[str, str] | None = None,
         files: Mapping[str, bytes] | None = None,
         path: Path | None = None,
     ):
         self.core = core
-        self.eos_token_id = eos_token_id
-        self.chat_template = chat_template
+        self.templates = templates or ChatTemplates({})
+        self.roles = dict(roles or {})
         self.files = dict(files or {})
         self.path = path or Path("tokenizer")
+        eos = self.roles.get("eos_token")
+        self.eos_token_id = None if eos is None else core.token_to_id(eos)
         # The largest id and one: an id may lie beyond the count of entries, and an embedding must reach it.
         vocabulary = core.get_vocab(with_added_tokens=False)
         self.vocab_size = max([*vocabulary.values(), *core.get_added_tokens_decoder()], default=-1) + 1
         self._lacking = bytes(byte for byte, symbol in enumerate(byte_symbols()) if symbol not in vocabulary)
-        self._special = [token.content for token in core.get_added_tokens_decoder().values() if token.special]
-        self.prefix_ids, self.suffix_ids = _affixes(core)
+        self.prefix_ids, self.suffix_ids = special_affixes(core)
         # llama.cpp puts BOS before a conversation too, transformers only where the chat template writes it.
         self._chat_prefix = self.prefix_ids if is_gguf(self.path) else []
 
@@ -91,24 +93,17 @@ class Tokenizer:
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], path: Path) -> "Tokenizer":
         """The tokenizer of a folder's files by name; `path` is where they are from, for errors."""
-        where = path.parent if path.name == "tokenizer.json" else path
-        core = read_core(files, where)
-        config = _json(files, "tokenizer_config.json", where)
-        roles = {**_json(files, "special_tokens_map.json", where), **config}
-        eos, template = roles.get("eos_token"), config.get("chat_template")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        beside = where / "tokenizer_config.json"
-        if roles.get("eos_token") is not None and type(eos) is not str:
-            raise InputFileError(f"{beside}: eos_token must be a string, got {shown(roles['eos_token'])}")
-        eos_token_id = None if eos is None else core.token_to_id(eos)
-        if eos is not None and eos_token_id is None:
-            raise InputFileError(f"{beside}: eos_token {shown(eos)} is not in the vocabulary")
-        if "chat_template.jinja" in files:
-            beside = where / "chat_template.jinja"
-            template = text_of(files["chat_template.jinja"], beside)
-        if template is not None:
-            check_template(template, beside)
-        return cls(core, eos_token_id, template, files, path)
+        where = str(path.parent if path.name == "tokenizer.json" else path)
+        read = read_folder(files, where)
+        templates = ChatTemplates.from_files(files, read.config, where)
+        # What vocab.json and merges.txt alone give has its one file here, by which data sets know it.
+        whole = {"tokenizer.json": read.core.to_str(pretty=True).encode(), **files}
+        return cls(read.core, templates, read.roles, whole, path)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the default chat template, None where there is none; raises as `ChatTemplates.source` does."""
+        return self.templates.source() if "default" in self.templates.sources else None
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -165,32 +160,30 @@ class Tokenizer:
         """The id of one entry of the vocabulary, or None."""
         return self.core.token_to_id(token)
 
-    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation of {"role", "content"} messages.
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation of {"role", "content"} messages, as transformers' method of this name gives them.
 
-        A special token typed inside a message stays text: only the template's own are special. So a user cannot
-        end their turn and speak as another role. Source of the rendering rules: transformers,
-        utils/chat_template_utils.py.
+        But a special token typed inside a message stays text: only the template's own are special. So a user cannot
+        end their turn and speak as another role. `template` is the name of one of the tokenizer's, or one's text. A
+        GGUF that asks for BOS has it before the conversation, once, as in llama.cpp.
         """
-        if self.chat_template is None:
-            raise UsageError("this tokenizer has no chat template: use an Instruct model's folder")
-        # A noncharacter, different from anything in the messages, hides typed special tokens from the split below.
-        hide = next(chr(c) for c in range(0xFDD0, 0xFDF0) if all(chr(c) not in m["content"] for m in messages))
-        hidden = [dict(message) for message in messages]
-        for message in hidden:
-            for token in self._special:
-                message["content"] = message["content"].replace(token, token[0] + hide + token[1:])
-        try:
-            template = template_environment().from_string(self.chat_template)
-            text = template.render(messages=hidden, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # whatever the template's own code raises
-            raise UsageError(f"the chat template does not accept these messages: {one_line(error)}") from error
-        ids: list[int] = []
-        while text:
-            start, token = min(((text.find(t), t) for t in self._special if t in text), default=(len(text), ""))
-            ids += self.encode(text[:start].replace(hide, ""))
-            ids += self.encode(token, parse_special=True)
-            text = text[start + len(token) :]
+        ids = encode_chat(
+            self,
+            Conversation(messages, tools, documents, variables),
+            name=template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         prefix = self._chat_prefix
         return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
 
@@ -220,23 +213,3 @@ class TextStream:
             return bytes(self._byte_of[symbol] for symbol in token)
         except KeyError:  # an added token, which stands for itself
             return token.encode()
-
-
-def _json(files: Mapping[str, bytes], name: str, where: Path) -> dict[str, Any]:
-    """The JSON object in one of a tokenizer's files; empty when it is not there."""
-    if name not in files:
-        return {}
-    values = parse_json(text_of(files[name], where / name), where / name)
-    if not isinstance(values, dict):
-        raise InputFileError(f"{where / name}: not a JSON object")
-    return values
-
-
-def _affixes(core: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the post-processor puts before and after a single text."""
-    if core.post_processor is None:
-        return [], []
-    bare = core.encode("x", add_special_tokens=False)
-    around = core.post_processor.process(core.encode("x", add_special_tokens=False), None, True).ids
-    start = next((i for i in range(len(around)) if around[i : i + len(bare.ids)] == bare.ids), 0)
-    return around[:start], around[start + len(bare.ids) :]

@@ -5,6 +5,7 @@ Imports no framework.
 
 from pathlib import Path
 
+from smollm_jax.chat_template import EXTRA
 from smollm_jax.errors import InputFileError
 from smollm_jax.files import read_bytes
 from smollm_jax.tokenizer_file import MAX_BYTES
@@ -19,7 +20,7 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-TEMPLATES = "additional_chat_templates"  # transformers' folder of named templates
+TEMPLATES = EXTRA.rstrip("/")
 MOST_TEMPLATES = 64
 
 

@@ -48,6 +48,16 @@ def mapping(content: bytes) -> Writer:
     return top(normalizer={"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()})
 
 
+def processor(first: dict[str, Any], i: int = 0) -> dict[str, Any]:
+    """A post-processor that puts something before the text."""
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [i], "tokens": ["<|endoftext|>"]}},
+    }
+
+
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 UNREADABLE = "not a readable tokenizer"
 NORMALIZER = r"normalizer is \{"
@@ -106,35 +116,39 @@ TOKENIZER: Cases = {
     ),
     "no decoder": (top(decoder=None), "no byte-level"),
     "an unknown decoder": (top(decoder={"type": "Nope"}), "no byte-level"),
-    "truncation": (
-        top(truncation={"max_length": 99, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}),
-        "truncation is {",
+    "truncation that is no object": (top(truncation=99), UNREADABLE),
+    "padding to no length": (top(padding={"strategy": {"Fixed": -1}}), UNREADABLE),
+    "a post-processor that doubles the text": (
+        top(post_processor=processor({"Sequence": {"id": "A", "type_id": 0}})),
+        "does not give back a text",
     ),
-    "padding": (
-        top(
-            padding={
-                "strategy": {"Fixed": 9},
-                "direction": "Right",
-                "pad_to_multiple_of": None,
-                "pad_id": 0,
-                "pad_type_id": 0,
-                "pad_token": "a",
-            }
-        ),
-        "padding is {",
+    "a post-processor that adds an id of no token": (
+        top(post_processor=processor({"SpecialToken": {"id": "<s>", "type_id": 0}}, 999)),
+        "post_processor adds id 999",
+    ),
+    "a post-processor that adds an unknown token": (
+        top(post_processor=processor({"SpecialToken": {"id": "<t>", "type_id": 0}})),
+        UNREADABLE,
+    ),
+    "a normalizer in two sequences": (
+        top(normalizer={"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [{"type": "NFC"}]}]}),
+        NORMALIZER,
     ),
     "an added token of id 2**31": (added(id=2**31), "added token '<|endoftext|>' has id 2147483648"),
     "an added token of id 2**32": (added(id=2**32), UNREADABLE),
     "an added token without text": (added(content=""), "added token '' is empty"),
-    "an added token that strips": (added(rstrip=True), "added token '<|endoftext|>' is empty or strips"),
+    "an added token that is not special and strips": (
+        added(rstrip=True, special=False),
+        "added token '<|endoftext|>' strips",
+    ),
     "an added token that is a number": (top(added_tokens=[3]), UNREADABLE),
 }
 
 
-def beside(name: str, content: object) -> Writer:
+def beside(name: str, content: object, **more: bytes) -> Writer:
     """A tokenizer folder with another `tokenizer_config.json` or `chat_template.jinja`."""
     content = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return lambda folder: tokenizer_folder(folder / "t", **{name: content})
+    return lambda folder: tokenizer_folder(folder / "t", **{name: content}, **more)
 
 
 def settings(**values: Any) -> Writer:
@@ -151,10 +165,78 @@ TOKENIZER_CONFIG: Cases = {
     "eos a list": (settings(eos_token=["a"]), "eos_token must be a string"),
     "eos an empty object": (settings(eos_token={}), "eos_token must be a string"),
     "eos an object with a number": (settings(eos_token={"content": 2}), "eos_token must be a string"),
-    "eos of no id": (settings(eos_token="</s>"), "eos_token '</s>' is not in the vocabulary"),
-    "a template in a list": (
-        settings(chat_template=[{"name": "a", "template": "b"}]),
+    "eos of no id": (settings(eos_token="</s>", added_tokens_decoder={}), "eos_token '</s>' is not in the vocabulary"),
+    "pad a number": (settings(pad_token=0), "pad_token must be a string, got 0"),
+    "added tokens in a list": (settings(added_tokens_decoder=[1]), "added_tokens_decoder must be an object of objects"),
+    "an added token that is text": (settings(added_tokens_decoder={"260": "<x>"}), "must be an object of objects"),
+    "an added token of a flag more": (
+        settings(added_tokens_decoder={"260": {"content": "<x>", "bold": True}}),
+        "added_tokens_decoder '260' has the unknown key 'bold'",
+    ),
+    "an added token of another id": (
+        settings(added_tokens_decoder={"999": {"content": "<x>"}}),
+        "added token '<x>' has id 999, the vocabulary says 260",
+    ),
+    "an added token of 10,000 digits": (settings(added_tokens_decoder={"1" * 10_000: {"content": "<x>"}}), "has id -1"),
+    "an added token of no id": (settings(added_tokens_decoder={"x": {"content": "<x>"}}), "has id -1"),
+    "an added token that strips": (
+        settings(added_tokens_decoder={"260": {"content": "<x>", "lstrip": True}}),
+        "added token '<x>' strips",
+    ),
+    "added tokens beside, in a list": (beside("added_tokens.json", [1]), r"added_tokens\.json: not a JSON object"),
+    "an added token beside, of another id": (beside("added_tokens.json", {"<x>": 7}), r"added_tokens\.json: .* id 7"),
+    "an added token beside, of no id": (beside("added_tokens.json", {"<x>": "a"}), r"added_tokens\.json: .* id 'a'"),
+    "a map of roles, no JSON": (beside("special_tokens_map.json", b"{"), r"special_tokens_map\.json: not readable"),
+    "a role in the map that is a number": (
+        beside("special_tokens_map.json", {"bos_token": 3}),
+        r"special_tokens_map\.json: bos_token must be a string, got 3",
+    ),
+}
+
+
+def pieces(**changed: object) -> Writer:
+    """A folder of vocab.json and merges.txt, without a tokenizer.json."""
+
+    def write(folder: Path) -> Path:
+        path = tokenizer_folder(folder / "t")
+        core = json.loads((path / "tokenizer.json").read_text())["model"]
+        (path / "tokenizer.json").unlink()
+        files = {"vocab.json": core["vocab"], "merges.txt": "\n".join(map(" ".join, core["merges"]))}
+        for name, content in (files | changed).items():
+            text = content if isinstance(content, str) else json.dumps(content)
+            (path / name).write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+VOCABULARY: Cases = {
+    "a list": (pieces(**{"vocab.json": ["a"]}), r"vocab\.json: not a JSON object"),
+    "an id below 0": (pieces(**{"vocab.json": {"a": -1}, "merges.txt": ""}), UNREADABLE),
+    "an id in words": (pieces(**{"vocab.json": {"a": "0"}, "merges.txt": ""}), UNREADABLE),
+    "two entries of one id": (pieces(**{"vocab.json": {"a": 0, "b": 0}}), r"vocab\.json: has two entries of one id"),
+    "no entry": (pieces(**{"vocab.json": {}, "merges.txt": ""}), r"tokenizer_config\.json: eos_token"),
+    "a merge of one": (pieces(**{"merges.txt": "#version: 0.2\nh\n"}), r"merges\.txt, line 2: 'h' is no merge"),
+    "a merge of three": (pieces(**{"merges.txt": "h e e"}), r"merges\.txt, line 1: 'h e e' is no merge"),
+    "a merge of unknown tokens": (pieces(**{"merges.txt": "no where"}), "'no where' is no merge of vocab"),
+    "a merge to an unknown token": (pieces(**{"merges.txt": "a b"}), "'a b' is no merge of vocab"),
+    "another class": (
+        pieces(**{"tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer"}}),
+        "tokenizer_class 'CLIPTokenizer' cannot be read from vocab.json",
+    ),
+    "a space put first": (
+        pieces(**{"tokenizer_config.json": {"add_prefix_space": True}}),
+        "add_prefix_space cannot be",
+    ),
+}
+TEMPLATE: Cases = {
+    "a template in a list without a name": (
+        settings(chat_template=[{"template": "b"}]),
         "chat_template must be a string",
+    ),
+    "a template in a list that is a number": (
+        settings(chat_template=[{"name": "default", "template": 3}]),
+        "chat_template must be a string.*got 3",
     ),
     "a template that is a number": (settings(chat_template=3), "chat_template must be a string.*got 3"),
     "a template with a fault": (settings(chat_template="a\n{% for %}"), "chat_template, line 2"),
@@ -167,4 +249,20 @@ TOKENIZER_CONFIG: Cases = {
     "a template of 1 MiB": (settings(chat_template="a" * MIB), "at most 65,536 characters"),
     "a template of its own with a fault": (beside("chat_template.jinja", b"{{"), r"jinja: chat_template, line 1"),
     "a template of its own, not UTF-8": (beside("chat_template.jinja", b"a\xff"), r"jinja: byte 1 is not UTF-8"),
+    "a template beside, not UTF-8": (
+        beside("chat_template.jinja", b"a\xff"),
+        r"chat_template\.jinja: byte 1 is not UTF-8",
+    ),
+    "a template of a processor that is no JSON": (
+        beside("chat_template.json", b"{", **{"tokenizer_config.json": b"{}"}),
+        r"chat_template\.json: not readable as JSON",
+    ),
+    "a template with a generation that does not end": (
+        settings(chat_template="{% generation %}"),
+        "chat_template, line 1",
+    ),
+    "a template that breaks out of nothing": (
+        settings(chat_template="{% break %}"),
+        "chat_template.*'break' outside loop",
+    ),
 }

@@ -11,8 +11,8 @@ from smollm_jax import weights
 from smollm_jax.config import Config
 from smollm_jax.data import Mixture
 from smollm_jax.gguf_tokenizer import build, tokenizer_files
+from smollm_jax.special_tokens import byte_symbols
 from smollm_jax.token_file import TokenFile, TokenSet
-from smollm_jax.tokenizer_file import byte_symbols
 
 SMALL = Config(300, 8, 12, 2, 2, 1, 4, 64, 1e4, 1e-5, 0.1, True, 0, 0, None)
 

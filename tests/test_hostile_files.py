@@ -24,7 +24,7 @@ from smollm_jax.text import documents
 from smollm_jax.tokenizer import Tokenizer
 from tests.hostile_data import COMPRESSED, PARQUET, SETS
 from tests.hostile_texts import CONFIG, PICKLES, TEXT, TOKENS
-from tests.hostile_tokenizers import TOKENIZER, TOKENIZER_CONFIG
+from tests.hostile_tokenizers import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
 from tests.hostile_weights import GGUF, SAFETENSORS, Cases
 from tests.small_files import SMALL, small_tensors, tokenizer_folder, write_gguf
 
@@ -35,12 +35,18 @@ def prepare(path: Path) -> data.Mixture:
     return data.prepare(path, path.parent / "tokenizer", path.parent / "cache")
 
 
+def chat(path: Path) -> list[int]:
+    return Tokenizer.load(path).apply_chat_template([{"role": "user", "content": "Hi"}])
+
+
 KINDS: dict[str, tuple[Cases, Callable[[Path], object]]] = {
     "safetensors": (SAFETENSORS, weights.read),
     "safetensors, mapped": (SAFETENSORS, functools.partial(weights.read, mapped=True)),
     "gguf": (GGUF, weights.read),
     "tokenizer": (TOKENIZER, Tokenizer.load),
     "tokenizer_config": (TOKENIZER_CONFIG, Tokenizer.load),
+    "vocabulary": (VOCABULARY, Tokenizer.load),
+    "template": (TEMPLATE, chat),
     "config": (CONFIG, read_config),
     "tokens": (TOKENS, prepare),
     "text": (TEXT, prepare),

@@ -12,8 +12,8 @@ from smollm_jax import weights
 from smollm_jax.engine import Engine
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.formats import Bundle
+from smollm_jax.special_tokens import byte_symbols
 from smollm_jax.tokenizer import Tokenizer
-from smollm_jax.tokenizer_file import byte_symbols
 from smollm_jax.tokenizer_source import own_tokenizer
 from tests.small_files import SMALL, gguf_metadata, small_tensors, small_tokenizer, tokenizer_folder, write_gguf
 
@@ -128,6 +128,19 @@ def test_bos_that_a_gguf_asks_for_stands_before_a_text_and_a_chat_once(tmp_path)
     assert folder.chat(chat) == engine.chat(chat)[1:]  # as transformers does: what the template writes
     weights.write(tmp_path / "again.gguf", weights.read(tmp_path / "hf"), "gguf")
     assert Engine.load(tmp_path / "again.gguf").encode("he") == engine.encode("he")
+
+
+def test_named_chat_templates_survive_every_conversion(tmp_path):
+    named = {"tokenizer.chat_template.tool_use": "{{ tools | length }} tools", "tokenizer.chat_template": TEMPLATE}
+    path = gguf(tmp_path / "x.gguf", **named)
+    weights.write(tmp_path / "hf", weights.read(path), "hf")
+    weights.write(tmp_path / "again.gguf", weights.read(tmp_path / "hf"), "gguf")
+    weights.write(tmp_path / "run", weights.read(tmp_path / "again.gguf"), "orbax")
+    chat = [{"role": "user", "content": "hi"}]
+    for name in ("x.gguf", "hf", "again.gguf", "run"):
+        tokenizer = Tokenizer.load(tmp_path / name)
+        assert tokenizer.decode(tokenizer.apply_chat_template(chat)) == "user:hi<|endoftext|>"
+        assert tokenizer.decode(tokenizer.apply_chat_template(chat, tools=[{"name": "x"}])) == "1 tools"
 
 
 def test_the_converter_takes_a_tokenizer_for_weights_that_have_none(tmp_path, capsys):
