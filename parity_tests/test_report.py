@@ -1,7 +1,9 @@
 """The report measures weights anyone brings, and says so when a rung fails."""
 
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.parity_page import TESTS_ONLY, Rung, compared, page, write_readme
 from smollm_jax import weights
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +39,7 @@ def report(path, out, **environment):
     )
 
 
-def rungs(out):
+def rungs_of(out):
     return {rung["claim"]: rung for rung in json.loads((out / "report.json").read_text())["rungs"]}
 
 
@@ -50,6 +53,92 @@ def dry_run():
     subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
     (folder,) = ROOT.glob("benchmarks/dry-run-test-*")
     return folder, json.loads((folder / "summary.json").read_text())
+
+
+def stored(rungs: list[Rung], transformers: bool = True) -> dict:
+    """What a report.json holds, of these rungs."""
+    sides = ["jax", "twin"] + ["transformers"] * transformers
+    return {
+        "weights": "some/weights",
+        "origin": "random <weights>",
+        "date": "2026-11-28",
+        "seconds": 1,
+        "command": "python scripts/parity_report.py --weights some/weights",
+        "versions": {side: {side: "1.0"} for side in sides},
+        "passed": all(rung.passed for rung in rungs),
+        "curves": {
+            "layers": {f"{side}, float32": [1e-6, 2e-6] for side in sides},
+            "positions": {side: [1e-6, 2e-6] for side in sides},
+            "training": {"jax": [2.0, 1.0], "twin": [2.0, 1.0]},
+        },
+    }
+
+
+GOOD = [
+    Rung("1 float64", "logits", 7.5e-15, 1e-10, "1e-16 a rounding"),
+    Rung("2 float32", "RMS error over transformers'", 0.84123, 1.5),
+    Rung("8 generation", "of 10 greedy texts, how many differ", 0.0, 0.0),
+]
+BAD = [Rung("2 float32", "largest <error>", 1.5004, 1.5), Rung("3 bfloat16", "KL", math.nan, 1.2)]
+
+
+@pytest.mark.parametrize(
+    ("measured", "bound", "text"),
+    [
+        (0.84123, 1.5, "0.84 <= 1.5"),
+        (1.5004, 1.5, "1.5004 > 1.5"),
+        (1.4999, 1.5, "1.5 <= 1.5"),
+        (7.5e-15, 1e-10, "7.5e-15 <= 1e-10"),
+        (-0.0059, 0.02, "-0.0059 <= 0.02"),
+        (0.0019, 2**-8, "0.0019 <= 0.0039"),
+        (0.0, 0.0, "0 <= 0"),
+        (1.0, 0.0, "1 > 0"),
+        (123.4, 2.0, "123 > 2"),
+        (12345.0, 2.0, "1.2e4 > 2"),
+        (math.nan, 1.2, "nan, bound 1.2"),
+        (math.inf, 1.2, "inf, bound 1.2"),
+    ],
+)
+def test_a_number_is_written_against_its_bound_so_that_a_reader_sees_which_is_larger(measured, bound, text):
+    assert compared(Rung("", "", measured, bound)) == text
+
+
+def test_the_page_says_the_verdict_first_and_what_failed():
+    good = page(stored(GOOD), GOOD)
+    headline = re.search(r"<h1[^>]*>(.*?)</h1>", good)
+    assert headline[1] == "The same function: all 3 claims on 3 rungs hold."
+    assert re.sub("<[^>]*>", "", good[good.index("</style>") :]).strip().startswith(headline[1])
+    assert '<td class="number">0.84 &lt;= 1.5</td><td class="pass">pass</td>' in good
+    bad = page(stored(GOOD + BAD), GOOD + BAD)
+    headline = re.search(r"<h1[^>]*>(.*?)</h1>", bad)[1]
+    assert headline.startswith("NOT the same function: 2 of 5 claims failed: 2 float32, largest &lt;error&gt; (1.5004")
+    assert "3 bfloat16, KL (nan, bound 1.2)" in headline
+    assert bad.count('<td class="fail">FAIL</td>') == 2
+
+
+def test_every_rung_of_the_ladder_is_in_the_table_or_named_with_its_command():
+    tests = {path.stem for path in ROOT.glob("parity_tests/test_[0-9]*.py")}
+    measured = {"1 float64", "2 float32", "3 bfloat16", "5 gradients", "7 training", "8 generation", "9 packing"}
+    assert {f"test_{name.replace(' ', '_')}" for name in {*measured, *TESTS_ONLY}} == tests
+    shown = page(stored(GOOD), GOOD)
+    for name in TESTS_ONLY:
+        assert name in shown
+        assert f"parity_tests/test_{name.replace(' ', '_')}.py" in shown
+    few = page(stored(GOOD[:2], transformers=False), GOOD[:2])
+    assert "Rung 8 generation compares with transformers, which is not installed" in few
+
+
+def test_the_table_takes_its_place_between_the_markers_of_a_readme(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- parity:begin -->\nreplaced\n<!-- parity:end -->\nafter\n")
+    write_readme(path, stored(GOOD), GOOD)
+    text = path.read_text()
+    assert text.startswith(
+        "before\n<!-- parity:begin -->\nThe same function: all 3 claims on 3 rungs hold.\n\n| rung |"
+    )
+    assert "| 2 float32 | RMS error over transformers' | 0.84 <= 1.5 |" in text
+    assert text.endswith("twin 1.0, transformers 1.0.\n<!-- parity:end -->\nafter\n")
+    assert "replaced" not in text
 
 
 def test_every_stage_of_the_gpu_suite_runs(dry_run):
@@ -74,16 +163,16 @@ def test_every_stage_of_the_gpu_suite_runs(dry_run):
 
 def test_it_reports_every_rung_on_any_weights(dry_run):
     folder, _ = dry_run
-    found = rungs(folder / "parity")
+    found = rungs_of(folder / "parity")
     assert {rung["rung"][0] for rung in found.values()} >= {*"1235789"}
     equal = ("logits, JAX against the twin", "gradients, worst tensor", "logits, JAX against transformers")
     assert all(found[claim]["passed"] for claim in equal)
     lost = [found[f"what {kind} loses of the weights, RMS"] for kind in ("f16", "bf16", "q8_0")]
     assert all(rung["passed"] and rung["measured"] > 1e-4 for rung in lost)
     assert all("perplexity" in rung["noise"] for rung in lost)
-    page = (folder / "parity/index.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
-    assert "http" not in page, "the page asks for something from outside"
+    shown = (folder / "parity/index.html").read_text()
+    assert shown.count("data:image/png;base64,") == 3
+    assert "http" not in shown, "the page asks for something from outside"
 
 
 def test_a_bug_fails_it_and_missing_transformers_is_said(tiny_weights, tmp_path):
@@ -92,10 +181,10 @@ def test_a_bug_fails_it_and_missing_transformers_is_said(tiny_weights, tmp_path)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = report(tiny_weights, tmp_path / "report", PYTHONPATH=path, SMOLLM_MUTANT="gate and up swapped")
     assert done.returncode == 1
-    found, page = rungs(tmp_path / "report"), (tmp_path / "report/index.html").read_text()
+    found, shown = rungs_of(tmp_path / "report"), (tmp_path / "report/index.html").read_text()
     assert not found["logits, JAX against the twin"]["passed"]
     assert not found["loss of 10 float32 steps, JAX against the twin"]["passed"]
-    assert "NOT the same function" in page
+    assert "NOT the same function" in shown
     assert "measuring transformers" not in done.stdout
     assert "logits, JAX against twin" in found
-    assert "transformers is not installed" in page
+    assert "transformers is not installed" in shown

@@ -8,11 +8,8 @@ For weights of any kind; the thing to run after converting some. Writes a self-c
 status 1 when a rung fails. Needs the extras "torch", "plot" and "gguf", and "hf" for the comparison with transformers.
 """
 
-import base64
 import dataclasses
-import html
 import importlib.util
-import io
 import json
 import os
 import shutil
@@ -22,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
+
+from parity_page import Rung, compared, number, page, verdict, write_readme
 
 from smollm_jax import command_line, errors, install
 
@@ -44,21 +43,6 @@ class Flags:
     """Also write the table into this file, between its parity markers."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rung:
-    """One claim: a measured number, the noise it is to be read against, and the bound it must not exceed."""
-
-    rung: str
-    claim: str
-    measured: float
-    bound: float
-    noise: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return bool(self.measured <= self.bound)  # False for NaN
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,11 +89,10 @@ def main(argv: list[str] | None = None) -> None:
     (flags.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (flags.out / "index.html").write_text(page(report, rungs), encoding="utf-8")
     for rung in rungs:
-        verdict = "pass" if rung.passed else "FAIL"
-        print(f"{verdict}  {rung.rung:<12} {rung.claim}: {rung.measured:.2e}, bound {rung.bound:.1e}")
+        print(f"{'pass' if rung.passed else 'FAIL'}  {rung.rung:<12} {rung.claim}: {compared(rung)}")
     if flags.readme:
         write_readme(flags.readme, report, rungs)
-    print(f"{'all rungs hold' if report['passed'] else 'a rung FAILED'}: {flags.out / 'index.html'}")
+    print(f"{verdict(rungs)} {flags.out / 'index.html'}")
     if not report["passed"]:
         sys.exit(1)
 
@@ -205,9 +188,8 @@ def compare(data: dict[str, Path], job: dict[str, Any]) -> tuple[list[Rung], dic
         curves["positions"][side] = by_position.tolist()
 
     reference = others[-1]  # transformers where it is installed, else the twin
-    noise = (
-        f"{reference}: {np.abs(logits[reference, 'float32'] - true_logits).max() / largest:.1e} of the largest logit"
-    )
+    error = np.abs(logits[reference, "float32"] - true_logits).max() / largest
+    noise = f"{reference}: {number(error)} of the largest logit"
     owner = f"{reference}'" if reference.endswith("s") else f"{reference}'s"
     for place, name, skip in (("first tokens", "first", 0), ("other tokens", "stream", 1)):
         exactly = load("jax", f"{name}-float64")[:, :, skip:]
@@ -217,7 +199,7 @@ def compare(data: dict[str, Path], job: dict[str, Any]) -> tuple[list[Rung], dic
             ("RMS", "largest"), ours, theirs, (bound.FLOAT32_RMS_RATIO, bound.FLOAT32_MAX_RATIO), strict=True
         ):
             claim = f"{what} error over {owner}, worst layer, {place}"
-            rungs.append(Rung("2 float32", claim, (mine / other).max(), most, f"{owner} {other.max():.1e}"))
+            rungs.append(Rung("2 float32", claim, (mine / other).max(), most, f"{owner} {number(other.max())}"))
     for side in others:
         error = np.abs(logits["jax", "float32"] - logits[side, "float32"]).max() / largest
         rungs.append(Rung("2 float32", f"logits, JAX against {side}", error, bound.FLOAT32_LOGITS, noise))
@@ -225,7 +207,7 @@ def compare(data: dict[str, Path], job: dict[str, Any]) -> tuple[list[Rung], dic
     found = {side: of.distribution(logits[side, "bfloat16"], true_logits, texts) for side in data}
     exact = of.distribution(true_logits, true_logits, texts)
     curves["bfloat16"] = found | {"truth": exact}
-    noise = f"{reference}: KL {found[reference]['kl']:.1e} nats a token"
+    noise = f"{reference}: KL {number(found[reference]['kl'])} nats a token"
     rungs.append(
         Rung(
             "3 bfloat16",
@@ -255,7 +237,7 @@ def compare(data: dict[str, Path], job: dict[str, Any]) -> tuple[list[Rung], dic
 
     gradients = {side: np.load(data[side] / "gradient-float32.npz") for side in data}
     errors = {side: max(of.gradient_errors(gradients[side], true_gradient).values()) for side in data}
-    noise = f"{reference}: {errors[reference]:.1e}"
+    noise = f"{reference}: {number(errors[reference])}"
     rungs.append(
         Rung("5 gradients", "float32, against the truth, worst tensor", errors["jax"], bound.FLOAT32_GRADIENTS, noise)
     )
@@ -278,101 +260,10 @@ def compare(data: dict[str, Path], job: dict[str, Any]) -> tuple[list[Rung], dic
         if not (data["jax"] / f"lost-{kind}.npy").exists():  # no file of this type can be written
             continue
         found = of.distribution(load("jax", f"logits-{kind}"), true_logits, texts)
-        noise = f"KL {found['kl']:.1e} nats a token, perplexity {exact['perplexity']:.3f} -> {found['perplexity']:.3f}"
+        noise = f"KL {number(found['kl'])} nats a token, "
+        noise += f"perplexity {exact['perplexity']:.3f} -> {found['perplexity']:.3f}"
         rungs.append(Rung("GGUF", f"what {kind} loses of the weights, RMS", load("jax", f"lost-{kind}"), most, noise))
     return [dataclasses.replace(rung, measured=float(rung.measured)) for rung in rungs], curves
-
-
-def page(report: dict[str, Any], rungs: list[Rung]) -> str:
-    """The report as one HTML page without any outside asset."""
-    rows = "".join(
-        f"<tr class={'pass' if r.passed else 'fail'}><td>{r.rung}</td><td>{html.escape(r.claim)}</td>"
-        f"<td>{r.measured:.2e}</td><td>{html.escape(r.noise)}</td><td>{r.bound:.1e}</td>"
-        f"<td>{'pass' if r.passed else 'FAIL'}</td></tr>"
-        for r in rungs
-    )
-    verdict = "The same function" if report["passed"] else "NOT the same function: a rung failed"
-    absent = (
-        "" if "transformers" in report["versions"] else "<p>transformers is not installed: its columns are absent.</p>"
-    )
-    versions = "".join(f"<li>{s}: {html.escape(json.dumps(v))}</li>" for s, v in report["versions"].items())
-    images = "".join(
-        f'<img alt="{name}" src="data:image/png;base64,{png}">' for name, png in plots(report["curves"]).items()
-    )
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Parity report</title>
-<meta name="viewport" content="width=device-width"><style>
-:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }}
-h1.pass {{ color: #0a7d33 }} h1.fail, tr.fail td {{ color: #c62828; font-weight: bold }} .wide {{ overflow-x: auto }}
-table {{ border-collapse: collapse }}
-td, th {{ padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #8885 }}
-td:nth-child(3), td:nth-child(5) {{ font-variant-numeric: tabular-nums; white-space: nowrap }}
-img {{ max-width: 100%; background: #fff; border-radius: 8px; margin: .5rem 0 }} code {{ overflow-wrap: anywhere }}
-</style><h1 class={"pass" if report["passed"] else "fail"}>{verdict}</h1>
-<p>Weights: <code>{html.escape(report["weights"])}</code> ({html.escape(report["origin"] or "origin not recorded")}).
-{report["date"]}, {report["seconds"]} s: <code>{html.escape(report["command"])}</code></p>{absent}
-<div class="wide"><table>
-<tr><th>rung</th><th>claim</th><th>measured</th><th>to be read against</th><th>bound</th><th></th></tr>
-{rows}</table></div><h2>Where the errors are</h2>{images}<h2>Versions</h2><ul>{versions}</ul></html>"""
-
-
-def plots(curves: dict[str, Any]) -> dict[str, str]:
-    """PNG plots, base64: error per layer, error against position, the loss curves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    colors = {"jax": "#0072b2", "twin": "#d55e00", "transformers": "#009e73"}
-    images = {}
-
-    def keep(name: str, figure: Any, axes: Any) -> None:
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=130)
-        pyplot.close(figure)
-        images[name] = base64.b64encode(buffer.getvalue()).decode()
-
-    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
-    for name, values in curves["layers"].items():
-        side, dtype = name.split(", ")
-        axes.semilogy(values, color=colors[side], linestyle="-" if dtype == "float32" else "--", label=name)
-    axes.set(
-        xlabel="layer", ylabel="RMS error of the residual stream", title="Error against the float64 truth, per layer"
-    )
-    keep("error per layer", figure, axes)
-
-    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
-    for side, values in curves["positions"].items():
-        axes.semilogy(values, color=colors[side], label=f"{side}, float32", linewidth=1)
-    axes.set(xlabel="position", ylabel="largest error of a logit", title="Error against position")
-    keep("error against position", figure, axes)
-
-    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
-    for (side, values), (line, width) in zip(curves["training"].items(), (("-", 4), ("--", 1.5)), strict=True):
-        axes.plot(range(1, len(values) + 1), values, line, linewidth=width, color=colors[side], label=side)
-    axes.set(xlabel="step", ylabel="loss, nats per token", title="Ten training steps from these weights, float32")
-    keep("training curves", figure, axes)
-    return images
-
-
-def write_readme(path: Path, report: dict[str, Any], rungs: list[Rung]) -> None:
-    """Replaces what lies between the parity markers of a Markdown file with the table."""
-    begin, end = "<!-- parity:begin -->", "<!-- parity:end -->"
-    text = path.read_text(encoding="utf-8")
-    if begin not in text or end not in text:
-        raise errors.InputFileError(f"{path}: has no {begin} and {end}")
-    rows = "\n".join(f"| {r.rung} | {r.claim} | {r.measured:.1e} | {r.bound:.1e} | {r.noise} |" for r in rungs)
-    table = f"| rung | claim | measured | bound | to be read against |\n|---|---|---:|---:|---|\n{rows}"
-    versions = report["versions"]["jax"] | report["versions"]["twin"] | report["versions"].get("transformers", {})
-    source = (
-        f"Written by `{report['command']} --readme {path.name}` on {report['date']}: {report['origin']}; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-    )
-    before, after = text.split(begin)[0], text.split(end)[1]
-    path.write_text(f"{before}{begin}\n{table}\n\n{source}.\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
