@@ -1,7 +1,9 @@
 """The web page served for tests: real HTTP on a real port, tiny random weights with the Instruct tokenizer."""
 
 import contextlib
+import html
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -78,7 +80,7 @@ class Client:
                     yield json.loads(line[5:])
 
     def call(self, session: str, function: str, values: list[Any]) -> tuple[list[Any] | None, str]:
-        """The last values that came, and the error, of which one is empty."""
+        """The last values that came, and the page's line of a refusal, of which one is empty."""
         joined = self.join(session, function, values)
         if joined.status_code != 200:
             return None, str(joined.json()["detail"])
@@ -87,7 +89,9 @@ class Client:
             if event["msg"] == "process_generating":
                 output = applied(output, event["output"]["data"])
             if event["msg"] == "process_completed":
-                return (output, "") if event["success"] else (None, event["output"]["error"])
+                assert event["success"], event["output"]["error"]
+                fault = re.fullmatch(r'<p class="fault" role="alert">(.*)</p>', str((output or [""] * 3)[2]), re.DOTALL)
+                return (None, html.unescape(fault[1])) if fault else (output, "")
         raise AssertionError("the stream ended without an answer")
 
     def complete(self, prompt: Any, session: str = "one", **changed: Any) -> tuple[list[Any] | None, str]:

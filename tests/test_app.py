@@ -18,8 +18,11 @@ import pytest
 from scripts import app
 from smollm_jax.engine import Engine
 from smollm_jax.sampling import Sampling
+from smollm_jax.web.answers import Answers
+from smollm_jax.web.chat_tab import bubbles
+from smollm_jax.web.shelf import Shelf
 from smollm_jax.web.tokens import TintedText
-from tests.serving import GREEDY, Client, served, tiny_weights
+from tests.serving import GREEDY, Client, applied, served, tiny_weights
 
 SECRET = "the-secret-of-the-machine"
 
@@ -67,7 +70,7 @@ def greedy_text(engine: Engine, prompt: str, tokens: int = 16) -> str:
 def test_a_completion_is_the_engine_s_own_text_with_a_tint_and_alternatives_a_token(client, engine):
     values, error = client.complete("Fellow citizens")
     assert not error
-    shown, status = values
+    shown, status = values[:2]
     assert text_of(shown) == "Fellow citizens" + greedy_text(engine, "Fellow citizens")
     abouts = [json.loads(html.unescape(about)) for about in re.findall(r'data-about="([^"]*)"', shown)]
     assert len(abouts) == 16
@@ -83,14 +86,97 @@ def test_a_chat_goes_through_the_template_and_takes_the_system_prompt_and_earlie
     before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     values, error = client.call("chat", "chat", [client.weights, before, "Be brief.", "Why?", "", *GREEDY.values()])
     assert not error
-    shown, turns, _, reads, box = values
+    shown, *_, turns, reads, box = values
     asked = [{"role": "system", "content": "Be brief."}, *before, {"role": "user", "content": "Why?"}]
     ids = engine.chat(asked)
     assert reads == engine.tokenizer.decode(ids)
     answer = engine.complete([ids], max_new_tokens=16)[0].text
     assert turns == [*before, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}]
-    assert text_of(shown) == "HiHelloWhy?" + answer
-    assert box == ""
+    assert shown == bubbles(turns)
+    assert "value" not in box, "it would take away what is typed meanwhile"
+
+
+@pytest.mark.parametrize("first", [1, 7, 20])
+def test_a_text_that_the_limit_cut_goes_on_as_if_it_had_not_been_cut(client, engine, first):
+    prompt, ids = "Fellow citizens", engine.encode("Fellow citizens")
+    session = f"cut{first}"
+    values, _ = client.complete(prompt, session=session, max_new_tokens=first)
+    assert 'title="token limit"' in values[0]
+    values, error = client.call(session, "complete_on", [None, "", *(GREEDY | {"max_new_tokens": 9}).values()])
+    assert not error
+    assert text_of(values[0]) == prompt + engine.complete([ids], max_new_tokens=first + 9)[0].text
+    assert values[0].count('class="finish"') == 1
+    asked = [{"role": "user", "content": "Why?"}]
+    sampling = list((GREEDY | {"max_new_tokens": first}).values())
+    _, turns, *_ = client.call(session, "chat", [client.weights, [], "", "Why?", "", *sampling])[0][5:]
+    values, error = client.call(session, "chat_on", [None, turns, "", "next", "", *GREEDY.values()])
+    assert not error
+    answer = engine.complete([engine.chat(asked)], max_new_tokens=first + 16)[0].text
+    assert values[6] == [*asked, {"role": "assistant", "content": answer}]
+    assert values[7] == engine.tokenizer.decode(engine.chat(asked)) + turns[-1]["content"]
+    changed, error = client.call(session, "chat_on", [None, turns[:1], "", "", "", *GREEDY.values()])
+    assert changed is None
+    assert "the chat has changed" in error
+
+
+def test_a_text_that_was_cut_inside_a_character_goes_on_without_that_half(place, engine):
+    samplings = [Sampling(1.9, seed=seed) for seed in range(64)]
+    rows = engine.complete([engine.encode("a")] * 64, max_new_tokens=24, sampling=samplings)
+    halves = [
+        (seed, place) for seed, row in enumerate(rows) for place, t in enumerate(row.tokens) if t.text == "\ufffd"
+    ]
+    seed, count = next((seed, place) for seed, place in halves if place)  # the first byte of a character, or one alone
+    some = Shelf(given=place / "assets/tiny", assets=place / "assets", runs=place / "runs", fetch=["false"])
+    answers = Answers(some, device="cpu", time_limit=60)
+    numbers = GREEDY | {"temperature": 1.9, "seed": seed, "max_new_tokens": count + 1}
+    *_, last = answers.complete(str(place / "assets/tiny"), "a", numbers, "")
+    assert last.cut.written == count
+    assert text_of(last.shown) == text_of(last.cut.shown) + "\ufffd"
+    *_, then = answers.complete_on(last.cut, numbers | {"max_new_tokens": 4}, "")
+    assert then.cut.ids[: len(last.cut.ids)] == last.cut.ids
+    assert text_of(then.cut.shown) == engine.tokenizer.decode(then.cut.ids)
+
+
+def test_a_text_ends_where_the_context_is_full_and_says_so(client, engine):
+    prompt = "a b c d " * 100
+    values, error = client.complete(prompt, max_new_tokens=512)
+    assert not error
+    assert text_of(values[0]) == prompt + engine.complete([engine.encode(prompt)], max_new_tokens=111)[0].text
+    assert 'title="context full"' in values[0]
+    assert "context full" in values[1]
+    assert values[3]["visible"] is False, "there is no room to go on in"
+
+
+def test_there_is_nothing_to_go_on_with_before_a_text_was_cut(client):
+    for function, values in (("complete_on", [None, ""]), ("chat_on", [None, [], "", "", ""])):
+        values, error = client.call("fresh", function, [*values, *GREEDY.values()])
+        assert values is None
+        assert error == "there is no text to go on with"
+
+
+@pytest.mark.parametrize("message", ["", " ", "\n\t "])
+def test_an_empty_message_changes_nothing(client, message):
+    before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    values, error = client.call("empty", "chat", [client.weights, before, "", message, "", *GREEDY.values()])
+    assert not error
+    assert all(value is None or "value" not in value for value in values)
+
+
+def test_what_a_chat_refuses_leaves_the_chat_the_message_and_the_status_as_they_were(client):
+    before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    call = [client.weights, before, "", "Why? " * 600, "", *GREEDY.values()]
+    assert client.join("refused", "chat", call).status_code == 200
+    output = None
+    for event in client.events("refused"):
+        if event["msg"] == "process_generating":
+            output = applied(output, event["output"]["data"])
+        if event["msg"] == "process_completed":
+            break
+    assert output[0] == bubbles(before)
+    assert "value" not in output[1]
+    assert "exceed the context" in output[2]
+    assert output[6] == before
+    assert output[8] == "Why? " * 600
 
 
 @pytest.mark.parametrize(
@@ -380,5 +466,6 @@ def test_a_tinted_text_is_the_engine_s_text_whatever_bytes_and_stop_strings(engi
     for seed in range(60):
         options = {"max_new_tokens": 24, "sampling": Sampling(1.5, seed=seed), "stop": ("e", " the", "<")}
         tinted = TintedText(engine.tokenizer)
-        shown = "".join(tinted.add(piece) for piece in engine.stream([ids], alternatives=3, **options))
+        pieces = list(engine.stream([ids], alternatives=3, **options))
+        shown = "".join(tinted.add(piece) for piece in pieces) + tinted.end(pieces[-1].finish)
         assert text_of(shown) == engine.complete([ids], **options)[0].text

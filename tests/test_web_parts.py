@@ -6,17 +6,21 @@ import re
 import shutil
 import sys
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import gradio
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from scripts import app
 from smollm_jax.engine import Token
 from smollm_jax.errors import SmolLMError, StorageError, UsageError
 from smollm_jax.web import runs as reading
 from smollm_jax.web.answers import Answers
-from smollm_jax.web.page import bubbles
+from smollm_jax.web.chat_tab import bubbles
+from smollm_jax.web.markdown import LONGEST, rendered
 from smollm_jax.web.runs import RunLog, thinned
 from smollm_jax.web.runs_tab import NOTHING_SEEN, RunsTab, spread
 from smollm_jax.web.shelf import Shelf
@@ -129,7 +133,7 @@ def test_the_fetching_command_is_one_that_exists(monkeypatch, tmp_path):
 
 
 def cards_of(frame) -> list[str]:
-    return re.findall(r'<div class="card">(.*?)</div>', frame.shown, re.DOTALL)
+    return re.findall(r'<div class="card"[^>]*>(.*?)</div>', frame.shown, re.DOTALL)
 
 
 def test_successive_checkpoints_continue_the_same_prompt_and_a_damaged_one_says_so(place):
@@ -145,6 +149,8 @@ def test_successive_checkpoints_continue_the_same_prompt_and_a_damaged_one_says_
     assert 'class="fault"' in cards[1]
     assert re.search(r"[\d.]+ tokens/s", answers.status("runs/grown/checkpoints/20")), "the speed is not kept in sight"
     assert "- tokens/s" in answers.status("assets/tiny10")
+    assert text_of(last.status).startswith("runs/grown, steps 0 and 20"), "the status line tells of those that answered"
+    assert last.weights == "runs/grown/checkpoints/20"
 
 
 @pytest.mark.parametrize("steps", [[], [5], ["0"], [True], list(range(9)), "0", None])
@@ -226,7 +232,7 @@ def test_a_long_curve_is_thinned_to_means(tmp_path):
 @pytest.mark.filterwarnings("ignore:The value passed into")  # Gradio: said of an update, its choices beside it
 def test_the_runs_tab_lays_new_runs_over_each_other_and_follows_their_logs(place):
     with gradio.Blocks():
-        tab = RunsTab(Answers(shelf(place), device="cpu", time_limit=60))
+        tab = RunsTab(Answers(shelf(place), device="cpu", time_limit=60), gradio.HTML())
     run = place / "runs/other"
     run.mkdir()
     (run / "metrics.jsonl").write_text(row(1, loss=5.0))
@@ -236,8 +242,10 @@ def test_the_runs_tab_lays_new_runs_over_each_other_and_follows_their_logs(place
         return drawn, plot, seen
 
     def points(plot) -> dict[str, list]:
-        rows = plot.value["data"]
-        return {name: [(step, value) for step, value, of in rows if of == name] for name in {of for *_, of in rows}}
+        rows = json.loads(plot.plot)["data"]["values"]
+        return {
+            run: [(row["step"], row["value"]) for row in rows if row["run"] == run] for run in {r["run"] for r in rows}
+        }
 
     drawn, plot, seen = look([], NOTHING_SEEN)
     drawn = drawn.value
@@ -266,11 +274,125 @@ def test_the_checkpoints_offered_are_spread_from_first_to_last():
     assert spread([], 4) == []
 
 
-def test_a_chat_is_shown_as_text_tags_and_all():
-    said = "<script>x</script> & <b>"
-    shown = bubbles([{"role": "user", "content": said}, {"role": "assistant", "content": said}])
-    assert text_of(shown) == said * 2
+def test_a_user_s_turn_is_shown_as_it_is_tags_markdown_and_all():
+    said = "<script>x</script> & <b> **not bold**\n\n- no list"
+    shown = bubbles([{"role": "user", "content": said}])
+    assert text_of(shown) == said
     assert set(re.findall(r"<(\w+)", shown)) == {"div", "p"}
+
+
+def test_an_answer_s_markdown_is_rendered_and_its_code_has_a_copy_button():
+    said = "# Title\n\n**bold** `a < b`\nnext ~~no~~\n\n- one\n- two\n\n"
+    said += "```python\nif a < b:\n    pass\n```\n\n|a|b|\n|-|-|\n|1|2|"
+    shown = bubbles([{"role": "assistant", "content": said}])
+    for part in (
+        "<h1>Title</h1>",
+        "<strong>bold</strong> <code>a &lt; b</code><br />\nnext <s>no</s>",
+        "<li>one</li>\n<li>two</li>",
+        '<span>python</span><button type="button" class="copy">Copy</button>',
+        "<code>if a &lt; b:\n    pass\n</code></pre>",
+        "<td>1</td>\n<td>2</td>",
+    ):
+        assert part in shown
+    unfinished = rendered("```python\nif a")  # as it comes, token by token
+    assert "<code>if a</code></pre>" in unfinished.replace("\n", "")
+
+
+def test_the_longest_text_is_shown_whole_however_it_is_meant():
+    said = "**a** " * (LONGEST // 6 + 1)
+    assert text_of(rendered(said)) == said
+
+
+class Tags(HTMLParser):
+    """Every tag of a text with its attributes, as a browser would see them."""
+
+    def __init__(self, shown: str):
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(shown)
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+
+MARKDOWN_TAGS = set(
+    [
+        "p",
+        "br",
+        "hr",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "strong",
+        "em",
+        "s",
+        "code",
+        "pre",
+        "a",
+        "ul",
+        "ol",
+        "li",
+        "blockquote",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "div",
+        "span",
+        "button",
+    ]
+)
+ATTRIBUTES = {
+    "a": {"href", "title", "target", "rel"},
+    "ol": {"start"},
+    "th": {"style"},
+    "td": {"style"},
+    "div": {"class", "tabindex"},
+    "pre": {"tabindex"},
+    "button": {"type", "class"},
+}
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "a <b onclick=alert(1)>b</b> <!-- c --> <?php d ?> <![CDATA[e]]>",
+    "<div\nonmouseover=alert(1)\n>",
+    "![a](https://elsewhere.example/pixel.png)",
+    "![a][b]\n\n[b]: https://elsewhere.example/pixel.png",
+    "[a](javascript:alert(1)) [a](JaVaScRiPt:alert(1)) [a](java\tscript:alert(1))",
+    "[a](&#x6a;avascript:alert(1)) [a](&#0000106avascript:alert(1)) [a](\\javascript:alert(1))",
+    "[a](<javascript:alert(1)>) <javascript:alert(1)> [a](vbscript:x) [a](data:text/html,<script>1</script>)",
+    "[a][b]\n\n[b]: javascript:alert(1) 'onclick=alert(1)'",
+    "[a](data:image/svg+xml;base64,PHN2Zz4=) [a](file:///etc/passwd) [a](//elsewhere.example) [a](/gradio_api/logout)",
+    '[a](https://x.example/"onclick=alert(1)//) [a](https://x.example "b\\" onclick=\\"alert(1)")',
+    '```"><img/src=x/onerror=alert(1)>\ncode\n```',
+    "```py onclick=alert(1)\n</code></pre><script>alert(1)</script>\n```",
+    "`</code><script>alert(1)</script>`",
+    "    </code></pre><script>alert(1)</script>",
+    "|<script>|b|\n|:-:|-|\n|<img src=x onerror=alert(1)>|`|`|",
+    "<https://x.example/?a=<script>> <a@b.example>",
+    "${alert(1)} {{alert(1)}} @children",
+]
+
+
+@given(
+    st.lists(st.sampled_from([*HOSTILE, "\n", "\n\n", "> ", "- ", "1. ", "```", "`", "**", "[", "](", ")", "<", '"']))
+)
+@example(HOSTILE)
+def test_no_answer_brings_a_script_a_handler_an_image_or_a_link_that_is_none(parts):
+    for tag, attributes in Tags(rendered("".join(parts)) + rendered("\n\n".join(parts))).seen:
+        assert tag in MARKDOWN_TAGS
+        assert set(attributes) <= ATTRIBUTES.get(tag, set())
+        if tag == "a":
+            assert attributes["href"].startswith(("https://", "http://", "mailto:"))
+            assert attributes["rel"] == "noopener noreferrer nofollow"
+        assert attributes.get("style", "text-align:left") in {
+            f"text-align:{side}" for side in ("left", "center", "right")
+        }
 
 
 def test_a_token_and_its_alternatives_are_text_tags_and_quotes_and_all():

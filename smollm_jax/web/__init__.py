@@ -1,2 +1,2 @@
 """The web page of `scripts/app.py`: what may be asked (`ask`), which weights there are (`shelf`), the answers
-(`answers`), runs as they are written (`runs`), and how it all is shown (`page`) and guarded (`guard`)."""
+(`writing`, `answers`), runs as they are written (`runs`), and how it all is shown (`page`) and guarded (`guard`)."""

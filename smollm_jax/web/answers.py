@@ -1,70 +1,33 @@
-"""The answers to the page's three kinds of request, as they come. No Gradio here: plain values in, plain values out.
+"""The answers to the page's kinds of request, as they come. No Gradio here: plain values in, plain values out.
 
 Closing one of these generators, as Gradio does when its client stops or goes away, ends the computing.
 """
 
-import contextlib
+import dataclasses
 import html
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 from smollm_jax.cost import count_parameters
-from smollm_jax.engine import Piece
 from smollm_jax.errors import SmolLMError, UsageError
 from smollm_jax.web import ask as asking
-from smollm_jax.web.ask import Ask
 from smollm_jax.web.shelf import Loaded, Shelf
-from smollm_jax.web.tokens import ALTERNATIVES, FINISHES, TintedText
+from smollm_jax.web.tokens import FINISHES
+from smollm_jax.web.writing import Cut, Writing, check_size, encoded, plain, prompt_span, tinted
 
-FRAME_SECONDS = 0.05  # between two updates of the page
 MOST_COMPARED = 8
 
 
 class Frame(NamedTuple):
-    """What the page shows now: the answer so far, the status line, and in a chat what the model reads."""
+    """What the page shows now. Until the first token has come: only what is waited for."""
 
-    shown: Any
-    status: str
-    reads: str = ""
-
-
-class Writing:
-    """The pieces of one continuation, with its speed and the wall clock of the request over it."""
-
-    def __init__(self, loaded: Loaded, ids: list[int], asked: Ask, deadline: float):
-        self._deadline = deadline
-        self._pieces = loaded.engine.stream(
-            [ids],
-            max_new_tokens=asked.max_new_tokens,
-            sampling=asked.sampling,
-            stop=asked.stop,
-            alternatives=ALTERNATIVES,  # in a chat too, which shows none: one compiled program for both
-        )
-        self.count, self.finish = 0, ""
-        self._began = 0.0
-
-    def frames(self) -> Iterator[list[Piece]]:
-        """The pieces of each frame of the page."""
-        frame, last = [], 0.0
-        with contextlib.closing(self._pieces):
-            for piece in self._pieces:
-                frame.append(piece)
-                self.count += len(piece.tokens)
-                now = time.monotonic()
-                self._began = self._began or now  # the first piece had the prompt to read
-                self.finish = piece.finish or ("time" if now > self._deadline else "")
-                if self.finish or now - last > FRAME_SECONDS:
-                    yield frame
-                    frame, last = [], now
-                if self.finish:
-                    return
-
-    @property
-    def speed(self) -> str:
-        """The speed so far, the first token left out."""
-        seconds = time.monotonic() - self._began
-        return f"{(self.count - 1) / seconds:,.1f} tokens/s" if self.count > 1 and seconds > 0 else ""
+    shown: Any = None  # the answer so far
+    status: str = ""  # of the weights that write it
+    weights: str = ""  # their name
+    waiting: str = ""
+    cut: Cut | None = None  # with the last frame of a text that a limit cut short
+    reads: str = ""  # in a chat: what the model reads
 
 
 class Answers:
@@ -78,32 +41,34 @@ class Answers:
         """Frames of the prompt and its tinted continuation."""
         asked = asking.ask(numbers, stop)
         prompt = asking.text("prompt", prompt)
-        begun = f'<span class="prompt">{html.escape(prompt)}</span>'
-        loaded, deadline = yield from self._opened(weights, begun)
-        writing = Writing(loaded, encoded(loaded, prompt, asked), asked, self._until(deadline))
-        for shown in tinted(loaded, writing, begun):
-            yield Frame(shown, self._written(weights, writing, loaded))
+        loaded, deadline = yield from self._opened(weights)
+        writing = Writing(weights, loaded, encoded(loaded, prompt), asked, self._until(deadline))
+        yield from self._tinted(writing, prompt_span(prompt))
+
+    def complete_on(self, cut: Cut, numbers: dict[str, Any], stop: Any) -> Generator[Frame, None, None]:
+        """Frames of a continuation that a limit cut short, gone on with by the weights that wrote it."""
+        yield from self._tinted((yield from self._writing_on(cut, numbers, stop)), cut.shown)
 
     def chat(
         self, weights: Any, turns: Any, system: Any, numbers: dict[str, Any], stop: Any
     ) -> Generator[Frame, None, None]:
-        """Frames of the conversation with the assistant's next turn in it."""
+        """Frames of the assistant's next turn."""
         asked = asking.ask(numbers, stop)
         turns = asking.conversation(turns)
         if not turns or turns[-1]["role"] != "user":
             raise UsageError("say something first: the assistant answers the user")
         system = asking.text("the system prompt", system)
-        loaded, deadline = yield from self._opened(weights, turns)
+        loaded, deadline = yield from self._opened(weights)
         messages = [{"role": "system", "content": system}, *turns] if system.strip() else turns
-        check_size(loaded, "".join(turn["content"] for turn in messages), asked)
+        check_size(loaded, "".join(turn["content"] for turn in messages))
         ids = loaded.engine.chat(messages)
-        reads = loaded.engine.tokenizer.decode(ids)
-        writing = Writing(loaded, ids, asked, self._until(deadline))
-        answer = ""
-        for pieces in writing.frames():
-            answer += "".join(piece.text for piece in pieces)
-            said = [*turns, {"role": "assistant", "content": answer}]
-            yield Frame(said, self._written(weights, writing, loaded), reads)
+        writing = Writing(weights, loaded, ids, asked, self._until(deadline))
+        yield from self._plain(writing, "", loaded.engine.tokenizer.decode(ids))
+
+    def chat_on(self, cut: Cut, numbers: dict[str, Any], stop: Any) -> Generator[Frame, None, None]:
+        """Frames of a turn that a limit cut short, gone on with by the weights that wrote it."""
+        writing = yield from self._writing_on(cut, numbers, stop)
+        yield from self._plain(writing, cut.shown, writing.loaded.engine.tokenizer.decode(cut.ids))
 
     def compare(
         self, run: Any, steps: Any, prompt: Any, numbers: dict[str, Any], stop: Any
@@ -117,31 +82,55 @@ class Answers:
         if gone := [step for step in steps if type(step) is not int or step not in there]:
             raise UsageError(f"run {run} has no checkpoint {asking.shown(gone[0])} now: pick another")
         deadline = time.monotonic() + self.time_limit
-        cards = ""
+        cards, last, answered = "", Frame(), []
         for step in sorted(set(steps)):
             name = self.shelf.checkpoint(run, step)
-            head = f'<div class="card"><h4>step {step:,}</h4><span class="prompt">{html.escape(prompt)}</span>'
+            head = f'<div class="card" tabindex="0"><h4>step {step:,}</h4>{prompt_span(prompt)}'
             try:
                 self._until(deadline)
-                loaded, deadline = yield from self._opened(name, cards + head, deadline)
-                writing = Writing(loaded, encoded(loaded, prompt, asked), asked, self._until(deadline))
-                for shown in tinted(loaded, writing, cards + head):
-                    head = shown[len(cards) :]
-                    yield Frame(shown, self._written(name, writing, loaded))
+                loaded, deadline = yield from self._opened(name, deadline)
+                writing = Writing(name, loaded, encoded(loaded, prompt), asked, self._until(deadline))
+                for last in self._tinted(writing, cards + head):
+                    head = last.shown[len(cards) :]
+                    yield last._replace(cut=None)
+                answered.append(f"{step:,}")
             except SmolLMError as error:  # a damaged checkpoint, or one that the trainer has removed meanwhile
                 head += f'<p class="fault">{html.escape(str(error))}</p>'
             cards += head + "</div>"
-            yield Frame(cards, self.status(name))
+            yield last._replace(shown=cards, cut=None)
+        if answered:
+            names = f"{self.shelf.runs_folder.name}/{run}, steps {' and '.join(answered)}"
+            yield last._replace(shown=cards, cut=None, status=self.status(last.weights, shown=names))
 
-    def _written(self, name: str, writing: Writing, loaded: Loaded) -> str:
+    def _writing_on(self, cut: Cut, numbers: dict[str, Any], stop: Any) -> Generator[Frame, None, Writing]:
+        asked = asking.ask(numbers, stop)
+        # Each draw takes the seed and its place in the request: the same seed would draw the same noise once more.
+        seed = (asked.sampling.seed + cut.written) % 2**32
+        asked = dataclasses.replace(asked, sampling=dataclasses.replace(asked.sampling, seed=seed))
+        loaded, deadline = yield from self._opened(cut.weights)
+        return Writing(cut.weights, loaded, cut.ids, asked, self._until(deadline), cut.written)
+
+    def _tinted(self, writing: Writing, shown: str) -> Generator[Frame, None, None]:
+        for text, cut in tinted(writing, shown):
+            yield Frame(text, self._written(writing), writing.name, cut=cut)
+
+    def _plain(self, writing: Writing, shown: str, reads: str) -> Generator[Frame, None, None]:
+        for text, cut in plain(writing, shown):
+            yield Frame(text, self._written(writing), writing.name, cut=cut, reads=reads)
+
+    def _written(self, writing: Writing) -> str:
         """The status line while these weights write."""
-        self._speeds[name] = writing.speed or self._speeds.get(name, "")
-        return self.status(name, FINISHES.get(writing.finish, ""), loaded=loaded)
+        self._speeds[writing.name] = writing.speed or self._speeds.get(writing.name, "")
+        return self.status(writing.name, FINISHES.get(writing.finish, ""), loaded=writing.loaded)
 
-    def status(self, name: str, note: str = "", *, loaded: Loaded | None = None) -> str:
-        """The status line: which weights, the device, how large, how fast in their last answer."""
+    def status(self, name: str, note: str = "", *, loaded: Loaded | None = None, shown: str = "") -> str:
+        """The status line: which weights (`shown`: in other words), the device, how large, how fast in their last
+        answer."""
         loaded = loaded or self.shelf.loaded(name)
-        parts = [f"<b>{html.escape(str(name))}</b>", f"{html.escape(self.device)}, {html.escape(self.shelf.dtype)}"]
+        parts = [
+            f"<b>{html.escape(shown or str(name))}</b>",
+            f"{html.escape(self.device)}, {html.escape(self.shelf.dtype)}",
+        ]
         if loaded is None:
             note = note or "not loaded yet: the first answer takes longer"
         else:
@@ -151,19 +140,20 @@ class Answers:
         parts += [self._speeds.get(name) or "- tokens/s", note]
         return "".join(f"<span>{part}</span>" for part in parts if part)
 
-    def _opened(
-        self, name: Any, shown: Any, deadline: float | None = None
-    ) -> Generator[Frame, None, tuple[Loaded, float]]:
+    def _opened(self, name: Any, deadline: float | None = None) -> Generator[Frame, None, tuple[Loaded, float]]:
         """The weights and the request's deadline; downloading is no part of its time, and has a limit of its own."""
         deadline = deadline or time.monotonic() + self.time_limit
         opening = self.shelf.open(name)
+        fresh = False
         while True:
             before = time.monotonic()
             try:
                 doing = next(opening)
             except StopIteration as done:
+                yield Frame(waiting=f"{name}: {'compiling, then ' if fresh else ''}reading the prompt")
                 return done.value, deadline
-            yield Frame(shown, self.status(name, doing))
+            fresh = True
+            yield Frame(waiting=f"{name}: {doing}")
             if doing.startswith("fetching"):
                 deadline += time.monotonic() - before
 
@@ -171,28 +161,3 @@ class Answers:
         if time.monotonic() > deadline:
             raise UsageError(f"stopped by the time limit of {self.time_limit:g} seconds before the first token")
         return deadline
-
-
-def encoded(loaded: Loaded, prompt: str, asked: Ask) -> list[int]:
-    """The prompt's token ids; raises `UsageError` for one that cannot fit the context, before tokenising it."""
-    check_size(loaded, prompt, asked)
-    return loaded.engine.encode(prompt)
-
-
-def check_size(loaded: Loaded, text: str, asked: Ask) -> None:
-    """Raises `UsageError` for a text that were too long for the context if all its tokens were the longest there is."""
-    fewest = len(text.encode("utf-8", "surrogatepass")) // loaded.longest_token
-    context = loaded.engine.config.max_position_embeddings
-    if fewest + asked.max_new_tokens > context:
-        raise UsageError(
-            f"a prompt of at least {fewest:,} tokens and {asked.max_new_tokens} new ones exceed the context of "
-            f"{context:,}"
-        )
-
-
-def tinted(loaded: Loaded, writing: Writing, shown: str) -> Iterator[str]:
-    """The HTML so far, every frame; `shown` stands before it."""
-    text = TintedText(loaded.engine.tokenizer)
-    for pieces in writing.frames():
-        shown += "".join(text.add(piece) for piece in pieces)
-        yield shown + (text.end("time") if writing.finish == "time" else "")

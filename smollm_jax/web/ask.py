@@ -32,7 +32,7 @@ class Knob:
 
 
 KNOBS = {
-    "max_new_tokens": Knob("New tokens", 1, 1024, 1, 128),
+    "max_new_tokens": Knob("New tokens", 1, 1024, 1, 512),
     "temperature": Knob("Temperature", 0.0, 2.0, 0.05, 0.7),
     "top_k": Knob("Top k", 0, 200, 1, 0),
     "top_p": Knob("Top p", 0.01, 1.0, 0.01, 0.95),

@@ -1,63 +1,67 @@
-// The tooltip of a token: one element, filled with text only, beside the token under the pointer or the last clicked.
+// What the page does without asking the server: seconds that pass, code that is copied, messages that are empty.
 (() => {
-  const tip = document.createElement("div");
-  tip.id = "token-tip";
-  tip.setAttribute("role", "tooltip");
-  const place = () => document.body.append(tip);
-  document.body ? place() : addEventListener("DOMContentLoaded", place);
-  let pinned = null;
+  // Gradio's elements that take the keyboard, and by what name: to scroll them, to go through their tokens.
+  const REGIONS = {
+    "#answer": "Continuation; the left and right arrow keys go from token to token",
+    "#chat .html-container": "Conversation",
+    "#runs-table": "Runs",
+  };
+  const began = new WeakMap(); // when each note began to wait; what it waits for may change meanwhile
 
-  const visible = (text) => text.replaceAll(" ", "\u2423").replaceAll("\n", "\u23ce").replaceAll("\t", "\u21e5") || "(end)";
-
-  const row = (text, share, chosen) => {
-    const line = document.createElement("div");
-    line.className = chosen ? "row chosen" : "row";
-    line.style.setProperty("--share", `${share}%`);
-    for (const part of [visible(text), `${share.toFixed(1)} %`]) {
-      const cell = document.createElement("span");
-      cell.textContent = part;
-      line.append(cell);
+  const tick = () => {
+    for (const note of document.querySelectorAll(".note")) {
+      const seconds = note.querySelector(".seconds");
+      if (!seconds) {
+        began.delete(note);
+        continue;
+      }
+      if (!began.has(note)) began.set(note, performance.now());
+      const text = `${Math.floor((performance.now() - began.get(note)) / 1000)} s`;
+      if (seconds.textContent !== text) seconds.textContent = text;
     }
-    return line;
-  };
-
-  const show = (token) => {
-    const about = JSON.parse(token.dataset.about);
-    const head = document.createElement("div");
-    head.className = "head";
-    head.textContent = "what might have come here";
-    const rows = about.others.map(([text, share]) => row(text, share, text === about.text));
-    if (!about.others.some(([text]) => text === about.text)) rows.push(row(about.text, about.p, true));
-    tip.replaceChildren(head, ...rows);
-    tip.classList.add("open");
-    const at = token.getClientRects()[0];
-    const size = tip.getBoundingClientRect();
-    const left = Math.max(8, Math.min(at.left, innerWidth - size.width - 8));
-    const below = at.bottom + 6 + size.height < innerHeight;
-    tip.style.left = `${left}px`;
-    tip.style.top = `${below ? at.bottom + 6 : Math.max(8, at.top - size.height - 6)}px`;
-  };
-  const hide = () => {
-    pinned?.classList.remove("picked");
-    pinned = null;
-    tip.classList.remove("open");
-  };
-
-  document.addEventListener("mouseover", (event) => {
-    if (pinned?.isConnected) return;
-    const token = event.target.closest?.(".token[data-about]");
-    token ? show(token) : hide();
-  });
-  document.addEventListener("click", (event) => {
-    const token = event.target.closest?.(".token[data-about]");
-    const again = token && token === pinned;
-    hide();
-    if (token && !again) {
-      pinned = token;
-      token.classList.add("picked");
-      show(token);
+    for (const [selector, name] of Object.entries(REGIONS)) {
+      const region = document.querySelector(selector);
+      if (!region || region.tabIndex === 0) continue;
+      region.tabIndex = 0;
+      region.setAttribute("role", "region");
+      region.setAttribute("aria-label", name);
     }
+    const tab = document.querySelector("[role=tab][aria-selected=true]");
+    if (tab) document.documentElement.dataset.tab = tab.textContent.trim();
+  };
+  setInterval(tick, 100);
+
+  const copied = async (text) => {
+    if (navigator.clipboard) return navigator.clipboard.writeText(text);
+    const box = document.createElement("textarea"); // over plain HTTP on another host there is no clipboard
+    box.value = text;
+    document.body.append(box);
+    box.select();
+    document.execCommand("copy");
+    box.remove();
+  };
+  document.addEventListener("click", async (event) => {
+    const button = event.target.closest?.("button.copy");
+    if (!button) return;
+    await copied(button.closest(".code").querySelector("code").textContent).then(
+      () => (button.textContent = "Copied"),
+      () => (button.textContent = "Not copied"),
+    );
+    setTimeout(() => (button.textContent = "Copy"), 1500);
   });
-  document.addEventListener("keydown", (event) => event.key === "Escape" && hide());
-  document.addEventListener("scroll", hide, { capture: true, passive: true });
+
+  // An empty message is not sent: Gradio hears neither the click nor the key.
+  const refuse = (event) => {
+    const box = document.querySelector("#message textarea");
+    if (box && !box.value.trim()) {
+      event.preventDefault();
+      event.stopImmediatePropagation();
+    }
+  };
+  addEventListener("click", (event) => event.target.closest?.("#send") && refuse(event), true);
+  addEventListener(
+    "keydown",
+    (event) => event.key === "Enter" && !event.shiftKey && event.target.matches?.("#message textarea") && refuse(event),
+    true,
+  );
 })();

@@ -1,14 +1,16 @@
 """The Runs tab: curves as they are written, and one prompt continued by successive checkpoints."""
 
+import json
 from typing import Any
 
 import gradio as gr
+from gradio.components.plot import AltairPlotData
 
 from smollm_jax.checkpoint import steps_in
 from smollm_jax.web.answers import MOST_COMPARED, Answers
 from smollm_jax.web.ask import choice
 from smollm_jax.web.runs import CURVES, Point, RunLogs, table, thinned
-from smollm_jax.web.wiring import LIGHT, WRITING, numbered, refusing
+from smollm_jax.web.wiring import LIGHT, WRITING, note, numbered, refusing, waiting, writing
 
 TICK_SECONDS = 2.0
 MOST_DRAWN = 4  # by themselves; any number by choice
@@ -19,30 +21,34 @@ NOTHING_SEEN = {"mark": "", "runs": [], "learner": None, "steps": []}
 class RunsTab:
     """The tab's fields; `wire` binds them once the rest of the page is there."""
 
-    def __init__(self, answers: Answers):
-        self.answers, self.logs = answers, RunLogs()
+    def __init__(self, answers: Answers, status: gr.HTML):
+        self.answers, self.status, self.logs = answers, status, RunLogs()
         with gr.Tab("Runs") as self.tab:
             self.listing = gr.HTML(elem_id="runs-table", padding=False)
             with gr.Row():
-                self.drawn = gr.Dropdown([], value=[], multiselect=True, label="Runs", scale=3, elem_id="drawn")
-                self.curve = gr.Dropdown(
-                    list(CURVES), value=next(iter(CURVES)), label="Curve", scale=1, min_width=160, elem_id="curve"
+                self.drawn = gr.Dropdown(
+                    [], value=[], multiselect=True, label="Runs", scale=3, min_width=280, elem_id="drawn"
                 )
-            self.plot = gr.LinePlot(
-                x="step", y="value", color="run", x_title="step", y_title=" ", height=320, buttons=[], elem_id="curves"
-            )
+                self.curve = gr.Dropdown(
+                    list(CURVES), value=next(iter(CURVES)), label="Curve", scale=1, min_width=210, elem_id="curve"
+                )
+            self.plot = gr.Plot(show_label=False, buttons=[], elem_id="curves")
             gr.Markdown("#### The same prompt, continued by successive checkpoints of a run")
             with gr.Row():
-                self.learner = gr.Dropdown([], label="Run", min_width=160, elem_id="learner")
+                self.learner = gr.Dropdown([], label="Run", min_width=240, elem_id="learner")
                 label = f"Checkpoints (up to {MOST_COMPARED})"
-                self.steps = gr.Dropdown([], value=[], multiselect=True, label=label, scale=2, elem_id="steps")
+                self.steps = gr.Dropdown(
+                    [], value=[], multiselect=True, label=label, scale=2, min_width=240, elem_id="steps"
+                )
             self.prompt = gr.Textbox("Fellow citizens, ", label="Prompt", lines=2, elem_id="learned")
             with gr.Row():
                 self.compare = gr.Button("Continue with each", variant="primary", scale=4, elem_id="compare")
-                self.stop = gr.Button("Stop", scale=1, min_width=90)
+                self.stop = gr.Button("Stop", scale=1, min_width=90, elem_id="stop-comparing")
+            self.note = note("runs-note")
             self.cards = gr.HTML(elem_id="cards", padding=False)
+        self.writer = gr.State("")
 
-    def wire(self, page: gr.Blocks, sampling: list[Any], status: gr.HTML, others: list[gr.Tab]) -> None:
+    def wire(self, page: gr.Blocks, sampling: list[Any], others: list[gr.Tab]) -> None:
         """Looks at the runs when the page opens, and every two seconds while this tab is the one in front."""
         seen = gr.State(NOTHING_SEEN)
         chosen = [self.drawn, self.curve, self.learner, seen]
@@ -53,18 +59,24 @@ class RunsTab:
         self.tab.select(lambda: gr.Timer(active=True), outputs=timer, **LIGHT)
         gr.on([tab.select for tab in others], lambda: gr.Timer(active=False), outputs=timer, **LIGHT)
         comparing = self.compare.click(
-            refusing(self.on_compare),
+            writing(self.on_compare, lambda why, *_: (gr.skip(), gr.skip(), why, gr.skip())),
             [self.learner, self.steps, self.prompt, *sampling],
-            [self.cards, status],
+            [self.cards, self.status, self.note, self.writer],
             api_name="compare",
+            show_progress_on=self.note,
             **WRITING,
         )
-        self.stop.click(None, cancels=[comparing], queue=False)
+        self.stop.click(lambda: "", outputs=self.note, cancels=[comparing], **LIGHT)
 
     def on_compare(self, run: Any, steps: Any, prompt: Any, stop: Any, *values: Any):
-        """The cards as they grow, and the status line."""
+        """The cards as they grow."""
         for frame in self.answers.compare(run, steps, prompt, numbered(values), stop):
-            yield frame.shown, frame.status
+            if frame.waiting:
+                yield gr.skip(), gr.skip(), waiting(frame.waiting), gr.skip()
+            elif not frame.weights:  # the first checkpoints could not be read
+                yield frame.shown, gr.skip(), "", gr.skip()
+            else:
+                yield frame.shown, frame.status, "", frame.weights
 
     def look(self, drawn: Any, curve: Any, learner: Any, seen: dict[str, Any]):
         """The runs as they are now. A new run is drawn by itself, and new checkpoints are picked by themselves."""
@@ -99,10 +111,34 @@ def spread(steps: list[int], most: int) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
 
 
-def lines(curves: dict[str, list[Point]], runs: list[str]) -> gr.LinePlot:
-    """The curves laid over each other; a run keeps its colour whatever else is drawn."""
-    import pandas
-
-    points = [(step, value, name) for name, curve in curves.items() for step, value in thinned(curve)]
-    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(sorted(runs))}
-    return gr.LinePlot(pandas.DataFrame(points, columns=["step", "value", "run"]), color_map=colours)
+def lines(curves: dict[str, list[Point]], runs: list[str]) -> AltairPlotData:
+    """The curves laid over each other as a Vega-Lite chart; a run keeps its colour whatever else is drawn."""
+    points = [
+        {"step": step, "value": value, "run": name} for name, curve in curves.items() for step, value in thinned(curve)
+    ]
+    places = {name: place for place, name in enumerate(sorted(runs))}
+    colours = [COLOURS[places[name] % len(COLOURS)] for name in curves]
+    # The channel is the stroke: Gradio gives what has a colour its own. No "$schema": Gradio's LinePlot names a version
+    # that is not its Vega-Lite's, of which each look would leave a warning in the console.
+    encoding = {
+        "x": {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1}},
+        "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
+        "stroke": {
+            "field": "run",
+            "type": "nominal",
+            "scale": {"domain": list(curves), "range": colours},
+            "legend": {"orient": "bottom", "title": None, "columns": 2, "labelLimit": 150, "symbolType": "stroke"},
+        },
+    }
+    shown = [{"field": "run"}, {"field": "step", "format": ","}, {"field": "value", "format": ".4~g"}]
+    marks = [
+        {"mark": {"type": "line", "strokeWidth": 2}, "encoding": encoding},
+        {
+            "mark": {"type": "point", "size": 90, "strokeOpacity": 0, "fillOpacity": 0, "filled": True},
+            "encoding": encoding | {"tooltip": shown},
+        },
+    ]
+    chart = {"data": {"values": points}, "height": 280, "background": "transparent", "layer": marks}
+    chart["description"] = "curves of the runs"
+    chart["usermeta"] = {"embedOptions": {"actions": False, "renderer": "svg"}}
+    return AltairPlotData(plot=json.dumps(chart), chart="line")

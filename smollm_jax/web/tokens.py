@@ -8,11 +8,17 @@ from smollm_jax.engine import Piece, Token
 from smollm_jax.tokenizer import Tokenizer
 
 ALTERNATIVES = 6
-FINISHES = {"eos": "end of text", "stop": "stop string", "length": "token limit", "time": "stopped by the time limit"}
+FINISHES = {
+    "eos": "end of text",
+    "stop": "stop string",
+    "length": "token limit",
+    "time": "stopped by the time limit",
+    "context": "context full",
+}
 
 
 class TintedText:
-    """The HTML of a continuation, piece by piece; what `add` and `end` give, joined, is all of it.
+    """The HTML of a continuation, piece by piece; all that `add` gives and then `end`, joined, is the whole of it.
 
     Shown is the text of the pieces, so no part of a stop string and no half of a character; a span is the tokens
     that make up its characters, mostly one.
@@ -34,13 +40,17 @@ class TintedText:
                 break
             spans.append(span(text, self._waiting[:count]))
             self._waiting, self._text = self._waiting[count:], self._text[len(text) :]
-        return "".join(spans) + (self.end(piece.finish) if piece.finish else "")
+        return "".join(spans)
+
+    @property
+    def unshown(self) -> tuple[int, str]:
+        """How many of the last tokens are not shown yet, as half of a character is not, and their text."""
+        return len(self._waiting), self._text
 
     def end(self, finish: str) -> str:
-        """The HTML of what is left, and why the text ends."""
-        rest = span(self._text, self._waiting) if self._text else ""
-        self._text, self._waiting = "", []
-        return f'{rest}<span class="finish" title="{FINISHES[finish]}"></span>'
+        """The HTML of what is not shown yet, and why the text ends."""
+        last = span(self._text, self._waiting) if self._text else ""
+        return f'{last}<span class="finish" title="{FINISHES[finish]}"></span>'
 
     def _first_group(self) -> tuple[int, str]:
         """The fewest tokens that are whole characters, and these; at most 4, as bytes in a character."""
