@@ -149,7 +149,8 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     gc.enable()
     sys.setswitchinterval(5e-3)
     # Not stopped by a first signal: exit 75 promises a checkpoint.
-    tokens = data.prepare(start.source, tokenizer.path, Path("data"), None, tokenizer)
+    reading = {"on_bad_text": flags.on_bad_text, "special_tokens": flags.special_tokens}
+    tokens = data.prepare(start.source, tokenizer.path, Path("data"), None, tokenizer, **reading)
     batches = data.Batches(tokens, recipe)
     held_out = np.concatenate([batch[:, 1:].ravel() for batch in batches.validation(cadence.eval_batches)])
     bytes_per_token = tokenizer.byte_count(held_out.tolist()) / held_out.size

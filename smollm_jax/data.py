@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from smollm_jax.bad_text import Policy
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.order import Turns, shuffled
+from smollm_jax.plan import Settings
 from smollm_jax.prepare import prepared
 from smollm_jax.recipe import Recipe
 from smollm_jax.stop import Stop
@@ -75,22 +77,30 @@ def prepare(
     cache: Path,
     stop: Stop | None = None,
     tokenizer: Tokenizer | None = None,
+    *,
+    on_bad_text: Policy = "stop",
+    special_tokens: bool = False,
 ) -> Mixture:
     """The data that sources name, each PATH or PATH:WEIGHT; without weights, one source of all of them.
 
     A path is a prepared set or token file, or a source of text as `scripts/prepare_data.py` takes it, which is
-    prepared once and kept under `cache`, by the hash of its content and of the tokenizer.
+    prepared once and kept under `cache`, by the hash of its content and of the tokenizer. The last two are how text is
+    read; raises `UsageError` for a set that was prepared without the special tokens that are asked for.
     """
     named = [_weighted(str(s)) for s in ([sources] if isinstance(sources, (str, Path)) else sources)]
     weights = [weight for _, weight in named if weight is not None]
     if not named or (weights and len(weights) != len(named)):
         raise UsageError("data: give a weight to every source or to none: PATH:WEIGHT")
     tokenizer = tokenizer or Tokenizer.load(tokenizer_folder)
+    settings = Settings(tokenizer_folder, on_bad_text=on_bad_text, special_tokens=special_tokens)
     sets = []
     for path, _ in named:
         path = path.parent if path.name == "tokens.bin" else path
         whole = any((path / name).is_file() for name in (MANIFEST, "tokens.json"))
-        sets.append(TokenSet.open(path if whole else prepared(path, tokenizer_folder, cache, stop, tokenizer)))
+        sets.append(TokenSet.open(path if whole else prepared(path, settings, cache, stop, tokenizer)))
+        if special_tokens and not sets[-1].special_tokens:
+            again = "leave --special-tokens out, or prepare it again with it"
+            raise UsageError(f"{path}: was prepared without --special-tokens: {again}")
         for file in sets[-1].files:
             file.check(tokenizer, tokenizer_folder, tokenizer.sha256)
     if not weights:

@@ -3,6 +3,7 @@
 Every token file depends on the plan alone: not on how many processes worked, nor on how often they were killed.
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -28,9 +29,10 @@ from smollm_jax.files import read_json
 from smollm_jax.formats import replacing
 from smollm_jax.lock import FILE as LOCK
 from smollm_jax.lock import RunLock
-from smollm_jax.plan import Plan, Settings, make_plan
+from smollm_jax.plan import DEFAULTS, Plan, Settings, make_plan
 from smollm_jax.prepare_worker import Job, Unit, prepare_unit
 from smollm_jax.stop import SIGNALS, Stop
+from smollm_jax.text_counts import sentences
 from smollm_jax.token_file import MANIFEST, MAX_MANIFEST, write_manifest
 from smollm_jax.tokenizer import Tokenizer
 
@@ -39,13 +41,13 @@ THREADS = 4  # of the tokenizer in a process: they share its vocabulary, which t
 REPORT_SECONDS = 10  # between two lines where the output is no terminal
 
 
-def prepared(source: Path, tokenizer_folder: Path, cache: Path, stop: Stop | None, tokenizer: Tokenizer) -> Path:
+def prepared(source: Path, settings: Settings, cache: Path, stop: Stop | None, tokenizer: Tokenizer) -> Path:
     """The folder under `cache` of a source's tokens, made if it is not there, named by the content it was made from.
 
-    Several processes may ask for it at once: one makes it.
+    Several processes may ask for it at once: one makes it. Says what was left out of the source.
     """
-    settings = Settings(tokenizer_folder)
     plan = make_plan([source], settings, by_content=True, tokenizer=tokenizer)
+    print(*plan.notes, sep="\n", end="\n" * bool(plan.notes), flush=True)
     digest = hashlib.sha256(json.dumps(plan.content(), sort_keys=True).encode()).hexdigest()
     target = cache / f"{re.sub('[^A-Za-z0-9._-]', '_', source.stem)}-{digest[:12]}"
     while not (target / MANIFEST).is_file():
@@ -61,7 +63,15 @@ def prepared(source: Path, tokenizer_folder: Path, cache: Path, stop: Stop | Non
             time.sleep(0.2)
             if stop:
                 raise stop.error(f"{target} is not prepared yet") from None
+    for line in report_of(target):
+        print(line, flush=True)
     return target
+
+
+def report_of(folder: Path) -> list[str]:
+    """What a user is to know of how a data set was made, a line each: what was left out, replaced, or is suspicious."""
+    content = read_json(folder / MANIFEST, MAX_MANIFEST)
+    return [f"{folder}: {sentence}" for sentence in sentences(content.get("counts", {}))]
 
 
 def prepare_set(folder: Path, plan: Plan, settings: Settings, workers: int = 0, stop: Stop | None = None) -> None:
@@ -77,7 +87,7 @@ def prepare_set(folder: Path, plan: Plan, settings: Settings, workers: int = 0, 
     about = plan.about
     job = Job(
         str(folder), str(settings.tokenizer), about["tokenizer_sha256"], about["text_column"], about["shard_tokens"],
-        about["cut"],
+        about["cut"], settings.on_bad_text, settings.special_tokens,
     )  # fmt: skip
     found = _written(folder)
     units = [dataclasses.replace(unit, **found.get(unit.number, ({}, False))[0]) for unit in plan.units]
@@ -88,16 +98,30 @@ def prepare_set(folder: Path, plan: Plan, settings: Settings, workers: int = 0, 
     with _Progress(folder, size, size - todo) as progress:
         stop = Stop() if stop is None else stop
         if workers > 1:
-            _work(left, job, workers, progress, stop)
+            counts = _work(left, job, workers, progress, stop)
         else:
-            _work_here(left, job, plan.tokenizer, progress, stop)
+            counts = _work_here(left, job, plan.tokenizer, progress, stop)
     found = _written(folder)
     names = [
         unit.file_name(i) for unit in plan.units for i in range(found.get(unit.number, ({"files": 0},))[0]["files"])
     ]
+    counts += _counts_before(folder, {unit.number for unit in plan.units} - {unit.number for unit in left}, found)
     if not names:
-        raise InputFileError(f"{plan.sources}: holds no text")
-    write_manifest(folder, names, about | {"sources": plan.files})
+        why = f": all its documents were left out, {skipped:,}" if (skipped := counts["documents_skipped"]) else ""
+        raise InputFileError(f"{plan.sources}: holds no text{why}")
+    kept = {"counts": dict(sorted(counts.items()))} if counts else {}
+    write_manifest(folder, names, about | kept | {"sources": plan.files})
+
+
+def _counts_before(
+    folder: Path, units: set[int], written: dict[int, tuple[dict[str, int], bool]]
+) -> collections.Counter[str]:
+    """What earlier starts counted of units they ended: the last token file of each has it. One without files is new."""
+    counts: collections.Counter[str] = collections.Counter()
+    for number in units:
+        last = folder / Unit(number, [], []).file_name(written[number][0]["files"] - 1)
+        counts.update(read_json(last / "tokens.json").get("counts", {}))
+    return counts
 
 
 def _begin(folder: Path, plan: Plan) -> None:
@@ -112,9 +136,10 @@ def _begin(folder: Path, plan: Plan) -> None:
     then = read_json(path, MAX_MANIFEST)
     if not isinstance(then, dict) or type(then.get("files")) is not dict:
         raise InputFileError(f"{path}: is not the plan of a data set")
-    for name in plan.about:
-        if then.get(name) != now[name]:
-            change = f"{name} {shown(then.get(name))}, not {shown(now[name])}"
+    for name in dict.fromkeys([*plan.about, *DEFAULTS]):
+        before, wanted = (content.get(name, DEFAULTS.get(name)) for content in (then, now))
+        if before != wanted:
+            change = f"{name} {shown(before)}, not {shown(wanted)}"
             raise UsageError(f"{folder}: was begun with {change}: name another --out")
     files = then["files"]
     for name in [*files, *now["files"]]:
@@ -140,20 +165,28 @@ def _written(folder: Path) -> dict[int, tuple[dict[str, int], bool]]:
     return found
 
 
-def _work_here(units: list[Unit], job: Job, tokenizer: Tokenizer, progress: "_Progress", stop: Stop) -> None:
-    """All units, by this process and as many threads as the tokenizer takes."""
+def _work_here(
+    units: list[Unit], job: Job, tokenizer: Tokenizer, progress: "_Progress", stop: Stop
+) -> collections.Counter[str]:
+    """All units, by this process and as many threads as the tokenizer takes; returns what they counted."""
 
     def tell(size: float, tokens: int) -> None:
         progress.add(size, tokens)
         if stop:
             raise stop.error(f"{job.folder}: what was finished is kept; the same command goes on")
 
+    counts: collections.Counter[str] = collections.Counter()
     for unit in units:
-        prepare_unit(unit, job, tokenizer, tell)
+        counts.update(prepare_unit(unit, job, tokenizer, tell))
+    return counts
 
 
-def _work(units: list[Unit], job: Job, workers: int, progress: "_Progress", stop: Stop) -> None:
-    """All units, by processes that are killed when one fails or a signal comes: what they finished is whole."""
+def _work(units: list[Unit], job: Job, workers: int, progress: "_Progress", stop: Stop) -> collections.Counter[str]:
+    """All units, by processes that are killed when one fails or a signal comes: what they finished is whole.
+
+    Returns what the units counted.
+    """
+    counts: collections.Counter[str] = collections.Counter()
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])),
@@ -185,7 +218,9 @@ def _work(units: list[Unit], job: Job, workers: int, progress: "_Progress", stop
                 kind, message = answer["error"]
                 raise getattr(errors, kind)(message)
             left -= "done" in answer
+            counts.update(answer.get("counts", {}))
             progress.add(answer.get("bytes", 0), answer.get("tokens", 0))
+        return counts
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for process in processes:

@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from smollm_jax.errors import InputFileError, SmolLMError
+from smollm_jax.bad_text import BadText, Policy
+from smollm_jax.errors import SmolLMError
 from smollm_jax.text import Part, Passage, passages
+from smollm_jax.text_counts import SpecialTokens, counts_of
 from smollm_jax.token_file import write_token_file
 from smollm_jax.tokenizer import Tokenizer
 
@@ -39,6 +41,8 @@ class Job:
     text_column: str
     shard_tokens: int
     cut: bool  # whether a long plain text may be encoded in pieces
+    on_bad_text: Policy
+    special_tokens: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +93,9 @@ class _Writer:
             self._documents.append(np.concatenate(self._pieces))
             self._pieces, self._lengths = [], [self._lengths[0] + self._lengths[1], 0]
 
-    def end(self) -> None:
-        """Writes what is left, which is whole documents or a piece of one."""
+    def end(self, counts: dict[str, int]) -> None:
+        """Writes what is left, which is whole documents or a piece of one, and with it what was counted, if not 0."""
+        self._about |= {"counts": counts} if counts else {}
         if self._pieces:  # the document goes on in another unit, which is why this one holds nothing else
             self._documents.append(np.concatenate(self._pieces))
         if self._documents:
@@ -103,34 +108,38 @@ class _Writer:
         self._files += 1
 
 
-def prepare_unit(unit: Unit, job: Job, tokenizer: Tokenizer, tell: Tell) -> None:
-    """Writes a unit's token files, but for those that are written."""
+def prepare_unit(unit: Unit, job: Job, tokenizer: Tokenizer, tell: Tell) -> dict[str, int]:
+    """Writes a unit's token files, but for those that are written, and returns what it counted."""
     eos = tokenizer.eos_token_id
     assert eos is not None
+    bad, special = BadText(job.on_bad_text, tokenizer.unencodable), SpecialTokens(tokenizer)
     writer, before = _Writer(unit, job, eos), 0.0
-    for position, passage, encoding in _encoded(unit, job, tokenizer):
+    for position, passage, encoding in _encoded(unit, job, tokenizer, bad, special):
         ids = encoding.ids
-        if passage.ends:
+        if passage.ends and not (job.special_tokens and ids[-1] == eos):  # which the text may say itself
             ids.append(eos)
         writer.add(np.array(ids, np.uint16), passage.ends)
         tell(position - before, len(ids))
         before = position
-    writer.end()
+    writer.end(counts := counts_of(bad, special))
     tell(sum(unit.sizes) - before, 0)
+    return counts
 
 
-def _encoded(unit: Unit, job: Job, tokenizer: Tokenizer) -> Iterator[tuple[float, Passage, Any]]:
+def _encoded(
+    unit: Unit, job: Job, tokenizer: Tokenizer, bad: BadText, special: SpecialTokens
+) -> Iterator[tuple[float, Passage, Any]]:
     """Every passage that is not written yet, how many bytes of the source are read by then, and its encoding.
 
     The tokenizer has two batches, so that its threads need not wait for the longest passage of one of them, while
     this thread reads the next and its caller works on the one before.
     """
-    tokenizer.core.encode_special_tokens = True  # one that is typed in a text is plain text
+    tokenizer.core.encode_special_tokens = not job.special_tokens
     encode = functools.partial(tokenizer.core.encode_batch_fast, add_special_tokens=False)
-    found = itertools.islice(_passages(unit, job), unit.passages, None)
+    found = itertools.islice(_passages(unit, job, bad, special), unit.passages, None)
     under_way: collections.deque[tuple[list[tuple[float, Passage]], Future[Any]]] = collections.deque()
     with ThreadPoolExecutor(2) as pool:
-        while (batch := _next(found, tokenizer)) or under_way:
+        while (batch := _next(found)) or under_way:
             if batch:
                 under_way.append((batch, pool.submit(encode, [passage.text for _, passage in batch])))
             if len(under_way) > 2 or not batch:
@@ -139,24 +148,27 @@ def _encoded(unit: Unit, job: Job, tokenizer: Tokenizer) -> Iterator[tuple[float
                     yield position, passage, encoding
 
 
-def _passages(unit: Unit, job: Job) -> Iterator[tuple[float, Passage]]:
-    """All passages with text in them, and how many bytes of the unit's source are read by then."""
+def _passages(unit: Unit, job: Job, bad: BadText, special: SpecialTokens) -> Iterator[tuple[float, Passage]]:
+    """All passages with text in them, and how many bytes of the unit's source are read by then.
+
+    Those that are written are read again, so that what is counted of a unit does not depend on where it was stopped.
+    """
     read = 0
     for (file, start, stop), size in zip(unit.parts, unit.sizes, strict=True):
-        for passage in passages(Part(Path(file), start, stop), job.text_column, cut=job.cut):
+        for passage in passages(Part(Path(file), start, stop), job.text_column, cut=job.cut, bad=bad):
             if passage.text:
+                if not job.special_tokens:
+                    special.see(passage.text, passage.ends)
                 yield read + passage.position * size, passage
         read += size
 
 
-def _next(found: Iterator[tuple[float, Passage]], tokenizer: Tokenizer) -> list[tuple[float, Passage]]:
-    """The passages of the next batch; raises `InputFileError` for one that has no tokens."""
+def _next(found: Iterator[tuple[float, Passage]]) -> list[tuple[float, Passage]]:
+    """The passages of the next batch."""
     batch, characters = [], 0
-    for one in itertools.islice(found, AT_ONCE[0]):
-        if reason := tokenizer.unencodable(one[1].text):
-            raise InputFileError(f"{one[1].where} cannot be encoded: {reason}")
-        batch.append(one)
-        characters += len(one[1].text)
+    for position, passage in itertools.islice(found, AT_ONCE[0]):
+        batch.append((position, passage))
+        characters += len(passage.text)
         if characters >= AT_ONCE[1]:
             break
     return batch
@@ -185,8 +197,9 @@ def main() -> None:
     try:
         tokenizer = Tokenizer.load(job.tokenizer)
         for line in sys.stdin:
-            prepare_unit(Unit(**json.loads(line)), job, tokenizer, tell)
-            say(done=True, bytes=told["bytes"], tokens=told["tokens"])
+            unit = Unit(**json.loads(line))
+            counts = prepare_unit(unit, job, tokenizer, tell)
+            say(done=unit.number, counts=counts, bytes=told["bytes"], tokens=told["tokens"])
             told.update(bytes=0.0, tokens=0)
     except SmolLMError as error:
         say(error=[type(error).__name__, str(error)])

@@ -1,84 +1,36 @@
-"""Text out of files: plain, JSONL, either of them compressed, and Parquet. Read a block of lines or a page at a time.
+"""Text out of files: documents, or pieces of long ones. Read a block of lines, a value or a page at a time.
 
-What is no UTF-8 text is refused by line, byte or row. Memory is bounded by `MAX_LINE`, whatever a file holds.
+What a file is, is decided by `text_kinds`, which files a folder means by `text_sources`, what becomes of a text without
+tokens by `bad_text`. Memory is bounded by `MAX_LINE`, whatever a file holds.
 """
 
-import glob
-import gzip
-import io
+import codecs
 import re
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
-from smollm_jax.config import shown
+from smollm_jax import text_tables
+from smollm_jax.bad_text import BadText, BadTextError
 from smollm_jax.errors import InputFileError
-from smollm_jax.files import need, one_line, parse_json, refuse_marks
+from smollm_jax.files import parse_json, refuse_marks
+from smollm_jax.text_kinds import ARROW, CSV, JSON, JSON_LINES, PARQUET, TSV, Kind, Part, Passage, kind_of
+from smollm_jax.text_packing import opened
+from smollm_jax.text_sources import text_files as text_files
 
-TEXT_SUFFIXES = (".txt", ".text", ".md")
-PACKED = (".gz", ".zst")
-SUFFIXES = tuple(f"{suffix}{packed}" for suffix in (*TEXT_SUFFIXES, ".jsonl") for packed in ("", *PACKED))
 MAX_LINE = 16 << 20  # bytes; a whole book has 1 MB
 PIECE = 1 << 16  # characters of a long text that are encoded at once, and bytes that are read at once
 # Where SmolLM2's pre-tokenizer (Digits, then GPT-2's pattern) ends a word whatever lies around: before or, a newline,
 # after one space between two characters that are none. A run of spaces would be split differently at a text's end.
 CUT = re.compile(r"(?<=\S)[ \n\t](?=\S)")
+DELIMITERS = {CSV: ",", TSV: "\t"}
+BINARY = 0.3, 16  # the share and number of a file's first bytes that are no text, where replacing them makes none
 
 
-class Passage(NamedTuple):
-    """A document or, of a long text, a piece of one."""
-
-    text: str
-    ends: bool  # the document does
-    where: str  # it stands, for an error
-    position: float  # how much of its file is read, 0 to 1
-
-
-class Part(NamedTuple):
-    """What of a file is read: bytes of a plain one, row groups of Parquet, else all of it."""
-
-    file: Path
-    start: int
-    stop: int
-
-
-def text_files(source: Path) -> list[Path]:
-    """The files a source consists of, in order: a file, a folder or a glob; `InputFileError` when there are none."""
-    if source.is_file():
-        return [source]
-    if source.is_dir():
-        named = [file for file in sorted(source.rglob("*")) if file.name.lower().endswith((*SUFFIXES, ".parquet"))]
-        found = [file for file in named if file.is_file()]  # no pipe, which would be waited for
-        if not found:
-            kinds = f"{', '.join(TEXT_SUFFIXES)}, .jsonl (.gz, .zst) or .parquet"
-            raise InputFileError(f"{source}: holds no file that ends in {kinds}")
-        return found
-    if re.search(r"[*?\[]", str(source)) and (matches := sorted(glob.glob(str(source), recursive=True))):
-        return [file for match in matches for file in text_files(Path(match))]
-    raise InputFileError(f"{source}: no such file or folder")
-
-
-def is_packed(file: Path) -> bool:
-    """Whether a file is compressed as a whole, so that it can only be read from its start."""
-    return file.name.lower().endswith(PACKED)
-
-
-def is_jsonl(file: Path) -> bool:
-    """Whether a file holds JSON lines."""
-    return file.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
-
-
-def is_parquet(file: Path) -> bool:
-    """Whether a file is Parquet."""
-    return file.name.lower().endswith(".parquet")
-
-
-def documents(file: Path, column: str = "text") -> Iterator[str]:
-    """The documents of one file: its whole text, or the text of each line of JSONL or row of Parquet."""
+def documents(file: Path, column: str = "text", bad: BadText | None = None) -> Iterator[str]:
+    """The documents of one file: its whole text, or the text of each line, row or object."""
     pieces: list[str] = []
-    for passage in passages(whole(file), column, cut=False):
+    for passage in passages(whole(file), column, cut=False, bad=bad):
         pieces.append(passage.text)
         if passage.ends:
             yield "".join(pieces)
@@ -87,53 +39,123 @@ def documents(file: Path, column: str = "text") -> Iterator[str]:
 
 def whole(file: Path) -> Part:
     """All of a file."""
-    return Part(file, 0, parquet(file).num_row_groups if is_parquet(file) else file.stat().st_size)
+    is_parquet = kind_of(file).form == PARQUET
+    return Part(file, 0, text_tables.parquet(file).num_row_groups if is_parquet else file.stat().st_size)
 
 
-def passages(part: Part, column: str = "text", *, cut: bool = True) -> Iterator[Passage]:
+def passages(part: Part, column: str = "text", *, cut: bool = True, bad: BadText | None = None) -> Iterator[Passage]:
     """What a part of a file says, a document at a time; a long plain text in pieces if they may be `cut`.
 
-    Line ends of plain text become a newline, as in Python's own reading of text.
+    Line ends of plain text become a newline, as in Python's own reading of text. `bad` counts what it leaves out: of a
+    plain text, all of the part.
     """
-    if is_parquet(part.file):
-        return _rows(part, column)
-    return _json_lines(part, column) if is_jsonl(part.file) else _plain(part, cut)
+    kind, bad = kind_of(part.file), bad or BadText()
+    file = part.file
+    if kind.form == PARQUET:
+        return text_tables.parquet_rows(part, column, bad)
+    if kind.form == ARROW:
+        return text_tables.arrow_rows(file, column, bad)
+    if kind.form == JSON:
+        return text_tables.json_documents(_chunks(part, kind, bad), file, column, bad, MAX_LINE)
+    if kind.form in DELIMITERS:
+        delimiter = DELIMITERS[kind.form]
+        return text_tables.csv_rows(_lines(part, kind, bad), file, delimiter, column, bad, MAX_LINE)
+    if kind.form == JSON_LINES:
+        return _json_lines(part, kind, column, bad)
+    return _plain_or_none(part, kind, cut, bad) if bad.policy == "skip" else _plain(part, kind, cut, bad)
 
 
-def _plain(part: Part, cut: bool) -> Iterator[Passage]:
+def _plain_or_none(part: Part, kind: Kind, cut: bool, bad: BadText) -> Iterator[Passage]:
+    """A plain text if all of it can be encoded: it is read twice, for its beginning is used before its end is known."""
+    try:
+        for _ in _plain(part, kind, cut, BadText("stop", bad.unencodable)):
+            pass
+    except BadTextError:
+        bad.skipped += 1
+        return
+    yield from _plain(part, kind, cut, bad)
+
+
+def _plain(part: Part, kind: Kind, cut: bool, bad: BadText) -> Iterator[Passage]:
     where, ends = f"{part.file}: document 1", part.stop == part.file.stat().st_size
     texts: list[str] = []
     length, limit = 0, PIECE
-    for block in _blocks(part):
-        texts.append(_decoded(part, block).replace("\r\n", "\n").replace("\r", "\n"))
+    for block in _blocks(part, kind):
+        if bad.policy == "replace" and not part.start and not block.place:
+            _refuse_binary(block.content[:4096], part.file)
+        texts.append(_decoded(part, block, bad).replace("\r\n", "\n").replace("\r", "\n"))
         length += len(texts[-1])
         if not cut or length < limit:
             continue
         text = "".join(texts)
         places = [m.start() for m in CUT.finditer(text, len(text) - 4096)] or [m.start() for m in CUT.finditer(text)]
         if places:
-            yield Passage(text[: places[-1]], False, where, block.position)
+            if piece := bad.checked(text[: places[-1]], where):
+                yield Passage(piece, False, where, block.position)
             where = f"{part.file}: document 1, {block.position:.0%} into it"
             texts, length, limit = [text[places[-1] :]], len(text) - places[-1], PIECE
         elif length > MAX_LINE:
             raise InputFileError(f"{part.file}: no lone space between two words in {MAX_LINE:,} bytes: this is no text")
         else:
             limit = 2 * length
-    if text := "".join(texts):
+    if text := bad.checked("".join(texts), where):
         yield Passage(text, ends, where, 1.0)
 
 
-def _json_lines(part: Part, column: str) -> Iterator[Passage]:
-    for block in _blocks(part):
+def _refuse_binary(head: bytes, file: Path) -> None:
+    """Raises `InputFileError` when too many of a file's first bytes are control characters or no UTF-8."""
+    text = head.decode(errors="ignore")
+    strange = len(head) - len(text.encode()) + sum(c < " " and c not in "\t\n\r\f\b\x1b" for c in text)
+    if strange > max(BINARY[0] * len(head), BINARY[1]):
+        reason = f"{strange} of its first {len(head)} bytes are no UTF-8 text"
+        raise InputFileError(f"{file}: looks like binary data or another encoding: {reason}")
+
+
+def _json_lines(part: Part, kind: Kind, column: str, bad: BadText) -> Iterator[Passage]:
+    for block in _blocks(part, kind):
         for line in block.lines():
-            if not (text := _decoded(part, line)).strip():
+            text = bad.decoded(line.content, part.file, line.place)
+            if not text.strip():
                 continue
             where = line.where(part)
-            value = parse_json(text, where)
-            if not isinstance(value, dict) or type(value.get(column)) is not str:
-                raise InputFileError(f"{where} is no JSON object with a {column!r} that is a string")
-            _refuse_nul(value[column], f"{where}: {column!r}")
-            yield Passage(value[column], True, where, line.position)
+            if "\0" in text and (text := bad.checked(text, where)) is None:
+                continue
+            value = text_tables.text_of(parse_json(text, where), column, where)
+            if (value := bad.checked(value, where, f": {column!r}")) is not None:
+                yield Passage(value, True, where, line.position)
+
+
+def _lines(part: Part, kind: Kind, bad: BadText) -> text_tables.Lines:
+    """The lines of a table, with their ends; a byte order mark, which spreadsheets write, is left out."""
+    for block in _blocks(part, kind):
+        text = bad.decoded(block.content, part.file, block.place)
+        lines = text.split("\n")
+        for line in lines[:-1]:
+            yield f"{line}\n", block.position
+        if lines[-1]:
+            yield lines[-1], block.position
+
+
+def _chunks(part: Part, kind: Kind, bad: BadText) -> text_tables.Lines:
+    """The text of a file, `PIECE` bytes at a time, wherever its lines end."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if bad.policy != "stop" else "strict")
+    place = 0
+
+    def decoded(content: bytes) -> str:
+        before, _ = decoder.getstate()
+        try:
+            return decoder.decode(content, final=not content)
+        except UnicodeDecodeError as error:
+            byte = place - len(content) - len(before) + error.start
+            raise bad.error(f"{part.file}: byte {byte} is not UTF-8") from error
+
+    with opened(part.file, kind.packing) as (stream, raw):
+        refuse_marks(stream.peek(4096)[:4096], part.file)
+        while content := stream.read(PIECE):
+            place += len(content)
+            done = raw.tell() if kind.packing else place
+            yield decoded(content), min(1.0, done / part.stop)
+        yield decoded(b""), 1.0
 
 
 class _Block(NamedTuple):
@@ -157,28 +179,28 @@ class _Block(NamedTuple):
         return f"{part.file}: {line}"
 
 
-def _decoded(part: Part, block: _Block) -> str:
-    """The text of a block; raises `InputFileError` naming the byte that is not UTF-8 or the line with a NUL."""
-    try:
-        text = block.content.decode()
-    except UnicodeDecodeError as error:
-        raise InputFileError(f"{part.file}: byte {block.place + error.start} is not UTF-8") from error
-    if "\0" in text:
+def _decoded(part: Part, block: _Block, bad: BadText) -> str:
+    """The text of a block; where bad text stops the reading, `BadTextError` names the byte, or the line with a NUL."""
+    text = bad.decoded(block.content, part.file, block.place)
+    if "\0" in text and bad.policy == "stop":
         for line in block.lines():
-            _refuse_nul(line.content.decode(), line.where(part))
+            bad.checked(line.content.decode(), line.where(part))
     return text
 
 
-def _blocks(part: Part) -> Iterator[_Block]:
+def _blocks(part: Part, kind: Kind) -> Iterator[_Block]:
     """A part of a file, `PIECE` bytes and the rest of their last line at a time.
 
-    Raises `InputFileError` for a byte order mark, UTF-16, and a line that is too long for a text.
+    Raises `InputFileError` for a byte order mark of anything but a table, UTF-16, and a line that is too long.
     """
-    file, packed = part.file, is_packed(part.file)
+    file, packed = part.file, bool(kind.packing)
     place, number = part.start, 1
-    with _opened(file) as (stream, raw):
+    with opened(file, kind.packing) as (stream, raw):
         if not part.start:
-            refuse_marks(stream.peek(4096)[:4096], file)
+            head = stream.peek(4096)[:4096]
+            if kind.form in DELIMITERS and head.startswith(codecs.BOM_UTF8):
+                place, head = len(stream.read(len(codecs.BOM_UTF8))), b""
+            refuse_marks(head, file)
         else:
             stream.seek(part.start)
         while packed or place < part.stop:
@@ -197,8 +219,8 @@ def _blocks(part: Part) -> Iterator[_Block]:
             place, number = place + len(content), number + content.count(b"\n")
 
 
-def border(file: Path, at: int) -> int:
-    """The first byte after `at - 1` where a plain file may be divided: a JSON line begins, or see `CUT`; or its end.
+def border(file: Path, kind: Kind, at: int) -> int:
+    """The first byte after `at - 1` where a file may be divided: a JSON line begins, or see `CUT`; or its end.
 
     A line that is too long, or no UTF-8, is left whole for its reader to refuse.
     """
@@ -208,7 +230,7 @@ def border(file: Path, at: int) -> int:
         line, before = raw.readline(MAX_LINE + 1), ""
         place = at - 1 + len(line)
         while len(line) <= MAX_LINE and place < size:
-            if is_jsonl(file):
+            if kind.form == JSON_LINES:
                 return place
             line = raw.readline(MAX_LINE + 1)
             try:
@@ -221,74 +243,3 @@ def border(file: Path, at: int) -> int:
                 return place + len(text[: match.start()].encode())
             place, before = place + len(line), text
     return size
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[tuple[io.BufferedReader, BinaryIO]]:
-    """A file's bytes, uncompressed, and the file as it lies on the disk."""
-    suffix = file.suffix.lower()
-    try:
-        with file.open("rb") as raw:
-            if suffix == ".gz":
-                yield io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20), raw  # pyright: ignore[reportArgumentType]
-            elif suffix == ".zst":
-                arrow = need("pyarrow", file, extra="data")
-                yield io.BufferedReader(arrow.CompressedInputStream(raw, "zstd"), 1 << 20), raw
-            else:
-                yield raw, raw
-    except (OSError, EOFError, zlib.error) as error:
-        doing = "decompressed" if suffix in PACKED else "read"
-        raise InputFileError(f"{file}: cannot be {doing}: {one_line(error)}") from error
-
-
-def _refuse_nul(text: str, where: str) -> None:
-    if (place := text.find("\0")) >= 0:
-        raise InputFileError(f"{where}: character {place} is NUL: this is no text")
-
-
-# ---------------------------------------------------------------------------------------------------- Parquet
-
-
-def parquet(file: Path) -> Any:
-    """An opened Parquet file, read a page at a time; raises `InputFileError` if it is none."""
-    reader = need("pyarrow.parquet", file, extra="data")
-    try:
-        return reader.ParquetFile(file, memory_map=False, buffer_size=1 << 20, pre_buffer=False)
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise InputFileError(f"{file}: not a readable Parquet file: {one_line(error)}") from error
-
-
-def text_column(opened: Any, file: Path, column: str) -> int:
-    """The number of the column of text; raises `InputFileError` naming the columns there are."""
-    names = opened.schema_arrow.names
-    if names.count(column) != 1:
-        raise InputFileError(f"{file}: has no column {column!r}, only {shown(names)}: --text-column names another")
-    kind = opened.schema_arrow.field(column).type
-    if str(kind) not in ("string", "large_string", "string_view"):
-        raise InputFileError(f"{file}: column {column!r} is of type {kind}, not a string")
-    leaves = [opened.schema.column(i).path for i in range(len(opened.schema))]
-    return leaves.index(column)
-
-
-def _rows(part: Part, column: str) -> Iterator[Passage]:
-    opened, file = parquet(part.file), part.file
-    text_column(opened, file, column)
-    metadata = opened.metadata
-    counts = [metadata.row_group(i).num_rows for i in range(part.stop)]
-    first, row = sum(counts[: part.start]), 0
-    rows = max(1, sum(counts[part.start :]))
-    groups = list(range(part.start, part.stop))
-    try:
-        for batch in opened.iter_batches(batch_size=64, row_groups=groups, columns=[column], use_threads=False):
-            for value in batch.column(0):
-                where, row = f"{file}: row {first + row + 1}", row + 1
-                if (text := value.as_py()) is None:
-                    raise InputFileError(f"{where}: {column!r} is null")
-                _refuse_nul(text, f"{where}: {column!r}")
-                yield Passage(text, True, where, row / rows)
-    except UnicodeDecodeError as error:
-        raise InputFileError(f"{file}: row {first + row}: {column!r} is not UTF-8") from error
-    except InputFileError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputFileError(f"{file}: not a readable Parquet file: {one_line(error)}") from error

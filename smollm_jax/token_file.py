@@ -93,15 +93,17 @@ class TokenSet:
     path: Path
     files: tuple[TokenFile, ...]
     verified: bool = True  # whether every byte was; see `VERIFIED`
+    special_tokens: bool = False  # whether those that were written in the text are in it
 
     @classmethod
     def open(cls, folder: Path) -> "TokenSet":
         """Opens a set, or a lone token file; raises `InputFileError` if it is not what its manifest says."""
-        manifest = folder / MANIFEST
+        manifest, special_tokens = folder / MANIFEST, False
         if not manifest.is_file():
             files = [TokenFile.open(folder)]
         else:
-            entries = _read(manifest, _MANIFEST, "the manifest of a data set")["files"]
+            content = _read(manifest, _MANIFEST, "the manifest of a data set")
+            entries, special_tokens = content["files"], content.get("special_tokens") is True
             files = [TokenFile.open(folder / _name(entry, manifest)) for entry in entries]
             if not files:
                 raise InputFileError(f"{manifest}: files must name at least one")
@@ -111,7 +113,7 @@ class TokenSet:
         verified = sum(2 * len(file.tokens) for file in files) < VERIFIED
         for file in files if verified else ():
             file.verify()
-        return cls(folder, tuple(files), verified)
+        return cls(folder, tuple(files), verified, special_tokens)
 
     @functools.cached_property
     def tokens(self) -> int:

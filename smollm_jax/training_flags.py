@@ -17,6 +17,10 @@ class TrainingFlags:
     data: tuple[str, ...] | None = None
     """Prepared data sets (prepare_data.py), or text as it takes it, which is prepared under data/. Several are read as
     one, or in the proportion of weights: --data data/web:0.6 data/code:0.4. Default: assets/sotu."""
+    on_bad_text: Literal["stop", "skip", "replace"] = "stop"
+    """Of --data that is text: what becomes of a document without tokens, as in prepare_data.py."""
+    special_tokens: bool = False
+    """Of --data that is text: a special token written in it, such as <|im_start|>, is one; give it again to resume."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json; default: --init-from's if it has one, else assets/tokenizer."""
     init_from: Path | None = None

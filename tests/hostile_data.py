@@ -1,7 +1,9 @@
 """Malformed compressed texts, Parquet files and data sets, as `hostile_texts.py` has malformed texts."""
 
+import bz2
 import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,11 @@ def packed(kind: str, pack: Callable[[bytes], bytes]) -> Cases:
     }
 
 
+def greedy() -> bytes:
+    """A few bytes of xz whose reader must set 1.5 GB aside."""
+    return lzma.compress(LINE, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 3 << 29, "mode": lzma.MODE_FAST}])
+
+
 def parquet(table: Any, spoil: Callable[[bytes], bytes] = bytes) -> Writer:
     def write(folder: Path) -> Path:
         pyarrow.parquet.write_table(table, folder / "x.parquet", compression="none", use_dictionary=False)
@@ -68,8 +75,14 @@ def strings(*values: bytes) -> Any:
 TABLE = pyarrow.table({"text": [f"text number {i}" for i in range(500)], "n": range(500)})
 NOT = r"x\.parquet: not a readable Parquet file"
 COMPRESSED: Cases = packed("jsonl.gz", gzip.compress) | packed("jsonl.zst", zst)
+COMPRESSED |= packed("jsonl.xz", lzma.compress) | packed("jsonl.bz2", bz2.compress)
 COMPRESSED |= {
     "jsonl.gz, a flipped byte": (text("x.jsonl.gz", flipped(gzip.compress(LINE * 99), 20)), "cannot be decompressed"),
+    "gz in gz": (text("x.jsonl.gz", gzip.compress(gzip.compress(LINE))), "is compressed twice: decompress it once"),
+    "a tar in gz": (text("x.tgz", gzip.compress(bytes(257) + b"ustar\0" + bytes(300))), "looks like a tar archive"),
+    "JSON lines in .txt.gz": (text("x.txt.gz", gzip.compress(LINE)), "holds JSON lines, no plain text"),
+    "Parquet in gz": (text("x.parquet.gz", gzip.compress(b"PAR1" + LINE)), "Parquet in gzip: decompress it first"),
+    "xz that wants 4 GB": (text("x.txt.xz", greedy()), "cannot be decompressed: Memory usage limit exceeded"),
     "jsonl.gz, another checksum": (text("x.jsonl.gz", flipped(gzip.compress(LINE * 99), -7)), "CRC"),
 }
 PARQUET: Cases = {
@@ -89,6 +102,39 @@ PARQUET: Cases = {
     "NUL": (parquet(pyarrow.table({"text": ["a", "b\0"]})), "row 2: 'text': character 1 is NUL"),
     "not UTF-8": (parquet(pyarrow.table({"text": strings(b"a", b"caf\xe9")})), "row 2: 'text' is not UTF-8"),
     "no rows": (parquet(TABLE.slice(0, 0)), "holds no text"),
+    "a dictionary of numbers": (
+        parquet(pyarrow.table({"text": pyarrow.array([1, 2]).dictionary_encode()})),
+        "column 'text' is of type (int64|dictionary.*), not a string",
+    ),
+    "records": (parquet(pyarrow.table({"text": [{"a": "b"}]})), "column 'text' is of type struct.*, not a string"),
+}
+
+
+def arrow(table: Any, spoil: Callable[[bytes], bytes] = bytes, stream: bool = True) -> Writer:
+    sink = pyarrow.BufferOutputStream()
+    with (pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file)(sink, table.schema) as writer:
+        writer.write_table(table)
+    return text("x.arrow", spoil(sink.getvalue().to_pybytes()))
+
+
+NO_ARROW = r"x\.arrow: not a readable Arrow file"
+OFFSETS = pyarrow.array(["some", "text"]).buffers()[1].to_pybytes()
+ARROW: Cases = {
+    "empty": (text("x.arrow", b""), "holds no text"),
+    "text": (text("x.arrow", LINE * 99), NO_ARROW),
+    "cut in half": (arrow(TABLE, lambda x: x[: len(x) // 2]), NO_ARROW),
+    "a file cut in half": (arrow(TABLE, lambda x: x[: len(x) // 2], stream=False), NO_ARROW),
+    "metadata of 2 GB": (arrow(TABLE, lambda x: x[:4] + b"\xff\xff\xff\x7f" + x[8:]), NO_ARROW),
+    "offsets far beyond the text": (
+        arrow(
+            pyarrow.table({"text": ["some", "text"]}),
+            lambda x: x.replace(OFFSETS, b"\0\0\0\0" + b"\xff\xff\xff\x7f" * 2),
+        ),
+        NO_ARROW,
+    ),
+    "not UTF-8": (arrow(pyarrow.table({"text": strings(b"a", b"caf\xe9")})), NO_ARROW),
+    "a null": (arrow(pyarrow.table({"text": ["a", None]})), "row 2: 'text' is null"),
+    "no such column": (arrow(TABLE.drop_columns("text"), stream=False), "has no column 'text', only"),
 }
 
 

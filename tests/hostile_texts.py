@@ -35,6 +35,11 @@ def sparse(name: str, size: int, fill: bytes = b"") -> Writer:
     return write
 
 
+def endless(name: str, begin: bytes, fill: bytes) -> Writer:
+    """A file that begins so and goes on with 40 MiB of the same."""
+    return lambda folder: (folder / name, (folder / name).write_bytes(begin + fill * (40 * MIB // len(fill))))[0]
+
+
 # ------------------------------------------------------------------------------------------------- config.json
 
 
@@ -201,6 +206,75 @@ TEXT: Cases = {
         text("x.jsonl", sparse("x.jsonl", LONG, fill=b" " * MIB)),
         "line 1 is longer than 16,777,216",
     ),
+}
+
+FRAMED = "looks like an HTML or XML page: extract its text"
+STRANGERS: Cases = {
+    "JSON lines called .txt": (text("x.txt", b'{"text": "a"}\n{"text": "b"}\n'), r"holds JSON lines.*ends in \.jsonl"),
+    "JSON lines called .md": (text("x.md", b'{"id": 1}\n'), "holds JSON lines"),
+    "an array called .txt": (text("x.txt", b'[\n {"text": "a"},\n {"text": "b"}\n]'), "holds JSON, no plain text"),
+    "strings called .txt": (text("x.txt", b'["a", "b"]'), "holds JSON, no plain text"),
+    "a page called .txt": (text("x.txt", b"\n<!doctype HTML>\n<html></html>"), FRAMED),
+    "a page": (text("x.html", b"<p>hello"), "is an HTML page by its name: extract its text"),
+    "XML called .text": (text("x.text", b'<?xml version="1.0"?><a/>'), FRAMED),
+    "a notebook": (text("x.ipynb", b'{"cells": []}'), "is a Jupyter notebook by its name"),
+    "a PDF called .txt": (text("x.txt", b"%PDF-1.7\n"), "looks like a PDF: extract its text"),
+    "a ZIP without a name": (text("x", b"PK\x03\x04" + bytes(30)), "looks like a ZIP archive"),
+    "a tar": (text("x", bytes(257) + b"ustar\0" + bytes(300)), "looks like a tar archive: unpack it"),
+    "a Git LFS pointer": (
+        text("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        "looks like a Git LFS pointer: fetch the file itself with `git lfs pull`",
+    ),
+    "a database": (text("x.db", b"SQLite format 3\0"), "looks like an SQLite database: convert it"),
+    "an array of NumPy": (text("x", b"\x93NUMPY\x01\0"), "looks like a NumPy array"),
+    "numbers": (text("x.bin", bytes(range(9))), r"is binary data by its name"),
+    "a photo called .md": (text("x.md", b"\xff\xd8\xff\xe0" + bytes(9)), "looks like an image"),
+    "AppleDouble": (text("._x.txt", b"\0\x05\x16\x07\0\x02"), "looks like macOS's AppleDouble"),
+}
+TABLES: Cases = {
+    "no header": (
+        text("x.csv", b"hello\nyou\n"),
+        r"has no column 'text', only \['hello'\]: --text-column names another",
+    ),
+    "semicolons": (text("x.csv", b"n;text\n1;a\n"), r"has no column 'text', only \['n;text'\]"),
+    "a column twice": (text("x.csv", b"text,text\na,b\n"), "has no column 'text', only"),
+    "a field too many": (text("x.tsv", b"text\tn\na\t1\t2\n"), "line 2 has 3 fields, the header 2"),
+    "a field too few": (text("x.csv", b"n,text\n1\n"), "line 2: 'text' is null"),
+    "a quote that does not end": (text("x.csv", b'text\nok\n"a\nb\n'), "the row that begins in line 3: unexpected end"),
+    "text behind a quote": (text("x.csv", b'text\n"a" b\n'), "the row that begins in line 2: ',' expected"),
+    "40 MB behind a quote": (
+        text("x.csv", endless("x.csv", b'text\n"', b"a" * 999 + b"\n")),
+        "the row that begins in line 2: field larger than field limit",
+    ),
+    "CSV, not UTF-8": (text("x.csv", b"text\nok\ncaf\xe9\n"), "byte 11 is not UTF-8"),
+    "CSV, NUL": (text("x.csv", b"text\na\0b\n"), "line 2: 'text': character 1 is NUL"),
+    "CSV, UTF-16": (text("x.csv", "text\na\n".encode("utf-16")), "looks like UTF-16"),
+    "CSV, empty": (text("x.csv", b""), "holds no text"),
+}
+JSON: Cases = {
+    "prose": (text("x.json", b"hello"), "object 1: not readable as JSON"),
+    "an array of numbers": (text("x.json", b"[1, 2]"), "element 1 is no JSON object with a 'text'"),
+    "an array of arrays": (text("x.json", b'[[{"text": "a"}]]'), "element 1 is no JSON object"),
+    "an object of others": (text("x.json", b'{"version": 1, "data": []}'), r"it has \['version', 'data'\]"),
+    "columns": (text("x.json", b'{"text": ["a", "b"]}'), r"a 'text' that is a string: it is \['a', 'b'\]"),
+    "conversations": (text("x.json", b'[{"messages": []}]'), "element 1 .* it is a conversation, .* rendered to text"),
+    "an array cut short": (text("x.json", b'[{"text": "a"}, {"te'), "element 2: not readable as JSON"),
+    "an array without its end": (text("x.json", b'[{"text": "a"}'), "element 1 of its array is followed by neither"),
+    "a comma too many": (text("x.json", b'[{"text": "a"},]'), "element 2: not readable as JSON"),
+    "more than an array": (text("x.json", b'[{"text": "a"}] [1]'), "goes on after its array"),
+    "text twice": (text("x.json", b'[{"text": "a", "text": "b"}]'), "element 1: key 'text' occurs twice"),
+    "null": (text("x.json", b'["a", {"text": null}]'), "element 2: 'text' is null"),
+    "not UTF-8": (text("x.json", b'[{"text": "caf\xe9"}]'), "byte 14 is not UTF-8"),
+    "nested too deeply": (text("x.json", b"[" * 100_000), "element 1: not readable as JSON: nested too deeply"),
+    "one string of 40 MB": (
+        text("x.json", endless("x.json", b'["', b"a")),
+        "element 1 is longer than 16,777,216 characters",
+    ),
+    "one list of 40 MB": (
+        text("x.json", endless("x.json", b'[{"text": "a"}, [', b'"' + b"a" * 997 + b'",')),
+        "element 2 is longer than",
+    ),
+    "a byte order mark": (text("x.json", b'\xef\xbb\xbf["a"]'), "begins with a byte order mark"),
 }
 
 # ---------------------------------------------------------------------------------------------------- pickles

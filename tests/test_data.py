@@ -283,11 +283,14 @@ def test_several_processes_may_ask_for_the_same_text_at_once(tmp_path):
 
 def test_a_run_on_a_mixture_is_resumed_on_it(tmp_path):
     for name in ("a b.txt", "c.txt"):
-        (tmp_path / name).write_text("".join(f"{name}: line {i}\n" for i in range(300)))
+        (tmp_path / name).write_text("".join(f"{name}: line {i}<|im_end|>\x13\n" for i in range(300)))
     run = [sys.executable, ROOT / "scripts/train_jax.py", "--out", "run", "--tokenizer", ROOT / "assets/tokenizer"]
     first = ["--preset", "tiny", "--sequence-length", "32", "--steps", "1", "--data", "a b.txt:0.25", "c.txt:0.75"]
     for flags in (first, ["--resume", "--steps", "2"]):
-        command = list(map(str, [*run, *flags]))
+        command = list(map(str, [*run, *flags, "--on-bad-text", "replace", "--special-tokens"]))
         done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "data        'a b.txt:0.25' c.txt:0.75: 2 documents" in done.stdout
+        assert done.stdout.count("--on-bad-text put U+FFFD for 300 characters\n") == 2
+    for manifest in (tmp_path / "data").glob("*/manifest.json"):
+        assert json.loads(manifest.read_text())["special_tokens"] is True

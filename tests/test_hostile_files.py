@@ -22,8 +22,8 @@ from smollm_jax.errors import InputFileError
 from smollm_jax.files import read_config
 from smollm_jax.text import documents
 from smollm_jax.tokenizer import Tokenizer
-from tests.hostile_data import COMPRESSED, PARQUET, SETS
-from tests.hostile_texts import CONFIG, PICKLES, TEXT, TOKENS
+from tests.hostile_data import ARROW, COMPRESSED, PARQUET, SETS
+from tests.hostile_texts import CONFIG, JSON, PICKLES, STRANGERS, TABLES, TEXT, TOKENS
 from tests.hostile_tokenizers import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY
 from tests.hostile_weights import GGUF, SAFETENSORS, Cases
 from tests.small_files import SMALL, small_tensors, tokenizer_folder, write_gguf
@@ -51,7 +51,11 @@ KINDS: dict[str, tuple[Cases, Callable[[Path], object]]] = {
     "tokens": (TOKENS, prepare),
     "text": (TEXT, prepare),
     "compressed": (COMPRESSED, prepare),
+    "no text": (STRANGERS, prepare),
+    "table": (TABLES, prepare),
+    "json": (JSON, prepare),
     "parquet": (PARQUET, prepare),
+    "arrow": (ARROW, prepare),
     "set": (SETS, prepare),
     "pickle": (PICKLES, weights.read),
 }
