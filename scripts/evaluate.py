@@ -14,7 +14,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +29,12 @@ class Flags:
     weights: tuple[Path, ...]
     """Weights of any kind, one or several."""
     data: Path
-    """Text file, folder of text, or .jsonl with a "text" field: each file or line is a document."""
+    """Text as prepare_data.py takes it: a file, folder or glob, with a field "text" where it has fields. Each plain
+    file, line, row or object is a document. Of a folder with splits the one to test on is read."""
+    on_bad_text: Literal["stop", "skip", "replace"] = "stop"
+    """What becomes of a document without tokens, as in prepare_data.py."""
+    special_tokens: bool = False
+    """Read a special token that is written in the text as one; its bytes still count as those of the text."""
     every_checkpoint: bool = False
     """Of a run folder take all checkpoints, not the newest."""
     length: int | None = None
@@ -61,10 +65,10 @@ def main(argv: list[str] | None = None) -> None:
     compilation_cache.enable()
     if flags.out and flags.out.exists() and not flags.out.is_dir():
         raise errors.UsageError(f"--out {flags.out}: is no folder")
-    rows = []
+    rows, printed = [], dict[str, None]()
     print(" | ".join(["weights", *(column.replace("_", " ") for column in COLUMNS)]))
     for path in paths:
-        row = measure(path, flags)
+        row = measure(path, flags, printed)
         rows.append(row)
         print(" | ".join([str(path), *(format(row[column], FORMS.get(column, ",")) for column in COLUMNS)]), flush=True)
     if flags.out:
@@ -82,8 +86,11 @@ def checkpoints_of(path: Path, every: bool) -> list[Path]:
     return [path / "checkpoints" / str(step) for step in steps]
 
 
-def measure(path: Path, flags: Flags) -> dict[str, Any]:
-    """What one set of weights makes of the text, as a row of the table."""
+def measure(path: Path, flags: Flags, printed: dict[str, None]) -> dict[str, Any]:
+    """What one set of weights makes of the text, as a row of the table.
+
+    Prints on stderr what of the text is left out, unless it was `printed` for weights before.
+    """
     import jax.numpy as jnp
     from rich.console import Console
     from rich.progress import Progress
@@ -95,7 +102,11 @@ def measure(path: Path, flags: Flags) -> dict[str, Any]:
     model, config = weights.load(path, jnp.dtype(flags.dtype))
     length = flags.length or min(2048, config.max_position_embeddings)
     stride = flags.stride or max(1, length // 2)
-    documents = list(encoded(flags.data, tokenizer, config))
+    documents, lines = encoded(flags, tokenizer, config)
+    for line in lines:
+        if line not in printed:
+            print(line, file=sys.stderr)
+    printed.update(dict.fromkeys(lines))
     total = sum(len(ids) - 1 for ids, _ in documents)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(str(path), total=total)
@@ -111,19 +122,26 @@ def measure(path: Path, flags: Flags) -> dict[str, Any]:
     return about | {"data": str(flags.data)} | sizes | numbers | {"tokens_per_second": found.tokens / seconds}
 
 
-def encoded(source: Path, tokenizer: "Tokenizer", config: "Config") -> Iterator[tuple[list[int], int]]:
-    """Each document's token ids behind the one that begins a text, and its bytes."""
-    from smollm_jax.text import documents, text_files
+def encoded(flags: Flags, tokenizer: "Tokenizer", config: "Config") -> tuple[list[tuple[list[int], int]], list[str]]:
+    """Each document's token ids behind the one that begins a text, and its bytes; and what is left out, a line each."""
+    from smollm_jax.bad_text import BadText
+    from smollm_jax.text import documents
+    from smollm_jax.text_counts import SpecialTokens, counts_of, sentences
+    from smollm_jax.text_sources import choose
 
     begin = config.bos_token_id if config.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise errors.UsageError("neither the config nor the tokenizer names a token that begins a text")
-    for file in text_files(source):
-        for number, text in enumerate(documents(file), 1):
-            if reason := tokenizer.unencodable(text):
-                raise errors.InputFileError(f"{file}: document {number} cannot be encoded: {reason}")
-            if text:
-                yield [begin, *tokenizer.encode(text)], len(text.encode())
+    bad, special = BadText(flags.on_bad_text, tokenizer.unencodable), SpecialTokens(tokenizer)
+    chosen, rows = choose(flags.data, splits=("test", "validation")), []
+    for file in chosen.files:
+        for text in filter(None, documents(file, bad=bad)):
+            if not flags.special_tokens:
+                special.see(text)
+            ids = tokenizer.encode(text, parse_special=flags.special_tokens)
+            rows.append(([begin, *ids], len(text.encode())))
+    counted = [f"{flags.data}: {sentence}" for sentence in sentences(counts_of(bad, special))]
+    return rows, chosen.notes + counted
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -84,6 +84,31 @@ def test_what_cannot_be_evaluated_is_refused(place, flags, error, named):
         evaluate.main(["--weights", str(place / "assets/tiny0"), *(flag.format(place=place) for flag in flags)])
 
 
+def test_bad_text_and_special_tokens_are_read_as_asked_and_said(place, tmp_path, capsys):
+    texts = ["Good text.", "1990\x131995", "<|im_start|>user\nhi<|im_end|>\n"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "data/train.jsonl").write_text('{"text": "not this"}\n')
+    tokenizer = Tokenizer.load(place / "runs/first")
+    for flags, special, read in (
+        (["--on-bad-text", "skip"], False, [texts[0], texts[2]]),
+        (["--on-bad-text", "replace", "--special-tokens"], True, [texts[0], "1990\ufffd1995", texts[2]]),
+    ):
+        given = ["--weights", str(place / "assets/tiny0"), "--data", str(tmp_path / "data"), "--length", "64"]
+        evaluate.main([*given, *flags, "--out", str(tmp_path / "q")])
+        (row,) = json.loads((tmp_path / "q/quality.json").read_text())
+        said = capsys.readouterr().err
+        assert "reads the test split (1 file), leaves out train (1 file)" in said
+        assert ("skipped 1 document" in said, "put U+FFFD for 1 character" in said) == (not special, special)
+        assert ("warning: a special token is written out in 1 document and" in said) == (not special)
+        tokens = sum(len(tokenizer.encode(text, parse_special=special)) for text in read)
+        assert (row["documents"], row["tokens"], row["bytes"]) == (
+            len(read),
+            tokens,
+            sum(len(t.encode()) for t in read),
+        )
+
+
 def test_a_run_without_a_checkpoint_is_refused(place, tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     given = ["--weights", str(tmp_path / "run"), "--data", str(place / "text.jsonl"), "--every-checkpoint"]
