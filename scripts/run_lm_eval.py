@@ -31,6 +31,9 @@ class Flags:
     """Questions of each task, the first ones; for a quick look only."""
     chat: bool = False
     """Ask as the user of a chat (Instruct weights)."""
+    on_bad_text: Literal["stop", "skip", "replace"] = "stop"
+    """What becomes of a character in a task's text that the vocabulary lacks: an error, left out as the harness's `hf`
+    does without a word, or replaced by U+FFFD."""
     seed: int = 0
     """Of tasks that sample."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -67,8 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     compilation_cache.enable()
     engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer)
     evaluate: Any = lm_eval.simple_evaluate  # decorated, so that no type checker knows its parameters
+    model = SmolLMHarness(engine, name=str(flags.weights), seed=flags.seed, on_bad_text=flags.on_bad_text)
     results = evaluate(
-        SmolLMHarness(engine, name=str(flags.weights), seed=flags.seed),
+        model,
         tasks=list(flags.tasks),
         num_fewshot=flags.num_fewshot,
         limit=flags.limit,
@@ -80,6 +84,10 @@ def main(argv: list[str] | None = None) -> None:
     if results is None:  # of a process that is not the first of several
         return
     print(make_table(results))
+    if model.bad_texts:
+        print(
+            f"note: texts with characters that the vocabulary lacks: {model.bad_texts:,}, {flags.on_bad_text} for each"
+        )
     if flags.out:
         flags.out.parent.mkdir(parents=True, exist_ok=True)
         flags.out.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")

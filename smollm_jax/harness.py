@@ -14,6 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from rich.progress import Progress, track
 
+from smollm_jax.bad_text import BadText, Policy
 from smollm_jax.config import shown
 from smollm_jax.engine import Engine
 from smollm_jax.errors import UsageError
@@ -25,11 +26,20 @@ NEW_TOKENS = 256  # where a task says nothing, as in `hf`
 
 
 class SmolLMHarness(TemplateLM):
-    """The harness's view of an engine. `seed`: of tasks that sample."""
+    """The harness's view of an engine. `seed`: of tasks that sample.
 
-    def __init__(self, engine: Engine, *, name: str = "", seed: int = 0, quiet: bool = False):
+    `on_bad_text`: what becomes of a character that the vocabulary has no bytes for. "stop" is an error; "skip" leaves
+    out those bytes, which is what `tokenizers` and so `hf` does without a word; "replace" puts U+FFFD. `bad_texts`
+    counts the texts that were changed so.
+    """
+
+    def __init__(
+        self, engine: Engine, *, name: str = "", seed: int = 0, quiet: bool = False, on_bad_text: Policy = "stop"
+    ):
         super().__init__()
         self.engine, self.name, self.seed, self.quiet = engine, name, seed, quiet
+        self.on_bad_text: Policy = on_bad_text
+        self.bad_texts = 0
         begin, end = engine.config.bos_token_id, engine.config.eos_token_ids
         if not end:
             raise UsageError("the config names no eos token, which ends the texts of the harness")
@@ -53,7 +63,26 @@ class SmolLMHarness(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         """Token ids; a special token in a task's text is one, as in `hf`."""
-        return self.engine.tokenizer.encode(string, parse_special=True)
+        tokenizer = self.engine.tokenizer
+        if self._is_bad(string) and self.on_bad_text == "skip":
+            tokenizer.core.encode_special_tokens = False
+            return tokenizer.core.encode(_without_surrogates(string), add_special_tokens=False).ids
+        return tokenizer.encode(self._replaced(string), parse_special=True)
+
+    def _is_bad(self, text: str) -> bool:
+        """Whether a text of a task has characters without tokens, which is counted; `UsageError` if it is to stop."""
+        if not (reason := self.engine.tokenizer.unencodable(text)):
+            return False
+        if self.on_bad_text == "stop":
+            skip = "--on-bad-text skip leaves such characters out, as the harness's hf does"
+            raise UsageError(f"a text of the task cannot be encoded: {reason}; {skip}")
+        self.bad_texts += 1
+        return True
+
+    def _replaced(self, text: str) -> str:
+        """A text of a task whose characters without tokens, if any, are U+FFFD."""
+        unencodable = self.engine.tokenizer.unencodable
+        return BadText("replace", unencodable).replaced_in(text, "a text of the task") if unencodable(text) else text
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The tokenizer's own, which has only one."""
@@ -61,8 +90,15 @@ class SmolLMHarness(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the text that the model reads."""
-        tokenizer = self.engine.tokenizer
-        ids = tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
+        tokenizer, messages = self.engine.tokenizer, []
+        for message in chat_history:
+            content = message["content"]
+            if self._is_bad(content):
+                lacks = tokenizer.unencodable
+                skip = self.on_bad_text == "skip"
+                content = "".join(c for c in content if not lacks(c)) if skip else self._replaced(content)
+            messages.append(message | {"content": content})
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
         return tokenizer.decode(ids)
 
     def _loglikelihood_tokens(
@@ -149,3 +185,8 @@ class SmolLMHarness(TemplateLM):
         if not sampled:
             numbers |= {"temperature": 0.0}
         return Sampling(**numbers, seed=self.seed), until, most
+
+
+def _without_surrogates(text: str) -> str:
+    """A text without halves of surrogate pairs, which `tokenizers` refuses."""
+    return text.encode(errors="ignore").decode()
