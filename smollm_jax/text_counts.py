@@ -9,8 +9,8 @@ from smollm_jax.tokenizer import Tokenizer
 SENTENCES = {
     "documents_skipped": "--on-bad-text skipped {} without usable text",
     "characters_replaced": "--on-bad-text put U+FFFD for {}",
-    "documents_with_special_tokens": "warning: a special token is written out in {} and read as plain text; if they "
-    "are conversations that the chat template has rendered, add --special-tokens",
+    "documents_with_special_tokens": "warning: a special token is written out in {} and read as plain text; if it is "
+    "meant as one, as in conversations that a chat template has rendered, add --special-tokens",
 }
 NOUNS = {"characters_replaced": "character"}  # else documents
 
