@@ -6,7 +6,6 @@
 #
 # PYTHON=python3.12 on the command line: another interpreter, in an environment of its own, for the tests that need
 # no PyTorch (the PyTorch wheel is by far the largest download); add TORCH=1 for all of them.
-# PYTORCH="torch>=2.14": a newer PyTorch than the release the parity bounds were measured with.
 # ARGS="..." goes to train_jax.py.
 
 PYTHON ?= python3
@@ -21,8 +20,6 @@ JAX := $(if $(CUDA),$(if $(filter 12,$(CUDA)),cuda12,cuda13),)
 comma := ,
 TRAIN_EXTRAS := gguf,plot$(if $(JAX),$(comma)$(JAX))
 TESTS := $(if $(filter 1,$(TORCH)),,tests)
-# The release that the tolerances were measured with; without this, pip takes the newest that pyproject.toml admits.
-PYTORCH ?= torch<2.14
 TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)torch$(comma)hf$(comma)eval$(comma)serve)
 
 # Two at a time, file by file. One that dies or hangs ends the run and is named; xdist's second try can wait for ever.
@@ -79,7 +76,7 @@ $(VENV)/.train: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[$(TEST_EXTRAS)]" $(if $(filter 1,$(TORCH)),"$(PYTORCH)")
+	$(BIN)/python -m pip install --quiet --editable ".[$(TEST_EXTRAS)]"
 	@command -v chromium chromium-browser google-chrome >/dev/null || { command -v apt-get >/dev/null && \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
 	  echo "no Chromium: tests/test_browser.py is skipped, and says so"

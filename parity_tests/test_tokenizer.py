@@ -143,7 +143,8 @@ def assert_same_ids(path: Path) -> Tokenizer:
 def test_ids_are_those_of_tokenizer_json_whatever_keys_stand_in_it(tmp_path, name):
     values = json.loads(core_of_chats().to_str()) | JSONS[name]
     ours = assert_same_ids(write_chat_folder(tmp_path / "t", CONFIG, **{"tokenizer.json": json.dumps(values)}))
-    assert bool(ours.prefix_ids or ours.suffix_ids) == (name in ("BOS", "BOS after bytes", "EOS", "three around", "RoBERTa's"))
+    framed = ("BOS", "BOS after bytes", "EOS", "three around", "RoBERTa's")
+    assert bool(ours.prefix_ids or ours.suffix_ids) == (name in framed)
 
 
 @pytest.mark.parametrize("name", MODELS)
