@@ -130,7 +130,8 @@ def encoded(flags: Flags, tokenizer: "Tokenizer", config: "Config") -> tuple[lis
     from smollm_jax.text_sources import choose
 
     begin = config.bos_token_id if config.bos_token_id is not None else tokenizer.eos_token_id
-    if begin is None:
+    opening = tokenizer.prefix_ids or [i for i in (begin,) if i is not None]
+    if not opening:
         raise errors.UsageError("neither the config nor the tokenizer names a token that begins a text")
     bad, special = BadText(flags.on_bad_text, tokenizer.unencodable), SpecialTokens(tokenizer)
     chosen, rows = choose(flags.data, splits=("test", "validation")), []
@@ -139,7 +140,7 @@ def encoded(flags: Flags, tokenizer: "Tokenizer", config: "Config") -> tuple[lis
             if not flags.special_tokens:
                 special.see(text)
             ids = tokenizer.encode(text, parse_special=flags.special_tokens)
-            rows.append(([begin, *ids], len(text.encode())))
+            rows.append(([*opening, *ids], len(text.encode())))
     counted = [f"{flags.data}: {sentence}" for sentence in sentences(counts_of(bad, special))]
     return rows, chosen.notes + counted
 

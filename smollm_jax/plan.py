@@ -115,8 +115,11 @@ def _by_older_rules(file: Path) -> Kind:
 def may_cut(tokenizer: Tokenizer, special_tokens: bool = False) -> bool:
     """Whether `text.CUT` fits a tokenizer: it splits as SmolLM2's or GPT-2's does, before anything is merged.
 
-    Nor may it cut an added token in two: one of words, which is found in a text before that is split.
+    Nor may it cut an added token in two: one of words, which is found in a text before that is split. A text that has
+    tokens put around it (BOS) is one text.
     """
+    if tokenizer.prefix_ids or tokenizer.suffix_ids:
+        return False
     splits = tokenizer.core.pre_tokenizer
     kind = json.loads(splits.__getstate__()) if splits else {}
     *before, last = kind.get("pretokenizers", [kind])

@@ -113,10 +113,11 @@ def prepare_unit(unit: Unit, job: Job, tokenizer: Tokenizer, tell: Tell) -> dict
     eos = tokenizer.eos_token_id
     assert eos is not None
     bad, special = BadText(job.on_bad_text, tokenizer.unencodable), SpecialTokens(tokenizer)
+    prefix, suffix = tokenizer.prefix_ids, tokenizer.suffix_ids  # of a whole document: `may_cut` has no other then
     writer, before = _Writer(unit, job, eos), 0.0
     for position, passage, encoding in _encoded(unit, job, tokenizer, bad, special):
-        ids = encoding.ids
-        if passage.ends and not (job.special_tokens and ids[-1] == eos):  # which the text may say itself
+        ids = [*prefix, *encoding.ids, *suffix] if prefix or suffix else encoding.ids
+        if passage.ends and not ((job.special_tokens or suffix) and ids[-1] == eos):  # which the text may say itself
             ids.append(eos)
         writer.add(np.array(ids, np.uint16), passage.ends)
         tell(position - before, len(ids))

@@ -130,6 +130,23 @@ def test_bos_that_a_gguf_asks_for_stands_before_a_text_and_a_chat_once(tmp_path)
     assert Engine.load(tmp_path / "again.gguf").encode("he") == engine.encode("he")
 
 
+def test_every_document_of_a_data_set_begins_with_the_bos_that_is_asked_for(tmp_path):
+    from smollm_jax import data
+
+    path = gguf(tmp_path / "x.gguf", **{"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 1})
+    (tmp_path / "x.jsonl").write_text('{"text": "the"}\n{"text": "he 12"}\n')
+    (tmp_path / "y.txt").write_text("a b " * 40_000)  # long enough to be read in pieces
+    tokenizer = Tokenizer.load(path)
+    for name, texts in (("x.jsonl", ["the", "he 12"]), ("y.txt", ["a b " * 40_000])):
+        tokens = np.concatenate(
+            [f.tokens for f in data.prepare(tmp_path / name, path, tmp_path / "cache").sets[0].files]
+        )
+        documents = [[1, *tokenizer.encode(text), 0] for text in texts]
+        assert sorted(np.split(tokens, np.flatnonzero(tokens == 0)[:-1] + 1), key=len)[0].tolist() in documents
+        assert len(tokens) == sum(map(len, documents))
+        assert (tokens == 1).sum() == len(texts)
+
+
 def test_named_chat_templates_survive_every_conversion(tmp_path):
     named = {"tokenizer.chat_template.tool_use": "{{ tools | length }} tools", "tokenizer.chat_template": TEMPLATE}
     path = gguf(tmp_path / "x.gguf", **named)
