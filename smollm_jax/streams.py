@@ -33,12 +33,8 @@ def prepare() -> None:
             os.fstat(descriptor)
         except OSError:
             closed.add(descriptor)
-            opened = os.open(os.devnull, os.O_RDWR)
-            os.dup2(opened, descriptor)  # same number or not: inherited by the processes that are started
-            if opened == descriptor:
-                os.set_inheritable(descriptor, True)
-            else:
-                os.close(opened)
+            # Gets the lowest free number, which is this one; open for the processes that are started, too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # for as long as the process lives
     elif isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.encoding.lower() in ("ascii", "us-ascii"):
