@@ -229,7 +229,7 @@ def _sampling(generation_config: dict[str, Any] | None) -> dict[str, Any]:
 
 def _tokenizer(files: dict[str, bytes]) -> Tokenizer:
     """The tokenizer of these files, which must split text as one of llama.cpp's pre-tokenizers does."""
-    if "tokenizer.json" not in files:
+    if not files.keys() & {"tokenizer.json", "vocab.json"}:
         raise UsageError("a GGUF holds a tokenizer, and there is no tokenizer.json beside the weights")
     tokenizer = Tokenizer.from_files(files, Path("the weights"))
     _pre(tokenizer)

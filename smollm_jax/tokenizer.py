@@ -96,9 +96,9 @@ class Tokenizer:
         where = str(path.parent if path.name == "tokenizer.json" else path)
         read = read_folder(files, where)
         templates = ChatTemplates.from_files(files, read.config, where)
-        # What vocab.json and merges.txt alone give has its one file here, by which data sets know it.
-        whole = {"tokenizer.json": read.core.to_str(pretty=True).encode(), **files}
-        return cls(read.core, templates, read.roles, whole, path)
+        if "tokenizer.json" not in files:  # but vocab.json and merges.txt: data sets know a tokenizer by this one file
+            files = {**files, "tokenizer.json": read.core.to_str(pretty=True).encode()}
+        return cls(read.core, templates, read.roles, files, path)
 
     @property
     def chat_template(self) -> str | None:
