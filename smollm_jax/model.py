@@ -182,9 +182,9 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: Config, *, key: Key[Array, ""]):
         attention, mlp = jax.random.split(key)
-        self.input_layernorm = nnx.Param(jnp.ones(config.hidden_size))
+        self.input_layernorm = nnx.Param(jnp.ones(config.hidden_size, jnp.float32))
         self.self_attn = Attention(config, key=attention)
-        self.post_attention_layernorm = nnx.Param(jnp.ones(config.hidden_size))
+        self.post_attention_layernorm = nnx.Param(jnp.ones(config.hidden_size, jnp.float32))
         self.mlp = MLP(config, key=mlp)
         self.eps = config.rms_norm_eps
 
@@ -226,7 +226,7 @@ class SmolLM(nnx.Module):
         self.layers = jax.vmap(lambda k: DecoderLayer(config, key=k))(
             jax.random.split(layers, config.num_hidden_layers)
         )
-        self.norm = nnx.Param(jnp.ones(config.hidden_size))
+        self.norm = nnx.Param(jnp.ones(config.hidden_size, jnp.float32))
         # A tied head is the embedding itself, stored once; None keeps the attribute readable.
         self.lm_head = None if config.tie_word_embeddings else normal(head, vocabulary, config.initializer_range)
 
