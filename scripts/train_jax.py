@@ -59,9 +59,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def begin(flags: TrainingFlags, stop, *, first: bool) -> None:
     """Trains in the run folder the flags mean, which the first of a run's processes holds a lock on."""
-    from smollm_jax import recipes
+    from smollm_jax import recipes, training_inputs
     from smollm_jax.lock import RunLock
+    from smollm_jax.run_folder import emptied_unless_trained, newest_run, refuse_used
 
+    training_inputs.check(flags)
     if flags.resume:
         run = flags.out or newest_run()
         if not (run / "checkpoints").is_dir():
@@ -75,18 +77,13 @@ def begin(flags: TrainingFlags, stop, *, first: bool) -> None:
         # What a run left that died before its first checkpoint is replaced; it has a lock file from its start on.
         if any(run.glob("*")) and not (run / "lock").exists():
             raise errors.UsageError(f"{run}: exists and is no run of this trainer: name another --out")
-    with RunLock(run) if first else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(RunLock(run))
+            stack.enter_context(emptied_unless_trained(run))
         if not flags.resume:
             refuse_used(run)  # another trainer may have had it in between
         train_in(run, flags, stop)
-
-
-def refuse_used(run: Path) -> None:
-    """Raises `UsageError` when a run folder holds a checkpoint."""
-    from smollm_jax.checkpoint import steps_in
-
-    if steps := steps_in(run / "checkpoints"):
-        raise errors.UsageError(f"{run}: holds a run up to step {steps[-1]}: add --resume, or name another --out")
 
 
 def train_in(run: Path, flags: TrainingFlags, stop) -> None:
@@ -255,18 +252,6 @@ def print_differences(saved, recipe, environment) -> None:
     pairs = {name: (saved.environment.get(name), environment.get(name)) for name in sorted(names)}
     if differing := [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]:
         print(f"note: goes on within rounding, not bit for bit, for these differ: {', '.join(differing)}")
-
-
-def newest_run() -> Path:
-    """The run under runs/ that was last at work and has a checkpoint."""
-    from smollm_jax.checkpoint import steps_in
-
-    begun = sorted((lock.stat().st_mtime, lock.parent) for lock in Path("runs").glob("*/lock"))
-    for _, run in reversed(begun):
-        if steps_in(run / "checkpoints"):
-            return run
-        print(f"note: {run} has no checkpoint, looking at the run before it")
-    raise errors.CheckpointError("--resume: no run under runs/ has a checkpoint; name one with --out")
 
 
 def show(model, tokenizer, prompt: str, stop, max_new_tokens: int = 32) -> None:

@@ -1,5 +1,6 @@
 """One trainer a run folder. Standard library only: the second one is told before anything heavy is imported."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ class RunLock:
     """Holds a run folder, made if need be, until the process ends however it ends; raises `LockedError` if taken.
 
     The kernel's `flock` on `lock` is what counts; what the file says is only who to ask. A folder made here in which
-    nothing was written is removed again.
+    nothing was written is removed again, with the folders above it that were made here.
     """
 
     def __init__(self, run: Path, holder: str = "trainer"):
@@ -23,6 +24,8 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         self._made = not self.run.exists()
+        # Deepest first.
+        self._made_above = [folder for folder in self.run.parents if not folder.exists()] if self._made else []
         while True:
             self.run.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.run / FILE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -45,6 +48,9 @@ class RunLock:
         if self._made and os.listdir(self.run) == [FILE]:
             (self.run / FILE).unlink()
             self.run.rmdir()
+            with contextlib.suppress(OSError):  # another run lies in it by now
+                for folder in self._made_above:
+                    folder.rmdir()
         os.close(self._file)
 
     def _is_ours(self) -> bool:

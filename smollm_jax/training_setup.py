@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from smollm_jax import distributed, formats, memory, recipes, sharding, train
+from smollm_jax import distributed, formats, memory, recipes, sharding, train, training_inputs
 from smollm_jax.attention import Implementation
 from smollm_jax.checkpoint import CheckpointStore
 from smollm_jax.config import Config, preset
@@ -96,6 +96,8 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
     planned = memory.plan(config, recipe, compute, device.platform).total
     usual = GPU_CADENCE if on_gpu else CPU_CADENCE
     cadence = dataclasses.replace(start.saved.cadence if start.saved else usual, **flags.cadence_fields())
+    if start.saved:
+        training_inputs.check_sources(start.source)
     reference = _reference(flags, tokenizer)
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")

@@ -141,8 +141,11 @@ def test_resuming_on_other_data_is_refused(straight, tmp_path):
         (["--sequence-length", "1024"], 2, "512 positions"),
         (["--attention", "cudnn"], 2, "cudnn"),
         (["--data", "nowhere"], 3, "nowhere"),
+        (["--data", "nowhere/*.txt"], 3, "nowhere/*.txt"),
+        (["--data", "a:0.5", "b"], 2, "weight to every source or to none"),
         (["--init-from", "nowhere"], 3, "nowhere"),
         (["--tokenizer", "nowhere"], 3, "nowhere"),
+        (["--reference", "nowhere"], 3, "nowhere"),
         (["--resume"], 4, "checkpoint"),
     ],
 )
@@ -151,7 +154,32 @@ def test_what_cannot_be_trained_is_one_line_and_an_exit_code(tmp_path, flags, co
     assert done.returncode == code, done.stderr
     assert named in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "run").exists() or code == 4
+    assert done.stdout == "", "said before anything is announced"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "short.txt", "--sequence-length", "1024"], "512 positions"),
+        (["--data", "short.txt", "--batch-size", "1000000"], "--batch-size"),
+        (["--data", "broken.txt"], "broken.txt: byte 4 is not UTF-8"),  # while text is prepared
+    ],
+)
+def test_a_start_that_is_refused_leaves_nothing_behind(tmp_path, flags, named):
+    (tmp_path / "broken.txt").write_bytes(b"abc \xff def")
+    (tmp_path / "short.txt").write_text("a few words " * 400)
+    there = sorted(tmp_path.iterdir())
+    script = [sys.executable, str(ROOT / "scripts/train_jax.py"), "--preset", "tiny", "--sequence-length", "64"]
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [*script, "--tokenizer", str(ROOT / "assets/tokenizer"), *flags],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert named in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == there
 
 
 def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path):
