@@ -264,6 +264,7 @@ def startup(flags: Flags, folder: Path) -> tuple[str, Rows]:
     data.prepare(text, tokenizer, Path("data"))
     train = [sys.executable, ROOT / "scripts/train_jax.py", "--init-from", weights, "--data", text]
     train += ["--tokenizer", tokenizer, "--steps", "1", "--batch-size", str(flags.batch_size), "--dtype", flags.dtype]
+    train += ["--eval-every", "0"]  # the other sides do not validate before their first step either
     train += ["--sequence-length", str(flags.sequence_length), "--remat", flags.remat]
     train += [] if flags.unroll is None else ["--unroll", str(flags.unroll)]
     device, times = "", {"cold": {name: [] for name in ("ours", *flags.others)}}

@@ -2,7 +2,7 @@
 
     python scripts/train_jax.py                                  # everything chosen for this machine
     python scripts/train_jax.py --resume                         # go on with the newest run
-    python scripts/train_jax.py --data my_text/ --init-from assets/SmolLM2-135M-Instruct --learning-rate 1e-4
+    python scripts/train_jax.py --data my_text/ --init-from assets/SmolLM2-135M-Instruct # goes on training weights
     python scripts/train_jax.py --mesh data=8 --batch-size 64    # on eight GPUs; docs/scaling.md for several machines
     python scripts/train_jax.py --recipe one-gpu-day --data DATA # a whole run by name
 
@@ -235,6 +235,8 @@ def announce(run: Path, flags: TrainingFlags, setup, device, kept: bool) -> None
     if flags.recipe or not saved:
         print(f"recipe      {setup.recipe_name}")
     print(f"steps       {recipe.steps:,} of {tokens_per_step}, {recipe.schedule}, peak {recipe.learning_rate}")
+    if start.defaults:
+        print(f"            {start.defaults}; --learning-rate and --warmup-steps change that")
     warmup = f"warmup {recipe.warmup_steps} steps, weight decay {recipe.weight_decay}, seed {recipe.seed}"
     print(f"            {warmup}; saved every {cadence.save_every}, validated every {cadence.eval_every} steps")
     keeping = "; what a step frees is kept" if kept else ""

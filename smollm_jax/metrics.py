@@ -36,10 +36,12 @@ class RunLog:
         tensorboard: bool = False,
         kept: bool = True,  # False: another process writes the file
     ):
+        self._started_at: float | None = None  # the validation loss at step 0
         if kept:
             run.mkdir(parents=True, exist_ok=True)
             self._file = (run / "metrics.jsonl").open("a+b")
             self._file.truncate(_whole_lines(self._file))
+            self._started_at = _loss_at_start(self._file)
         else:
             self._file = Path(os.devnull).open("wb")  # noqa: SIM115  # closed by __exit__, like the other
         self._log_every = log_every
@@ -49,6 +51,7 @@ class RunLog:
         self._progress: Progress | None = None
         self._task: Any = None
         self._writer = _tensorboard(run) if tensorboard else None
+        self._above = 0  # validations in a row above step 0's; -1 once the reader knows
 
     def __enter__(self) -> "RunLog":
         return self
@@ -82,6 +85,8 @@ class RunLog:
 
     def resume_clock(self) -> None:
         """Leaves the time since the last step (compiling, saving, validating) out of the throughput."""
+        if self._times[-1][0] == self._first:  # before the first step: out of all that is expected of the others, too
+            self._began = time.perf_counter()
         self._times = collections.deque([(self._times[-1][0], time.perf_counter())], maxlen=RATE_STEPS)
 
     def step(self, step: int, *, skipped_windows: list[str] | None = None, **values: float) -> None:
@@ -122,6 +127,24 @@ class RunLog:
             text += f"  {row['validation_bits_per_byte']:.3f} bits per byte"
         self._write(row)
         self.note(text)
+        if step == 0:
+            self._started_at = loss
+        elif self._started_at is not None:
+            self._compare_with_start(step, loss, self._started_at)
+
+    def _compare_with_start(self, step: int, loss: float, at_start: float) -> None:
+        """Says once that training makes the weights worse: at the second validation in a row, or the last one."""
+        if self._above < 0:
+            return
+        self._above = 0 if loss <= at_start else self._above + 1
+        if self._above == 2 or (self._above and step == self._steps):
+            again = "" if self._above == 1 else "for the second time in a row "
+            self.note(
+                f"note: the validation loss is {again}above that of the weights this run started from ({loss:.4f}, "
+                f"{at_start:.4f} at step 0): training makes them worse on this text; start again with a lower "
+                "--learning-rate"
+            )
+            self._above = -1
 
     def _write(self, row: dict[str, Any]) -> None:
         # JSON has no NaN: a loss that is none is written as null.
@@ -164,6 +187,18 @@ def _whole_lines(file: BinaryIO) -> int:
     """The bytes up to the end of the last whole line: a full disk or a power cut leaves half a one."""
     file.seek(0)
     return file.read().rfind(b"\n") + 1
+
+
+def _loss_at_start(file: BinaryIO) -> float | None:
+    """The validation loss of step 0, which a run that starts from weights has in its first line."""
+    file.seek(0)
+    first = file.readline()
+    file.seek(0, os.SEEK_END)
+    try:
+        row = json.loads(first)
+        return row.get("validation_loss") if row["step"] == 0 else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None  # no row; `read_metrics` says so to whoever reads the curves
 
 
 def _tensorboard(run: Path) -> Any:

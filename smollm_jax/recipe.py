@@ -53,14 +53,18 @@ class Recipe:
             )
         if self.seed < 0:
             raise UsageError(f"seed must be at least 0, got {self.seed}")
-        most = self.decay_start if self.schedule == "wsd" else self.steps - 1
-        if not 0 <= self.warmup_steps <= most:
-            raise UsageError(f"warmup_steps must be between 0 and {most} here, got {self.warmup_steps}")
+        if not 0 <= self.warmup_steps <= self.longest_warmup:
+            raise UsageError(f"warmup_steps must be between 0 and {self.longest_warmup} here, got {self.warmup_steps}")
 
     @property
     def decay_start(self) -> int:
         """The first step whose learning rate may be below the peak again."""
         return self.steps - round(self.steps * self.decay_fraction) if self.schedule == "wsd" else self.steps
+
+    @property
+    def longest_warmup(self) -> int:
+        """The most steps of warm-up that the schedule has room for."""
+        return self.decay_start if self.schedule == "wsd" else self.steps - 1
 
     @property
     def tokens_per_step(self) -> int:

@@ -111,7 +111,8 @@ def train(
 ) -> TrainState:
     """The state after the recipe's last step. Checkpoints go to `store`, metrics to `log`; `progress` moves along.
 
-    `step` is `train_step`, compiled by `compile_step`; without it, it is compiled when it is first called.
+    `step` is `train_step`, compiled by `compile_step`; without it, it is compiled when it is first called. A run that
+    starts from weights is validated at step 0.
 
     Raises `StoppedError` after a save when a signal asked for it, and `DivergedError` when ten of the last 1,000
     updates were not finite. Such an update is left out whole, with its step of the schedule, and its windows logged.
@@ -144,7 +145,15 @@ def train(
         tokens = sharding.put_rows(lambda rows: batches.batch(step, rows), shape, compute.mesh)
         return tokens, time.perf_counter() - began
 
+    def validate() -> None:
+        loss = validation_loss(state.model, batches, cadence.eval_batches, compute, None if several else stop)
+        if loss is not None:
+            log.validation(progress.step, loss)
+
     log.start(progress.step, recipe.steps, recipe.tokens_per_step)
+    if progress.step == 0 and provenance.start_from and cadence.eval_every:
+        validate()
+        log.resume_clock()
     step = step or functools.partial(train_step, tx=tx, compute=compute)
     pending = None
     tokens, input_seconds = read(progress.step)
@@ -168,9 +177,7 @@ def train(
             save()
             log.note(f"saving step {done} in the background" if store.asynchronous else f"saved step {done}")
         if evaluating:
-            loss = validation_loss(state.model, batches, cadence.eval_batches, compute, None if several else stop)
-            if loss is not None:
-                log.validation(done, loss)
+            validate()
         if saving or evaluating:
             log.resume_clock()
     if pending is not None:

@@ -24,7 +24,8 @@ class TrainingFlags:
     tokenizer: Path | None = None
     """Folder with tokenizer.json; default: --init-from's if it has one, else assets/tokenizer."""
     init_from: Path | None = None
-    """Start from these weights (any kind convert_weights.py reads) instead of the recipe's init."""
+    """Start from these weights (any kind convert_weights.py reads) instead of the recipe's init. They are validated
+    before the first step."""
     out: Path | None = None
     """Run folder; default: runs/<time>-<preset>, or with --resume the newest run under runs/."""
     resume: bool = False
@@ -43,11 +44,12 @@ class TrainingFlags:
     sequence_length: int | None = None
     """Tokens a sequence."""
     learning_rate: float | None = None
-    """Peak; default 1e-3 (the pre-training recipe's 3e-3 is for 1M tokens a step)."""
+    """Peak; default 1e-3, and with --init-from 3e-5, for what suits new parameters damages trained ones. A recipe's own
+    peak counts where the recipe was made for such a start."""
     schedule: Literal["wsd", "cosine"] | None = None
     """Warmup-stable-decay (default), or cosine."""
     warmup_steps: int | None = None
-    """Default: 5 % of the steps."""
+    """Default: 5 % of the steps; with --init-from at least 10, or half of a run of fewer than 20 steps."""
     decay_fraction: float | None = None
     """Share of the steps, at the end, in which wsd goes to 0; default 0.2."""
     weight_decay: float | None = None
@@ -79,7 +81,7 @@ class TrainingFlags:
     async_save: bool = False
     """Write checkpoints while training goes on, from a copy of the state in memory."""
     eval_every: int | None = None
-    """Steps between validations on held-out text; default 250 on a GPU, 50 without."""
+    """Steps between validations on held-out text, 0: after the last step only; default 250 on a GPU, 50 without."""
     log_every: int = 10
     """Steps between lines when the output is no terminal; metrics.jsonl has every step."""
     remat: Literal["none", "dots", "full"] = "dots"

@@ -33,6 +33,7 @@ class Start:
     recipe: Recipe
     source: tuple[str, ...]  # of the text, as `data.prepare` takes it
     start_from: str  # as --init-from named the weights the run began with; "" for the init
+    defaults: str = ""  # which peak and warm-up were chosen, and why
     bundle: Bundle | None = None
     saved: Saved | None = None
 
@@ -137,7 +138,9 @@ def _beginning(
     if flags.preset and config != wanted:
         raise UsageError(f"--init-from {flags.init_from} is no {flags.preset}: leave --preset out")
     source, start_from = flags.data or ("assets/sotu",), str(flags.init_from or "")
-    return Start(config, named.resolve(given), source, start_from, bundle)
+    trained = bundle is not None
+    recipe, defaults = named.resolve(given, trained=trained), named.explain(given, trained=trained)
+    return Start(config, recipe, source, start_from, defaults, bundle)
 
 
 def _attention(flags: TrainingFlags, recipe: Recipe, device: Any) -> Implementation:

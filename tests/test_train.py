@@ -225,7 +225,11 @@ def test_init_from_starts_at_the_weights(tmp_path, straight, kind):
     done = train(tmp_path / "run", "--steps", "1", "--init-from", str(begin), "--learning-rate", "1e-9")
     assert done.returncode == 0, done.stderr
     trained = read_metrics(straight)[-1]["validation_loss"]
-    assert read_metrics(tmp_path / "run")[-1]["validation_loss"] == pytest.approx(trained, rel=1e-5)
+    rows = read_metrics(tmp_path / "run")
+    assert rows[0]["step"] == 0
+    for row in (rows[0], rows[-1]):
+        assert row["validation_loss"] == pytest.approx(trained, rel=1e-5)
+    assert "warm-up by default for trained weights" in done.stdout
 
 
 WHAT_IS_WHEN = """
