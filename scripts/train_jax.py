@@ -114,6 +114,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     )
     from smollm_jax.checkpoint import CheckpointStore
     from smollm_jax.provenance import Provenance
+    from smollm_jax.sample import Sampler
     from smollm_jax.training_setup import set_up
 
     compilation_cache.enable()
@@ -121,6 +122,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     start, recipe, compute, cadence = setup.start, setup.start.recipe, setup.compute, setup.cadence
     config, saved, bundle, mesh = start.config, start.saved, start.bundle, compute.mesh
     tokenizer, step = setup.tokenizer, None
+    sampler = Sampler.of(flags.prompt, tokenizer, config, stop)
     if recipe.dtype == "float32":  # on a GPU JAX's default is TF32
         jax.config.update("jax_default_matmul_precision", "float32")
     device = jax.local_devices()[0]
@@ -137,6 +139,9 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
         if tight:  # or it is refused after hours of reading, or finds no room for a parameter
             compiling.result()
     announce(run, flags, setup, device, kept)
+    samples = flags.sample and jax.process_count() == 1
+    if flags.sample and not samples:
+        print("note: a run of several processes continues --prompt after the last step only")
 
     model = None
     if bundle:  # before text is read, which may take hours: its tensors may be views of a file
@@ -197,6 +202,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
             stop=stop,
             log=log,
             step=step,
+            sample=sampler.line if samples else None,
         )
     if setup.reference is not None and not stop:
         scale = sharding.put(weights.load(setup.reference)[0], mesh)
@@ -205,7 +211,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
             print(f"for scale: {setup.reference}, {metrics.bits_per_byte(loss, bytes_per_token):.3f} bits per byte")
     model = distributed.whole(state.model)
     if distributed.first():
-        show(model, tokenizer, flags.prompt, stop)
+        sampler.show(model)
     if stop:
         raise stop.error(f"all {recipe.steps} steps are done, saved and verified")
     stop.ignore()
@@ -254,25 +260,6 @@ def print_differences(saved, recipe, environment) -> None:
     pairs = {name: (saved.environment.get(name), environment.get(name)) for name in sorted(names)}
     if differing := [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]:
         print(f"note: goes on within rounding, not bit for bit, for these differ: {', '.join(differing)}")
-
-
-def show(model, tokenizer, prompt: str, stop, max_new_tokens: int = 32) -> None:
-    """Prints a greedy continuation of a prompt and the likeliest next tokens, unless a signal comes in between."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from smollm_jax.generate import NO_TOKEN, generate
-
-    ids = tokenizer.encode(prompt)
-    pieces = generate(model, [ids], max_new_tokens=max_new_tokens, eos_token_ids=model.config.eos_token_ids)
-    new = np.concatenate([np.empty((1, 0), int), *itertools.takewhile(lambda _: not stop, pieces)], axis=1)[0]
-    if stop:
-        return
-    print(f"\n{prompt} -> {tokenizer.decode(new[new != NO_TOKEN])!r}")
-    probability = jax.nn.softmax(jax.jit(lambda model, ids: model(ids)[0, -1])(model, jnp.asarray([ids])))
-    top = [f"{tokenizer.decode([int(i)])!r} {float(probability[i]):.3f}" for i in jnp.argsort(-probability)[:5]]
-    print(f"predicted next token: {', '.join(top)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -108,11 +109,12 @@ def train(
     stop: Stop,
     log: RunLog,
     step: Step | None = None,
+    sample: Callable[[SmolLM], str | None] | None = None,
 ) -> TrainState:
     """The state after the recipe's last step. Checkpoints go to `store`, metrics to `log`; `progress` moves along.
 
-    `step` is `train_step`, compiled by `compile_step`; without it, it is compiled when it is first called. A run that
-    starts from weights is validated at step 0.
+    `step` is `train_step`, compiled by `compile_step`; without it, it is compiled when it is first called. `sample`
+    gives a line that is printed at each validation, or None. A run that starts from weights is validated at step 0.
 
     Raises `StoppedError` after a save when a signal asked for it, and `DivergedError` when ten of the last 1,000
     updates were not finite. Such an update is left out whole, with its step of the schedule, and its windows logged.
@@ -149,6 +151,8 @@ def train(
         loss = validation_loss(state.model, batches, cadence.eval_batches, compute, None if several else stop)
         if loss is not None:
             log.validation(progress.step, loss)
+        if loss is not None and sample is not None and (text := sample(state.model)):
+            log.note(f"step {progress.step}/{recipe.steps}  {text}")
 
     log.start(progress.step, recipe.steps, recipe.tokens_per_step)
     if progress.step == 0 and provenance.start_from and cadence.eval_every:

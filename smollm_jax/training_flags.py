@@ -94,7 +94,9 @@ class TrainingFlags:
     """Weights to measure on the same held-out text at the end, for scale; default: assets/SmolLM2-135M-Instruct, where
     it has been fetched. Their tokenizer must be the run's."""
     prompt: str = "The quick brown fox"
-    """Continued after the last step."""
+    """Continued at each validation and after the last step; "" begins from nothing."""
+    sample: bool = True
+    """Print the prompt's continuation at each validation, too."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 

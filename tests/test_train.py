@@ -146,6 +146,7 @@ def test_resuming_on_other_data_is_refused(straight, tmp_path):
         (["--init-from", "nowhere"], 3, "nowhere"),
         (["--tokenizer", "nowhere"], 3, "nowhere"),
         (["--reference", "nowhere"], 3, "nowhere"),
+        (["--prompt", "a b " * 300], 2, "--prompt"),
         (["--resume"], 4, "checkpoint"),
     ],
 )
@@ -230,6 +231,40 @@ def test_init_from_starts_at_the_weights(tmp_path, straight, kind):
     for row in (rows[0], rows[-1]):
         assert row["validation_loss"] == pytest.approx(trained, rel=1e-5)
     assert "warm-up by default for trained weights" in done.stdout
+
+
+def greedy(run: Path, prompt: list[int], tokenizer: Tokenizer) -> str:
+    """32 tokens, each the likeliest of a whole forward pass over those before it."""
+    import jax.numpy as jnp
+
+    model, _ = weights.load(run)
+    ids = list(prompt)
+    for _ in range(32):
+        ids.append(int(model(jnp.asarray([ids]))[0, -1].argmax()))
+    return tokenizer.decode(ids[len(prompt) :])
+
+
+@pytest.mark.parametrize(("prompt", "devices"), [("The\nquick", 1), ("", 2)])
+def test_each_validation_prints_what_the_model_writes_after_the_prompt(tmp_path, straight, prompt, devices):
+    """Also where a mesh shares the parameters out, and from the token that begins a document."""
+    flags = ["--steps", "4", "--eval-every", "2", "--prompt", prompt, "--init-from", str(straight)]
+    flags += ["--mesh", f"fsdp={devices}"] if devices > 1 else []
+    prefix = ("env", f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}")
+    done = train(tmp_path / "run", *flags, prefix=prefix)
+    assert done.returncode == 0, done.stderr
+    samples = re.findall(r"^step (\d+)/4  sample: (.*)$", done.stdout, re.MULTILINE)
+    assert [int(step) for step, _ in samples] == [0, 2, 4]
+    tokenizer = Tokenizer.load(straight)
+    start = tokenizer.encode(prompt) or [0]  # <|endoftext|>, the tiny model's bos and eos
+    for run, (_, line) in ((straight, samples[0]), (tmp_path / "run", samples[-1])):
+        assert line == f"{prompt!r} -> {greedy(run, start, tokenizer)!r}"
+
+
+def test_samples_can_be_left_out(tmp_path):
+    done = train(tmp_path / "run", "--steps", "1", "--no-sample")
+    assert done.returncode == 0, done.stderr
+    assert "sample:" not in done.stdout
+    assert "The quick brown fox -> " in done.stdout
 
 
 WHAT_IS_WHEN = """
