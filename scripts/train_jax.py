@@ -115,6 +115,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     from smollm_jax.checkpoint import CheckpointStore
     from smollm_jax.provenance import Provenance
     from smollm_jax.sample import Sampler
+    from smollm_jax.tracking import Tracker
     from smollm_jax.training_setup import set_up
 
     compilation_cache.enable()
@@ -176,6 +177,9 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     if distributed.first():
         generation_config = start.bundle.generation_config if start.bundle else None
         weights.write_run_files(run, config, tokenizer.files, generation_config=generation_config)
+    tracker = None
+    if flags.track and distributed.first():
+        tracker = Tracker(flags.track, run, provenance.meta() | {"environment": train.environment_of(compute)})
     flops = cost.flops_per_token(config, recipe.sequence_length)
     peak = cost.peak_flops(device.device_kind)
     peak = peak and peak * compute.devices
@@ -188,6 +192,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
             peak_flops=peak,
             bytes_per_token=bytes_per_token,
             tensorboard=flags.tensorboard and distributed.first(),
+            tracker=tracker,
             kept=distributed.first(),
         ) as log,
     ):

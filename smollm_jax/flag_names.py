@@ -128,7 +128,7 @@ SAME = (
     Names("loaded", "max-loaded keep-loaded cache-size"),
     Names("time-limit", "timeout max-time"),
     Names("queue", "max-queue queue-size max-requests"),
-    Names("tensorboard", "report-to wandb trackio use-wandb wandb-project logger tb log-to"),
+    Names("track tensorboard", "report-to wandb trackio use-wandb wandb-project logger tb log-to"),
     Names("source", "from provider"),
     Names("model", "repo repo-id name hub-model m model-name model-id weights checkpoint"),
     Names("assets", "out output output-dir dir folder target local-dir cache-dir o"),

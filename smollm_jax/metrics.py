@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from smollm_jax import install
-from smollm_jax.errors import InputFileError, StorageError, UsageError
+from smollm_jax.errors import InputFileError, StoppedError, StorageError, UsageError
+from smollm_jax.tracking import Tracker, first_line
 
 RATE_STEPS = 20  # the throughput is the mean over this many steps
 
@@ -34,6 +35,7 @@ class RunLog:
         peak_flops: float | None,
         bytes_per_token: float | None = None,  # of the held-out text
         tensorboard: bool = False,
+        tracker: Tracker | None = None,
         kept: bool = True,  # False: another process writes the file
     ):
         self._started_at: float | None = None  # the validation loss at step 0
@@ -51,14 +53,16 @@ class RunLog:
         self._progress: Progress | None = None
         self._task: Any = None
         self._writer = _tensorboard(run) if tensorboard else None
+        self._tracker = tracker
         self._above = 0  # validations in a row above step 0's; -1 once the reader knows
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._progress is not None:
             self._progress.stop()
+        self._track("finish", failed=kind is not None and not issubclass(kind, StoppedError))
         with contextlib.suppress(OSError):  # each row is flushed, and what failed was said then
             self._file.close()
         if self._writer is not None:
@@ -146,6 +150,17 @@ class RunLog:
             )
             self._above = -1
 
+    def _track(self, call: str, *arguments: Any, **options: Any) -> None:
+        """Calls the tracker; one that fails is left out from then on, and the training goes on."""
+        if self._tracker is None:
+            return
+        try:
+            getattr(self._tracker, call)(*arguments, **options)
+        except Exception as error:  # each service has its own
+            service, self._tracker = self._tracker.service, None
+            left_out = f"note: --track {service} failed and is left out from here on ({first_line(error)})"
+            self.note(f"{left_out}; metrics.jsonl has every row")
+
     def _write(self, row: dict[str, Any]) -> None:
         # JSON has no NaN: a loss that is none is written as null.
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
@@ -158,6 +173,7 @@ class RunLog:
             for name, value in row.items():
                 if isinstance(value, float):
                     self._writer.add_scalar(name, value, row["step"])
+        self._track("log", row)
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:

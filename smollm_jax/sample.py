@@ -33,7 +33,7 @@ class Sampler:
 
         Raises `UsageError` when there is no such token, and when prompt and new tokens exceed the context.
         """
-        start = tokenizer.encode(prompt)
+        start = tokenizer.encode(prompt, add_special_tokens=True)
         if not start:
             first = config.bos_token_id if config.bos_token_id is not None else next(iter(config.eos_token_ids), None)
             if first is None:

@@ -90,6 +90,8 @@ class TrainingFlags:
     """Layers laid out per step of the layer scan; default: all with cudnn, else 1."""
     tensorboard: bool = False
     """Also write TensorBoard files into the run folder."""
+    track: Literal["wandb", "trackio"] | None = None
+    """Also send what metrics.jsonl gets to Weights & Biases (WANDB_MODE=offline: into the run folder) or to trackio."""
     reference: Path | None = None
     """Weights to measure on the same held-out text at the end, for scale; default: assets/SmolLM2-135M-Instruct, where
     it has been fetched. Their tokenizer must be the run's."""

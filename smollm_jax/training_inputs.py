@@ -6,6 +6,7 @@ from pathlib import Path
 from smollm_jax import data, text, weights
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.token_file import MANIFEST
+from smollm_jax.tokenizer_source import own_tokenizer
 from smollm_jax.training_flags import TrainingFlags
 
 SOTU = "assets/sotu"
@@ -19,8 +20,12 @@ def check(flags: TrainingFlags) -> None:
         path: Path | None = getattr(flags, name)
         if path is not None and not (flags.resume and name == "init_from"):
             weights.kind_of(path)
-    if flags.tokenizer is not None and not (flags.tokenizer / "tokenizer.json").is_file():
+    if flags.tokenizer is not None and own_tokenizer(flags.tokenizer) is None:
         raise InputFileError(f"{flags.tokenizer / 'tokenizer.json'}: no such file; --tokenizer names its folder")
+    if flags.track is not None:
+        from smollm_jax import tracking
+
+        tracking.check_installed(flags.track)
 
 
 def check_sources(sources: Sequence[str]) -> None:

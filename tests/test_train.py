@@ -147,6 +147,7 @@ def test_resuming_on_other_data_is_refused(straight, tmp_path):
         (["--tokenizer", "nowhere"], 3, "nowhere"),
         (["--reference", "nowhere"], 3, "nowhere"),
         (["--prompt", "a b " * 300], 2, "--prompt"),
+        (["--track", "trackio"], 2, "pip install trackio"),
         (["--resume"], 4, "checkpoint"),
     ],
 )
@@ -166,11 +167,13 @@ def test_what_cannot_be_trained_is_one_line_and_an_exit_code(tmp_path, flags, co
         (["--data", "short.txt", "--sequence-length", "1024"], "512 positions"),
         (["--data", "short.txt", "--batch-size", "1000000"], "--batch-size"),
         (["--data", "broken.txt"], "broken.txt: byte 4 is not UTF-8"),  # while text is prepared
+        (["--data", "short.txt", "--track", "wandb"], "--track wandb: no network"),  # once the run's files are written
     ],
 )
 def test_a_start_that_is_refused_leaves_nothing_behind(tmp_path, flags, named):
     (tmp_path / "broken.txt").write_bytes(b"abc \xff def")
     (tmp_path / "short.txt").write_text("a few words " * 400)
+    (tmp_path / "wandb.py").write_text("Settings = dict\ndef init(**_): raise OSError('no network')")
     there = sorted(tmp_path.iterdir())
     script = [sys.executable, str(ROOT / "scripts/train_jax.py"), "--preset", "tiny", "--sequence-length", "64"]
     environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -180,6 +183,9 @@ def test_a_start_that_is_refused_leaves_nothing_behind(tmp_path, flags, named):
     )  # fmt: skip
     assert named in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    if "--track" in flags:  # prepared text is good and kept
+        assert [path.name for path in (tmp_path / "data").iterdir()]
+        shutil.rmtree(tmp_path / "data")
     assert sorted(tmp_path.iterdir()) == there
 
 
