@@ -63,10 +63,8 @@ def compared(rung: Rung) -> str:
     """The measured number against its bound, as 0.84 <= 1.5, in as many digits as it takes to see which is larger."""
     if not math.isfinite(rung.measured):
         return f"{rung.measured}, bound {number(rung.bound)}"
-    for digits in range(2, 18):
-        measured, bound = number(rung.measured, digits), number(rung.bound, digits)
-        if (float(measured) <= float(bound)) == rung.passed:
-            break
+    pairs = [(number(rung.measured, digits), number(rung.bound, digits)) for digits in range(2, 18)]
+    measured, bound = next((m, b) for m, b in pairs if (float(m) <= float(b)) == rung.passed)
     return f"{measured} {'<=' if rung.passed else '>'} {bound}"
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.themes import Default
+from gradio.themes import Base, Default
 
 from smollm_jax.web.answers import Answers
 from smollm_jax.web.ask import KNOBS, Knob
@@ -37,7 +37,7 @@ COLOURS = {
 }
 
 
-def theme() -> Default:
+def theme() -> Base:
     """Colours and the system's own fonts: nothing is fetched from another host."""
     sans, mono = ("system-ui", "-apple-system", "Segoe UI", "sans-serif"), ("ui-monospace", "Menlo", "monospace")
     plain = Default(primary_hue="teal", neutral_hue="slate", radius_size="md", font=sans, font_mono=mono)
