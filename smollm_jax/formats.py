@@ -141,10 +141,15 @@ def read_hf(folder: Path, *, mapped: bool = False) -> Bundle:
     config = read_config(folder / "config.json")
     origin = folder / "ORIGIN.txt"
     words = " ".join(read_text(origin).split()) if origin.exists() else ""
-    generation = read_generation_config(folder)
-    if generation is None and (old := generation_defaults(read_json(folder / "config.json"))):
-        generation = config.special_token_ids() | old  # as transformers 4 kept them
-    return Bundle(tensors, config, read_tokenizer_files(folder), words, generation)
+    return Bundle(tensors, config, read_tokenizer_files(folder), words, generation_of_folder(folder, config))
+
+
+def generation_of_folder(folder: Path, config: Config) -> dict[str, Any] | None:
+    """What a Hugging Face folder says of generation: in its own file, or as transformers 4 kept it, in config.json."""
+    values = read_generation_config(folder)
+    if values is None and (old := generation_defaults(read_json(folder / "config.json"))):
+        return config.special_token_ids() | old
+    return values
 
 
 def _read_shards(index: Path, mapped: bool) -> dict[str, np.ndarray]:

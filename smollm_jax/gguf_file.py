@@ -115,6 +115,13 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], s
     return tensors, config, files, origin, _generation(fields, config, path)
 
 
+def read_generation(path: Path) -> tuple[Config, dict[str, Any] | None]:
+    """Config and what `generation_config.json` would say, of the metadata alone."""
+    fields, infos = read_header(path, need("gguf", path).GGML_QUANT_SIZES)
+    config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
+    return config, _generation(fields, config, path)
+
+
 def _hf_name(name: str) -> str:
     """Hugging Face's name for a GGUF tensor; an unknown name comes back as it is, for the check to name it."""
     parts = name.split(".")

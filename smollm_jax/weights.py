@@ -16,11 +16,12 @@ import einops
 import ml_dtypes
 import numpy as np
 
-from smollm_jax import formats, integrity, tensor_names
+from smollm_jax import formats, gguf_file, integrity, tensor_names
 from smollm_jax.checkpoint import CheckpointStore, flatten, unflatten
 from smollm_jax.config import Config
 from smollm_jax.errors import InputFileError, StorageError, UsageError
 from smollm_jax.formats import Bundle
+from smollm_jax.generation_config import GREEDY, GenerationConfig
 from smollm_jax.gguf_writer import GgufType
 from smollm_jax.hub import locate
 from smollm_jax.safetensors_file import native
@@ -282,6 +283,19 @@ def write_run_files(
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise StorageError(f"{target}: cannot be written: {error.strerror}") from error
+
+
+def generation_of(path: Path) -> GenerationConfig:
+    """How weights ask to be written with, without reading a tensor; greedy for the kinds that would need that."""
+    kind, source = kind_of(path), f"{path}: generation_config"
+    if kind == "gguf":
+        config, values = gguf_file.read_generation(path)
+        return GenerationConfig.of(values, config, source)
+    if kind not in ("hf", "orbax"):
+        return GenerationConfig((), None, dict(GREEDY))
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    config = formats.read_config(folder / "config.json")
+    return GenerationConfig.of(formats.generation_of_folder(folder, config), config, source)
 
 
 def load(path: str | Path, dtype: Any = np.float32) -> "tuple[SmolLM, Config]":

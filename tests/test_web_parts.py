@@ -15,17 +15,22 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scripts import app
+from smollm_jax import weights
 from smollm_jax.engine import Token
 from smollm_jax.errors import SmolLMError, StorageError, UsageError
+from smollm_jax.formats import Bundle
 from smollm_jax.web import runs as reading
 from smollm_jax.web.answers import Answers
+from smollm_jax.web.ask import KNOBS
 from smollm_jax.web.chat_tab import bubbles
 from smollm_jax.web.markdown import LONGEST, rendered
+from smollm_jax.web.page import asked_for, within
 from smollm_jax.web.runs import RunLog, thinned
 from smollm_jax.web.runs_tab import NOTHING_SEEN, RunsTab, spread
 from smollm_jax.web.shelf import Shelf
 from smollm_jax.web.tokens import span
 from tests.serving import GREEDY, Client, served, tiny_run, tiny_weights
+from tests.small_files import SMALL, small_tensors, small_tokenizer
 from tests.test_app import text_of
 
 
@@ -90,6 +95,26 @@ def test_weights_that_are_written_anew_are_loaded_anew(place, weights_path):
     after = opened(some, "assets/again")[1]
     shutil.rmtree(target)
     assert before is not after
+
+
+def test_the_sliders_are_what_the_weights_ask_for_before_and_after_they_are_loaded(tmp_path, weights_path):
+    """Out of a Hugging Face folder, a run and a GGUF, each read without its tensors; and a slider's range holds."""
+    asks = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [0, 2]}
+    bundle = Bundle(small_tensors(), SMALL, small_tokenizer(), generation_config=asks)
+    for kind, name in (("hf", "assets/hf"), ("gguf", "assets/x.gguf"), ("orbax", "runs/run")):
+        weights.write(tmp_path / name, bundle, kind)
+    there = shelf(tmp_path)
+    for name in ("assets/hf", "assets/x.gguf", "runs/run", "runs/run/checkpoints/0"):
+        before = there.generation(name)
+        assert (before.sampling["temperature"], before.sampling["top_k"], before.sampling["top_p"]) == (0.6, 50, 0.9)
+        assert "temperature 0.6, top k 50, top p 0.9" in asked_for(before)
+        assert there.generation(name).eos_token_ids == opened(there, name)[1].engine.generation.eos_token_ids == (0, 2)
+        assert there.generation(name).sampling == before.sampling
+    (tmp_path / "assets/hf/generation_config.json").unlink()
+    assert "greedy" in asked_for(shelf(tmp_path).generation("assets/hf"))
+    assert within(KNOBS["temperature"], 5) == 2
+    with pytest.raises(UsageError, match="not one of those listed"):
+        there.generation("elsewhere")
 
 
 def test_missing_real_weights_are_fetched_when_first_asked_for(place, tmp_path):

@@ -31,11 +31,12 @@ class Knob:
         return isinstance(self.step, int)
 
 
+# Greedy to begin with; `page` sets them to what the chosen weights ask for.
 KNOBS = {
     "max_new_tokens": Knob("New tokens", 1, 1024, 1, 512),
-    "temperature": Knob("Temperature", 0.0, 2.0, 0.05, 0.7),
+    "temperature": Knob("Temperature", 0.0, 2.0, 0.05, 0.0),
     "top_k": Knob("Top k", 0, 200, 1, 0),
-    "top_p": Knob("Top p", 0.01, 1.0, 0.01, 0.95),
+    "top_p": Knob("Top p", 0.01, 1.0, 0.01, 1.0),
     "min_p": Knob("Min p", 0.0, 0.99, 0.01, 0.0),
     "repetition_penalty": Knob("Repetition penalty", 0.5, 2.0, 0.05, 1.0),
     "seed": Knob("Seed", 0, 2**32 - 1, 1, 0),

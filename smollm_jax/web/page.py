@@ -1,11 +1,13 @@
 """The page: the weights, the status line, the three tabs and the sampling beside them."""
 
+import html
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.themes import Base, Default
 
+from smollm_jax.generation_config import GREEDY, GenerationConfig, described
 from smollm_jax.web.answers import Answers
 from smollm_jax.web.ask import KNOBS, Knob
 from smollm_jax.web.chat_tab import ChatTab
@@ -68,6 +70,7 @@ def page(answers: Answers, *, queue_size: int) -> gr.Blocks:
                     label="Stop strings", info=r"one a line; \n is a line break", lines=1, max_lines=8, elem_id="stops"
                 )
                 gr.HTML(NEUTRAL, padding=False)
+                asked = gr.HTML("", elem_id="asked", padding=False)
         sampling = [stop, *knobs]
         complete.wire(weights, sampling)
         chat.wire(weights, sampling)
@@ -84,8 +87,30 @@ def page(answers: Answers, *, queue_size: int) -> gr.Blocks:
             **LIGHT,
         }
         gr.on([blocks.load, weights.input, weights.focus], refusing(refresh), **listing)
+
+        def own_sampling(name: Any):
+            """The sliders as the weights ask for them, and a line on who asked."""
+            generation = shelf.generation(name)
+            values = [within(KNOBS[knob], value) for knob, value in generation.sampling.items()]
+            return *values, asked_for(generation)
+
+        sliders = [knobs[list(KNOBS).index(knob)] for knob in GREEDY]
+        gr.on([blocks.load, weights.input], refusing(own_sampling), weights, [*sliders, asked], **LIGHT)
     blocks.queue(max_size=queue_size, api_open=False, default_concurrency_limit=1)
     return blocks
+
+
+def within(knob: Knob, value: float) -> float:
+    """A number that a slider can show."""
+    return min(max(value, knob.low), knob.high)
+
+
+def asked_for(generation: GenerationConfig) -> str:
+    """The line on how these weights ask to be sampled from."""
+    if not generation.source:
+        return '<p class="hint small">These weights ask for no sampling: greedy.</p>'
+    line = f"Set to what the weights' generation_config.json asks for: {described(generation.sampling)}."
+    return f'<p class="hint small">{html.escape(" ".join(filter(None, [line, generation.note])), quote=False)}</p>'
 
 
 def field(name: str, knob: Knob) -> gr.Slider | gr.Number:

@@ -16,6 +16,7 @@ from smollm_jax import weights
 from smollm_jax.checkpoint import steps_in
 from smollm_jax.engine import Engine
 from smollm_jax.errors import InputFileError, StorageError
+from smollm_jax.generation_config import GREEDY, GenerationConfig
 from smollm_jax.web.ask import choice
 
 REAL = "SmolLM2-135M-Instruct"
@@ -81,6 +82,15 @@ class Shelf:
         """What is in memory of a listed name."""
         path = self.entries().get(name)
         return None if path is None or not path.exists() else self._loaded.get(_identity(path))
+
+    def generation(self, name: object) -> GenerationConfig:
+        """How the weights of a listed name ask to be written with; greedy where nothing is known of them yet."""
+        listed = self.entries()
+        path = listed[choice("weights", name, listed)]
+        if not path.exists():  # not fetched yet
+            return GenerationConfig((), None, dict(GREEDY))
+        loaded = self.loaded(str(name))
+        return loaded.engine.generation if loaded else weights.generation_of(path)
 
     def open(self, name: object) -> Generator[str, None, Loaded]:
         """Gives the loaded weights of a listed name, fetched and loaded if they must be; yields what it is doing."""
