@@ -73,6 +73,7 @@ class Engine:
         from smollm_jax import weights
 
         path = locate(path)
+        weights.kind_of(path)  # says what is wrong with a path before its tokenizer is missed
         chosen = Tokenizer.of_weights(path, None if tokenizer is None else Path(tokenizer))
         bundle = weights.read(path, mapped=True)
         source = f"{path}: generation_config"

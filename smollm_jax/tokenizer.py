@@ -71,6 +71,8 @@ class Tokenizer:
         Without weights (a model trained from scratch) it is the one `named`, or SmolLM2's. Raises `InputFileError`
         where there is none, and `UsageError` when the one `named` gives other ids than the weights' own.
         """
+        if weights is not None and not weights.exists():
+            raise InputFileError(f"{weights}: no such file or folder")
         own = None if weights is None else own_tokenizer(weights)
         if weights is not None and own is None and named is None:
             raise InputFileError(

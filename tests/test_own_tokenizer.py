@@ -49,6 +49,11 @@ def test_no_tokenizer_further_up_is_taken(tmp_path):
     tokenizer_folder(tmp_path)
     weights.write(tmp_path / "sub/hf", Bundle(small_tensors(), SMALL), "hf")
     assert own_tokenizer(tmp_path / "sub/hf") is None
+    with pytest.raises(InputFileError, match="nowhere: no such file or folder"):
+        Engine.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputFileError, match="empty: not recognised as weights"):
+        Engine.load(tmp_path / "empty")
     with pytest.raises(InputFileError, match="sub/hf: has no tokenizer of its own: name its folder with --tokenizer"):
         Engine.load(tmp_path / "sub/hf")
     assert Engine.load(tmp_path / "sub/hf", tokenizer=tmp_path).encode("the") == Tokenizer.load(tmp_path).encode("the")
