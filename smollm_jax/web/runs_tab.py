@@ -1,5 +1,6 @@
 """The Runs tab: curves as they are written, and one prompt continued by successive checkpoints."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -15,7 +16,7 @@ from smollm_jax.web.wiring import LIGHT, WRITING, note, numbered, refusing, wait
 TICK_SECONDS = 2.0
 MOST_DRAWN = 4  # by themselves; any number by choice
 COLOURS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#ca8a04", "#0284c7", "#65a30d", "#9333ea")
-NOTHING_SEEN = {"mark": "", "runs": [], "learner": None, "steps": []}
+NOTHING_SEEN = {"mark": "", "runs": [], "learner": None, "steps": [], "plot": ""}
 
 
 class RunsTab:
@@ -90,16 +91,19 @@ class RunsTab:
         learner = next((name for name in learners if name == learner), next(iter(learners), None))
         there = state[learner][1] if learner else []
         mark = repr([drawn, curve, learner, [(name, log.step, log.written) for name, (log, _) in state.items()], there])
-        new = {"mark": mark, "runs": list(runs), "learner": learner, "steps": there}
+        new = {"mark": mark, "runs": list(runs), "learner": learner, "steps": there, "plot": seen["plot"]}
         if new == seen:
             return table(state), gr.skip(), gr.skip(), gr.skip(), gr.skip(), new
         same = (seen["learner"], seen["steps"]) == (learner, there)
+        plot = lines({name: state[name][0].curves[CURVES[curve]] for name in drawn}, list(runs))
+        new["plot"] = hashlib.sha256(plot.plot.encode()).hexdigest()
         return (
             table(state),
             gr.Dropdown(choices=list(runs), value=drawn),
             gr.Dropdown(choices=learners, value=learner),
             gr.skip() if same else gr.Dropdown(choices=there, value=spread(there, MOST_COMPARED)),
-            lines({name: state[name][0].curves[CURVES[curve]] for name in drawn}, list(runs)),
+            # Drawn anew only when it changed: two drawings at once can leave none.
+            gr.skip() if new["plot"] == seen["plot"] else plot,
             new,
         )
 
