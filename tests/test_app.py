@@ -206,7 +206,6 @@ def test_what_a_chat_refuses_leaves_the_chat_the_message_and_the_status_as_they_
         ({"prompt": 5}, "prompt"),
         ({"prompt": None}, "prompt"),
         ({"prompt": {"text": "a"}}, "prompt"),
-        ({"prompt": ""}, "prompt"),
         ({"prompt": "\ud800"}, "surrogate"),
     ],
 )
@@ -216,6 +215,12 @@ def test_a_value_of_the_wrong_kind_or_range_is_refused_by_name(client, changed, 
     assert values is None
     assert named in error
     assert "\n" not in error
+
+
+def test_an_empty_prompt_is_a_text_from_nothing(client):
+    values, error = client.complete("")
+    assert error is None
+    assert text_of(values[0])
 
 
 @pytest.mark.parametrize(
