@@ -241,12 +241,15 @@ def test_init_from_starts_at_the_weights(tmp_path, straight, kind):
 
 def greedy(run: Path, prompt: list[int], tokenizer: Tokenizer) -> str:
     """32 tokens, each the likeliest of a whole forward pass over those before it."""
-    import jax.numpy as jnp
+    import jax
 
     model, _ = weights.load(run)
+    forward = jax.jit(lambda tokens: model(tokens))
     ids = list(prompt)
     for _ in range(32):
-        ids.append(int(model(jnp.asarray([ids]))[0, -1].argmax()))
+        tokens = np.zeros((1, 64), np.int32)  # of one shape; nothing looks at what comes later
+        tokens[0, : len(ids)] = ids
+        ids.append(int(forward(tokens)[0, len(ids) - 1].argmax()))
     return tokenizer.decode(ids[len(prompt) :])
 
 
