@@ -57,7 +57,7 @@ class Sampler:
     def line(self, model: SmolLM) -> str | None:
         """Prompt and continuation in one line; None when a signal came in between.
 
-        Of parameters that a mesh of this process's devices shares out: each device holds all of them for that time.
+        Parameters that are sharded over a mesh are gathered for it: each device holds all of them for that time.
         """
         if self.stop:
             return None

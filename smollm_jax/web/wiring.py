@@ -1,4 +1,4 @@
-"""How the page's events are bound to functions: queued or light, and where what they refuse is told."""
+"""How the page's events are bound to functions: queued or not, and where the page shows why one was refused."""
 
 import functools
 import html
