@@ -22,7 +22,8 @@ class TrainingFlags:
     special_tokens: bool = False
     """Of --data that is text: a special token written in it, such as <|im_start|>, is one; give it again to resume."""
     tokenizer: Path | None = None
-    """Folder with tokenizer.json; default: --init-from's if it has one, else assets/tokenizer."""
+    """Folder with tokenizer.json (or a GGUF), for --init-from weights that have none of their own. Without --init-from
+    the default is assets/tokenizer."""
     init_from: Path | None = None
     """Start from these weights (any kind convert_weights.py reads) instead of the recipe's init. They are validated
     before the first step."""
