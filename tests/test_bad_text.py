@@ -13,10 +13,11 @@ from scripts import prepare_data
 from smollm_jax.bad_text import BadText
 from smollm_jax.data import prepare
 from smollm_jax.errors import InputFileError, UsageError
+from smollm_jax.gguf_tokenizer import build, tokenizer_files
 from smollm_jax.plan import Settings, make_plan, may_cut
 from smollm_jax.text import documents
 from smollm_jax.token_file import TokenSet
-from smollm_jax.tokenizer import Tokenizer, build, tokenizer_files
+from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.tokenizer_file import byte_symbols
 from tests.hostile_data import strings
 from tests.small_files import tokenizer_folder
