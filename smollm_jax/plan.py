@@ -6,6 +6,7 @@ It depends on the sources and the settings alone, not on how many work on it.
 import dataclasses
 import itertools
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +86,7 @@ def make_plan(
     most, notes = settings.shard_tokens * BYTES_PER_TOKEN, []
     files: dict[str, list[Any]] = {}
     kinds: dict[str, str] = {}
+    places: dict[str, str] = {}
     found: list[tuple[Path, list[tuple[int, int, int]]]] = []
     named = [source for source in sources if source.is_file()]
     if len(named) > 1 and (note := note_of_splits("sources", named)):
@@ -95,8 +97,10 @@ def make_plan(
         for file in chosen.files:
             name = str(file.relative_to(source) if by_content and source.is_dir() else file)
             name = file.name if by_content and source.is_file() else name
-            if name in files:
-                raise UsageError(f"{file}: is among the sources twice")
+            if (real := os.path.realpath(file)) in places:
+                also = "" if places[real] == str(file) else f", as {places[real]} too"
+                raise UsageError(f"{file}: is among the sources twice{also}")
+            places[real] = str(file)
             kind, stat = kind_of(file), file.stat()
             files[name] = [stat.st_size, sha256_of(file) if by_content else stat.st_mtime_ns]
             if kind != _by_older_rules(file):

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from smollm_jax import errors
 from smollm_jax.config import shown
-from smollm_jax.errors import InputFileError, LockedError, SmolLMError, UsageError
+from smollm_jax.errors import InputFileError, LockedError, SmolLMError, StoppedError, UsageError
 from smollm_jax.files import read_json
 from smollm_jax.formats import replacing
 from smollm_jax.lock import FILE as LOCK
@@ -77,9 +77,20 @@ def report_of(folder: Path) -> list[str]:
 def prepare_set(folder: Path, plan: Plan, settings: Settings, workers: int = 0, stop: Stop | None = None) -> None:
     """Makes what is missing of a plan's token files, by so many processes (0: one for four cores), then the manifest.
 
-    The folder is locked by the caller.
+    The folder is locked by the caller. A preparation that is refused before a token file is finished leaves nothing in
+    it, so that the same folder can be named again with the flag that was missing.
     """
     _begin(folder, plan)
+    try:
+        _go_on(folder, plan, settings, workers, stop)
+    except SmolLMError as error:
+        if not isinstance(error, StoppedError) and not _has_tokens(folder):
+            for path in (folder / PLAN, *folder.glob(".*.tmp")):
+                _remove(path)
+        raise
+
+
+def _go_on(folder: Path, plan: Plan, settings: Settings, workers: int, stop: Stop | None) -> None:
     if (folder / MANIFEST).is_file():
         return
     for rest in folder.glob(".*.tmp"):
@@ -127,15 +138,17 @@ def _counts_before(
 def _begin(folder: Path, plan: Plan) -> None:
     """Writes the plan, or finds that it is the one written before; raises `UsageError` naming what differs."""
     path, now = folder / PLAN, plan.content()
-    if not path.is_file():
-        if others := [one.name for one in folder.iterdir() if one.name != LOCK and not one.name.endswith(".tmp")]:
+    then = read_json(path, MAX_MANIFEST) if path.is_file() else None
+    if then is not None and (not isinstance(then, dict) or type(then.get("files")) is not dict):
+        raise InputFileError(f"{path}: is not the plan of a data set")
+    if then is None or not _has_tokens(folder):  # with a plan of which nothing is done, nothing is lost
+        ours = (LOCK, PLAN) if then else (LOCK,)
+        if others := [path.name for path in folder.iterdir() if path.name not in ours and path.suffix != ".tmp"]:
             raise UsageError(f"{folder}: holds {shown(others[0])} and no data set: name another --out")
+        path.unlink(missing_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(now) + "\n", encoding="utf-8")
         return
-    then = read_json(path, MAX_MANIFEST)
-    if not isinstance(then, dict) or type(then.get("files")) is not dict:
-        raise InputFileError(f"{path}: is not the plan of a data set")
     for name in dict.fromkeys([*plan.about, *DEFAULTS]):
         before, wanted = (content.get(name, DEFAULTS.get(name)) for content in (then, now))
         if before != wanted:
@@ -152,6 +165,11 @@ def _begin(folder: Path, plan: Plan) -> None:
         raise UsageError(f"{folder}: was begun by a version that cut long texts elsewhere: name another --out")
     if then | {"cuts": now["cuts"]} != now or list(files) != list(now["files"]):
         raise UsageError(f"{folder}: was begun by another version of this script, or with its sources in another order")
+
+
+def _has_tokens(folder: Path) -> bool:
+    """Whether a folder holds a token file that is finished."""
+    return any(folder.glob("[0-9]*-[0-9]*")) or (folder / MANIFEST).is_file()
 
 
 def _written(folder: Path) -> dict[int, tuple[dict[str, int], bool]]:

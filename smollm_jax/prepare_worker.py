@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from smollm_jax import errors
 from smollm_jax.bad_text import BadText, Policy
 from smollm_jax.errors import SmolLMError
 from smollm_jax.text import Part, Passage, passages
@@ -203,7 +204,8 @@ def main() -> None:
             say(done=unit.number, counts=counts, bytes=told["bytes"], tokens=told["tokens"])
             told.update(bytes=0.0, tokens=0)
     except SmolLMError as error:
-        say(error=[type(error).__name__, str(error)])
+        kind = next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
+        say(error=[kind, str(error)])
 
 
 if __name__ == "__main__":

@@ -68,8 +68,11 @@ def sources(tmp_path_factory) -> tuple[Path, list[str]]:
     return folder, [*long, *long[:300], *long[:200], *long[:500], *short, short[0], " ".join(long[:150])]
 
 
-def prepare(out: Path, tokenizer: Path, *given: object, shard_tokens: int = 2000, workers: int = 1) -> TokenSet:
+def prepare(
+    out: Path, tokenizer: Path, *given: object, shard_tokens: int = 2000, workers: int = 1, **others: str
+) -> TokenSet:
     flags = ["--tokenizer", tokenizer, "--shard-tokens", shard_tokens, "--workers", workers]
+    flags += [part for name, value in others.items() for part in ("--" + name.replace("_", "-"), value)]
     prepare_data.main(list(map(str, [*given, "--out", out, *flags])))
     return TokenSet.open(out)
 
@@ -219,7 +222,8 @@ def test_what_changed_since_a_set_was_begun_is_named(small, tmp_path):
     given, out = (tmp_path / "a.txt", tmp_path / "b.txt"), tmp_path / "set"
     prepare(out, small, *given)
     (out / "manifest.json").unlink()  # as if it had not come to its end
-    other = tokenizer_folder(tmp_path / "t", **{"tokenizer_config.json": b'{"eos_token": "!"}'})
+    changed = {"tokenizer_config.json": b'{"eos_token": "!"}', "special_tokens_map.json": b"{}"}
+    other = tokenizer_folder(tmp_path / "t", **changed)
     cases = [
         ({"shard_tokens": 7}, given, small, "was begun with shard_tokens 2000, not 7"),
         ({}, given, other, "was begun with eos_token_id 0, not 34"),
@@ -249,11 +253,43 @@ def test_two_preparations_of_one_folder_and_a_folder_of_something_else_are_refus
     assert [path.name for path in (tmp_path / "set").iterdir() if path.name != "lock"] == ["thesis.doc"]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_refused_preparation_leaves_nothing_and_the_flag_it_lacked_goes_on_in_the_same_folder(
+    small, tmp_path, workers
+):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"body": null}\n{"body": "%s"}\n' % ("text " * 1800))
+    sources = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for given, why in (({}, "has no column 'text'"), ({"text_column": "body"}, "'body' is null")):
+        with pytest.raises(InputFileError, match=why):
+            prepare(tmp_path / "up/set", small, *sources, workers=workers, **given)
+        assert not (tmp_path / "up").exists()
+    # What a version before this one left behind, or one that was killed before its first token file.
+    (tmp_path / "set").mkdir()
+    plan = make_plan(sources, Settings(small)).content()
+    (tmp_path / "set/plan.json").write_text(json.dumps(plan))
+    settings = {"text_column": "body", "on_bad_text": "skip", "workers": workers}
+    assert prepare(tmp_path / "set", small, *sources, **settings).documents == 2
+
+
+def test_a_plan_of_something_else_is_not_written_over(small, tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/plan.json").write_text('{"monday": "swim"}')
+    with pytest.raises(InputFileError, match="is not the plan of a data set"):
+        prepare(tmp_path / "set", small, tmp_path / "a.txt")
+    assert (tmp_path / "set/plan.json").read_text() == '{"monday": "swim"}'
+
+
 def test_a_source_named_twice_and_a_glob(small, tmp_path):
     for name in ("a.txt", "b.txt", "c.md"):
         (tmp_path / name).write_text(name)
     with pytest.raises(UsageError, match=r"a\.txt: is among the sources twice"):
         prepare(tmp_path / "set", small, tmp_path / "a.txt", tmp_path)
+    other = tmp_path / "set" / ".." / "a.txt"
+    (tmp_path / "set").mkdir()
+    with pytest.raises(UsageError, match=rf"{other}: is among the sources twice, as {tmp_path}/a\.txt too"):
+        prepare(tmp_path / "set", small, tmp_path / "a.txt", other)
     assert prepare(tmp_path / "set", small, tmp_path / "*.txt").documents == 2
     with pytest.raises(InputFileError, match="no such file or folder"):
         prepare(tmp_path / "none", small, tmp_path / "*.jsonl")
