@@ -63,8 +63,15 @@ def test_a_json_array(tmp_path, content, indent):
     assert list(documents(tmp_path / "x.json")) == theirs("json", tmp_path / "x.json") == TEXTS
 
 
+def test_json_with_a_byte_order_mark_and_numbers_that_are_none(tmp_path):
+    content = lines(TEXTS).replace(b'"n": 0', b'"n": NaN')
+    for name, marked in (("x.jsonl", content), ("x.json", json.dumps(TEXTS).encode())):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + marked)
+        assert list(documents(tmp_path / name)) == theirs("json", tmp_path / name) == TEXTS
+
+
 @pytest.mark.parametrize(("name", "separator"), [("x.csv", ","), ("x.tsv", "\t")])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_csv_and_tsv_as_pandas_writes_them(tmp_path, name, separator, end):
     frame = pandas.DataFrame({"n": range(len(TEXTS)), "text": TEXTS, "note": "a, b"})
     for encoding in ("utf-8", "utf-8-sig"):

@@ -49,14 +49,19 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def refuse_marks(head: bytes, path: Path) -> None:
-    """Raises `InputFileError` when a text's first bytes are a byte order mark, or NUL as in UTF-16."""
+    """Raises `InputFileError` when a text's first bytes are a byte order mark, or UTF-16."""
     if head.startswith(b"\xef\xbb\xbf"):
         raise InputFileError(f"{path}: begins with a byte order mark: save it as UTF-8 without BOM")
+    refuse_utf16(head, path)
+
+
+def refuse_utf16(head: bytes, path: Path) -> None:
+    """Raises `InputFileError` when a text's first bytes are those of UTF-16, with a byte order mark or without."""
     # Latin text in UTF-16 without a mark: every other byte is NUL.
     halves = [head[parity::2] for parity in (0, 1)]
     fewer, more = sorted(half.count(0) / max(len(half), 1) for half in halves)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or (more > 0.5 and fewer < 0.1):
-        raise InputFileError(f"{path}: looks like UTF-16: save it as UTF-8 without BOM")
+        raise InputFileError(f"{path}: looks like UTF-16: save it as UTF-8")
 
 
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
@@ -78,14 +83,16 @@ def read_json(path: Path, limit: int = MAX_BYTES) -> Any:
     return parse_json(read_text(path, limit), path)
 
 
-def parse_json(text: str, where: object) -> Any:
+def parse_json(text: str, where: object, *, finite: bool = True) -> Any:
     """The JSON value of a text; raises `InputFileError` naming `where` and the line or the key.
 
-    A key that occurs twice, NaN, Infinity and a number too large to hold are refused.
+    A key that occurs twice is refused, and so are NaN, Infinity and a number too large to hold where all are to be
+    `finite`: in a row of a data set they are a field that is not read.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
-        _refuse_numbers("the top", value)
+        value = json.loads(text, object_pairs_hook=_object if finite else _unique, parse_int=_integer)
+        if finite:
+            _refuse_numbers("the top", value)
     except json.JSONDecodeError as error:
         raise InputFileError(f"{where}: not readable as JSON: {error}") from error
     except _FaultError as error:
@@ -103,12 +110,17 @@ def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) <= MAX_DIGITS else math.inf  # refused in `_object`, which knows the key
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise _FaultError(f"key {shown(twice)} occurs twice")
+    return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = _unique(pairs)
     for key, value in pairs:
         if type(value) is float or type(value) is list:  # not a call for each of a vocabulary's entries
             _refuse_numbers(key, value)

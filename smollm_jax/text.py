@@ -5,6 +5,7 @@ tokens by `bad_text`. Memory is bounded by `MAX_LINE`, whatever a file holds.
 """
 
 import codecs
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NamedTuple
 from smollm_jax import text_tables
 from smollm_jax.bad_text import BadText, BadTextError
 from smollm_jax.errors import InputFileError
-from smollm_jax.files import parse_json, refuse_marks
+from smollm_jax.files import parse_json, refuse_utf16
 from smollm_jax.text_kinds import ARROW, CSV, JSON, JSON_LINES, PARQUET, TSV, Kind, Part, Passage, kind_of
 from smollm_jax.text_packing import opened
 from smollm_jax.text_sources import text_files as text_files
@@ -81,7 +82,7 @@ def _plain(part: Part, kind: Kind, cut: bool, bad: BadText) -> Iterator[Passage]
     texts: list[str] = []
     length, limit = 0, PIECE
     for block in _blocks(part, kind):
-        if bad.policy == "replace" and not part.start and not block.place:
+        if bad.policy == "replace" and not part.start and block.number == 1:
             _refuse_binary(block.content[:4096], part.file)
         texts.append(_decoded(part, block, bad).replace("\r\n", "\n").replace("\r", "\n"))
         length += len(texts[-1])
@@ -120,20 +121,16 @@ def _json_lines(part: Part, kind: Kind, column: str, bad: BadText) -> Iterator[P
             where = line.where(part)
             if "\0" in text and (text := bad.checked(text, where)) is None:
                 continue
-            value = text_tables.text_of(parse_json(text, where), column, where)
+            value = text_tables.text_of(parse_json(text, where, finite=False), column, where)
             if (value := bad.checked(value, where, f": {column!r}")) is not None:
                 yield Passage(value, True, where, line.position)
 
 
 def _lines(part: Part, kind: Kind, bad: BadText) -> text_tables.Lines:
-    """The lines of a table, with their ends; a byte order mark, which spreadsheets write, is left out."""
+    """The lines of a table, with their ends, which may be a carriage return alone."""
     for block in _blocks(part, kind):
-        text = bad.decoded(block.content, part.file, block.place)
-        lines = text.split("\n")
-        for line in lines[:-1]:
-            yield f"{line}\n", block.position
-        if lines[-1]:
-            yield lines[-1], block.position
+        for line in io.StringIO(bad.decoded(block.content, part.file, block.place), newline=""):
+            yield line, block.position
 
 
 def _chunks(part: Part, kind: Kind, bad: BadText) -> text_tables.Lines:
@@ -150,7 +147,7 @@ def _chunks(part: Part, kind: Kind, bad: BadText) -> text_tables.Lines:
             raise bad.error(f"{part.file}: byte {byte} is not UTF-8") from error
 
     with opened(part.file, kind.packing) as (stream, raw):
-        refuse_marks(stream.peek(4096)[:4096], part.file)
+        place = _skip_mark(stream, part.file)
         while content := stream.read(PIECE):
             place += len(content)
             done = raw.tell() if kind.packing else place
@@ -191,16 +188,13 @@ def _decoded(part: Part, block: _Block, bad: BadText) -> str:
 def _blocks(part: Part, kind: Kind) -> Iterator[_Block]:
     """A part of a file, `PIECE` bytes and the rest of their last line at a time.
 
-    Raises `InputFileError` for a byte order mark of anything but a table, UTF-16, and a line that is too long.
+    Raises `InputFileError` for UTF-16, and for a line that is too long.
     """
     file, packed = part.file, bool(kind.packing)
     place, number = part.start, 1
     with opened(file, kind.packing) as (stream, raw):
         if not part.start:
-            head = stream.peek(4096)[:4096]
-            if kind.form in DELIMITERS and head.startswith(codecs.BOM_UTF8):
-                place, head = len(stream.read(len(codecs.BOM_UTF8))), b""
-            refuse_marks(head, file)
+            place = _skip_mark(stream, file)
         else:
             stream.seek(part.start)
         while packed or place < part.stop:
@@ -217,6 +211,18 @@ def _blocks(part: Part, kind: Kind) -> Iterator[_Block]:
                 raise InputFileError(f"{line.where(part)} is longer than {MAX_LINE:,} bytes: this is no text")
             yield block
             place, number = place + len(content), number + content.count(b"\n")
+
+
+def _skip_mark(stream: io.BufferedReader, file: Path) -> int:
+    """The bytes of the UTF-8 byte order mark a file begins with, 0 or 3, which are left out as by Python's utf-8-sig.
+
+    Editors on Windows and spreadsheets write one. Raises `InputFileError` for UTF-16.
+    """
+    head = stream.peek(4096)[:4096]
+    mark = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+    stream.read(mark)
+    refuse_utf16(head[mark:], file)
+    return mark
 
 
 def border(file: Path, kind: Kind, at: int) -> int:

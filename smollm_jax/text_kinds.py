@@ -4,6 +4,7 @@ A name says what a file should be. Its first bytes may prove it to be something 
 or refused: a file of JSON is never read as plain text.
 """
 
+import codecs
 import json
 import re
 from pathlib import Path
@@ -54,6 +55,7 @@ STRANGERS = (  # (place, first bytes, what they show, what to do)
     (0, b"SQLite format 3\0", "an SQLite database", CONVERT),
     (0, b"Obj\x01", "Avro", CONVERT),
     (0, b"\x89HDF", "HDF5", CONVERT),
+    (0, b"FEA1", "Feather's first version", CONVERT),
     (0, b"\x93NUMPY", "a NumPy array", ONLY),
     (0, b"\x80\x02", "a pickle", CONVERT),
     (0, b"\x80\x03", "a pickle", CONVERT),
@@ -65,7 +67,7 @@ STRANGERS = (  # (place, first bytes, what they show, what to do)
     (0, b"\x89PNG", "an image", "it holds no text"),
     (0, b"\xff\xd8\xff", "an image", "it holds no text"),
 )
-MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<!doctype\s+html|<html[\s>]|<\?xml\s)", re.IGNORECASE)
+MARKUP = re.compile(rb"\s*(?:<!doctype\s+html|<html[\s>]|<\?xml\s)", re.IGNORECASE)
 BY_NAME = {  # suffixes of files that are text to Python, but not what their owner wants to train on
     **dict.fromkeys((".html", ".htm", ".xhtml", ".mhtml"), ("an HTML page", EXTRACT)),
     **dict.fromkeys((".xml", ".rtf", ".fb2"), ("markup around a text", EXTRACT)),
@@ -139,6 +141,7 @@ def kind_of(file: Path) -> Kind:
             head = stream.read(HEAD)
         if packing_of(head):
             raise InputFileError(f"{file}: is compressed twice: decompress it once")
+    head = head.removeprefix(codecs.BOM_UTF8)
     _refuse_strangers(head, file)
     # Parquet ends as it begins; a text may begin with PARENTS.
     binary = PARQUET if head[:4] == tail in (b"PAR1", b"PARE") else ARROW if _is_arrow(head) else None
@@ -177,7 +180,7 @@ def _json_form(file: Path, packing: str | None, head: bytes) -> str | None:
         return None
     with opened(file, packing) as (stream, _):
         content = stream.read(SAMPLE)
-    text = content.decode(errors="ignore").lstrip()
+    text = content.decode("utf-8-sig", errors="ignore").lstrip()
     whole = len(content) < SAMPLE
     if text.startswith("{"):
         lines = [line for line in text.split("\n") if line.strip()]

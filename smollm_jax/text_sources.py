@@ -27,13 +27,14 @@ SPLITS = {
 }
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 SEPARATORS = re.compile(r"[-._ 0-9]+")  # what stands around a split's word in a name
-HIDDEN, CARD, LICENCE, RECORD, STRANGE, LINK = (
+HIDDEN, CARD, LICENCE, RECORD, STRANGE, LINK, AGAIN = (
     "hidden",
     "dataset card",
     "licence",
     "record about a data set",
     "not text by name",
     "link to a folder, or no file",
+    "link to a file that is read itself",
 )
 RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 NO_FOLDERS = ("_delta_log", "_temporary", "@eaDir", "$RECYCLE.BIN")  # next to those whose names begin with . or __
@@ -68,7 +69,11 @@ def choose(source: Path, column: str = "text", splits: tuple[str, ...] = ("train
 
 def _matches(source: Path, matches: list[Path], column: str, splits: tuple[str, ...]) -> Chosen:
     """The files a glob names, whatever they are called, and the text of the folders it names."""
-    files, notes = dict.fromkeys(match for match in matches if match.is_file()), []
+    again: list[str] = []
+    files = dict.fromkeys(
+        _once([match for match in matches if match.is_file()], lambda _, path: again.append(str(path)))
+    )
+    notes = [f"{source}: leaves out {_counted(AGAIN, again)}"] if again else []
     for match in matches:
         # Of `folder/**` the folders are matched as well as what is in them.
         if match.is_dir() and not any(match in file.parents for file in files):
@@ -138,7 +143,24 @@ def _walk(source: Path, skip: Callable[[str, Path], None]) -> list[Path]:
                 skip(LINK, path)
             else:
                 files.append(path)
-    return sorted(files)
+    return _once(sorted(files), skip)
+
+
+def _once(files: list[Path], skip: Callable[[str, Path], None]) -> list[Path]:
+    """The files without links to others of them, which go to `skip`; of several links to one file the first is kept."""
+    if not any(file.is_symlink() for file in files):
+        return files
+    places = {os.path.realpath(file) for file in files if not file.is_symlink()}
+    kept = []
+    for file in files:
+        if not file.is_symlink():
+            kept.append(file)
+        elif (real := os.path.realpath(file)) in places:
+            skip(AGAIN, file)
+        else:
+            places.add(real)
+            kept.append(file)
+    return kept
 
 
 def _is_licence(name: str) -> bool:

@@ -17,12 +17,14 @@ from smollm_jax.files import need, one_line, parse_json
 from smollm_jax.text_kinds import Part, Passage
 
 CONVERSATIONS = {"messages", "conversations", "conversation"}  # keys of rows that are chats, not text
+RENDER = "{} is a conversation, which is to be rendered to text by a chat template first"
 STRINGS = ("string", "large_string", "string_view")
 Lines = Iterator[tuple[str, float]]  # each with its line end, and how much of the file is read by then
 
 
 def _lacking(column: str, names: list[str]) -> str:
-    return f"has no column {column!r}, only {shown(names)}: --text-column names another"
+    chat = next((f"; {RENDER.format(repr(name))}" for name in names if name in CONVERSATIONS), "")
+    return f"has no column {column!r}, only {shown(names)}: --text-column (prepare_data.py, evaluate.py) names another{chat}"
 
 
 # --------------------------------------------------------------------------------------------------- CSV and TSV
@@ -47,7 +49,9 @@ def csv_rows(lines: Lines, file: Path, delimiter: str, column: str, bad: BadText
             if header is None:
                 header = row
                 if row.count(column) != 1:
-                    raise InputFileError(f"{file}: {_lacking(column, row)}")
+                    other = next((mark for mark in ",;\t|" if len(row) == 1 and mark in row[0]), None)
+                    save = f"; its fields are divided by {other!r}: save it with {delimiter!r}" if other else ""
+                    raise InputFileError(f"{file}: {_lacking(column, row)}{save}")
                 place = row.index(column)
                 continue
             if len(row) > len(header):
@@ -66,7 +70,7 @@ def json_documents(chunks: Lines, file: Path, column: str, bad: BadText, limit: 
     """The text of each object, or each string, of an array, or of objects that follow one another."""
     for number, (content, position, array) in enumerate(_values(chunks, file, limit), 1):
         where = f"{file}: {'element' if array else 'object'} {number}"
-        value = parse_json(content, where)
+        value = parse_json(content, where, finite=False)
         text = value if array and isinstance(value, str) else text_of(value, column, where)
         if (text := bad.checked(text, where, f": {column!r}")) is not None:
             yield Passage(text, True, where, position)
@@ -80,9 +84,7 @@ def text_of(value: Any, column: str, where: str) -> str | None:
     if isinstance(value, dict) and column in value:
         reason = f": it is {shown(value[column])}"
     elif isinstance(value, dict):
-        reason = f": it has {shown(list(value))}, --text-column names another"
-        if value.keys() & CONVERSATIONS:
-            reason = ": it is a conversation, which is to be rendered to text by a chat template first"
+        reason = f": it {_lacking(column, list(value))}"
     raise InputFileError(f"{where} is no JSON object with a {column!r} that is a string{reason}")
 
 

@@ -44,7 +44,6 @@ def packed(kind: str, pack: Callable[[bytes], bytes]) -> Cases:
         f"{kind}, followed by text": (text(name, whole + LINE), no),
         f"{kind}, of nothing": (text(name, pack(b"")), "holds no text"),
         f"{kind}, empty": (text(name, b""), "holds no text"),
-        f"{kind}, a byte order mark": (text(name, pack(b"\xef\xbb\xbf" + LINE)), "begins with a byte order mark"),
         f"{kind}, UTF-16": (text(name, pack(LINE.decode().encode("utf-16-le"))), "looks like UTF-16"),
         f"{kind}, not UTF-8": (text(name, pack(LINE + b'{"text": "\xe9"}')), "byte 32 is not UTF-8"),
         f"{kind}, NUL": (text(name, pack(LINE + b"\0")), "line 2: character 0 is NUL"),

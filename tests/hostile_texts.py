@@ -170,10 +170,8 @@ def text(name: str, content: bytes | Writer) -> Writer:
 LONG = 100 * MIB
 TEXT: Cases = {
     "empty": (text("x.txt", b""), "holds no text"),
-    "a byte order mark": (
-        text("x.txt", b"\xef\xbb\xbfhello"),
-        "begins with a byte order mark: save it as UTF-8 without",
-    ),
+    "a byte order mark alone": (text("x.txt", b"\xef\xbb\xbf"), "holds no text"),
+    "not UTF-8 behind a byte order mark": (text("x.txt", b"\xef\xbb\xbfa\xe9\n"), "byte 4 is not UTF-8"),
     "NUL": (text("x.txt", b"one\ntwo\0three\n"), "line 2: character 3 is NUL"),
     "not UTF-8": (text("x.txt", b"one\ncaf\xe9\n"), "byte 7 is not UTF-8"),
     "a character cut at the end": (text("x.txt", "one é".encode()[:-1]), "byte 4 is not UTF-8"),
@@ -187,7 +185,7 @@ TEXT: Cases = {
     ),
     "100 MB of nothing": (text("x.txt", sparse("x.txt", LONG)), "line 1"),
     "JSONL, empty": (text("x.jsonl", b"\n\n"), "holds no text"),
-    "JSONL, a byte order mark": (text("x.jsonl", b'\xef\xbb\xbf{"text": "a"}'), "begins with a byte order mark"),
+    "JSONL, two byte order marks": (text("x.jsonl", b'\xef\xbb\xbf\xef\xbb\xbf{"text": "a"}'), "line 1: not readable"),
     "JSONL, UTF-16": (text("x.jsonl", '{"text": "a"}\n'.encode("utf-16-le")), "looks like UTF-16"),
     "JSONL, not UTF-8": (text("x.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n'), "byte 24 is not UTF-8"),
     "JSONL, NUL": (text("x.jsonl", b'{"text": "a"}\n{"text": "\0"}\n'), "line 2: character 10 is NUL"),
@@ -220,6 +218,10 @@ STRANGERS: Cases = {
     "a notebook": (text("x.ipynb", b'{"cells": []}'), "is a Jupyter notebook by its name"),
     "a PDF called .txt": (text("x.txt", b"%PDF-1.7\n"), "looks like a PDF: extract its text"),
     "a ZIP without a name": (text("x", b"PK\x03\x04" + bytes(30)), "looks like a ZIP archive"),
+    "Feather's first version": (
+        text("x.feather", b"FEA1" + bytes(99)),
+        "looks like Feather's first version: convert it",
+    ),
     "a tar": (text("x", bytes(257) + b"ustar\0" + bytes(300)), "looks like a tar archive: unpack it"),
     "a Git LFS pointer": (
         text("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
@@ -234,9 +236,9 @@ STRANGERS: Cases = {
 TABLES: Cases = {
     "no header": (
         text("x.csv", b"hello\nyou\n"),
-        r"has no column 'text', only \['hello'\]: --text-column names another",
+        r"has no column 'text', only \['hello'\]: --text-column .* names another",
     ),
-    "semicolons": (text("x.csv", b"n;text\n1;a\n"), r"has no column 'text', only \['n;text'\]"),
+    "semicolons": (text("x.csv", b"n;text\n1;a\n"), "fields are divided by ';': save it with ','"),
     "a column twice": (text("x.csv", b"text,text\na,b\n"), "has no column 'text', only"),
     "a field too many": (text("x.tsv", b"text\tn\na\t1\t2\n"), "line 2 has 3 fields, the header 2"),
     "a field too few": (text("x.csv", b"n,text\n1\n"), "line 2: 'text' is null"),
@@ -255,9 +257,12 @@ JSON: Cases = {
     "prose": (text("x.json", b"hello"), "object 1: not readable as JSON"),
     "an array of numbers": (text("x.json", b"[1, 2]"), "element 1 is no JSON object with a 'text'"),
     "an array of arrays": (text("x.json", b'[[{"text": "a"}]]'), "element 1 is no JSON object"),
-    "an object of others": (text("x.json", b'{"version": 1, "data": []}'), r"it has \['version', 'data'\]"),
+    "an object of others": (text("x.json", b'{"version": 1, "data": []}'), r"only \['version', 'data'\]"),
     "columns": (text("x.json", b'{"text": ["a", "b"]}'), r"a 'text' that is a string: it is \['a', 'b'\]"),
-    "conversations": (text("x.json", b'[{"messages": []}]'), "element 1 .* it is a conversation, .* rendered to text"),
+    "conversations": (
+        text("x.json", b'[{"messages": []}]'),
+        "element 1 .* 'messages' is a conversation",
+    ),
     "an array cut short": (text("x.json", b'[{"text": "a"}, {"te'), "element 2: not readable as JSON"),
     "an array without its end": (text("x.json", b'[{"text": "a"}'), "element 1 of its array is followed by neither"),
     "a comma too many": (text("x.json", b'[{"text": "a"},]'), "element 2: not readable as JSON"),
@@ -274,7 +279,10 @@ JSON: Cases = {
         text("x.json", endless("x.json", b'[{"text": "a"}, [', b'"' + b"a" * 997 + b'",')),
         "element 2 is longer than",
     ),
-    "a byte order mark": (text("x.json", b'\xef\xbb\xbf["a"]'), "begins with a byte order mark"),
+    "a byte that is no UTF-8 behind a byte order mark": (
+        text("x.json", b'\xef\xbb\xbf["\xe9"]'),
+        "byte 5 is not UTF-8",
+    ),
 }
 
 # ---------------------------------------------------------------------------------------------------- pickles

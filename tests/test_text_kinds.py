@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 import smollm_jax.text
+from smollm_jax.bad_text import BadText
 from smollm_jax.errors import InputFileError
 from smollm_jax.text import documents
 from smollm_jax.text_sources import choose, text_files
@@ -21,6 +22,7 @@ DOCUMENTS = ["one\ntwo", 'th"ree, é']
 LINES = "".join(json.dumps({"n": 1, "text": text}) + "\n" for text in DOCUMENTS).encode()
 ARRAY = json.dumps([{"text": text} for text in DOCUMENTS], indent=1).encode()
 CSV = 'n,text\r\n1,"one\ntwo"\r\n\r\n2,"th""ree, é"\r\n'.encode()
+MARK = b"\xef\xbb\xbf"  # the byte order mark that Windows' editors write
 PLAIN = b"one word\nand others\n"
 
 
@@ -58,8 +60,17 @@ ROWS = {  # name: content
     "dump.gz": gzip.compress(LINES),
     "gzip called.jsonl": gzip.compress(LINES),
     "x.csv": CSV,
-    "a mark before.csv": b"\xef\xbb\xbf" + CSV,
+    "marked.csv": MARK + CSV,
     "x.csv.gz": gzip.compress(CSV),
+    "marked.csv.gz": gzip.compress(MARK + CSV),
+    "lines end in CR.csv": CSV.replace(b"\r\n", b"\r"),
+    "marked.jsonl": MARK + LINES,
+    "marked, no name for lines": MARK + LINES,
+    "marked.jsonl.gz": gzip.compress(MARK + LINES),
+    "marked lines.json": MARK + LINES,
+    "marked array.json": MARK + ARRAY,
+    "numbers nobody reads.jsonl": LINES.replace(b'"n": 1', b'"n": [NaN, {"x": -Infinity}, 1e999]'),
+    "numbers nobody reads.json": ARRAY.replace(b"{", b'{"n": NaN, '),
     "x.tsv": 'text\tn\n"one\ntwo"\t1\n"th""ree, é"\n'.encode(),
     "x.parquet": parquet(),
     "x.pq": parquet(),
@@ -87,6 +98,16 @@ def test_what_is_plain_text_and_was_named_is_one_document(tmp_path, name):
         for suffix, pack in ((".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)):
             (tmp_path / f"{name}{suffix}").write_bytes(pack(content))
             assert list(documents(tmp_path / f"{name}{suffix}")) == [content.decode()]
+
+
+@pytest.mark.parametrize("bad", ["stop", "skip", "replace"])
+def test_one_byte_order_mark_is_left_out_as_by_utf_8_sig(tmp_path, bad):
+    for content in (MARK + PLAIN, MARK + MARK + PLAIN, MARK + b"no line end", PLAIN + MARK):
+        (tmp_path / "x.txt").write_bytes(content)
+        assert list(documents(tmp_path / "x.txt", bad=BadText(bad))) == [content.decode("utf-8-sig")]
+    (tmp_path / "x.txt").write_bytes(MARK + LINES)
+    with pytest.raises(InputFileError, match="holds JSON lines, no plain text"):
+        list(documents(tmp_path / "x.txt"))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +148,19 @@ def folder(place: Path, *names: str, **contents: bytes) -> Path:
         kinds = {".jsonl": LINES, ".csv": CSV, ".json": ARRAY, ".parquet": parquet(), ".gz": gzip.compress(LINES)}
         path.write_bytes(contents.get(path.stem, kinds.get(path.suffix, b"some text")))
     return place
+
+
+def test_a_link_to_a_file_that_is_read_itself_is_left_out(tmp_path):
+    place = folder(tmp_path / "d", "b.txt", "sub/c.txt")
+    blob = folder(tmp_path / "cache", "blob") / "blob"  # as in the hub's cache
+    for name, target in {"a.txt": "b.txt", "z.txt": "sub/c.txt", "x.txt": blob, "y.txt": blob}.items():
+        (place / name).symlink_to(target)
+    files, (note,) = choose(place)
+    assert [file.name for file in files] == ["b.txt", "c.txt", "x.txt"]
+    assert note == f"{place}: reads 3 files, leaves out 3 link to a file that is read itself (a.txt, y.txt, z.txt)"
+    files, (note,) = choose(place / "*.txt")
+    assert [file.name for file in files] == ["b.txt", "x.txt", "z.txt"]
+    assert "leaves out 2 link to a file that is read itself" in note
 
 
 def names(place: Path, **options) -> list[str]:
