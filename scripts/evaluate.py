@@ -29,8 +29,10 @@ class Flags:
     weights: tuple[Path, ...]
     """Weights of any kind, one or several."""
     data: Path
-    """Text as prepare_data.py takes it: a file, folder or glob, with a field "text" where it has fields. Each plain
-    file, line, row or object is a document. Of a folder with splits the one to test on is read."""
+    """Text as prepare_data.py takes it: a file, folder or glob. Each plain file, line, row or object is a document.
+    Of a folder with splits the one to test on is read."""
+    text_column: str = "text"
+    """Which field of JSON or column of a table is the text."""
     on_bad_text: Literal["stop", "skip", "replace"] = "stop"
     """What becomes of a document without tokens, as in prepare_data.py."""
     special_tokens: bool = False
@@ -61,8 +63,10 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError("--weights: name at least one")
     paths = [path for given in flags.weights for path in checkpoints_of(given, flags.every_checkpoint)]
     from smollm_jax import compilation_cache
+    from smollm_jax.text_sources import choose
 
     compilation_cache.enable()
+    choose(flags.data, flags.text_column)  # a path that is not there is said before weights are read
     if flags.out and flags.out.exists() and not flags.out.is_dir():
         raise errors.UsageError(f"--out {flags.out}: is no folder")
     rows, printed = [], dict[str, None]()
@@ -134,15 +138,17 @@ def encoded(flags: Flags, tokenizer: "Tokenizer", config: "Config") -> tuple[lis
     if not opening:
         raise errors.UsageError("neither the config nor the tokenizer names a token that begins a text")
     bad, special = BadText(flags.on_bad_text, tokenizer.unencodable), SpecialTokens(tokenizer)
-    chosen, rows = choose(flags.data, splits=("test", "validation")), []
+    chosen, rows = choose(flags.data, flags.text_column, splits=("test", "validation")), []
     for file in chosen.files:
-        for text in filter(None, documents(file, bad=bad)):
+        for text in filter(None, documents(file, flags.text_column, bad=bad)):
             if not flags.special_tokens:
                 special.see(text)
             ids = tokenizer.encode(text, parse_special=flags.special_tokens)
             rows.append(([*opening, *ids], len(text.encode())))
-    counted = [f"{flags.data}: {sentence}" for sentence in sentences(counts_of(bad, special))]
-    return rows, chosen.notes + counted
+    counted = sentences(counts_of(bad, special))
+    if not rows:
+        raise errors.InputFileError(f"{flags.data}: {'; '.join(['holds no text', *counted])}")
+    return rows, chosen.notes + [f"{flags.data}: {sentence}" for sentence in counted]
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> None:

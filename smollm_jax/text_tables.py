@@ -24,7 +24,8 @@ Lines = Iterator[tuple[str, float]]  # each with its line end, and how much of t
 
 def _lacking(column: str, names: list[str]) -> str:
     chat = next((f"; {RENDER.format(repr(name))}" for name in names if name in CONVERSATIONS), "")
-    return f"has no column {column!r}, only {shown(names)}: --text-column (prepare_data.py, evaluate.py) names another{chat}"
+    other = "--text-column (prepare_data.py, evaluate.py) names another"
+    return f"has no column {column!r}, only {shown(names)}: {other}{chat}"
 
 
 # --------------------------------------------------------------------------------------------------- CSV and TSV

@@ -73,7 +73,9 @@ def test_a_terminal_sees_how_far_it_is(place, monkeypatch):
         (["--data", "{place}/text.jsonl", "--length", "99999"], UsageError, "length must be from 1"),
         (["--data", "{place}/text.jsonl", "--length", "64", "--stride", "65"], UsageError, "stride must be from 1"),
         (["--data", "{place}/control.txt"], InputFileError, "control.txt: document 1 cannot be encoded"),
-        (["--data", "{place}/empty.txt"], UsageError, "no token to score"),
+        (["--data", "{place}/empty.txt"], InputFileError, r"empty\.txt: holds no text$"),
+        (["--data", "{place}/control.txt", "--on-bad-text", "skip"], InputFileError, "no text; .* skipped 1 document"),
+        (["--data", "{place}/text.jsonl", "--text-column", "body"], InputFileError, "has no column 'body'"),
         (["--data", "{place}/text.jsonl", "--out", "{place}/text.jsonl"], UsageError, "is no folder"),
     ],
 )
@@ -107,6 +109,17 @@ def test_bad_text_and_special_tokens_are_read_as_asked_and_said(place, tmp_path,
             tokens,
             sum(len(t.encode()) for t in read),
         )
+
+
+def test_another_column_behind_a_byte_order_mark_is_scored_as_the_text(place, tmp_path):
+    rows = "".join(json.dumps({"body": text}) + "\n" for text in (TEXT, "Short."))
+    (tmp_path / "b.jsonl").write_text(rows, encoding="utf-8-sig")
+    losses = []
+    for data, flags in ((place / "text.jsonl", []), (tmp_path / "b.jsonl", ["--text-column", "body"])):
+        given = ["--weights", str(place / "assets/tiny0"), "--data", str(data), "--length", "64", *flags]
+        evaluate.main([*given, "--out", str(tmp_path / "q")])
+        losses.append(json.loads((tmp_path / "q/quality.json").read_text())[0]["loss"])
+    assert losses[0] == losses[1]
 
 
 def test_a_run_without_a_checkpoint_is_refused(place, tmp_path):
