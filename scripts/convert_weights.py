@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__, weights=("src",))
     suffixes: dict[str, Literal["pt", "safetensors", "gguf"]]
     suffixes = {".pt": "pt", ".safetensors": "safetensors", ".gguf": "gguf"}
+    if not flags.src.exists():
+        raise errors.InputFileError(f"{flags.src}: no such file or folder")
     kind = flags.to or suffixes.get(flags.dst.suffix.lower())
     if kind is None:
         raise errors.UsageError(

@@ -13,6 +13,7 @@ end on stderr. --json prints one object: text, token ids, log-probabilities and 
 ~/.cache/smollm-jax/compiled (JAX_COMPILATION_CACHE_DIR names another folder).
 """
 
+import codecs
 import dataclasses
 import gc
 import json
@@ -114,15 +115,17 @@ def asks(flags: Flags) -> bool:
 
 def read_prompts(flags: Flags) -> list[str]:
     """The prompts in the order of their kinds: flags, files, else stdin."""
-    from smollm_jax.files import read_text
+    from smollm_jax.files import read_bytes, text_of
 
-    prompts = [*flags.prompt, *map(read_text, flags.prompt_file)]
+    # Windows' editors and shells put a byte order mark first, which is no part of the text.
+    files = [text_of(read_bytes(file).removeprefix(codecs.BOM_UTF8), file) for file in flags.prompt_file]
+    prompts = [*flags.prompt, *files]
     if prompts:
         return prompts
     if streams.no_text_on_stdin():
         raise errors.UsageError("give --prompt, --prompt-file or a text on stdin")
     try:
-        text = sys.stdin.buffer.read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise errors.InputFileError(f"stdin: byte {error.start} is not UTF-8") from error
     return [text.removesuffix("\n")]  # the one that echo adds

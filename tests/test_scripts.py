@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from scripts import generate
 from smollm_jax import weights
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "errors.run(main)" in path.read_text("utf-8"))
 REAL = ROOT / "assets/SmolLM2-135M-Instruct"
 
 
@@ -72,6 +73,7 @@ def test_convert_goes_round_through_every_kind(tmp_path, tiny_model):
     ("arguments", "code", "named"),
     [
         (["nowhere", "x.pt"], 3, "nowhere"),
+        (["nowhere", "x"], 3, "nowhere"),
         ([str(REAL), "x"], 2, "--to"),
         ([str(REAL), str(ROOT), "--to", "hf"], 2, "exists already"),
         ([str(ROOT / "assets/sotu"), "x.pt"], 3, "sotu"),
@@ -83,6 +85,15 @@ def test_convert_fails_in_one_line(tmp_path, arguments, code, named):
     assert named in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_file_and_stdin_may_begin_with_a_byte_order_mark(tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_text("Él said", encoding="utf-8-sig")
+    flags = generate.Flags(weights=tmp_path, prompt_file=(tmp_path / "x.txt",))
+    assert generate.read_prompts(flags) == ["Él said"]
+    with (tmp_path / "x.txt").open(encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert generate.read_prompts(generate.Flags(weights=tmp_path)) == ["Él said"]
 
 
 def test_debug_shows_the_traceback():
