@@ -1,5 +1,6 @@
 """Weights by their name on the Hugging Face hub, through huggingface_hub and its cache."""
 
+import difflib
 import importlib.util
 import re
 import sys
@@ -24,7 +25,11 @@ def locate(weights: str | Path) -> Path:
     A path wins over a name, and so does a path into a folder that exists: `runs/my-rum` is a mistyped path.
     """
     path = Path(weights)
-    if path.exists() or not is_name(path):
+    if path.exists():
+        return path
+    if not is_name(path):
+        if near := _near(path):
+            raise InputFileError(f"{path}: no such file or folder; perhaps {' or '.join(map(str, near))}")
         return path
     if importlib.util.find_spec("huggingface_hub") is None:
         raise InputFileError(
@@ -42,6 +47,15 @@ def locate(weights: str | Path) -> Path:
         )
     print(f"{path}: the Hugging Face hub's model, kept in {folder}", file=sys.stderr, flush=True)
     return folder
+
+
+def _near(path: Path) -> list[Path]:
+    """Up to two paths that are there and whose last part is spelled almost as that of one that is not."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return []
+    return [path.with_name(name) for name in difflib.get_close_matches(path.name, names, n=2, cutoff=0.75)]
 
 
 def is_name(path: Path) -> bool:

@@ -145,11 +145,13 @@ def test_without_huggingface_hub_a_name_is_one_line_that_says_how_to_get_it(tmp_
 def test_a_path_wins_over_a_name_and_a_mistyped_path_is_not_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here/tiny").mkdir(parents=True)
-    for path in ("here/tiny", "here/tyni", "runs/my-run", "assets/x", "/org/tiny", "a/b/c", "./tiny", "org/x.gguf"):
+    for path in ("here/tiny", "here/other", "runs/my-run", "assets/x", "/org/tiny", "a/b/c", "./tiny", "org/x.gguf"):
         assert hub.locate(path) == Path(path)
         assert not hub.is_name(Path(path)) or Path(path).exists()
-    with pytest.raises(InputFileError, match=r"here/tyni: no such file or folder$"):
-        weights.read("here/tyni")
+    with pytest.raises(InputFileError, match=r"here/other: no such file or folder$"):
+        weights.read("here/other")
+    with pytest.raises(InputFileError, match=r"here/tinny: no such file or folder; perhaps here/tiny$"):
+        hub.locate("here/tinny")
 
 
 def test_fetch_assets_takes_a_model_from_the_hub(served, tmp_path):
