@@ -53,12 +53,15 @@ def main(argv: list[str] | None = None) -> None:
     from smollm_jax.plan import Settings, make_plan
     from smollm_jax.prepare import prepare_set, report_of
     from smollm_jax.stop import Stop
-    from smollm_jax.token_file import TokenSet
+    from smollm_jax.token_file import MANIFEST, TokenSet
 
     if not flags.sources:
         raise errors.UsageError("name at least one source")
     if flags.verify:
         for folder in map(Path, flags.sources):
+            if not any((folder / name).is_file() for name in (MANIFEST, "tokens.json")):
+                why = "is no prepared set that came to its end" if folder.exists() else "no such folder"
+                raise errors.InputFileError(f"{folder}: {why}")
             found = TokenSet.open(folder)
             for file in found.files:
                 file.verify()
@@ -66,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if flags.out is None:
         raise errors.UsageError("name a folder with --out")
+    if flags.out.exists() and not flags.out.is_dir():
+        raise errors.UsageError(f"--out {flags.out}: is a file, not a folder")
     if flags.workers < 0:
         raise errors.UsageError(f"--workers must be at least 0, got {flags.workers}")
     stop = Stop().listen("stopping; finished files are kept")

@@ -8,11 +8,12 @@ Both start from the same weights: the recipe's init drawn by JAX from the run's 
 """
 
 import dataclasses
+import importlib.util
 import os
 from pathlib import Path
 from typing import Literal
 
-from smollm_jax import command_line, errors
+from smollm_jax import command_line, errors, install
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__, weights=("init_from",))
     # torch and JAX in one process fight over cuDNN on a GPU (jax#19004); JAX only draws the first weights here.
     os.environ["JAX_PLATFORMS"] = "cpu"
+    if importlib.util.find_spec("torch") is None:
+        raise errors.UsageError(install.needs("train_torch.py", "torch"))
     import torch
 
     from smollm_jax import cost, data, formats, metrics, train_step, weights

@@ -116,7 +116,15 @@ def _one_line(box: str) -> str:
     text = re.sub(r"Missing from \S+", "missing", text).replace("(required)", "")
     # Of a flag that may also be left out ({None}|INT), the fault of the value alone.
     text = re.sub(r": no type matching .* - <class '\w+'>:", ":", text, flags=re.DOTALL)
+    # Of a flag with several names the first ones are those of other programs.
+    text = re.sub(r"(missing\s+)(?:--[\w-]+ \S+,\s+)+(?=--)", r"\1", text)
+    text = re.sub(r"(?<=Expected one of \().*?(?=\))", lambda choices: _choices(choices[0]), text, flags=re.DOTALL)
     return " ".join(text.replace("Unrecognized options", "not understood").split()) or "not understood"
+
+
+def _choices(listed: str) -> str:
+    """The same choices in an order that is always the same, without None, which stands for leaving the flag out."""
+    return ", ".join(choice for choice in sorted(" ".join(listed.split()).split(", ")) if choice != "'None'")
 
 
 def _draw_what_can_be_shown() -> None:

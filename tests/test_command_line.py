@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import sys
 from importlib import metadata
 
 import pytest
@@ -76,8 +77,9 @@ def test_every_row_of_the_table_is_of_use():
         ("convert_weights", "--input a --output b", "use SRC without a flag; --output: no such flag; use DST"),
         ("convert_weights", "--src a b", "give SRC without a flag"),
         ("generate", "--weights x --qqqq 1", "--qqqq: no such flag"),
-        ("generate", "", "missing --checkpoint-path PATH, --weights PATH"),
+        ("generate", "", "missing --weights PATH"),
         ("generate", "--weights x --dtype int8", "invalid choice 'int8' for argument '--dtype'"),
+        ("convert_weights", "a b --to x", "Expected one of ('gguf', 'hf', 'orbax', 'pt', 'safetensors')."),
         ("generate", "--weights x --top-k one", "--top-k: invalid literal"),
         ("generate", "--weights x y", "not understood: y"),
     ],
@@ -105,6 +107,15 @@ def test_a_missing_extra_is_named_by_a_command_that_works_here(extra, monkeypatc
     monkeypatch.setattr(metadata, "requires", lambda name: required)
     wanted = {"web": "gradio<7,>=6.31", "plot": "matplotlib>=3.9", "cuda13": "jax[cuda13]>=0.10.2"}
     assert shlex.split(install.command(extra)) == ["pip", "install", wanted[extra]]
+
+
+@pytest.mark.parametrize("script", ["train_torch", "parity_report"])
+def test_without_pytorch_what_needs_it_says_how_to_get_it(script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # what Python itself takes for a module that is not there
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    line = {"train_torch": ["--like", "x", "--out", "y"], "parity_report": ["--weights", "x"]}[script]
+    with pytest.raises(UsageError, match=rf"{script}\.py needs the extra 'torch': pip install"):
+        importlib.import_module(f"scripts.{script}").main(line)
 
 
 def test_no_message_names_a_package_that_no_registry_has():

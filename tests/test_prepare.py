@@ -246,6 +246,8 @@ def test_two_preparations_of_one_folder_and_a_folder_of_something_else_are_refus
     with RunLock(tmp_path / "set"), pytest.raises(LockedError, match="another preparation is at work"):
         prepare(tmp_path / "set", small, tmp_path / "a.txt")
     assert not (tmp_path / "set").exists()
+    with pytest.raises(UsageError, match=r"a\.txt: is a file, not a folder"):
+        prepare(tmp_path / "a.txt", small, tmp_path / "a.txt")
     (tmp_path / "set").mkdir()
     (tmp_path / "set/thesis.doc").touch()
     with pytest.raises(UsageError, match=r"set: holds 'thesis\.doc' and no data set"):
@@ -270,6 +272,12 @@ def test_a_refused_preparation_leaves_nothing_and_the_flag_it_lacked_goes_on_in_
     (tmp_path / "set/plan.json").write_text(json.dumps(plan))
     settings = {"text_column": "body", "on_bad_text": "skip", "workers": workers}
     assert prepare(tmp_path / "set", small, *sources, **settings).documents == 2
+
+
+def test_what_is_no_prepared_set_is_not_verified(tmp_path):
+    for folder, why in ((tmp_path / "none", "none: no such folder"), (tmp_path, "is no prepared set that came to its")):
+        with pytest.raises(InputFileError, match=why):
+            prepare_data.main(["--verify", str(folder)])
 
 
 def test_a_plan_of_something_else_is_not_written_over(small, tmp_path):
