@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from parity_page import Rung, compared, number, page, verdict, write_readme
+from parity.page import Rung, compared, number, page, verdict, write_readme
 
 from smollm_jax import command_line, errors, install
 

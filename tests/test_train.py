@@ -283,10 +283,10 @@ from pathlib import Path
 from scripts import train_jax
 from smollm_jax import data, weights
 def said(name, function):
-    def wrapped(*given):
+    def wrapped(*given, **options):
         mapped = "model.safetensors" in Path("/proc/self/maps").read_text()
         print(name, mapped, gc.isenabled(), file=sys.stderr)
-        return function(*given)
+        return function(*given, **options)
     return wrapped
 weights.from_bundle = said("from_bundle", weights.from_bundle)
 data.prepare = said("prepare", data.prepare)
@@ -346,10 +346,10 @@ def compiled(*arguments):
     compiling.set()
     assert reading.wait(60), "the step is compiled before the data are read"
     return compile_step(*arguments)
-def prepared(*arguments):
+def prepared(*arguments, **options):
     reading.set()
     assert compiling.wait(60), "the data are read before the step is compiled"
-    return prepare(*arguments)
+    return prepare(*arguments, **options)
 train_step.compile_step, data.prepare = compiled, prepared
 train_jax.main(sys.argv[1:])
 """
