@@ -53,10 +53,19 @@ def own_tokenizer(weights: Path) -> Path | None:
     """
     if is_gguf(weights):
         return weights
-    folder = weights.parent if weights.is_file() else weights
-    if weights.is_dir() and weights.parent.name == "checkpoints" and not has_tokenizer(weights):
-        folder = weights.parent.parent
+    folder = run_folder(weights) or (weights.parent if weights.is_file() else weights)
     return folder if has_tokenizer(folder) else None
+
+
+def run_folder(weights: Path) -> Path | None:
+    """The run that a step belongs to; None for what is no step.
+
+    A Hugging Face folder or a whole run may stand in a folder called checkpoints too: what lies above is not its own.
+    """
+    if not weights.is_dir() or weights.parent.name != "checkpoints" or not weights.name.isdigit():
+        return None
+    other = (weights / "checkpoints").is_dir() or any(weights.glob("model*.safetensors"))
+    return None if other else weights.parent.parent
 
 
 def tokenizer_files_at(path: Path) -> dict[str, bytes]:

@@ -25,6 +25,7 @@ from smollm_jax.generation_config import GREEDY, GenerationConfig
 from smollm_jax.gguf_writer import GgufType
 from smollm_jax.hub import locate
 from smollm_jax.safetensors_file import native
+from smollm_jax.tokenizer_source import run_folder
 
 if TYPE_CHECKING:
     from smollm_jax.model import SmolLM
@@ -171,11 +172,12 @@ def kind_of(path: Path) -> Kind:
         raise InputFileError(f"{path}: a {path.suffix} file can hold code that runs when it is read; {INSTEAD}")
     if path.is_file() and suffix in (".pt", ".safetensors", ".gguf"):
         return suffix[1:]  # type: ignore[return-value]  # one of the three just tested
-    if path.is_dir() and (path / "checkpoints").is_dir():
+    steps = path / "checkpoints"
+    if steps.is_dir() and (any(entry.name.isdigit() for entry in steps.iterdir()) or not _is_hf(path)):
         return "orbax"
-    if path.is_dir() and any(path.glob("model*.safetensors")):
+    if _is_hf(path):
         return "hf"
-    if path.is_dir() and path.parent.name == "checkpoints" and path.name.isdigit():
+    if run_folder(path):
         return "orbax"
     if path.is_dir() and any(path.glob("pytorch_model*.bin")):
         raise InputFileError(f"{path}: holds pytorch_model.bin only, which can run code when it is read; {INSTEAD}")
@@ -183,6 +185,11 @@ def kind_of(path: Path) -> Kind:
         f"{path}: not recognised as weights; give a run folder (or one step under its checkpoints/), "
         "a Hugging Face folder with model.safetensors, or a .pt, .safetensors or .gguf file"
     )
+
+
+def _is_hf(path: Path) -> bool:
+    """Whether a path is a folder with weights by Hugging Face's names."""
+    return path.is_dir() and any(path.glob("model*.safetensors"))
 
 
 def read(path: str | Path, *, allow_unverified: bool = False, mapped: bool = False) -> Bundle:
@@ -224,8 +231,8 @@ def write(path: str | Path, bundle: Bundle, kind: Kind, *, gguf_type: GgufType |
 
 
 def _read_orbax(path: Path, allow_unverified: bool) -> Bundle:
-    step = int(path.name) if path.parent.name == "checkpoints" else None
-    run = path if step is None else path.parent.parent
+    above = run_folder(path)
+    step, run = (None, path) if above is None else (int(path.name), above)
     config = formats.read_config(run / "config.json")
     with CheckpointStore(run / "checkpoints", create=False) as store:
         step = store.latest_step() if step is None else step
@@ -293,7 +300,7 @@ def generation_of(path: Path) -> GenerationConfig:
         return GenerationConfig.of(values, config, source)
     if kind not in ("hf", "orbax"):
         return GenerationConfig((), None, dict(GREEDY))
-    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    folder = run_folder(path) or path
     config = formats.read_config(folder / "config.json")
     return GenerationConfig.of(formats.generation_of_folder(folder, config), config, source)
 

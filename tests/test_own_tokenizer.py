@@ -72,6 +72,27 @@ def test_each_kind_of_weights_has_its_tokenizer_where_it_belongs(tmp_path):
     assert own_tokenizer(tmp_path / "x.safetensors") is None
 
 
+def test_what_lies_above_a_folder_called_checkpoints_belongs_to_a_step_only(tmp_path):
+    tokenizer_folder(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
+    bundle = Bundle(small_tensors(), SMALL)
+    for name, kind in {"500": "hf", "best": "hf", "my-run": "orbax", "7": "orbax"}.items():
+        weights.write(tmp_path / "checkpoints" / name, bundle, kind)
+    for name in ("500", "best", "my-run", "7"):
+        path = tmp_path / "checkpoints" / name
+        assert own_tokenizer(path) is None
+        assert weights.read(path).config == SMALL
+        assert weights.generation_of(path).eos_token_ids == (0,)
+
+
+def test_an_hf_folder_may_hold_a_folder_called_checkpoints(tmp_path):
+    weights.write(tmp_path / "hf", Bundle(small_tensors(), SMALL), "hf")
+    (tmp_path / "hf/checkpoints/checkpoint-500").mkdir(parents=True)
+    assert weights.kind_of(tmp_path / "hf") == "hf"
+    assert weights.read(tmp_path / "hf").config == SMALL
+
+
 def test_a_tokenizer_that_gives_other_ids_than_the_weights_own_is_refused(tmp_path):
     path = gguf(tmp_path / "x.gguf")
     other = tokenizer_folder(tmp_path / "other")
