@@ -10,7 +10,7 @@ from smollm_jax.config import Config, shown
 from smollm_jax.errors import InputFileError
 from smollm_jax.files import need, one_line, parse_config, parse_json
 from smollm_jax.gguf_header import read_header
-from smollm_jax.gguf_tokenizer import ForeignTokenizerError, files_from_gguf
+from smollm_jax.gguf_tokenizer import ENDS_BY_TEXT, ForeignTokenizerError, files_from_gguf, token_id
 
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -37,8 +37,10 @@ _INTEGERS = {
 _FLOATS = {"rope_theta": "llama.rope.freq_base", "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon"}
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 # More tokens that end a text, which Hugging Face's layout has in one list with eos.
-ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-# Hugging Face's generation_config.json: whole under a key of ours, and what llama.cpp has a key for.
+_ENDS = ("eos", "eot", "eom")
+ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in _ENDS)
+# Hugging Face's generation_config.json: whole under a key of ours ("null": there is none), and what llama.cpp has a
+# key for.
 GENERATION = "smollm_jax.generation_config"
 CONFIG_ENDS = "smollm_jax.config.eos_token_id"  # where config.json itself has a list
 SAMPLING = {
@@ -67,9 +69,18 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "llama.expert_used_count": (0,),
     "llama.expert_shared_count": (0,),
     "llama.pooling_type": (0,),
+    # Granite's factors, which llama.cpp skips at 0.
+    "llama.logit_scale": (0.0, 1.0),
+    "llama.residual_scale": (0.0, 1.0),
+    "llama.embedding_scale": (0.0, 1.0),
 }
-# How long contexts were before a scaling that is refused, and whether the model was trained with it.
-_BOOKKEEPING = ("llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned")
+# How long contexts were before a scaling that is refused, and whether the model was trained with it; the epsilon of
+# another kind of norm.
+_BOOKKEEPING = (
+    "llama.rope.scaling.original_context_length",
+    "llama.rope.scaling.finetuned",
+    "llama.attention.layer_norm_epsilon",
+)
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], str, dict[str, Any] | None]:
@@ -83,6 +94,11 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], s
     """
     gguf = need("gguf", path)
     fields, infos = read_header(path, gguf.GGML_QUANT_SIZES)
+    if fields.get("split.count") not in (None, 0, 1):
+        raise InputFileError(
+            f"{path}: is one of {shown(fields['split.count'])} pieces of a GGUF; "
+            "`llama-gguf-split --merge FIRST-PIECE WHOLE` of llama.cpp joins them"
+        )
     config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
     try:
         files = files_from_gguf(fields, path)
@@ -162,8 +178,8 @@ def _config(fields: dict[str, Any], path: Path, tied: bool) -> Config:
     values = {name: fields[key] for name, key in _INTEGERS.items()}
     # GGUF holds float32: 9.99999974e-06 is 1e-5, found again as the shortest decimal with the same float32.
     values |= {name: float(str(np.float32(fields[key]))) for name, key in _FLOATS.items()}
-    values |= {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKENS.items()}
-    ends = list(dict.fromkeys(fields[key] for key in ENDS if key in fields))
+    values |= {name: token_id(fields, key) for name, key in _TOKENS.items()}
+    ends = [i for i in dict.fromkeys(token_id(fields, name) for name in _ENDS) if i is not None]
     if CONFIG_ENDS in fields:
         values["eos_token_id"] = fields[CONFIG_ENDS]
     elif len(ends) > 1 and GENERATION not in fields:  # where ours is, it has the others
@@ -174,20 +190,27 @@ def _config(fields: dict[str, Any], path: Path, tied: bool) -> Config:
 
 
 def _generation(fields: dict[str, Any], config: Config, path: Path) -> dict[str, Any] | None:
-    """What `generation_config.json` would say: ours, else llama.cpp's sampling keys, else None."""
+    """What `generation_config.json` would say: ours, else what llama.cpp does with such a file, else None.
+
+    It samples by keys of its own, and ends a text at every token that is called as one that ends texts.
+    """
     if GENERATION in fields:
         if type(fields[GENERATION]) is not str:
             raise InputFileError(f"{path}: metadata {GENERATION} must be a string, got {shown(fields[GENERATION])}")
         values = parse_json(fields[GENERATION], f"{path}: metadata {GENERATION}")
-        if not isinstance(values, dict):
+        if values is not None and not isinstance(values, dict):
             raise InputFileError(f"{path}: metadata {GENERATION} must be a JSON object, got {shown(values)}")
         return values
     sampling = {name: fields[key] for name, key in SAMPLING.items() if key in fields}
+    tokens = fields.get("tokenizer.ggml.tokens")
+    by_text = [i for i, token in enumerate(tokens if type(tokens) is list else []) if token in ENDS_BY_TEXT]
+    ends = [*config.eos_token_ids, *(i for i in by_text if i not in config.eos_token_ids)]
+    ids = config.special_token_ids() | ({"eos_token_id": ends} if len(ends) > len(config.eos_token_ids) else {})
     if not sampling:
-        return None
+        return ids if ids != config.special_token_ids() else None
     # GGUF holds float32: 0.9 again, not 0.89999998.
     numbers = {name: float(str(np.float32(x))) if type(x) is float else x for name, x in sampling.items()}
-    return config.special_token_ids() | {"do_sample": True} | numbers
+    return ids | {"do_sample": True} | numbers
 
 
 def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:

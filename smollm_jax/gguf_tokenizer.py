@@ -17,7 +17,26 @@ from smollm_jax.files import need, one_line
 from smollm_jax.panics import silent_stderr
 from smollm_jax.tokenizer_source import TEMPLATES
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # gguf.TokenType
+NO_TOKEN = 2**32 - 1  # -1 as the uint32 that the key of a role holds: llama.cpp's LLAMA_TOKEN_NULL
+# Tokens that llama.cpp takes by their text for special ones that end a text, whatever the metadata say of them.
+# Source: llama.cpp, src/llama-vocab.cpp, llama_vocab::impl::load, `special_eog_ids`; without those of code infilling.
+ENDS_BY_TEXT = (
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+)
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # ours, and what GGUF calls them
 # Pre-tokenizers that split digits one by one and then work as GPT-2's: one regular expression in llama.cpp.
 DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
@@ -120,14 +139,14 @@ def files_from_gguf(fields: dict[str, Any], path: Path) -> dict[str, bytes]:
         raise InputFileError(f"{path}: metadata tokenizer.ggml.tokens: {counts}")
     roles: dict[str, str | None] = {}
     for role, name in ROLES.items():
-        i = fields.get(f"tokenizer.ggml.{name}_token_id")
+        i = token_id(fields, name)
         if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
             raise InputFileError(f"{path}: metadata tokenizer.ggml.{name}_token_id is {shown(i)}, no token")
         roles[role] = None if i is None else tokens[i]
-    special, user_defined = (
-        [token for token, kind in zip(tokens, types, strict=True) if kind == wanted]
-        for wanted in (CONTROL, USER_DEFINED)
-    )
+    kinds = dict(zip(tokens, types, strict=True))
+    by_text = {token for token in ENDS_BY_TEXT if kinds.get(token) == NORMAL}
+    special = [token for token, kind in kinds.items() if kind in (CONTROL, UNKNOWN) or token in by_text]
+    user_defined = [token for token, kind in kinds.items() if kind == USER_DEFINED]
     try:
         with silent_stderr():
             core = build(tokens, merges, special, user_defined, digits=pre in DIGITS)
@@ -139,6 +158,12 @@ def files_from_gguf(fields: dict[str, Any], path: Path) -> dict[str, bytes]:
     template, named = _templates(fields, path)
     context = fields.get("llama.context_length")
     return tokenizer_files(core, context if type(context) is int else 0, roles, template, named)
+
+
+def token_id(fields: dict[str, Any], name: str) -> Any:
+    """The id that the metadata give a role, None for a role that the model has not."""
+    i = fields.get(f"tokenizer.ggml.{name}_token_id")
+    return None if i == NO_TOKEN else i
 
 
 def _add_affixes(core: tokenizers.Tokenizer, fields: dict[str, Any], roles: dict[str, str | None], path: Path) -> None:

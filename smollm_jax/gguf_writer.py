@@ -217,10 +217,8 @@ def _ends(config: Config, fields: dict[str, Any], generation_config: dict[str, A
 
 def _sampling(generation_config: dict[str, Any] | None) -> dict[str, Any]:
     """`generation_config.json` whole, for who reads it back, and its sampling by llama.cpp's keys where it samples."""
-    if generation_config is None:
-        return {}
     fields: dict[str, Any] = {GENERATION: json.dumps(generation_config)}
-    if generation_config.get("do_sample"):
+    if generation_config and generation_config.get("do_sample"):
         for name, key in SAMPLING.items():
             if (value := generation_config.get(name)) is not None:
                 fields[key] = value if name == "top_k" else float(value)

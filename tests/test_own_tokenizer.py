@@ -238,6 +238,53 @@ def test_the_ends_and_the_sampling_of_a_foreign_gguf_are_taken(tmp_path):
     assert (engine.defaults.temperature, engine.defaults.top_k, engine.defaults.top_p) == (0.7, 20, 1.0)
 
 
+def chat_gguf(path: Path, **changed) -> Path:
+    """A GGUF as llama.cpp's converter writes it for a chat model whose eos is the base model's."""
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_symbols(), "Ġt", "he", "Ġthe"]
+    types = [3, 3, 3] + [1] * 259
+    return gguf(path, **{"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types} | changed)
+
+
+@pytest.mark.parametrize("types", [[3, 3, 3], [2, 3, 3], [3, 3, 1]])
+def test_a_foreign_gguf_ends_a_text_where_llama_cpp_does(tmp_path, types):
+    """It takes tokens by their text for such that end one, and UNKNOWN (2) for special as CONTROL (3)."""
+    path = chat_gguf(tmp_path / "x.gguf", **{"tokenizer.ggml.token_type": types + [1] * 259})
+    engine = Engine.load(path)
+    assert engine.generation.eos_token_ids == (0, 2) == weights.generation_of(path).eos_token_ids
+    assert engine.config.eos_token_id == 0  # as the file says
+    assert engine.tokenizer.encode("<|im_end|><|endoftext|>", parse_special=True) == [2, 0]
+    for name, kind in {"hf": "hf", "again.gguf": "gguf", "run": "orbax", "last.gguf": "gguf"}.items():
+        weights.write(tmp_path / name, weights.read(path), kind)
+        path = tmp_path / name
+        assert weights.generation_of(path).eos_token_ids == (0, 2)
+
+
+def test_a_gguf_of_ours_ends_a_text_where_the_folder_it_was_made_from_does(tmp_path):
+    files = weights.read(chat_gguf(tmp_path / "x.gguf")).tokenizer_files
+    for generation in (None, {"eos_token_id": 2}):
+        weights.write(tmp_path / f"{generation}.gguf", Bundle(small_tensors(), SMALL, files, "", generation), "gguf")
+        again = weights.read(tmp_path / f"{generation}.gguf")
+        assert (again.generation_config, again.config.eos_token_id) == (generation, 0)
+
+
+@pytest.mark.parametrize("role", ["bos", "eos", "eot", "padding", "unknown"])
+def test_minus_one_as_a_role_of_a_gguf_is_no_token(tmp_path, role):
+    path = gguf(tmp_path / "x.gguf", **{f"tokenizer.ggml.{role}_token_id": 2**32 - 1})
+    expected = None if role == "eos" else 0
+    config = weights.read(path).config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, expected, None)
+    assert len(Tokenizer.load(path).encode("the")) == 2
+
+
+def test_keys_of_a_gguf_that_change_nothing_are_read_and_a_piece_of_one_is_not(tmp_path):
+    neutral = {"llama.attention.layer_norm_epsilon": 1e-5, "llama.logit_scale": 1.0, "llama.residual_scale": 0.0}
+    assert weights.read(gguf(tmp_path / "x.gguf", **neutral)).config.vocab_size == SMALL.vocab_size
+    with pytest.raises(InputFileError, match=r"llama\.logit_scale=2.0 is not supported"):
+        weights.read(gguf(tmp_path / "y.gguf", **{"llama.logit_scale": 2.0}))
+    with pytest.raises(InputFileError, match="is one of 2 pieces of a GGUF; `llama-gguf-split --merge"):
+        weights.read(gguf(tmp_path / "z.gguf", **{"split.count": 2, "split.no": 0}))
+
+
 def test_sampling_defaults_are_the_weights_own_and_flags_come_first(tmp_path):
     from smollm_jax.sampling_flags import SamplingFlags
 
