@@ -5,6 +5,7 @@ Source: transformers, generation/configuration_utils.py (GenerationConfig), and 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from smollm_jax.config import Config, shown
@@ -13,6 +14,15 @@ from smollm_jax.errors import InputFileError
 # Fields of `Sampling`, and what transformers takes where a file that samples leaves one out.
 DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+# Of each field: whether it is an integer, which values `Sampling` takes, and that in words.
+ALLOWED: dict[str, tuple[bool, Callable[[float], bool], str]] = {
+    "temperature": (False, lambda x: 0 <= x < float("inf"), "at least 0"),
+    "top_k": (True, lambda x: x >= 0, "at least 0"),
+    "top_p": (False, lambda x: 0 <= x <= 1, "from 0 to 1"),
+    "min_p": (False, lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    "repetition_penalty": (False, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6"),
+}
+SMALLEST = 1e-30  # a top_p that keeps the likeliest token alone, as 0 does in transformers
 # What changes the text and is not done here, with the values that change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
@@ -63,14 +73,13 @@ class GenerationConfig:
             return cls(config.eos_token_ids, config.bos_token_id, dict(GREEDY))
         ends = _ids(values, "eos_token_id", source)
         begins = _ids(values, "bos_token_id", source)
-        sampling: dict[str, Any] = dict(DEFAULTS) if _flag(values, "do_sample", source) else dict(GREEDY)
+        sampled = _flag(values, "do_sample", source)
+        sampling: dict[str, Any] = dict(DEFAULTS) if sampled else dict(GREEDY)
         for name in sampling:
             value = values.get(name)
-            if value is None or (name == "temperature" and not values.get("do_sample")):
+            if value is None or (name == "temperature" and not sampled):
                 continue
-            if type(value) not in (int, float):
-                raise InputFileError(f"{source}: {name} must be a number, got {shown(value)}")
-            sampling[name] = value
+            sampling[name] = _number(name, value, source)
         not_done = [
             f"{name}={shown(values[name])}"
             for name, neutral in NEUTRAL.items()
@@ -93,6 +102,19 @@ def described(sampling: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in names.items())
 
 
+def _number(name: str, value: Any, source: str) -> float:
+    """A field of `Sampling` as transformers means it; `InputFileError` for what it refuses too when it samples."""
+    whole, allowed, words = ALLOWED[name]
+    if whole and type(value) is float and value.is_integer():  # 50.0, as YAML and JavaScript write it
+        value = int(value)
+    kinds = (int,) if whole else (int, float)
+    if type(value) not in kinds:
+        raise InputFileError(f"{source}: {name} must be {'an integer' if whole else 'a number'}, got {shown(value)}")
+    if not allowed(value):
+        raise InputFileError(f"{source}: {name} must be {words}, got {shown(value)}")
+    return SMALLEST if name == "top_p" and value == 0 else value
+
+
 def _flag(values: dict[str, Any], name: str, source: str) -> bool:
     if (value := values.get(name)) not in (None, True, False):
         raise InputFileError(f"{source}: {name} must be true or false, got {shown(value)}")
@@ -100,9 +122,9 @@ def _flag(values: dict[str, Any], name: str, source: str) -> bool:
 
 
 def _ids(values: dict[str, Any], name: str, source: str) -> tuple[int, ...]:
-    """The token ids in a field that holds one or a list of them, or is not there."""
+    """The token ids in a field that holds one or a list of them, or is not there; -1 is no token."""
     value = values.get(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+    if not all(type(i) is int and -1 <= i < 2**31 for i in ids):
         raise InputFileError(f"{source}: {name} must be a token id or a list of them, got {shown(value)}")
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(i for i in ids if i != -1))

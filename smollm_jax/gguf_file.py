@@ -1,5 +1,6 @@
 """A Llama GGUF as Hugging Face's tensors, config and tokenizer. Needs the `gguf` package to dequantise."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,12 @@ SAMPLING = {
     "top_p": "general.sampling.top_p",
     "min_p": "general.sampling.min_p",
     "repetition_penalty": "general.sampling.penalty_repeat",
+}
+_SAMPLING_RANGE = {
+    "temperature": (0.0, math.inf),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, math.inf),
 }
 # Those of which llama.cpp also reads an array, a value for each layer.
 _PER_LAYER = ("llama.feed_forward_length", "llama.attention.head_count", "llama.attention.head_count_kv")
@@ -210,6 +217,9 @@ def _generation(fields: dict[str, Any], config: Config, path: Path) -> dict[str,
         return ids if ids != config.special_token_ids() else None
     # GGUF holds float32: 0.9 again, not 0.89999998.
     numbers = {name: float(str(np.float32(x))) if type(x) is float else x for name, x in sampling.items()}
+    for name, (least, most) in _SAMPLING_RANGE.items():  # beyond, llama.cpp keeps all tokens, or the likeliest
+        if type(numbers.get(name)) in (int, float):
+            numbers[name] = min(max(numbers[name], least), most)
     return ids | {"do_sample": True} | numbers
 
 

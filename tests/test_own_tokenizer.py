@@ -12,6 +12,7 @@ from smollm_jax import weights
 from smollm_jax.engine import Engine
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.formats import Bundle
+from smollm_jax.sampling import Sampling
 from smollm_jax.special_tokens import byte_symbols
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.tokenizer_source import own_tokenizer
@@ -302,10 +303,29 @@ def test_sampling_defaults_are_the_weights_own_and_flags_come_first(tmp_path):
 
 def test_a_generation_config_that_makes_no_sense_is_named(tmp_path):
     weights.write(tmp_path / "hf", Bundle(small_tensors(), SMALL, small_tokenizer()), "hf")
-    for values, fault in (({"eos_token_id": "x"}, "eos_token_id"), ({"do_sample": 1.5}, "do_sample")):
+    wrong = {"eos_token_id": "x", "do_sample": 1.5, "top_k": -1, "top_p": 1.5, "min_p": 1, "repetition_penalty": 0}
+    for fault, value in wrong.items():
+        values = {"do_sample": True} | {fault: value}
         (tmp_path / "hf/generation_config.json").write_text(json.dumps(values))
         with pytest.raises(InputFileError, match=rf"hf: generation_config: {fault} must be"):
             Engine.load(tmp_path / "hf")
     (tmp_path / "hf/generation_config.json").write_text("[]")
     with pytest.raises(InputFileError, match=r"generation_config\.json: must be a JSON object"):
         Engine.load(tmp_path / "hf")
+
+
+def test_a_generation_config_means_what_transformers_makes_of_it(tmp_path):
+    weights.write(tmp_path / "hf", Bundle(small_tensors(), SMALL, small_tokenizer()), "hf")
+    values = {"do_sample": True, "top_k": 50.0, "top_p": 0.0, "eos_token_id": [5, -1], "bos_token_id": -1}
+    (tmp_path / "hf/generation_config.json").write_text(json.dumps(values))
+    engine = Engine.load(tmp_path / "hf")
+    assert engine.generation.eos_token_ids == (5,)  # -1 is no token
+    drawn = dataclasses.replace(engine.defaults, seed=3)  # top_p 0 keeps the likeliest token alone
+    texts = [engine.complete([[1, 2]], max_new_tokens=8, sampling=how)[0].text for how in (drawn, Sampling())]
+    assert texts[0] == texts[1]
+
+
+def test_sampling_keys_of_a_gguf_beyond_their_range_mean_what_llama_cpp_makes_of_them(tmp_path):
+    beyond = {"temp": -1.0, "top_k": -1, "top_p": 1.5, "min_p": -0.5}
+    path = gguf(tmp_path / "x.gguf", **{f"general.sampling.{name}": value for name, value in beyond.items()})
+    assert Engine.load(path).defaults == Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
