@@ -12,18 +12,22 @@ from pathlib import Path
 import lm_eval
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parity_tests.conftest import load_hf
 from parity_tests.tolerances import LOGLIKELIHOOD, QUALITY, within
 from scripts import evaluate, run_lm_eval
+from smollm_jax import weights
 from smollm_jax.engine import Engine
 from smollm_jax.errors import UsageError
+from smollm_jax.formats import Bundle
 from smollm_jax.harness import SmolLMHarness
 from smollm_jax.text import documents, text_files
+from tests.small_files import SMALL, small_tensors, small_tokenizer
 
 README = Path(__file__).parent.parent / "README.md"
 YAML = {
@@ -110,6 +114,26 @@ def test_the_harness_gets_the_answers_of_its_own_hf_model(tasks, weights_path, h
     pairs += [(a[0][0], b[0][0]) for a, b in zip(ours["speech_rolling"][1], theirs["speech_rolling"][1], strict=True)]
     x, y = np.array(pairs, float).T
     within(np.abs(x / y - 1).max(), LOGLIKELIHOOD, f"log-likelihood of {len(pairs)} continuations and paragraphs")
+
+
+@pytest.mark.parametrize("ends", [["<|endoftext|>"], []])
+def test_the_harness_puts_around_a_text_what_the_post_processor_puts_there(tmp_path, ends):
+    """Its `hf` model does, but for a text that begins with BOS already."""
+    weights.write(tmp_path / "hf", Bundle(small_tensors(), SMALL, small_tokenizer()), "hf")
+    path = tmp_path / "hf/tokenizer.json"
+    core = tokenizers.Tokenizer.from_file(str(path))
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single=["<|endoftext|>", "$A", *ends], special_tokens=[("<|endoftext|>", 0)]
+    )
+    core.save(str(path))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    its_own = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "hf"), batch_size=1)
+    ours = SmolLMHarness(Engine.load(tmp_path / "hf"), quiet=True, on_bad_text="skip")
+    assert ours.tok_encode("the") == [0, *ours.tok_encode("the", add_special_tokens=False), *(0 for _ in ends)]
+    for text in ("the cat", "<|endoftext|>the cat", "", " the"):
+        for special in (None, True, False):
+            assert ours.tok_encode(text, special) == its_own.tok_encode(text, special)
+    assert ours._encode_pair("the cat ", "the") == its_own._encode_pair("the cat ", "the")
 
 
 def test_the_command_scores_local_tasks_and_refuses_what_it_cannot(tasks, trained, tmp_path, monkeypatch, capsys):

@@ -62,12 +62,17 @@ class SmolLMHarness(TemplateLM):
         return self.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Token ids; a special token in a task's text is one, as in `hf`."""
+        """Token ids; a special token in a task's text is one, and the post-processor adds its own, as in `hf`.
+
+        It adds none to a text that begins with the token that begins texts: a chat template may have written it.
+        """
         tokenizer = self.engine.tokenizer
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(tokenizer.decode([self.prefix_token_id]))
         if self._is_bad(string) and self.on_bad_text == "skip":
             tokenizer.core.encode_special_tokens = False
-            return tokenizer.core.encode(_without_surrogates(string), add_special_tokens=False).ids
-        return tokenizer.encode(self._replaced(string), parse_special=True)
+            return tokenizer.core.encode(_without_surrogates(string), add_special_tokens=add_special_tokens).ids
+        return tokenizer.encode(self._replaced(string), parse_special=True, add_special_tokens=add_special_tokens)
 
     def _is_bad(self, text: str) -> bool:
         """Whether a text of a task has characters without tokens, which is counted; `UsageError` if it is to stop."""
