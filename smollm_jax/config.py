@@ -29,6 +29,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "initializer_range": (1e-30, 1e3),
 }
 DTYPES = ("float32", "float64", "float16", "bfloat16")
+DTYPE_ALIASES = {"float": "float32", "double": "float64", "half": "float16"}  # PyTorch's own
+DTYPE_ALIASES |= {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of trainers' settings
 _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 80, 80
 
@@ -183,20 +185,22 @@ def _drop_what_changes_nothing(values: dict[str, Any]) -> None:
         value = values.pop(key, None)
         if value is not None and (type(value) is not list or any(item not in allowed for item in value)):
             raise UsageError(f"config key {key}={shown(value)} is not supported, only {[allowed[0]]} is")
-    if values.get("auto_map") is not None:
+    if code := values.pop("auto_map", None):
         raise UsageError(
-            f"config key auto_map={shown(values['auto_map'])} names Python code that comes with the weights: it may "
+            f"config key auto_map={shown(code)} names Python code that comes with the weights: it may "
             "compute something else and is never run; remove the key if the weights are a plain Llama's"
         )
     for key in list(values):
-        if key in config_keys.BOOKKEEPING or key in config_keys.GENERATION or key.startswith("unsloth_"):
+        nothing = key in config_keys.BOOKKEEPING or key in config_keys.GENERATION or key.startswith("unsloth_")
+        if nothing or (key in config_keys.FACTORS and type(values[key]) in (int, float) and values[key] == 1):
             del values[key]
 
 
 def _dtype(key: str, dtype: Any) -> str:
     """The name of a dtype that a config gives, where some programs write PyTorch's "torch.bfloat16"."""
     name = dtype.removeprefix("torch.") if type(dtype) is str else dtype
-    if name not in DTYPES:
+    name = DTYPE_ALIASES.get(name, name) if type(name) is str else name
+    if name not in (*DTYPES, "auto"):  # "auto": as the tensors are, which is what a reader does anyway
         raise UsageError(f"config key {key} must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
     return name
 
@@ -214,6 +218,8 @@ def _plain_theta(key: str, parameters: Any) -> Any:
     theta = values.pop("rope_theta", None)
     kinds = [kind for kind in (values.pop("rope_type", None), values.pop("type", None)) if kind is not None]
     allowed = ("default", "linear") if values.get("factor") is not None else ("default",)
+    for name in ("original_max_position_embeddings", "finetuned"):  # how it was before a scaling that is none
+        values.pop(name, None)
     factors = [values.pop(name, None) for name in ("factor", "attention_factor", "partial_rotary_factor")]
     ones = all(factor is None or (type(factor) in (int, float) and factor == 1) for factor in factors)
     plain = ones and all(kind in allowed and kind == kinds[0] for kind in kinds)
@@ -228,6 +234,8 @@ def _fill_in(values: dict[str, Any]) -> None:
         token = values.setdefault(key, None)
         if type(token) is int and token == -1:  # Llama 1's pad_token_id: transformers warns, and no token is it
             values[key] = None
+        elif type(token) is list and key == "eos_token_id":
+            values[key] = [i for i in token if type(i) is not int or i != -1]
     if type(values.get("num_attention_heads")) is int and values["num_attention_heads"] > 0:
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = values["num_attention_heads"]

@@ -20,6 +20,14 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "qkv_bias": (False,),
     "use_qk_norm": (False,),
     "pretraining_tp": (1, 2, 4, 8, 16),  # transformers 4 summed that many slices of a matmul, 5 does not
+    "bias": (False,),
+    "lm_head_bias": (False,),
+    "use_qkv_bias": (False,),
+    "load_in_4bit": (False,),
+    "load_in_8bit": (False,),
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+    "rope_interleave": (False,),
     "rope_interleaved": (False,),  # False is the half-split layout every LlamaForCausalLM has
     "partial_rotary_factor": (1.0, 1),
     "use_mrope": (False,),
@@ -29,7 +37,11 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, []),
     # Training: a rate of dropout would have to be honoured.
     "attention_dropout": (0.0, 0),
+    "attn_dropout": (0.0, 0),
+    "dropout": (0.0, 0),
     "hidden_dropout": (0.0, 0),
+    "hidden_dropout_prob": (0.0, 0),
+    "resid_dropout": (0.0, 0),
     "embd_pdrop": (0.0, 0),
     "resid_pdrop": (0.0, 0),
     "attn_pdrop": (0.0, 0),
@@ -40,6 +52,19 @@ FIXED: dict[str, tuple[Any, ...]] = {
     # Text that transformers' pipelines put before every prompt.
     "prefix": ("",),
 }
+
+# Factors that others than Llama have (Granite, Cohere, GLM, GPT-NeoX): 1 changes nothing.
+FACTORS = frozenset(
+    [
+        "embedding_multiplier",
+        "logit_scale",
+        "logits_scaling",
+        "residual_multiplier",
+        "rope_pct",
+        "rope_ratio",
+        "rotary_pct",
+    ]
+)
 
 # Keys with a list of any of these values, which are one to this model.
 FIXED_LISTS: dict[str, tuple[str, ...]] = {
@@ -59,6 +84,13 @@ BOOKKEEPING = frozenset(
         "transformers.js_config",
         "is_llama_config",
         "finetuning_task",
+        "transformers_weights",
+        "trust_remote_code",
+        "base_model",
+        "base_model_name_or_path",
+        "language",
+        "license",
+        "_comment",
         "task_specific_params",  # sampling of pipelines, by task
         "tokenizer_class",
         # How the same numbers are computed, or in which form they are returned.
@@ -72,6 +104,12 @@ BOOKKEEPING = frozenset(
         "experts_implementation",
         "use_flash_attention_2",
         "use_flash_attn",
+        "use_liger_kernel",
+        "use_memory_efficient_attention",
+        "use_xformers",
+        "fuse_cross_entropy",
+        "fuse_norm",
+        "fuse_swiglu",
         "chunk_size_feed_forward",
         "gradient_checkpointing",
         "output_attentions",
@@ -84,6 +122,10 @@ BOOKKEEPING = frozenset(
         "use_bfloat16",
         "tf_legacy_loss",
         "_pre_quantization_dtype",
+        # The loss that transformers computes from labels.
+        "ignore_index",
+        "keys_to_ignore_at_inference",
+        "loss_type",
         # Heads for classification, which this model has not.
         "id2label",
         "label2id",
@@ -100,6 +142,7 @@ BOOKKEEPING = frozenset(
         "original_max_position_embeddings",
         "max_sequence_length",
         "max_seq_length",
+        "seq_length",
         "model_max_length",
         "max_window_layers",
     ]
