@@ -118,7 +118,10 @@ def _go_on(folder: Path, plan: Plan, settings: Settings, workers: int, stop: Sto
     ]
     counts += _counts_before(folder, {unit.number for unit in plan.units} - {unit.number for unit in left}, found)
     if not names:
-        why = f": all its documents were left out, {skipped:,}" if (skipped := counts["documents_skipped"]) else ""
+        none = f", none has a usable {about['text_column']!r}"
+        why = (
+            f": all its documents were left out, {skipped:,}{none}" if (skipped := counts["documents_skipped"]) else ""
+        )
         raise InputFileError(f"{plan.sources}: holds no text{why}")
     kept = {"counts": dict(sorted(counts.items()))} if counts else {}
     write_manifest(folder, names, about | kept | {"sources": plan.files})

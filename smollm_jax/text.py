@@ -121,7 +121,7 @@ def _json_lines(part: Part, kind: Kind, column: str, bad: BadText) -> Iterator[P
             where = line.where(part)
             if "\0" in text and (text := bad.checked(text, where)) is None:
                 continue
-            value = text_tables.text_of(parse_json(text, where, finite=False), column, where)
+            value = text_tables.text_of(parse_json(text, where, finite=False), column, where, bad)
             if (value := bad.checked(value, where, f": {column!r}")) is not None:
                 yield Passage(value, True, where, line.position)
 

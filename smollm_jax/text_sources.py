@@ -64,6 +64,8 @@ def choose(source: Path, column: str = "text", splits: tuple[str, ...] = ("train
         return _folder(source, column, splits)
     if re.search(r"[*?\[]", str(source)) and (matches := sorted(glob.glob(str(source), recursive=True))):
         return _matches(source, [Path(match) for match in matches], column, splits)
+    if source.exists():
+        raise InputFileError(f"{source}: is no file on a disk, which can be read twice: save it as one")
     raise InputFileError(f"{source}: no such file or folder")
 
 

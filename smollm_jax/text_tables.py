@@ -17,7 +17,7 @@ from smollm_jax.files import need, one_line, parse_json
 from smollm_jax.text_kinds import Part, Passage
 
 CONVERSATIONS = {"messages", "conversations", "conversation"}  # keys of rows that are chats, not text
-RENDER = "{} is a conversation, which is to be rendered to text by a chat template first"
+RENDER = "{} is a conversation, which is to be rendered to text by a chat template first: docs/data.md"
 STRINGS = ("string", "large_string", "string_view")
 Lines = Iterator[tuple[str, float]]  # each with its line end, and how much of the file is read by then
 
@@ -72,13 +72,18 @@ def json_documents(chunks: Lines, file: Path, column: str, bad: BadText, limit: 
     for number, (content, position, array) in enumerate(_values(chunks, file, limit), 1):
         where = f"{file}: {'element' if array else 'object'} {number}"
         value = parse_json(content, where, finite=False)
-        text = value if array and isinstance(value, str) else text_of(value, column, where)
+        text = value if array and isinstance(value, str) else text_of(value, column, where, bad)
         if (text := bad.checked(text, where, f": {column!r}")) is not None:
             yield Passage(text, True, where, position)
 
 
-def text_of(value: Any, column: str, where: str) -> str | None:
-    """The text of a JSON object, or None for null; raises `InputFileError` for another type or value."""
+def text_of(value: Any, column: str, where: str, bad: BadText) -> str | None:
+    """The text of a JSON object, or None for null; raises `InputFileError` for another type or value.
+
+    Where null is left out, so is an object without the field, which is null to Hugging Face's datasets.
+    """
+    if isinstance(value, dict) and column not in value and bad.policy != "stop":
+        return None
     if isinstance(value, dict) and column in value and type(value[column]) in (str, type(None)):
         return value[column]
     reason = ""

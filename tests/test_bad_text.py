@@ -75,6 +75,19 @@ CASES = {  # name: (content, what stops the reading, documents when skipped, whe
 }
 
 
+@pytest.mark.parametrize("policy", ["skip", "replace"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_an_object_without_the_field_is_null_as_it_is_to_datasets(tmp_path, tokenizer_path, tokenizer, name, policy):
+    (tmp_path / name).write_text('{"text": "a"}\n{"other": "b"}\n{"text": "c"}\n')
+    with pytest.raises(InputFileError, match=r"2 .* has no column 'text', only"):
+        list(documents(tmp_path / name))
+    bad = BadText(policy, tokenizer.unencodable)
+    assert list(documents(tmp_path / name, bad=bad)) == ["a", "c"]
+    assert bad.skipped == 1
+    with pytest.raises(InputFileError, match="left out, 3, none has a usable 'body'"):
+        run(tmp_path / "set", tmp_path / name, tokenizer_path, "--on-bad-text", policy, "--text-column", "body")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bad_text_stops_is_skipped_or_replaced_in_every_kind_of_file(tmp_path, tokenizer, name):
     content, stops, skipped, replaced = CASES[name]

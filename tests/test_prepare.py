@@ -301,6 +301,8 @@ def test_a_source_named_twice_and_a_glob(small, tmp_path):
     assert prepare(tmp_path / "set", small, tmp_path / "*.txt").documents == 2
     with pytest.raises(InputFileError, match="no such file or folder"):
         prepare(tmp_path / "none", small, tmp_path / "*.jsonl")
+    with pytest.raises(InputFileError, match="/dev/null: is no file on a disk"):
+        prepare(tmp_path / "none", small, "/dev/null")
 
 
 def test_another_column_is_text_on_request(small, tmp_path):
