@@ -11,6 +11,7 @@ does. The trainers and prepare_data.py go on without their stdout: what they are
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -115,7 +116,10 @@ def _leave(message: object | None, code: int) -> None:
 
 def _expected(error: Exception) -> Exception | None:
     """The error to show in one line; None for a bug. What a user causes, other libraries raise as unspecific kinds."""
-    if isinstance(error, (SmolLMError, OSError)):
+    if isinstance(error, OSError) and not isinstance(error, SmolLMError):
+        # A file is written under another name before it gets its own, the only one its user knows.
+        return StorageError(re.sub(r"\.([^/]+)\.[0-9a-f]{8}\.tmp\b", r"\1", str(error)))
+    if isinstance(error, SmolLMError):
         return error
     if isinstance(error, UnicodeEncodeError):
         names = sys.getfilesystemencoding()

@@ -66,7 +66,17 @@ def choose(source: Path, column: str = "text", splits: tuple[str, ...] = ("train
         return _matches(source, [Path(match) for match in matches], column, splits)
     if source.exists():
         raise InputFileError(f"{source}: is no file on a disk, which can be read twice: save it as one")
-    raise InputFileError(f"{source}: no such file or folder")
+    raise InputFileError(f"{source}: no such file or folder{_elsewhere(source)}")
+
+
+def _elsewhere(source: Path) -> str:
+    """What to do where a path that is not there is an address, or can be a data set's name on the hub; "" otherwise."""
+    if re.match(r"\w+:/", str(source)):
+        return ": an address is not fetched: download the file and give its path"
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and not source.parent.exists() and not named_kind(source)[0]:
+        name = f"hf download --repo-type dataset {source} --local-dir {source.name}"
+        return f"; a data set of the Hugging Face hub is downloaded first: {name}"
+    return ""
 
 
 def _matches(source: Path, matches: list[Path], column: str, splits: tuple[str, ...]) -> Chosen:

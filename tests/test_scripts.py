@@ -96,6 +96,17 @@ def test_a_prompt_file_and_stdin_may_begin_with_a_byte_order_mark(tmp_path, monk
         assert generate.read_prompts(generate.Flags(weights=tmp_path)) == ["Él said"]
 
 
+def test_a_file_that_could_not_be_written_is_called_by_its_own_name(tmp_path):
+    (tmp_path / "a.txt").touch()
+    program = (
+        "from pathlib import Path; from smollm_jax import errors, formats\n"
+        "def main():\n    with formats.replacing(Path('a.txt/x.gguf')) as file: file.touch()\n"
+        "errors.run(main)"
+    )
+    done = run("-c", program, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (5, "error: [Errno 20] Not a directory: 'a.txt/x.gguf'\n")
+
+
 def test_debug_shows_the_traceback():
     done = run("scripts/convert_weights.py", "nowhere", "x.pt", "--debug")
     assert done.returncode == 1

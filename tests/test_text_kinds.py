@@ -150,6 +150,25 @@ def folder(place: Path, *names: str, **contents: bytes) -> Path:
     return place
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            "HuggingFaceFW/fineweb",
+            "folder; a data set of .* first: hf download --repo-type dataset Hugg",
+        ),
+        ("https://a.org/x.jsonl", "an address is not fetched: download the file"),
+        ("nowhere/x.jsonl", "no such file or folder$"),
+        ("here/x", "no such file or folder$"),
+    ],
+)
+def test_what_is_not_on_the_disk_is_named_with_what_to_do(tmp_path, monkeypatch, source, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(InputFileError, match=said):
+        choose(Path(source))
+
+
 def test_a_link_to_a_file_that_is_read_itself_is_left_out(tmp_path):
     place = folder(tmp_path / "d", "b.txt", "sub/c.txt")
     blob = folder(tmp_path / "cache", "blob") / "blob"  # as in the hub's cache
