@@ -130,13 +130,15 @@ class Engine:
         the n likeliest. Where the context is full, "error" refuses beforehand and "slide" goes on from its last half.
         Raises `UsageError` here, not at the first piece.
         """
-        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if context not in ("error", "slide"):
             raise UsageError(f"context must be 'error' or 'slide', got {shown(context)}")
         generate.check(self.config, prompts, max_new_tokens, slide=context == "slide")
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+        if not isinstance(samplings, list | tuple) or not all(isinstance(one, Sampling) for one in samplings):
+            raise UsageError(f"sampling must be a Sampling, or a list of them, got {shown(sampling)}")
         if len(samplings) != len(prompts):
             raise UsageError(f"sampling must be one, or one for each of {len(prompts)} prompts, got {len(samplings)}")
-        if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
+        if not isinstance(stop, list | tuple) or not all(isinstance(one, str) and one for one in stop):
             raise UsageError(f"stop must be a sequence of strings that are not empty, got {shown(stop)}")
         most = generate.MOST_ALTERNATIVES
         if alternatives is not None and (type(alternatives) is not int or not 0 <= alternatives <= most):
@@ -157,9 +159,10 @@ class Engine:
 
     def complete(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
         """The whole text of every prompt; options as in `stream`."""
-        pieces: list[list[Piece]] = [[] for _ in prompts]
         options.setdefault("tokens_per_call", generate.TOKENS_PER_CALL)  # nobody waits for a single one
-        for piece in self.stream(prompts, **options):
+        stream = self.stream(prompts, **options)
+        pieces: list[list[Piece]] = [[] for _ in prompts]
+        for piece in stream:
             pieces[piece.row].append(piece)
         return [
             Completion(

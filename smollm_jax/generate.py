@@ -100,8 +100,12 @@ def check(config: Config, prompts: Any, max_new_tokens: Any, *, slide: bool = Fa
     def whole(value: Any) -> bool:
         return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
-    if isinstance(prompts, str) or not all(whole(token) for prompt in prompts for token in prompt):
-        raise UsageError("prompts must be sequences of token ids")
+    try:
+        right = not isinstance(prompts, str) and all(whole(token) for prompt in prompts for token in prompt)
+    except TypeError:  # one prompt, or none at all
+        right = False
+    if not right:
+        raise UsageError(f"prompts must be sequences of token ids, one for each text, got {shown(prompts)}")
     if not len(prompts) or min(len(prompt) for prompt in prompts) == 0:
         raise UsageError("a prompt must have at least one token")
     if not whole(max_new_tokens) or max_new_tokens < 1:

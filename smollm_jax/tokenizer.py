@@ -7,6 +7,7 @@ as GPT-2's. Ids fit in uint16.
 import codecs
 import functools
 import hashlib
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import tokenizers
 
 from smollm_jax.chat_template import ChatTemplates
 from smollm_jax.chat_tokens import encode_chat
+from smollm_jax.config import shown
 from smollm_jax.conversation import Conversation, Message
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.gguf_tokenizer import ForeignTokenizerError
@@ -124,10 +126,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores."""
+        if isinstance(texts, str):
+            raise UsageError("texts must be a sequence of strings, not one")
         return self._encode_batch(list(texts), parse_special=False)
 
     def _encode_batch(self, texts: list[str], parse_special: bool) -> list[list[int]]:
         for text in texts:
+            if not isinstance(text, str):
+                raise UsageError(f"a text must be a string, got {shown(text)}")
             if reason := self.unencodable(text):
                 raise UsageError(f"the text cannot be encoded: {reason}")
         self.core.encode_special_tokens = not parse_special
@@ -146,8 +152,15 @@ class Tokenizer:
         return f"character {place}, U+{ord(text[place]):04X}, has no token in this vocabulary"
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; bytes that are no whole character show as U+FFFD."""
-        return self.core.decode([int(i) for i in ids], skip_special_tokens=False)
+        """The text of token ids; bytes that are no whole character show as U+FFFD.
+
+        Raises `UsageError` for what is no token id. One without a token, as a padded embedding has, stands for nothing.
+        """
+        try:
+            numbers = [operator.index(i) for i in ids]
+            return self.core.decode(numbers, skip_special_tokens=False)
+        except (TypeError, OverflowError) as error:
+            raise UsageError(f"token ids must be a sequence of integers from 0, got {shown(ids)}") from error
 
     def byte_count(self, ids: Iterable[int]) -> int:
         """The bytes of text that token ids stand for; a special token stands for none."""

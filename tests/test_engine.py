@@ -207,6 +207,8 @@ def test_a_full_context_is_refused_or_slides(tokenizer, tiny):
         ({"prompts": [[1], []]}, "at least one token"),
         ({"prompts": "text"}, "token ids"),
         ({"prompts": ["text"]}, "token ids"),
+        ({"prompts": [1, 2]}, "token ids"),
+        ({"prompts": None}, "token ids"),
         ({"prompts": [[49_152]]}, "49152"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 1.5}, "max_new_tokens"),
@@ -214,6 +216,9 @@ def test_a_full_context_is_refused_or_slides(tokenizer, tiny):
         ({"stop": "word"}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"stop": [3]}, "stop"),
+        ({"stop": None}, "stop"),
+        ({"sampling": None}, "sampling"),
+        ({"sampling": {"temperature": 1.0}}, "sampling"),
         ({"alternatives": 21}, "alternatives"),
         ({"alternatives": -1}, "alternatives"),
         ({"alternatives": True}, "alternatives"),
@@ -227,3 +232,5 @@ def test_wrong_arguments_are_refused_at_the_call(engine, change, named):
     with pytest.raises(UsageError, match=named) as caught:
         engine.stream(**({"prompts": [[1, 2]], "max_new_tokens": 4} | change))
     assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match=named):
+        engine.complete(**({"prompts": [[1, 2]], "max_new_tokens": 4} | change))

@@ -150,3 +150,17 @@ def test_a_tokenizer_that_panics_is_refused_by_name(tmp_path, weights_path):
 def test_a_missing_tokenizer_says_where_to_get_one(tmp_path):
     with pytest.raises(InputFileError, match="fetch_assets"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", [None, 3, b"bytes", ["a"]])
+def test_what_is_no_text_is_refused_in_one_line(tokenizer, text):
+    with pytest.raises(UsageError, match="a text must be a string, got"):
+        tokenizer.encode(text)
+    with pytest.raises(UsageError, match="texts must be a sequence of strings, not one"):
+        tokenizer.encode_batch("abc")
+
+
+@pytest.mark.parametrize("ids", [5, None, "x", [1.5], [[5, 6]], [-1], [2**70]])
+def test_what_is_no_sequence_of_ids_is_refused_in_one_line(tokenizer, ids):
+    with pytest.raises(UsageError, match="token ids must be a sequence of integers from 0, got"):
+        tokenizer.decode(ids)
