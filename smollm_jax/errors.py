@@ -86,7 +86,7 @@ def run(main: Callable[[], None]) -> None:
         )
     except StoppedError as error:
         _leave(error, error.exit_code)
-    except (SmolLMError, OSError, RuntimeError, AssertionError, UnicodeEncodeError) as error:
+    except (SmolLMError, OSError, RuntimeError, AssertionError, ValueError) as error:  # Unicode's are ValueErrors
         expected = _expected(error)
         if expected is None or "--debug" in sys.argv:
             raise
@@ -127,7 +127,19 @@ def _expected(error: Exception) -> Exception | None:
             return None
         name = ascii(error.object)
         return UsageError(f"{name}: no file name in this locale, whose encoding is {names}: set LC_ALL=C.UTF-8")
-    return _no_device()
+    return _wrong_setting(error) if isinstance(error, ValueError) else _no_device()
+
+
+def _wrong_setting(error: ValueError) -> UsageError | None:
+    """What to say when JAX, as it is imported, reads a setting in the environment that it cannot understand."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else trace.tb_frame.f_globals.get("__name__")
+    if module != "jax._src.config" or hasattr(sys.modules.get("jax"), "devices"):  # else: a bug of a call
+        return None
+    names = [name for name in os.environ if name.startswith("JAX_") and name.lower() in str(error).lower()]
+    return UsageError(f"{'environment variable ' if names else ''}{', '.join(names) or 'JAX'}: {error}")
 
 
 def _no_device() -> UsageError | None:

@@ -17,8 +17,9 @@ from smollm_jax.errors import CheckpointError, StorageError
 
 MANIFEST = "integrity.json"
 FORMAT = "smollm-integrity-1"
-# Files and folders that operating systems leave where somebody looked (macOS, Windows, KDE, Synology) or where an open
-# file was removed (NFS, FUSE). Nothing that Orbax writes has such a name. In lower case.
+# Files and folders that operating systems and tools leave where somebody looked (macOS, Windows, KDE, Synology,
+# Jupyter), edited (vim, Emacs) or synchronised (Dropbox, Syncthing, zip of macOS), or where an open file was removed
+# (NFS, FUSE, trash). Nothing that Orbax writes has such a name. In lower case.
 STRAYS = (
     ".ds_store",
     "._*",
@@ -31,6 +32,24 @@ STRAYS = (
     "@eadir",
     ".nfs*",
     ".fuse_hidden*",
+    ".trash*",
+    ".spotlight-*",
+    ".fseventsd",
+    ".temporaryitems",
+    "icon\r",
+    "__macosx",
+    ".ipynb_checkpoints",
+    ".*.sw?",
+    ".#*",
+    "*~",
+    "#recycle",
+    "$recycle.bin",
+    "system volume information",
+    ".dropbox*",
+    ".syncthing.*",
+    ".stfolder",
+    ".gitkeep",
+    ".gitignore",
 )
 
 

@@ -130,6 +130,18 @@ STRAYS = (
     "meta/.fuse_hidden0000000100000002",
     "@eaDir/params@SynoEAStream",
 )
+STRAYS_OF_TOOLS = (
+    ".Trash-1000",
+    "params/.Spotlight-V100",
+    "meta/.checkpoint.json.swp",
+    ".#integrity.json",
+    "meta/notes~",
+    ".ipynb_checkpoints/integrity-checkpoint.json",
+    "__MACOSX/._params",
+    "Icon\r",
+    ".dropbox.attr",
+    ".gitkeep",
+)
 
 
 def test_what_an_operating_system_leaves_in_a_step_is_no_damage_and_said_once(tmp_path, capfd):
@@ -153,6 +165,15 @@ def test_what_an_operating_system_leaves_in_a_step_is_no_damage_and_said_once(tm
         assert store.steps() == [1]
         store.save(2, items(2), {"step": 2})
     assert newest(tmp_path / "c") == (2, bits(items(2)))
+
+
+def test_what_tools_leave_in_a_step_is_no_damage(tmp_path):
+    with CheckpointStore(tmp_path / "c") as store:
+        store.save(1, items(1), {})
+    for name in STRAYS_OF_TOOLS:
+        (tmp_path / "c/1" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "c/1" / name).write_bytes(b"x")
+    integrity.verify(tmp_path / "c/1")
 
 
 @pytest.mark.parametrize("name", [".DS_Stores", "DS_Store", ".nf", "_.d", "params/thumbs", "params/d/.integrity.json"])

@@ -135,9 +135,17 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path, tiny, platform):
     assert not target.exists()
 
 
+@pytest.mark.parametrize("setting", ["JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION"])
+def test_a_setting_that_jax_does_not_understand_is_one_line(tmp_path, tiny, setting):
+    done = run(SCRIPTS / "convert_weights.py", tiny, tmp_path / "run", "--to", "orbax", env={setting: "perhaps"})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: environment variable {setting}: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_an_error_of_ours_is_no_missing_device(tmp_path):
-    """A RuntimeError or an AssertionError that JAX has nothing to do with stays a bug, with its traceback."""
-    program = "import jax; from smollm_jax import errors\ndef main(): assert 1 == 2\nerrors.run(main)"
-    done = run("-c", program)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
+    """An AssertionError or a ValueError that JAX has nothing to do with stays a bug, with its traceback."""
+    for bug in ("assert 1 == 2", "raise ValueError('JAX_ENABLE_X64')"):
+        done = run("-c", f"import jax; from smollm_jax import errors\ndef main(): {bug}\nerrors.run(main)")
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr
