@@ -176,6 +176,26 @@ def test_what_wrapped_the_model_is_taken_from_every_name(tmp_path, kind, tied, n
     assert_same_tensors(tmp_path if kind == "hf" else tmp_path / "x.pt", model)
 
 
+def test_the_second_copy_of_the_frequencies_is_dropped_too(tmp_path):
+    """transformers has it for scaled rotary embeddings; a program that saves every buffer writes it."""
+    model = llama()
+    model.save_pretrained(tmp_path)
+    frequencies = model.model.rotary_emb.original_inv_freq
+    rewritten(tmp_path, lambda tensors: tensors | {"model.rotary_emb.original_inv_freq": frequencies.clone()})
+    assert_same_tensors(tmp_path, model)
+
+
+def test_an_averaged_model_of_torch_is_read(tmp_path):
+    """AveragedModel puts the number of models it has averaged beside the model's own names."""
+    model = llama()
+    model.config.save_pretrained(tmp_path)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    assert "n_averaged" in averaged.state_dict()
+    torch.save(averaged.state_dict(), tmp_path / "x.pt")
+    assert_same_tensors(tmp_path / "x.pt", model)
+
+
 def test_a_compiled_model_saves_names_that_are_read(tmp_path):
     model = llama()
     model.config.save_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from smollm_jax.config import Config, shown
 # What torch.compile, FSDP and activation checkpointing put into a name, at any depth: none is ever a module of Llama.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 FIRST_LAYER = "layers.0.input_layernorm.weight"
-ROTARY = re.compile(r"model\.(?:layers\.(\d+)\.self_attn\.)?rotary_emb\.inv_freq")
+ROTARY = re.compile(r"model\.(?:layers\.(\d+)\.self_attn\.)?rotary_emb\.(?:original_)?inv_freq")
 # Of a frequency, relative: 8 units of float32. Over 8 head sizes and 12 thetas, six float32 spellings of the formula
 # (PyTorch's old and new, NumPy's) are at most 2 units off ours and the one in double 7; a theta of 100,001 is 80.
 ROTARY_TOLERANCE = 2.0**-20
@@ -22,6 +22,8 @@ def standard(tensors: dict[str, np.ndarray], config: Config) -> tuple[dict[str, 
     A buffer that holds this config's frequencies says nothing new; one that holds others is a fault, because the file
     was made for them. Source: transformers up to 4.31 saved `inv_freq`, and every version since ignores it.
     """
+    # How many models torch.optim.swa_utils.AveragedModel has averaged into this one, beside its `module.`.
+    tensors = {name: tensor for name, tensor in tensors.items() if (name, tensor.shape) != ("n_averaged", ())}
     faults, by_name = [], dict[str, str]()
     named: dict[str, np.ndarray] = {}
     for name, new in standard_names(tensors).items():
