@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.parity_page import TESTS_ONLY, Rung, compared, page, write_readme
+from scripts.parity.page import TESTS_ONLY, Rung, compared, page, write_readme
 from smollm_jax import weights
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import GeneratorType
-from typing import Any
 
 import jax
 import pytest
@@ -362,17 +361,17 @@ def ends(stream: GeneratorType, seconds: float = 30) -> bool:
 LONG = {"max_new_tokens": 480, "prompt": "On and on"}
 
 
-def begin(client: Client, session: str, streams: list[Any]):
+def begin(client: Client, session: str):
     """A long completion whose first tokens have come."""
     assert client.join(session, "complete", client.values(LONG["prompt"], max_new_tokens=480)).status_code == 200
     events = client.events(session)
-    # Not the first frame of all, which may say that the weights are loaded.
-    first = next(event for event in events if event["msg"] == "process_generating" and streams)
+    generating = (event for event in events if event["msg"] == "process_generating")
+    first = next(event for event in generating if 'class="token"' in str(event))  # those before say what is loaded
     return events, first["event_id"]
 
 
 def test_a_client_that_goes_away_ends_the_computing(client, streams):
-    events, _ = begin(client, "gone", streams)
+    events, _ = begin(client, "gone")
     assert streams[0].gi_frame is not None, "it ended by itself: the test shows nothing"
     events.close()
     assert ends(streams[0])
@@ -380,7 +379,7 @@ def test_a_client_that_goes_away_ends_the_computing(client, streams):
 
 
 def test_stop_ends_the_computing(client, streams):
-    events, event_id = begin(client, "stopped", streams)
+    events, event_id = begin(client, "stopped")
     number = client.functions["complete"]
     body = {"session_hash": "stopped", "fn_index": number, "event_id": event_id}
     assert streams[0].gi_frame is not None, "it ended by itself: the test shows nothing"

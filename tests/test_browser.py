@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts import app, parity_page
-from scripts.parity_page import Rung
+from scripts import app
+from scripts.parity.page import Rung
+from scripts.parity.page import page as parity_page
 from smollm_jax.errors import UsageError
 from smollm_jax.web.chat_tab import bubbles
 from smollm_jax.web.wiring import fault, waiting
@@ -440,7 +441,7 @@ def test_the_parity_page_shows_verdict_bound_and_pass_on_a_phone(browser, scheme
     about = {"weights": "a/path/" * 20, "origin": "", "date": "today", "seconds": 1, "command": "python " * 30}
     report = about | {"passed": False, "versions": {"jax": {"jax": "1" * 200}}, "curves": curves}
     page = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme=scheme)
-    page.set_content(parity_page.page(report, rungs))
+    page.set_content(parity_page(report, rungs))
     assert page.locator("body > :first-child").inner_text().startswith("NOT the same function: 1 of 2 claims failed")
     texts = page.locator(".number, td.pass, td.fail").all_inner_texts()
     assert texts == ["0.84 <= 1.5", "pass", "1.8 > 1.5", "FAIL"]

@@ -34,12 +34,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if not model.is_dir():
             return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         files = {file.relative_to(model).as_posix(): file.read_bytes() for file in model.rglob("*") if file.is_file()}
-        if path[2] == "resolve":
+        asked = path[2] if len(path) > 2 else ""  # nothing: what the hub says of the model
+        if asked == "resolve":
             content = files["/".join(path[4:])]
             digest = hashlib.sha1(content).hexdigest()
             return self.answer(200, content, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
         about: object = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
-        if path[2] == "tree":
+        if asked == "tree":
             about = [{"type": "file", "path": file, "size": len(files[file]), "oid": "0" * 40} for file in files]
         return self.answer(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
 
