@@ -24,7 +24,7 @@ from smollm_jax.web.answers import Answers
 from smollm_jax.web.ask import KNOBS
 from smollm_jax.web.chat_tab import bubbles
 from smollm_jax.web.markdown import LONGEST, rendered
-from smollm_jax.web.page import asked_for, within
+from smollm_jax.web.page import asked_for, page, within
 from smollm_jax.web.runs import RunLog, thinned
 from smollm_jax.web.runs_tab import NOTHING_SEEN, RunsTab, spread
 from smollm_jax.web.shelf import Shelf
@@ -110,6 +110,11 @@ def test_the_sliders_are_what_the_weights_ask_for_before_and_after_they_are_load
         assert "temperature 0.6, top k 50, top p 0.9" in asked_for(before)
         assert there.generation(name).eos_token_ids == opened(there, name)[1].engine.generation.eos_token_ids == (0, 2)
         assert there.generation(name).sampling == before.sampling
+    blocks = page(Answers(there, device="cpu", time_limit=60), queue_size=2)
+    setting = next(function for function in blocks.fns.values() if function.name == "own_sampling")
+    *values, line = setting.fn("assets/hf")
+    assert dict(zip((slider.elem_id for slider in setting.outputs), values, strict=False)) == before.sampling
+    assert "temperature 0.6" in line
     (tmp_path / "assets/hf/generation_config.json").unlink()
     assert "greedy" in asked_for(shelf(tmp_path).generation("assets/hf"))
     assert within(KNOBS["temperature"], 5) == 2
