@@ -9,6 +9,7 @@ B rows, T prompt slots, V vocab.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Generator, Iterator, Sequence
@@ -100,11 +101,10 @@ def check(config: Config, prompts: Any, max_new_tokens: Any, *, slide: bool = Fa
     def whole(value: Any) -> bool:
         return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
-    try:
-        right = not isinstance(prompts, str) and all(whole(token) for prompt in prompts for token in prompt)
-    except TypeError:  # one prompt, or none at all
-        right = False
-    if not right:
+    right = False
+    with contextlib.suppress(TypeError):  # one prompt, or none at all
+        right = all(whole(token) for prompt in prompts for token in prompt)
+    if isinstance(prompts, str) or not right:
         raise UsageError(f"prompts must be sequences of token ids, one for each text, got {shown(prompts)}")
     if not len(prompts) or min(len(prompt) for prompt in prompts) == 0:
         raise UsageError("a prompt must have at least one token")
