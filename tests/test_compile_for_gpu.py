@@ -120,4 +120,4 @@ def test_the_script_compiles_where_it_can_and_else_says_what_is_missing():
         assert re.search(r"\| \*\*step\*\* \| [\d,]+ \|", done.stdout)
     else:
         assert done.returncode == 1
-        assert re.fullmatch(r'error: no CUDA plugin of JAX\'s here, pip install -e "\.\[cuda13\]": .*\n', done.stderr)
+        assert re.fullmatch(r"error: no CUDA plugin of JAX's here, pip install -e '\.\[cuda13\]': .*\n", done.stderr)

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -46,10 +47,10 @@ def prepare(_name: str, job: Job, source: Path) -> Prepared:
         prepare_set(Path(folder), make_plan(sources, settings), settings)
         return TokenSet.open(Path(folder)).tokens
 
-    with tempfile.TemporaryDirectory(dir=".") as links:
-        sources = [Path(links, f"{copy}-{source.name}") for copy in range(job.copies)]
-        for link in sources:
-            link.symlink_to(source)
+    with tempfile.TemporaryDirectory(dir=".") as copies:  # no links: a file is read once, whatever names it has
+        sources = [Path(copies, f"{copy}-{source.name}") for copy in range(job.copies)]
+        for copy in sources:
+            shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
         for number in range(job.rounds + 1):
             with tempfile.TemporaryDirectory(dir=".") as folder:
                 tokens = timed("tokenizers", encode), timed("ours", lambda place=folder: to_set(place))
