@@ -93,6 +93,9 @@ class GenerationConfig:
         return f"{self.source}: not supported and left out: {', '.join(self.not_done)}" if self.not_done else None
 
 
+UNKNOWN = GenerationConfig((), None, GREEDY)  # of weights that have not been read: greedy
+
+
 def described(sampling: dict[str, Any]) -> str:
     """How the next token is chosen, in a few words: only what differs from plain sampling."""
     names = {name.replace("_", " "): sampling[name] for name in GREEDY if sampling[name] != GREEDY[name]}

@@ -21,7 +21,7 @@ from smollm_jax.checkpoint import CheckpointStore, flatten, unflatten
 from smollm_jax.config import Config
 from smollm_jax.errors import InputFileError, StorageError, UsageError
 from smollm_jax.formats import Bundle
-from smollm_jax.generation_config import GREEDY, GenerationConfig
+from smollm_jax.generation_config import UNKNOWN, GenerationConfig
 from smollm_jax.gguf_writer import GgufType
 from smollm_jax.hub import locate
 from smollm_jax.safetensors_file import native
@@ -299,7 +299,7 @@ def generation_of(path: Path) -> GenerationConfig:
         config, values = gguf_file.read_generation(path)
         return GenerationConfig.of(values, config, source)
     if kind not in ("hf", "orbax"):
-        return GenerationConfig((), None, dict(GREEDY))
+        return UNKNOWN
     folder = run_folder(path) or path
     config = formats.read_config(folder / "config.json")
     return GenerationConfig.of(formats.generation_of_folder(folder, config), config, source)

@@ -49,6 +49,7 @@ def test_a_gguf_is_fed_its_own_ids_whatever_lies_near_it(tmp_path):
 def test_no_tokenizer_further_up_is_taken(tmp_path):
     tokenizer_folder(tmp_path)
     weights.write(tmp_path / "sub/hf", Bundle(small_tensors(), SMALL), "hf")
+    tokenizer_folder(tmp_path / "sub")  # a stranger's in the parent folder, and in its parent
     assert own_tokenizer(tmp_path / "sub/hf") is None
     with pytest.raises(InputFileError, match="nowhere: no such file or folder"):
         Engine.load(tmp_path / "nowhere")

@@ -16,7 +16,7 @@ from smollm_jax import weights
 from smollm_jax.checkpoint import steps_in
 from smollm_jax.engine import Engine
 from smollm_jax.errors import InputFileError, StorageError
-from smollm_jax.generation_config import GREEDY, GenerationConfig
+from smollm_jax.generation_config import UNKNOWN, GenerationConfig
 from smollm_jax.web.ask import choice
 
 REAL = "SmolLM2-135M-Instruct"
@@ -88,7 +88,7 @@ class Shelf:
         listed = self.entries()
         path = listed[choice("weights", name, listed)]
         if not path.exists():  # not fetched yet
-            return GenerationConfig((), None, dict(GREEDY))
+            return UNKNOWN
         loaded = self.loaded(str(name))
         return loaded.engine.generation if loaded else weights.generation_of(path)
 
