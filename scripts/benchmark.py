@@ -1,10 +1,10 @@
 """Measure one thing on our side and on PyTorch's, in turn in one run, medians with their spread.
 
-    python scripts/benchmark.py train --against hf hf-compile            # seconds, tokens/s and MFU of optimizer steps
-    python scripts/benchmark.py train --against kept-memory              # ours, keeping what is freed, as the trainer
+    python scripts/benchmark.py train --against pytorch                  # seconds, tokens/s and MFU of optimizer steps
+    python scripts/benchmark.py train --against freed-memory             # ours, giving freed memory back
     python scripts/benchmark.py train --against remat-none remat-full    # ours with each way to rematerialise
     python scripts/benchmark.py memory --sequence-length 2048            # the most memory such steps take
-    python scripts/benchmark.py decode --against hf llamacpp             # tokens after a prompt of 16, greedy, cached
+    python scripts/benchmark.py decode --against hf every-llamacpp       # tokens after a prompt of 16, greedy, cached
     python scripts/benchmark.py prefill --sequence-length 2048           # one forward pass that fills a cache
     python scripts/benchmark.py startup --against hf-compile --rounds 1  # process start to the end of the first step
     python scripts/benchmark.py loss --sequence-length 2048              # the head's loss and its gradients
@@ -15,8 +15,9 @@
     python scripts/benchmark.py prepare --text assets/sotu               # text to a data set, over `tokenizers` alone
 
 Each side is a process of its own with the same seeded weights, tokens and optimizer (AdamW, clip 1.0, float32 state,
-fused in PyTorch); results that differ are refused before anything is timed. Prints a table and writes it, with versions
-and the command, to benchmarks/. Only ratios of one run mean anything: machines are shared, their speed changes.
+fused in PyTorch); results that differ are refused before anything is timed. One process runs at a time, the others are
+stopped. Prints a table and writes it, with versions, the CPU's name and the command, to benchmarks/. Only ratios of one
+run mean anything: machines are shared, their speed changes.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from typing import Any, Literal, get_args
 import tyro
 from measure.sides import Rows, Side, check_equal, process_environment, spread, with_ratios, write_weights
 
-from smollm_jax import command_line, cost, errors
+from smollm_jax import command_line, cost, cpu, errors
 from smollm_jax.config import preset
 from smollm_jax.provenance import environment
 
@@ -55,17 +56,22 @@ SETTINGS = (
 )
 Remat = Literal["none", "dots", "full"]
 Other = Literal[
-    "hf", "hf-compile", "hf-compile-max", "twin", "twin-compile", "llamacpp", "plain", "kept-memory",
-    "remat-none", "remat-dots", "remat-full",
+    "pytorch", "hf", "hf-compile", "hf-compile-max", "hf-compile-freeze",
+    "hf-bf16", "hf-compile-bf16", "hf-compile-max-bf16", "hf-compile-freeze-bf16",
+    "every-llamacpp", "llamacpp", "llamacpp-bf16", "llamacpp-q8_0", "llamacpp-q4_0",
+    "twin", "twin-compile", "plain", "freed-memory", "remat-none", "remat-dots", "remat-full",
 ]  # fmt: skip
-HF, TWIN = ("hf", "hf-compile", "hf-compile-max"), ("twin", "twin-compile")
+HF_FLOAT32, TWIN = ("hf", "hf-compile", "hf-compile-max"), ("twin", "twin-compile")
+HF = (*HF_FLOAT32, *(f"{name}-bf16" for name in HF_FLOAT32))
+FREEZE = ("hf-compile-freeze", "hf-compile-freeze-bf16")
+LLAMACPP = ("llamacpp", "llamacpp-bf16", "llamacpp-q8_0", "llamacpp-q4_0")
 REMAT = {f"remat-{policy}": policy for policy in get_args(Remat)}
 # Whom a subject can be measured against; the first is the default.
-AGAINST = {"decode": (*HF, "llamacpp"), "prefill": (*HF, "llamacpp"), "packed": ("plain",)}
+AGAINST = {"decode": (*HF, *LLAMACPP), "prefill": (*HF, *FREEZE, *LLAMACPP), "packed": ("plain",)}
 AGAINST |= {"checkpoint": (), "prepare": ()}
-AGAINST |= {"startup": (*HF, *TWIN), "memory": (*HF, *TWIN, *REMAT), "train": (*HF, *TWIN, "kept-memory", *REMAT)}
+AGAINST |= {"startup": (*HF, *TWIN), "memory": (*HF, *TWIN, *REMAT), "train": (*HF, *TWIN, "freed-memory", *REMAT)}
 AGAINST |= dict.fromkeys(("loss", "attention", "gemm"), HF)
-LLAMACPP = (
+LLAMACPP_MISSING = (
     "--against llamacpp needs it: CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python"
 )
 
@@ -90,8 +96,10 @@ class Flags:
     """See above."""
     against: tuple[Other, ...] | None = None
     """transformers' LlamaForCausalLM with SDPA (default), smollm_torch ("-compile": under torch.compile, "-max": its
-    max-autotune), llama.cpp; "packed": our plain causal attention; "train": ourselves with glibc keeping what is freed,
-    and as "memory" ourselves with another --remat. An empty list: ours alone."""
+    max-autotune, "-freeze": with constant weights; "-bf16": under autocast, or with such weights), llama.cpp in float32
+    or a type of its own; "pytorch", "every-llamacpp": all of them that this CPU has. "packed": our plain causal
+    attention; "train": ourselves with glibc giving freed memory back, and as "memory" ourselves with another --remat.
+    An empty list: ours alone."""
     preset: str = "smollm2-135m"
     """Model, with seeded random weights."""
     rounds: int = 5
@@ -123,11 +131,22 @@ class Flags:
         """What of all this reaches a side: the fields of `measure/job.py`'s `Job`."""
         ours_alone = ("against", "text", "out", "debug")
         flags = {key: value for key, value in dataclasses.asdict(self).items() if key not in ours_alone}
-        return flags | {"remat": REMAT.get(side, self.remat)}
+        return flags | {"remat": REMAT.get(side, self.remat), "dtype": self.dtype_of(side)}
+
+    def dtype_of(self, side: str) -> str:
+        """The dtype a side computes in; of llama.cpp's own types, what to compare their results as."""
+        narrow = side.startswith(("hf", "llamacpp-")) and side.endswith(("-bf16", "-q8_0", "-q4_0"))
+        return "bfloat16" if narrow else self.dtype
 
     @property
     def others(self) -> tuple[str, ...]:
-        return AGAINST[self.what][:1] if self.against is None else self.against
+        """Whom ours is measured against, groups by their members."""
+        if self.against is None:
+            return AGAINST[self.what][:1]
+        fast = cpu.has_fast_bfloat16() or self.dtype == "bfloat16"
+        hf = [name for name in AGAINST[self.what] if name.startswith("hf") and (fast or "bf16" not in name)]
+        groups = {"pytorch": hf, "every-llamacpp": list(LLAMACPP)}
+        return tuple(itertools.chain.from_iterable(groups.get(name, [name]) for name in self.against))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     size = "" if flags.what in ("checkpoint", "prepare") else size
     name = f"{flags.what}{size}-{device.lower().replace(' ', '-')}-{time.strftime('%Y-%m-%d')}.json"
     out = flags.out or unused(Path("benchmarks") / name)
-    versions = environment(device, 1)
+    versions = environment(device, 1) | {"cpu": cpu.name(), "cpu_features": cpu.features()}
     for package in ("torch", "transformers", "llama-cpp-python"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
@@ -182,27 +201,32 @@ def check_flags(flags: Flags) -> None:
     longest = PROMPT + flags.new_tokens if flags.what == "decode" else flags.sequence_length
     if longest > (most := preset(flags.preset).max_position_embeddings):
         raise errors.UsageError(f"{longest} tokens exceed the {most} positions of {flags.preset}")
-    if "kept-memory" in flags.others and (platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ):
-        raise errors.UsageError("--against kept-memory sets glibc's allocator: needs glibc, and GLIBC_TUNABLES unset")
-    if "llamacpp" in flags.others:
-        if flags.dtype != "float32" or flags.batch_size != 1:
-            raise errors.UsageError("llamacpp is measured with --dtype float32 and --batch-size 1 only")
+    if "freed-memory" in flags.others and (platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ):
+        raise errors.UsageError("--against freed-memory sets glibc's allocator: needs glibc, and GLIBC_TUNABLES unset")
+    if any(name in LLAMACPP for name in flags.others):
+        if flags.batch_size != 1:
+            raise errors.UsageError("llama.cpp is measured with --batch-size 1 only")
         if importlib.util.find_spec("llama_cpp") is None:
-            raise errors.UsageError(LLAMACPP)
+            raise errors.UsageError(LLAMACPP_MISSING)
 
 
 def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
     """tokens/s first, then seconds, FLOP/s, and beside each round what else moved: a lone GEMM, other processes."""
     kernels = flags.what in ("loss", "attention", "packed", "gemm")
-    weights = folder if kernels else write_weights(flags.preset, folder, gguf="llamacpp" in flags.others)
+    weights = (
+        folder if kernels else write_weights(flags.preset, folder, gguf=any(name in LLAMACPP for name in flags.others))
+    )
     with contextlib.ExitStack() as stack:
         sides: dict[str, Side] = {}
         for name in ("ours", *flags.others):
             print(f"{name}: preparing", flush=True)
             sides[name] = Side(name, flags.job(name), weights)
             stack.callback(sides[name].close)
-        ready = {name: side.ready for name, side in sides.items()}
-        check_equal(flags.dtype, ready)
+        ready, dtypes = (
+            {name: side.ready for name, side in sides.items()},
+            {name: flags.dtype_of(name) for name in sides},
+        )
+        check_equal(dtypes, ready)
         rounds = [{name: side.go() for name, side in sides.items()} for _ in range(flags.rounds)]
     device = ready["ours"]["device"]
 
@@ -241,9 +265,9 @@ def memory(flags: Flags, folder: Path) -> tuple[str, Rows]:
             side = Side(name, flags.job(name), weights)
             side.close()  # one at a time: two could be more than the machine has
             found[name].append(side.ready)
-        check_equal(flags.dtype, {name: found[name][-1] for name in names})
+        check_equal({name: flags.dtype_of(name) for name in names}, {name: found[name][-1] for name in names})
     peaks = {name: [x["peak_bytes"] / 1e9 for x in of] for name, of in found.items()}
-    rows = with_ratios("peak GB", peaks)
+    rows = with_ratios("peak GB", peaks, min)
     for name, of in found.items():  # no ratio: PyTorch allocates AdamW's moments in the first step, we before it
         rows[f"GB above before the step, {name}"] = spread([(x["peak_bytes"] - x["before_bytes"]) / 1e9 for x in of])
     for name, of in found.items():
@@ -303,7 +327,7 @@ def startup(flags: Flags, folder: Path) -> tuple[str, Rows]:
                     )
                     times[kind][name].append(time.perf_counter() - began)
                     side.close()
-    return device, with_ratios("cold seconds", times["cold"]) | with_ratios("warm seconds", times["warm"])
+    return device, with_ratios("cold seconds", times["cold"], min) | with_ratios("warm seconds", times["warm"], min)
 
 
 def checkpoint(flags: Flags, folder: Path) -> tuple[str, Rows]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -87,10 +88,10 @@ def test_the_twin_trains_beside_us(tmp_path):
     assert rows["loss 2, ours"]["median"] < rows["loss 1, ours"]["median"] - 0.5, "the optimizer did nothing"
 
 
-def test_ours_with_kept_memory_is_the_same_step_under_other_settings(tmp_path):
-    rows = measured(tmp_path, "train", "--against", "kept-memory", "--sequence-length", "32")["rows"]
-    assert rows["loss 2, ours"] == rows["loss 2, kept-memory"]
-    assert rows["tokens/s, ours / kept-memory"]["median"] > 0
+def test_ours_with_freed_memory_is_the_same_step_under_other_settings(tmp_path):
+    rows = measured(tmp_path, "train", "--against", "freed-memory", "--sequence-length", "32")["rows"]
+    assert rows["loss 2, ours"] == rows["loss 2, freed-memory"]
+    assert rows["tokens/s, ours / freed-memory"]["median"] > 0
 
 
 def test_what_remat_keeps_is_measured_policy_by_policy(tmp_path):
@@ -149,7 +150,7 @@ def side(losses, **rest):
 )
 def test_sides_that_do_not_do_the_same_work_are_refused(dtype, ours, theirs, named):
     with pytest.raises(SmolLMError, match=named):
-        benchmark.check_equal(dtype, {"ours": ours, "hf": theirs})
+        benchmark.check_equal(dict.fromkeys(("ours", "hf"), dtype), {"ours": ours, "hf": theirs})
 
 
 @pytest.mark.parametrize(
@@ -161,11 +162,42 @@ def test_sides_that_do_not_do_the_same_work_are_refused(dtype, ours, theirs, nam
     ],
 )
 def test_rounding_is_no_difference(dtype, ours, theirs):
-    benchmark.check_equal(dtype, {"ours": ours, "hf": theirs})
+    benchmark.check_equal(dict.fromkeys(("ours", "hf"), dtype), {"ours": ours, "hf": theirs})
+
+
+def test_the_less_exact_of_two_sides_sets_the_tolerance():
+    ready = {"ours": side([10.0]), "hf-bf16": side([10.1])}
+    benchmark.check_equal({"ours": "float32", "hf-bf16": "bfloat16"}, ready)
+    with pytest.raises(SmolLMError, match=r"0\.001 relative"):
+        benchmark.check_equal({"ours": "float32", "hf-bf16": "float32"}, ready)
+
+
+@pytest.mark.parametrize(("fast", "rest"), [(True, ("hf-bf16", "hf-compile-bf16", "hf-compile-max-bf16")), (False, ())])
+def test_pytorch_is_measured_in_every_form_that_this_cpu_has(monkeypatch, fast, rest):
+    monkeypatch.setattr("smollm_jax.cpu.has_fast_bfloat16", lambda: fast)
+    flags = benchmark.Flags("train", against=("pytorch", "twin"), preset="tiny")
+    assert flags.others == ("hf", "hf-compile", "hf-compile-max", *rest, "twin")
+    assert [flags.dtype_of(name) for name in ("ours", "hf", "hf-bf16")] == ["float32", "float32", "bfloat16"]
+
+
+def test_a_side_waits_as_openmp_does_by_default_and_is_stopped_while_it_is_not_its_turn(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    other = benchmark.Side("hf", benchmark.Flags("loss", preset="tiny", sequence_length=8).job("hf"), tmp_path)
+    try:
+        folder = Path(f"/proc/{other.process.pid}")
+        assert b"OMP_WAIT_POLICY" not in (folder / "environ").read_bytes()
+        for _ in range(2):
+            deadline = time.monotonic() + 60
+            while (state := folder.joinpath("stat").read_text().rpartition(")")[2].split()[0]) != "T":
+                assert time.monotonic() < deadline, f"state {state}: a side that waits takes a core"
+            assert other.go()["seconds"] > 0
+    finally:
+        other.close()
 
 
 def test_ratios_are_taken_round_by_round():
     rows = benchmark.with_ratios("x", {"ours": [1.0, 8.0, 3.0], "hf": [1.0, 2.0, 6.0], "twin": [1.0, 1.0, 1.0]})
+    assert rows["x, ours / the best, hf"] == rows["x, ours / hf"]
     assert rows["x, ours / hf"] == {"median": 1.0, "min": 0.5, "max": 4.0}
     assert rows["x, ours / twin"] == {"median": 3.0, "min": 1.0, "max": 8.0}
 
@@ -183,10 +215,6 @@ def test_a_side_that_dies_is_named(tmp_path):
         ({"what": "checkpoint", "against": ("hf",)}, "checkpoint cannot be measured --against hf, nothing"),
         ({"what": "packed", "against": ("hf",)}, "--against hf, only plain"),
         ({"what": "packed", "document_tokens": 0}, "--document-tokens must be at least 1"),
-        (
-            {"what": "decode", "against": ("llamacpp",), "dtype": "bfloat16"},
-            "llamacpp is measured with --dtype float32",
-        ),
         ({"what": "decode", "against": ("llamacpp",), "batch_size": 2}, "--batch-size 1 only"),
         ({"what": "train", "sequence_length": 513}, "513 tokens exceed the 512"),
         ({"what": "decode", "new_tokens": 1}, "--new-tokens must be at least 2"),
@@ -211,7 +239,7 @@ def test_memory_that_would_not_be_kept_is_not_measured(monkeypatch, why):
     else:
         monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))  # as with musl
     with pytest.raises(UsageError, match="sets glibc's allocator"):
-        benchmark.check_flags(benchmark.Flags("train", against=("kept-memory",), preset="tiny"))
+        benchmark.check_flags(benchmark.Flags("train", against=("freed-memory",), preset="tiny"))
 
 
 def test_the_sides_are_given_the_same_seeded_work(monkeypatch):

@@ -22,15 +22,15 @@ def main() -> None:
     name, job, weights = sys.argv[1], Job(**json.loads(sys.argv[2])), Path(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    if name == "kept-memory" and not heap.keep():  # before there are threads
-        raise errors.UsageError("kept-memory: the trainer would not keep it here, for there is a GPU")
-    if name in ("ours", "plain", "kept-memory") or name.startswith("remat-"):
+    if name == "ours" and job.training:
+        heap.keep()  # as the trainer does, before there are threads
+    if name in ("ours", "plain", "freed-memory") or name.startswith("remat-"):
         from jax_side import prepare
     elif name == "checkpoint":
         from checkpoint_side import prepare
     elif name == "prepare":
         from prepare_side import prepare
-    elif name == "llamacpp":
+    elif name.startswith("llamacpp"):
         from llamacpp_side import prepare
     else:
         from torch_side import prepare

@@ -1,4 +1,8 @@
-"""llama.cpp's side, through llama-cpp-python: float32 weights, a float32 cache, one text, as many threads as cores."""
+"""llama.cpp's side, through llama-cpp-python: one text, as many threads as cores.
+
+"llamacpp" has float32 weights and a float32 cache; "llamacpp-q8_0" and the like weights that llama.cpp quantised
+itself, and the cache it takes by default, float16.
+"""
 
 import os
 import time
@@ -9,19 +13,24 @@ import llama_cpp  # pyright: ignore[reportMissingImports]  # no dependency: inst
 import numpy as np
 from job import GEMM, Job, Prepared, decoded
 
+FTYPE = {"bf16": 32, "q8_0": 7, "q4_0": 2}  # llama.h's llama_ftype
 
-def prepare(_name: str, job: Job, folder: Path) -> Prepared:
+
+def prepare(name: str, job: Job, folder: Path) -> Prepared:
     """A unit of work, a matrix product, and what this side has to say before; `folder/model.gguf` are the weights."""
+    file = folder / "model.gguf"
+    if kind := name.partition("-")[2]:
+        file = quantised(file, kind)
     tokens, square = job.tokens()[0], np.ones((GEMM, GEMM), np.float32)
     prompt, vocabulary = tokens[:-1].tolist(), job.config.vocab_size
-    whole = model(folder, len(prompt), logits_all=True)
+    whole = model(file, len(prompt), logits_all=True)
     whole.eval(prompt)
     logits = np.asarray(whole.scores[: len(prompt)], np.float32)
     shifted = logits - logits.max(axis=1, keepdims=True)
     chosen = np.take_along_axis(shifted, tokens[1:, None], axis=1)[:, 0]
     losses = [float(np.mean(np.log(np.exp(shifted).sum(axis=1)) - chosen, dtype=np.float64))]
     del whole, logits, shifted
-    llama = model(folder, len(prompt) + (job.new_tokens if job.what == "decode" else 0), logits_all=False)
+    llama = model(file, len(prompt) + (job.new_tokens if job.what == "decode" else 0), logits_all=False)
 
     def gemm() -> int:
         np.matmul(square, square)  # NumPy's product: llama.cpp offers none to call
@@ -48,17 +57,27 @@ def prepare(_name: str, job: Job, folder: Path) -> Prepared:
     return unit, gemm, {"device": "cpu", "platform": "cpu", "losses": losses, "ids": unit().get("ids")}
 
 
-def model(folder: Path, positions: int, *, logits_all: bool) -> Any:
+def quantised(file: Path, kind: str) -> Path:
+    """The weights in another of llama.cpp's types, beside `file`, every matrix in that type."""
+    out, how = file.with_stem(f"model-{kind}"), llama_cpp.llama_model_quantize_default_params()
+    how.ftype, how.pure = FTYPE[kind], True
+    if status := llama_cpp.llama_model_quantize(bytes(file), bytes(out), how):
+        raise RuntimeError(f"llama.cpp could not write {kind}: status {status}")
+    return out
+
+
+def model(file: Path, positions: int, *, logits_all: bool) -> Any:
     threads = len(os.sched_getaffinity(0))
+    cache = llama_cpp.GGML_TYPE_F32 if file.stem == "model" else llama_cpp.GGML_TYPE_F16
     return llama_cpp.Llama(
-        str(folder / "model.gguf"),
+        str(file),
         n_gpu_layers=0,
         n_ctx=positions,
         n_batch=positions,
         n_threads=threads,
         n_threads_batch=threads,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
+        type_k=cache,
+        type_v=cache,
         logits_all=logits_all,
         verbose=False,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from job import GEMM, Job, Prepared, Unit, decoded, per_call, rates, resident, samples
+from torch._inductor import config as inductor
 from torch.nn import functional
 from transformers import CompileConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -45,9 +46,11 @@ def prepare(name: str, job: Job, folder: Path) -> Prepared:
 
 def compiled(name: str, function: Callable[..., Any]) -> Any:
     """`function` as the side's name asks for it."""
-    if name.endswith("-compile-max"):
+    if "-freeze" in name:  # weights become constants of the program: inference only
+        inductor.freezing = True
+    if "-max" in name:
         return torch.compile(function, mode="max-autotune")
-    return torch.compile(function) if name.endswith("-compile") else function
+    return torch.compile(function) if "-compile" in name else function
 
 
 def wait() -> None:
@@ -116,7 +119,7 @@ def inference(job: Job, name: str, folder: Path) -> tuple[Unit, dict[str, Any]]:
         clock = Clock()
         options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": job.new_tokens}
         if "-compile" in name:
-            how: Any = CompileConfig(mode="max-autotune") if name.endswith("-max") else CompileConfig()
+            how: Any = CompileConfig(mode="max-autotune") if "-max" in name else CompileConfig()
             how._compile_all_devices = True  # by default it compiles on a GPU only
             options |= {"cache_implementation": "static", "compile_config": how}
         model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options)
