@@ -59,6 +59,26 @@ def jax_stream(
         return np.asarray(stream, np.float64), np.asarray(logits)
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "operands"))
+def _jax_logits(model: SmolLM, tokens: Any, dtype: str, operands: str) -> Any:
+    return model(tokens, dtype=dtype, operands=operands)
+
+
+def jax_operand_logits(bundle: Bundle, tokens: np.ndarray) -> np.ndarray:
+    """The JAX model's logits as a CPU trains in bfloat16: float32 results of products of bfloat16 numbers."""
+    return np.asarray(_jax_logits(weights.from_bundle(bundle), jnp.asarray(tokens), "float32", "bfloat16"))
+
+
+def autocast_logits(module: Any, tokens: np.ndarray) -> np.ndarray:
+    """A float32 torch model's logits under bfloat16 autocast."""
+    import torch
+
+    device = next(module.parameters()).device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+        out = module(torch.tensor(tokens, device=device))
+    return getattr(out, "logits", out).float().cpu().numpy()
+
+
 def torch_stream(module: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same of a torch model, the twin or transformers' own, in the precision of its parameters."""
     import torch
@@ -82,11 +102,13 @@ def torch_stream(module: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarra
 # ------------------------------------------------------------------------------------- gradients of the loss
 
 
-def jax_gradients(bundle: Bundle, tokens: np.ndarray, dtype: str, remat: Remat = "dots") -> tuple[float, Arrays]:
+def jax_gradients(
+    bundle: Bundle, tokens: np.ndarray, dtype: str, remat: Remat = "dots", operands: str | None = None
+) -> tuple[float, Arrays]:
     """Mean next-token loss of `[B, T + 1]` tokens and its gradient, in Hugging Face's names and layout."""
     with precisely(dtype):
         model = weights.from_bundle(bundle, dtype)
-        compute = Compute(dtype, remat=remat)
+        compute = Compute(dtype, remat=remat, operands=operands)
         loss, gradient = jax.jit(jax.value_and_grad(lambda m, t: mean_loss(m, t, compute)))(model, jnp.asarray(tokens))
         arrays = {path: np.asarray(array) for path, array in flatten(gradient).items()}
         return float(loss), weights.to_hf(arrays, bundle.config)

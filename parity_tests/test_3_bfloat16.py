@@ -1,10 +1,18 @@
 """Rung 3: in bfloat16 JAX's distributions are no further from the truth than transformers'."""
 
+import numpy as np
 import torch
 
 from parity_tests import compare, ladder
 from parity_tests.conftest import load_hf
-from parity_tests.tolerances import BFLOAT16_ARGMAX_LOSS, BFLOAT16_KL_RATIO, BFLOAT16_PERPLEXITY, within
+from parity_tests.tolerances import (
+    AUTOCAST_GRADIENT_RATIO,
+    AUTOCAST_KL_RATIO,
+    BFLOAT16_ARGMAX_LOSS,
+    BFLOAT16_KL_RATIO,
+    BFLOAT16_PERPLEXITY,
+    within,
+)
 
 
 def test_distributions_are_no_further_from_the_truth(bundle, weights_path, texts, texts_truth):
@@ -19,3 +27,30 @@ def test_distributions_are_no_further_from_the_truth(bundle, weights_path, texts
     within(
         abs(found["perplexity"] / exact["perplexity"] - 1), BFLOAT16_PERPLEXITY, "bfloat16 perplexity against the truth"
     )
+
+
+def test_float32_results_of_bfloat16_operands_are_nearer_to_the_truth_than_autocast(
+    bundle, weights_path, texts, texts_truth
+):
+    theirs = ladder.autocast_logits(load_hf(weights_path, dtype=torch.float32), texts)
+    ours = ladder.jax_operand_logits(bundle, texts)
+    found, wanted = (compare.distribution(logits, texts_truth[1], texts) for logits in (ours, theirs))
+    print("JAX", found, "autocast", wanted)
+    assert found["kl"] > 1e-5, "products multiplied float32 numbers"
+    within(found["kl"] / wanted["kl"], AUTOCAST_KL_RATIO, "KL with bfloat16 operands over autocast's")
+
+
+def test_their_gradients_are_nearer_to_the_truth_than_autocasts(bundle, weights_path, texts):
+    window = texts[:1, :65]
+    module = load_hf(weights_path, dtype=torch.float32)
+    _, truth = ladder.jax_gradients(bundle, window, "float64")
+    _, ours = ladder.jax_gradients(bundle, window, "float32", operands="bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        _, theirs = ladder.torch_gradients(module, window)
+    found, wanted = (compare.gradient_errors(side, truth) for side in (ours, theirs))
+    ratios = {name: found[name] / wanted[name] for name in wanted}
+    print(
+        "median", np.median(list(ratios.values())), "worst", max(ratios, key=ratios.__getitem__), max(ratios.values())
+    )
+    assert min(found.values()) > 1e-5, "products multiplied float32 numbers"
+    within(float(np.median(list(ratios.values()))), AUTOCAST_GRADIENT_RATIO, "gradient errors over autocast's, median")

@@ -37,12 +37,13 @@ def recipe(dtype, **changes):
     return Recipe(**(base | {"dtype": dtype, "weight_decay": 0.1} | changes))
 
 
-def jax_curve(model, recipe, batches):
+def jax_curve(model, recipe, batches, **compute):
+    compute = train_step.Compute(**({"dtype": recipe.dtype} | compute))
     tx = optimizer.adamw(recipe)
     state, rows = train_step.begin(model, tx), []
     for step in range(recipe.steps):
         tokens = jnp.asarray(batches.batch(step))
-        state, metrics = train_step.train_step(state, tokens, tx=tx, compute=train_step.Compute(recipe.dtype))
+        state, metrics = train_step.train_step(state, tokens, tx=tx, compute=compute)
         rows.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
     return np.array(rows), state.model
 
@@ -134,10 +135,12 @@ def test_ten_steps_at_the_full_shape(token_file):
     assert ours[-1, 0] < ours[0, 0] - 1
 
 
-def test_bfloat16_curves_stay_together_and_losses_are_float32(tiny, token_file):
+@pytest.mark.parametrize("results", ["bfloat16", "float32"], ids=["as a GPU", "as a CPU"])
+def test_bfloat16_curves_stay_together_and_losses_are_float32(tiny, token_file, results):
     chosen = recipe("bfloat16")
     bundle = weights.to_bundle(train_step.fresh(tiny, seed=0))
-    ours, _ = jax_curve(weights.from_bundle(bundle), chosen, data.Batches(token_file, chosen))
+    compute = {"dtype": results, "operands": "bfloat16"}
+    ours, _ = jax_curve(weights.from_bundle(bundle), chosen, data.Batches(token_file, chosen), **compute)
     theirs = torch_curve(smollm_torch.weights.from_bundle(bundle), chosen, data.Batches(token_file, chosen))
     within(np.abs(ours / theirs - 1)[:, 0].max(), TRAINING_BFLOAT16, "loss of 10 steps, bfloat16")
     for losses in (ours[:, 0], theirs[:, 0]):

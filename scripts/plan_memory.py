@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError("--sequence-length and --memory must be positive")
     import jax
 
-    from smollm_jax import memory, sharding, train_step
+    from smollm_jax import memory, precision, sharding, train_step
     from smollm_jax.config import preset
     from smollm_jax.model import Remat
     from smollm_jax.recipe import Recipe
@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     names = [field.name for field in dataclasses.fields(memory.Plan)]
     columns: dict[str, list[str]] = {}
     for remat in get_args(Remat):
-        compute = train_step.Compute(flags.dtype, attention, remat, 1, parts, mesh)
+        dtype, operands = precision.activations_and_operands(flags.dtype, platform)
+        compute = train_step.Compute(dtype, attention, remat, 1, parts, mesh, operands=operands)
         planned = memory.plan(config, recipe, compute, platform)
         cells = [f"{getattr(planned, name) / 1e9:.3f}" for name in names]
         try:

@@ -59,19 +59,20 @@ def main(argv: list[str] | None = None) -> None:
     import jax
     import numpy as np
 
-    from smollm_jax import compilation_cache, optimizer, train_step
+    from smollm_jax import compilation_cache, optimizer, precision, train_step
     from smollm_jax.config import preset
     from smollm_jax.recipe import Recipe
 
     compilation_cache.enable()
-    gpu = jax.devices()[0].platform == "gpu"
+    platform = jax.devices()[0].platform
     config = preset(flags.preset)
     recipe = Recipe(
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
     )
-    attention: Any = "cudnn" if gpu and flags.dtype == "bfloat16" else "xla"
+    attention: Any = "cudnn" if platform == "gpu" and flags.dtype == "bfloat16" else "xla"
     unroll = train_step.layers_at_once(config, attention) if flags.unroll is None else flags.unroll
-    compute = train_step.Compute(flags.dtype, attention, flags.remat, unroll)
+    dtype, operands = precision.activations_and_operands(flags.dtype, platform)
+    compute = train_step.Compute(dtype, attention, flags.remat, unroll, operands=operands)
     print(f"device      {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"step        {flags.batch_size} x {flags.sequence_length} tokens of {flags.preset}, {compute}", flush=True)
     step: Any = train_step.compile_step(config, recipe, compute)

@@ -241,7 +241,8 @@ def announce(run: Path, flags: TrainingFlags, setup, device, kept: bool) -> None
     begun = begun or f"recipe's init, seed {recipe.seed}"
     saved = start.saved and f"checkpoint of step {start.saved.progress.step}, verified"
     print(f"start       {saved or begun}")
-    print(f"products    {recipe.dtype}, attention {compute.implementation}; weights, moments and loss float32")
+    results = f" with {compute.dtype} results" if compute.operands != compute.dtype else ""
+    print(f"products    {recipe.dtype}{results}, attention {compute.implementation}; weights, moments and loss float32")
     tokens_per_step = f"{recipe.batch_size} x {recipe.sequence_length} = {recipe.tokens_per_step:,} tokens a step"
     if flags.recipe or not saved:
         print(f"recipe      {setup.recipe_name}")

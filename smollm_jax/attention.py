@@ -34,18 +34,22 @@ def attention(
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
-def causal(implementation: Implementation = "xla") -> Attend:
+def causal(implementation: Implementation = "xla", operands: jax.typing.DTypeLike | None = None) -> Attend:
     """Every token sees itself and all tokens before it: by cuDNN's kernel, or in blocks that XLA compiles."""
 
     def attend(q, k, v, memory):
         if implementation == "xla":
-            return block_attention(q, k, v), memory
+            return block_attention(q, k, v, operands=operands), memory
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation), memory
 
     return attend
 
 
-def packed(segment_ids: Int[Array, "B T"], implementation: Implementation = "xla") -> Attend:
+def packed(
+    segment_ids: Int[Array, "B T"],
+    implementation: Implementation = "xla",
+    operands: jax.typing.DTypeLike | None = None,
+) -> Attend:
     """Causal within a document: a token sees only earlier tokens of its own segment.
 
     cuDNN gets the segments as a bias `[B, 1, T, T]`, which a compiled step makes once for all layers: 2 T**2 bytes a
@@ -54,7 +58,7 @@ def packed(segment_ids: Int[Array, "B T"], implementation: Implementation = "xla
 
     def attend(q, k, v, memory):
         if implementation == "xla":
-            return block_attention(q, k, v, segment_ids), memory
+            return block_attention(q, k, v, segment_ids, operands=operands), memory
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation), memory
 

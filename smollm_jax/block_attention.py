@@ -29,6 +29,7 @@ def block_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
     block: int | None = None,
+    operands: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention of every token to itself and the tokens before it, within its segment if there are any.
 
@@ -41,18 +42,19 @@ def block_attention(
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
     if segment_ids is not None:
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)), mode="edge")
-    out: Any = _attention(q, k, v, segment_ids, block)
+    out: Any = _attention(q, k, v, segment_ids, block, jnp.dtype(operands or q.dtype))
     return out[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q, k, v, segment_ids, block):
-    return _forward(q, k, v, segment_ids, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, segment_ids, block, operands):
+    return _forward(q, k, v, segment_ids, block, operands)[0]
 
 
-def _forward(q, k, v, segment_ids, block):
+def _forward(q, k, v, segment_ids, block, operands):
     wide, dtype, heads = jnp.promote_types(q.dtype, jnp.float32), q.dtype, k.shape[2]
-    q, k, v = _queries(q * q.shape[3] ** -0.5, heads, block), _keys(k, block), _keys(v, block)
+    kept = _queries(q * q.shape[3] ** -0.5, heads, block), _keys(k, block), _keys(v, block)
+    q, k, v = (x.astype(operands) for x in kept)
 
     def step(carry, pair, visible):
         i, j = pair
@@ -60,7 +62,7 @@ def _forward(q, k, v, segment_ids, block):
         scores = _scores(q[i], k[j], visible, wide)
         larger = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
         forget, weights = jnp.exp(largest - larger), jnp.exp(scores - larger)
-        output = output * forget + _product("grs,gsh->grh", weights.astype(dtype), v[j], wide)
+        output = output * forget + _product("grs,gsh->grh", weights.astype(operands), v[j], wide)
         new = output, total * forget + weights.sum(axis=-1, keepdims=True), larger
         return tuple(_put(x, y, i) for x, y in zip(carry, new, strict=True))
 
@@ -69,17 +71,18 @@ def _forward(q, k, v, segment_ids, block):
     output, total, largest = _over_pairs(step, start, segment_ids, block, q.shape)
     output = checkpoint_name(_tokens(output / total, heads, block).astype(dtype), "attention")
     log_normalizer = checkpoint_name(largest + jnp.log(total), "attention")
-    return output, (q, k, v, output, log_normalizer, segment_ids)
+    return output, (*kept, output, log_normalizer, segment_ids)
 
 
 @jax.named_scope("attention")
-def _backward(block, kept, gradient):
+def _backward(block, operands, kept, gradient):
     q, k, v, output, log_normalizer, segment_ids = kept
     heads, scale = gradient.shape[2] // (q.shape[2] // block), q.shape[3] ** -0.5
     dtype, wide = q.dtype, log_normalizer.dtype
+    q, k, v = (x.astype(operands) for x in (q, k, v))
     # The derivative of softmax takes from each weight's gradient their weighted mean, which is output x gradient.
     mean = jnp.sum(output.astype(wide) * gradient.astype(wide), axis=-1, keepdims=True)
-    gradient, mean = _queries(gradient, heads, block), _queries(mean, heads, block)
+    gradient, mean = _queries(gradient, heads, block).astype(operands), _queries(mean, heads, block)
     # dk and dv are summed lying down, [H, b], from queries turned once: XLA:CPU takes 2.5 times as long for a product
     # over the rows of both its sides.
     turned, gradient_turned = q.swapaxes(2, 3), gradient.swapaxes(2, 3)
@@ -89,7 +92,7 @@ def _backward(block, kept, gradient):
         dq, dk, dv = carry
         weights = jnp.exp(_scores(q[i], k[j], visible, wide) - log_normalizer[i])
         dscores = weights * (_product("grh,gsh->grs", gradient[i], v[j], wide) - mean[i])
-        weights, dscores = weights.astype(dtype), dscores.astype(dtype)
+        weights, dscores = weights.astype(operands), dscores.astype(operands)
         dq = _put(dq, dq[i] + _product("grs,gsh->grh", dscores, k[j], wide), i)
         dk = _put(dk, dk[j] + _product("ghr,grs->ghs", turned[i], dscores, wide), j)
         return dq, dk, _put(dv, dv[j] + _product("ghr,grs->ghs", gradient_turned[i], weights, wide), j)

@@ -20,22 +20,26 @@ EXACT_BLOCK = 1536  # vocabulary entries summed at once where products must be e
 
 
 def linear_cross_entropy(
-    hidden: Float[Array, "M D"], head: Float[Array, "V D"], targets: Int[Array, "M"], chunk_tokens: int | None = None
+    hidden: Float[Array, "M D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "M"],
+    chunk_tokens: int | None = None,
+    operands: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, ""]:
     """The sum over tokens of -log softmax(hidden @ head.T)[target], in at least float32; a target < 0 counts nothing.
 
     A sum, so that the caller divides by all valid tokens once: a mean of micro-batch means is wrong when they differ
-    in valid tokens (transformers#34191). Products run in `hidden.dtype`; the gradient of `head` keeps head's dtype,
-    so float32 master weights get a float32 sum over chunks.
+    in valid tokens (transformers#34191). Products multiply numbers of dtype `operands` (default: `hidden.dtype`); the
+    gradient of `head` keeps head's dtype, so float32 master weights get a float32 sum over chunks.
     """
     chunk_tokens = chunk_tokens or (CPU_CHUNK_TOKENS if jax.default_backend() == "cpu" else CHUNK_TOKENS)
-    return _linear_cross_entropy(hidden, head, targets, chunk_tokens)
+    return _linear_cross_entropy(hidden, head, targets, chunk_tokens, jnp.dtype(operands or hidden.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 @jax.named_scope("loss")
-def _linear_cross_entropy(hidden, head, targets, chunk_tokens):
-    weight = head.astype(hidden.dtype)
+def _linear_cross_entropy(hidden, head, targets, chunk_tokens, operands):
+    weight = head.astype(operands)
 
     def step(total, chunk):
         return total + _chunk(weight, *chunk)[0], None
@@ -45,8 +49,8 @@ def _linear_cross_entropy(hidden, head, targets, chunk_tokens):
 
 
 @jax.named_scope("loss")
-def _forward(hidden, head, targets, chunk_tokens):
-    weight = head.astype(hidden.dtype)
+def _forward(hidden, head, targets, chunk_tokens, operands):
+    weight = head.astype(operands)
     wide = _wide(hidden.dtype)
 
     def step(carry, chunk):
@@ -55,10 +59,13 @@ def _forward(hidden, head, targets, chunk_tokens):
         loss, logits, log_normalizer, valid = _chunk(weight, h, target)
         probability = jnp.exp(logits - log_normalizer[:, None])
         error = probability - (jnp.arange(weight.shape[0]) == target[:, None])
-        error = (error * valid[:, None]).astype(h.dtype)
-        head_gradient += jnp.einsum("MV,MD->VD", error, h, preferred_element_type=wide)
+        error = (error * valid[:, None]).astype(operands)
+        head_gradient += jnp.einsum("MV,MD->VD", error, h.astype(operands), preferred_element_type=wide)
         # Over 49,152 terms, of which one sum would round away more than all that follows in the backward pass.
-        back = in_blocks(error, weight, EXACT_BLOCK) if exactly(h.dtype) else error @ weight
+        if exactly(operands):
+            back = in_blocks(error, weight, EXACT_BLOCK)
+        else:
+            back = jnp.matmul(error, weight, preferred_element_type=h.dtype)
         return (total + loss, head_gradient), back
 
     zero = (jnp.zeros((), wide), jnp.zeros(weight.shape, wide))
@@ -68,7 +75,7 @@ def _forward(hidden, head, targets, chunk_tokens):
 
 
 @jax.named_scope("loss")
-def _backward(chunk_tokens, gradients, cotangent):
+def _backward(_chunk_tokens, _operands, gradients, cotangent):
     hidden_gradient, head_gradient = gradients
     # Scaled wide: 1 / tokens rounded to bfloat16 is up to 0.2 % off where tokens is no power of two.
     scaled = (hidden_gradient.astype(cotangent.dtype) * cotangent).astype(hidden_gradient.dtype)
@@ -80,7 +87,7 @@ _linear_cross_entropy.defvjp(_forward, _backward)
 
 def _chunk(weight, h, target):
     """The summed loss of one chunk, and what its gradient needs: logits, their log-normalizer, which tokens count."""
-    logits = jnp.einsum("MD,VD->MV", h, weight, preferred_element_type=_wide(h.dtype))
+    logits = jnp.einsum("MD,VD->MV", h.astype(weight.dtype), weight, preferred_element_type=_wide(h.dtype))
     log_normalizer = (jax.nn.logsumexp if jax.default_backend() == "cpu" else logsumexp_in_one_pass)(logits, axis=-1)
     valid = target >= 0
     chosen = jnp.take_along_axis(logits, jnp.where(valid, target, 0)[:, None], axis=-1)[:, 0]

@@ -77,30 +77,37 @@ def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Arra
 
 
 def project(x: Float[Array, "B T I"], w: Float[Array, "I ..."], *, kept: bool = True) -> Float[Array, "B T ..."]:
-    """x @ w; under `jax.default_matmul_precision("highest")` as exact as float32 allows, see `precision.py`.
+    """x @ w of numbers rounded to w's dtype, in x's dtype.
 
-    `kept` is whether `Remat` "dots" keeps it for the backward pass.
+    Under `jax.default_matmul_precision("highest")` as exact as float32 allows, see `precision.py`. `kept` is whether
+    `Remat` "dots" keeps it for the backward pass.
     """
     flat = w.reshape(w.shape[0], -1)
-    out = in_blocks(x, flat, EXACT_BLOCK) if exactly(x.dtype) else _matmul(x, flat)
+    out = in_blocks(x, flat, EXACT_BLOCK) if exactly(flat.dtype) else _matmul(x, flat)
     out = out.reshape(*x.shape[:-1], *w.shape[1:])
     return checkpoint_name(out, "kept") if kept else out
 
 
 @jax.custom_vjp
 def _matmul(x, w):
-    return x @ w
+    return _matmul_forward(x, w)[0]
+
+
+def _matmul_forward(x, w):
+    return jnp.matmul(x.astype(w.dtype), w, preferred_element_type=x.dtype), (x, w)
 
 
 def _matmul_backward(inputs, gradient):
     x, w = inputs
+    dtype, x, gradient = x.dtype, x.astype(w.dtype), gradient.astype(w.dtype)
+    of_x = jnp.matmul(gradient, w.T, preferred_element_type=dtype)
     # Written out for w: from jax's own rule, dot(gradient, x) transposed, XLA:CPU makes a transposed copy of each
     # elementwise chain that leads to `gradient`, which costs a third of the MLP's backward pass at 2,048 tokens.
     flat = (y.reshape(-1, y.shape[-1]) for y in (x, gradient))
-    return gradient @ w.T, jnp.einsum("mi,mo->io", *flat)
+    return of_x, jnp.einsum("mi,mo->io", *flat, preferred_element_type=dtype).astype(w.dtype)
 
 
-_matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -240,6 +247,7 @@ class SmolLM(nnx.Module):
         tokens: Int[Array, "B T"],
         *,
         dtype: jax.typing.DTypeLike | None = None,
+        operands: jax.typing.DTypeLike | None = None,
         positions: Int[Array, "#B T"] | None = None,
         attend: Attend | None = None,
         memory: Any = None,
@@ -248,11 +256,13 @@ class SmolLM(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The last norm's output in `dtype` (default: the parameters'), and what `attend` left in `memory`.
 
-        `remat` says what each layer keeps for the backward pass; `unroll` layers are laid out per step of the scan. A
-        token id outside the vocabulary gives NaN (indexing alone would clamp it).
+        Matrix products multiply numbers rounded to `operands` (default: `dtype`) and give `dtype`. `remat` says what
+        each layer keeps for the backward pass; `unroll` layers are laid out per step of the scan. A token id outside
+        the vocabulary gives NaN (indexing alone would clamp it).
         """
         dtype = jnp.dtype(self.embed_tokens.dtype if dtype is None else dtype)
-        attend = causal() if attend is None else attend
+        operands = dtype if operands is None else jnp.dtype(operands)
+        attend = causal(operands=operands) if attend is None else attend
         positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         cos, sin = rotary_angles(positions, self.config, dtype)
         # Gathered before the cast, so that the gradients of a token's many occurrences are summed in float32.
@@ -263,6 +273,9 @@ class SmolLM(nnx.Module):
 
         def step(carry, layer: DecoderLayer):
             x, memory = carry
+            if operands != dtype:
+                # Layer by layer: to write one layer of a bfloat16 stack, XLA:CPU turns all of it into float32 and back.
+                layer = jax.tree.map(lambda p: p.astype(operands) if p.ndim > 1 else p, layer)  # norms are vectors
             return layer(x, cos, sin, attend, memory), None
 
         if remat != "none":
@@ -272,11 +285,14 @@ class SmolLM(nnx.Module):
         (x, memory), _ = jax.lax.scan(step, (rows.astype(dtype), memory), layers, unroll=unroll)
         return rms_norm(x, norm, self.config.rms_norm_eps), memory
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits of hidden states, in at least float32: no scale, no bias."""
-        if hidden.dtype == jnp.bfloat16:
-            head = self.head.astype(hidden.dtype)
-            return jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
+    def logits(
+        self, hidden: Float[Array, "B T D"], operands: jax.typing.DTypeLike | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits of hidden states, in at least float32: no scale, no bias. `operands` as in `hidden_states`."""
+        operands = jnp.dtype(hidden.dtype if operands is None else operands)
+        if operands == jnp.bfloat16:
+            pair = hidden.astype(operands), self.head.astype(operands)
+            return jnp.einsum("BTD,VD->BTV", *pair, preferred_element_type=jnp.float32)
         return project(hidden, self.head.astype(hidden.dtype).T)
 
     def __call__(self, tokens: Any, **options: Any) -> Float[Array, "B T V"]:
@@ -284,7 +300,8 @@ class SmolLM(nnx.Module):
 
         `tokens` are integers [B, T]: a JAX array, or lists or a NumPy array, whose ids are checked (`UsageError`).
         """
-        return self.logits(self.hidden_states(_token_ids(tokens, self.config.vocab_size), **options)[0])
+        hidden, _ = self.hidden_states(_token_ids(tokens, self.config.vocab_size), **options)
+        return self.logits(hidden, options.get("operands"))
 
 
 def _token_ids(tokens: Any, vocab_size: int) -> Int[Array, "B T"]:

@@ -33,13 +33,14 @@ class TrainState:
 class Compute:
     """How the same numbers are computed; hashable, so that the jitted step takes it as a static argument."""
 
-    dtype: str
+    dtype: str  # of activations
     implementation: Implementation = "xla"
     remat: Remat = "dots"
     unroll: int = 1
     parts: int = 1  # of a batch, or of what one device has of it, computed one after another
     mesh: jax.sharding.Mesh | None = None  # None: one device
     document_end: int | None = None  # the token that ends documents which shall not see each other
+    operands: str | None = None  # dtype of what matrix products multiply; None: as `dtype`
 
     def __post_init__(self) -> None:
         if self.unroll < 1:
@@ -91,20 +92,21 @@ def within_documents(tokens: Int[Array, "B T"], document_end: int) -> tuple[Int[
 
 def total_loss(model: SmolLM, tokens: Int[Array, "B window"], compute: Compute) -> Float[Array, ""]:
     """The sum over windows of T + 1 tokens of the next token's -log probability, in nats; rows of -1 count nothing."""
-    inputs, positions, attend = jnp.maximum(tokens[:, :-1], 0), None, causal(compute.implementation)
+    inputs, positions, attend = jnp.maximum(tokens[:, :-1], 0), None, causal(compute.implementation, compute.operands)
     if compute.document_end is not None:
         documents, positions = within_documents(inputs, compute.document_end)
-        attend = packed(documents, compute.implementation)
+        attend = packed(documents, compute.implementation, compute.operands)
     hidden, _ = model.hidden_states(
         inputs,
         dtype=compute.dtype,
+        operands=compute.operands,
         positions=positions,
         attend=attend,
         remat=compute.remat,
         unroll=compute.unroll,
     )
     targets = targets_of(tokens, compute).reshape(-1)
-    return linear_cross_entropy(hidden.reshape(targets.size, -1), model.head, targets)
+    return linear_cross_entropy(hidden.reshape(targets.size, -1), model.head, targets, operands=compute.operands)
 
 
 def mean_loss(

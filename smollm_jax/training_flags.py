@@ -70,7 +70,8 @@ class TrainingFlags:
     process_id: int | None = None
     """Which of them this is, from 0."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the matrix products; weights and moments are float32. Default: bfloat16 on a GPU, float32 without."""
+    """Of the matrix products; weights and moments are float32. Default: the recipe's; of "demo" bfloat16 on a GPU or a
+    CPU that multiplies it fast (AVX-512 BF16, AMX), else float32."""
     seed: int | None = None
     """Of the init and of the order of the data; default 0."""
     attention: Literal["xla", "cudnn"] | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from smollm_jax import distributed, formats, memory, recipes, sharding, train, training_inputs
+from smollm_jax import cpu, distributed, formats, memory, precision, recipes, sharding, train, training_inputs
 from smollm_jax.attention import Implementation
 from smollm_jax.checkpoint import CheckpointStore
 from smollm_jax.config import Config, preset
@@ -67,6 +67,8 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
     # While weights are read.
     tokenizer = Tokenizer.of_weights(run if flags.resume else flags.init_from, flags.tokenizer)
     recipe_name, given = flags.recipe or ("gpu-demo" if on_gpu else "demo"), flags.recipe_fields()
+    if not flags.resume and "dtype" not in recipes.named(recipe_name).fields | given:
+        given["dtype"] = "bfloat16" if on_gpu or cpu.has_fast_bfloat16() else "float32"
     if largest := given.get("batch_size") == "auto":
         del given["batch_size"]
     if flags.resume:
@@ -90,7 +92,8 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
         )
     document_end = tokenizer.eos_token_id if recipe.mask_documents else None
     unroll = layers_at_once(config, attention) if flags.unroll is None else flags.unroll
-    compute = Compute(recipe.dtype, attention, flags.remat, unroll, parts, mesh, document_end)
+    dtype, operands = precision.activations_and_operands(recipe.dtype, device.platform)
+    compute = Compute(dtype, attention, flags.remat, unroll, parts, mesh, document_end, operands)
     if largest and not start.saved:
         recipe = memory.largest_batch(config, recipe, compute, device.platform, limit)
         start = dataclasses.replace(start, recipe=recipe)

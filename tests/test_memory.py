@@ -29,6 +29,10 @@ tiny 8 512 full float32 2 data=2,fsdp=2
 layers 8 512 none float32 1 -
 layers 8 512 dots float32 1 fsdp=2
 smollm2-135m 4 1024 dots bfloat16 1 -
+layers 4 512 dots mixed 1 -
+layers 4 512 full mixed 1 -
+smollm2-135m 1 256 dots mixed 1 -
+smollm2-135m 1 2048 dots mixed 1 -
 """
 SLOW = """
 smollm2-135m 1 8192 full bfloat16 1 -
@@ -51,10 +55,12 @@ smollm2-135m 8 1024 dots float32 2 data=2,fsdp=2
 def setting(text: str) -> tuple[Config, Recipe, Any]:
     name, batch, length, remat, dtype, parts, mesh = text.split()
     config = dataclasses.replace(preset("tiny"), vocab_size=512) if name == "layers" else preset(name)
-    recipe: Any = {"dtype": dtype, "gradient_accumulation_steps": int(parts)}
+    activations, operands = ("float32", "bfloat16") if dtype == "mixed" else (dtype, dtype)
+    recipe: Any = {"dtype": operands, "gradient_accumulation_steps": int(parts)}
     recipe = Recipe(100, int(batch), int(length), learning_rate=1e-3, warmup_steps=0, **recipe)
     mesh = None if mesh == "-" else sharding.make_mesh(mesh)
-    return config, recipe, train_step.Compute(dtype, "xla", remat, 1, int(parts), mesh)  # pyright: ignore
+    compute: Any = {"implementation": "xla", "remat": remat, "unroll": 1, "parts": int(parts), "mesh": mesh}
+    return config, recipe, train_step.Compute(activations, operands=operands, **compute)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from job import GEMM, Job, Prepared, Unit, per_call, rates, resident, samples
 
-from smollm_jax import attention, generate, loss, optimizer, train_step, weights
+from smollm_jax import attention, generate, loss, optimizer, precision, train_step, weights
 from smollm_jax.unrolled import Unrolled
 
 
@@ -49,7 +49,8 @@ def step(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
     gpu = device.platform == "gpu"
     tokens, tx = jnp.asarray(job.tokens()), optimizer.adamw(job.recipe())
     unroll = train_step.layers_at_once(job.config, implementation(job)) if job.unroll is None else job.unroll
-    compute = train_step.Compute(job.dtype, implementation(job), remat=job.remat, unroll=unroll)
+    dtype, operands = precision.activations_and_operands(job.dtype, device.platform)
+    compute = train_step.Compute(dtype, implementation(job), remat=job.remat, unroll=unroll, operands=operands)
     state = train_step.begin(weights.load(folder, jnp.float32)[0], tx)
     ready: dict[str, Any] = {}
     ready["before_bytes"] = device.memory_stats()["bytes_in_use"] if gpu else resident("VmRSS")
