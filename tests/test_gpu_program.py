@@ -29,13 +29,14 @@ def lowered(monkeypatch):
         implementation: train_step.Implementation = "cudnn",
         unroll: int = 1,
         document_end: int | None = None,
+        parts: int = 1,
     ) -> str:
         tokens = jax.ShapeDtypeStruct((3, LENGTH + 1), jnp.int32)
         traced = train_step.train_step.trace(
             train_step.abstract_state(preset("tiny"), RECIPE),
             tokens,
             tx=optimizer.adamw(RECIPE),
-            compute=train_step.Compute("bfloat16", implementation, remat, unroll, document_end=document_end),
+            compute=train_step.Compute("bfloat16", implementation, remat, unroll, parts, document_end=document_end),
         )
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -101,6 +102,21 @@ def test_without_a_loop_what_is_to_be_computed_again_is_not_kept_after_all(lower
     """XLA would find the second computation equal to the first, and keep its results from one to the other."""
     assert "optimization_barrier" in lowered("dots", unroll=3)
     assert "optimization_barrier" not in lowered("dots")
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_on_a_gpu_no_branch_decides_whether_an_update_is_taken(lowered, monkeypatch, parts):
+    branches = re.compile(r"stablehlo\.(?:case|if)\b")
+    assert len(branches.findall(lowered("dots", parts=parts))) == 1, "as traced on a CPU, where this test would see it"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    train_step.train_step.clear_cache()
+    text = lowered("dots", parts=parts)
+    train_step.train_step.clear_cache()
+    assert not branches.search(text)
+    chosen = re.findall(r"call @_where\w*\(.* : \(tensor<i1>, (\S+), \1\) ->", text)
+    for shape in (leaf.shape for leaf in jax.tree.leaves(train_step.abstract_state(preset("tiny"), RECIPE).model)):
+        assert chosen.count(f"tensor<{'x'.join(map(str, shape))}xf32>") >= 3, "a parameter and its two moments"
+    assert text.count("tf.aliasing_output") == 35
 
 
 def test_documents_that_do_not_see_each_other_are_cudnns_too(lowered):

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -148,18 +149,41 @@ def poison(monkeypatch):
     train_step.train_step.clear_cache()
 
 
+@pytest.fixture
+def guarded(monkeypatch):
+    """Has the next steps choose between two states as on a platform; all else in them is the CPU's."""
+    choose = train_step.update_where
+
+    def use(platform: str):
+        def update_where(*arguments):
+            with mock.patch.object(jax, "default_backend", return_value=platform):
+                return choose(*arguments)
+
+        monkeypatch.setattr(train_step, "update_where", update_where)
+        train_step.train_step.clear_cache()
+
+    yield use
+    monkeypatch.undo()
+    train_step.train_step.clear_cache()
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_an_update_that_is_not_finite_leaves_the_state_as_it_was(config, poison, where):
+def test_an_update_that_is_not_finite_leaves_the_state_as_it_was(config, poison, guarded, where):
     poison(where)
     tx = optimizer.adamw(recipe())
-    state = train_step.begin(SmolLM(config, key=jax.random.key(0)), tx)
     compute = train_step.Compute("float32")
-    for step, first in enumerate((1, POISON, 1)):
-        tokens = jax.random.randint(jax.random.key(step), (4, 17), 1, 70).at[0, 0].set(first)
-        before = bits(state)
-        state, metrics = train_step.train_step(state, tokens, tx=tx, compute=compute)
-        assert np.isfinite(metrics["gradient_norm"]) == (first == 1)
-        assert (bits(state) == before) == (first == POISON)
+    states: dict[str, list[dict[str, bytes]]] = {"cpu": [], "gpu": []}
+    for platform, after in states.items():
+        guarded(platform)
+        state = train_step.begin(SmolLM(config, key=jax.random.key(0)), tx)
+        for step, first in enumerate((1, POISON, 1)):
+            tokens = jax.random.randint(jax.random.key(step), (4, 17), 1, 70).at[0, 0].set(first)
+            before = bits(state)
+            state, metrics = train_step.train_step(state, tokens, tx=tx, compute=compute)
+            assert np.isfinite(metrics["gradient_norm"]) == (first == 1)
+            assert (bits(state) == before) == (first == POISON)
+            after.append(bits(state))
+    assert states["cpu"] == states["gpu"]
 
 
 def test_nan_at_steps_1_50_51_52_is_left_out_counted_and_logged(tmp_path, config, poison):
