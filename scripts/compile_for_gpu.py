@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         if (value := getattr(flags, name)) is not None and value < 1:
             raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     from smollm_jax import memory, train_step
+    from smollm_jax.attention import beyond_cudnn
     from smollm_jax.config import preset
     from smollm_jax.recipe import Recipe
 
@@ -87,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     recipe = Recipe(
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
     )
-    attention: Any = "cudnn" if flags.dtype == "bfloat16" else "xla"
+    beyond = flags.dtype != "bfloat16" or beyond_cudnn(flags.sequence_length, config.head_dim, flags.mask_documents)
+    attention: Any = "xla" if beyond else "cudnn"
     unroll = train_step.layers_at_once(config, attention) if flags.unroll is None else flags.unroll
     document_end = config.eos_token_ids[0] if flags.mask_documents else None
     compute = train_step.Compute(flags.dtype, attention, flags.remat, unroll, document_end=document_end)

@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     import jax
 
     from smollm_jax import memory, precision, sharding, train_step
+    from smollm_jax.attention import beyond_cudnn
     from smollm_jax.config import preset
     from smollm_jax.model import Remat
     from smollm_jax.recipe import Recipe
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     if platform != here and (flags.check or flags.memory is None):
         raise errors.UsageError(f"--platform {platform}: this machine has none; give --memory, and no --check")
     fused = platform == "gpu" and flags.dtype == "bfloat16"
+    fused = fused and not beyond_cudnn(flags.sequence_length, config.head_dim, False)
     attention: Any = flags.attention or ("cudnn" if fused else "xla")
     mesh: Any = None
     if flags.mesh:  # an abstract one is enough to plan

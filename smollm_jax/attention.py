@@ -7,6 +7,7 @@ B batch, T query tokens, S cached tokens, N query heads, K KV heads, H head dim,
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -45,6 +46,40 @@ def causal(implementation: Implementation = "xla", operands: jax.typing.DTypeLik
     return attend
 
 
+def lacks_cudnn(device: Any, dtype: str) -> str:
+    """What cuDNN's attention needs that a device or a dtype does not give, to follow "cudnn"; "" where it runs.
+
+    JAX itself reads a device's compute capability as two numbers (jax 0.10.2, jax/_src/cudnn/
+    fused_attention_stablehlo.py, check_compute_capability): "gfx90a", ROCm's, and "9.0a" end in its ValueError.
+    """
+    if device.platform != "gpu" or dtype != "bfloat16":
+        return f"needs a CUDA GPU and bfloat16, not {device.platform}, {dtype}"
+    capability = str(getattr(device, "compute_capability", None))
+    if not re.fullmatch(r"\d+\.\d+", capability):
+        return f"needs a CUDA GPU whose compute capability is a number, not {capability}"
+    return "" if float(capability) >= 8 else f"needs compute capability 8.0 or later, not {capability}"
+
+
+def beyond_cudnn(length: int, head_dim: int, documents: bool) -> str:
+    """What cuDNN's attention, or its gradient, needs that a shape does not give, to follow "cudnn"; "" where it does.
+
+    JAX (0.10.2) refuses the gradient of odd lengths, causal ones too, for a bias of no elements counts as one there.
+    Even ones are right: NVIDIA/cudnn-frontend pads those that 128 does not divide from 1.15 on (#160), and XLA has
+    1.16.1. With documents one that leaves 64 of 128 can give NaN gradients on Hopper (pytorch#196678). Before jax 0.11
+    the gradient of the documents' bias is always computed, for which cuDNN keeps the scores' gradients, 2 N T**2 bytes
+    a row (cudnn-frontend, CompositeSDPABackwardNode): what would turn it off is private.
+    """
+    if head_dim % 8 or head_dim > 128:
+        return f"needs a head_dim that is a multiple of 8, up to 128, not {head_dim}"
+    if documents and length % 128:
+        return f"with --mask-documents needs a --sequence-length that is a multiple of 128, not {length}"
+    if length % 2:
+        return f"needs an even --sequence-length, not {length}"
+    if documents and jax.__version_info__ < (0, 11):
+        return f"with --mask-documents needs jax 0.11, not {jax.__version__}, which adds the mask's gradient"
+    return ""
+
+
 def packed(
     segment_ids: Int[Array, "B T"],
     implementation: Implementation = "xla",
@@ -53,7 +88,8 @@ def packed(
     """Causal within a document: a token sees only earlier tokens of its own segment.
 
     cuDNN gets the segments as a bias `[B, 1, T, T]`, which a compiled step makes once for all layers: 2 T**2 bytes a
-    row in bfloat16. Its entry for the offsets of documents is private to JAX (jax#25812).
+    row in bfloat16. Its entry for the offsets of documents is private to JAX (jax#25812). `beyond_cudnn` says of which
+    lengths its gradients are right.
     """
 
     def attend(q, k, v, memory):

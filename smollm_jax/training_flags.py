@@ -75,7 +75,7 @@ class TrainingFlags:
     seed: int | None = None
     """Of the init and of the order of the data; default 0."""
     attention: Literal["xla", "cudnn"] | None = None
-    """Default: cudnn on a CUDA GPU in bfloat16, else xla."""
+    """Default: cudnn on a CUDA GPU in bfloat16, where it takes the length and --mask-documents, else xla."""
     save_every: int | None = None
     """Steps between checkpoints; default 500 on a GPU, 100 without. The last step is always saved."""
     keep: int = 2

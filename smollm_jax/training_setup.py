@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from smollm_jax import cpu, distributed, formats, memory, precision, recipes, sharding, train, training_inputs
-from smollm_jax.attention import Implementation
+from smollm_jax.attention import Implementation, beyond_cudnn, lacks_cudnn
 from smollm_jax.checkpoint import CheckpointStore
 from smollm_jax.config import Config, preset
 from smollm_jax.errors import UsageError
@@ -50,6 +50,7 @@ class Setup:
     planned: int  # bytes of them that a step is planned to need
     tokenizer: Tokenizer
     reference: Path | None
+    without_cudnn: str = ""  # what cuDNN's attention needs that a GPU's run does not give, where nobody chose
 
 
 def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -> Setup:
@@ -84,7 +85,7 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
         raise UsageError(
             f"--sequence-length {recipe.sequence_length} exceeds the model's {config.max_position_embeddings} positions"
         )
-    attention = _attention(flags, recipe, device)
+    attention, without_cudnn = _attention(flags, recipe, config, device)
     parts = recipe.gradient_accumulation_steps
     if recipe.batch_size % (parts * devices):
         raise UsageError(
@@ -105,7 +106,7 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
     reference = _reference(flags, tokenizer)
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
-    return Setup(start, recipe_name, compute, cadence, limit, planned, tokenizer, reference)
+    return Setup(start, recipe_name, compute, cadence, limit, planned, tokenizer, reference, without_cudnn)
 
 
 def _going_on(flags: TrainingFlags, run: Path, given: dict[str, Any], mesh: jax.sharding.Mesh | None) -> Start:
@@ -146,15 +147,18 @@ def _beginning(
     return Start(config, recipe, source, start_from, defaults, bundle)
 
 
-def _attention(flags: TrainingFlags, recipe: Recipe, device: Any) -> Implementation:
-    """The implementation that was asked for, or the fastest there is; raises `UsageError` for one there is not."""
-    fits = device.platform == "gpu" and recipe.dtype == "bfloat16"
-    # cuDNN's attention needs Ampere or later.
-    fused = fits and float(getattr(device, "compute_capability", "0")) >= 8
-    attention = flags.attention or ("cudnn" if fused else "xla")
-    if attention == "cudnn" and not fits:
-        raise UsageError(f"--attention cudnn needs a CUDA GPU and bfloat16, not {device.platform}, {recipe.dtype}")
-    return attention
+def _attention(flags: TrainingFlags, recipe: Recipe, config: Config, device: Any) -> tuple[Implementation, str]:
+    """The implementation that was asked for, or cuDNN's where it runs, and why it does not on a GPU.
+
+    Raises `UsageError` where cuDNN's was asked for and does not run.
+    """
+    needs = lacks_cudnn(device, recipe.dtype)
+    needs = needs or beyond_cudnn(recipe.sequence_length, config.head_dim, recipe.mask_documents)
+    if flags.attention == "cudnn" and needs:
+        raise UsageError(f"--attention cudnn {needs}; leave it out to attend in blocks")
+    if flags.attention:
+        return flags.attention, ""
+    return ("xla", needs if device.platform == "gpu" else "") if needs else ("cudnn", "")
 
 
 def _reference(flags: TrainingFlags, tokenizer: Tokenizer) -> Path | None:

@@ -9,7 +9,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from smollm_jax import optimizer, train_step
-from smollm_jax.attention import attention
+from smollm_jax.attention import attention, beyond_cudnn, causal, packed
 from smollm_jax.config import preset
 from smollm_jax.recipe import Recipe
 
@@ -124,3 +124,18 @@ def test_documents_that_do_not_see_each_other_are_cudnns_too(lowered):
     calls = re.findall(r"__cudnn\$\w+", text)
     assert (calls.count("__cudnn$fmhaScaleBiasSoftmax"), calls.count("__cudnn$fmhaScaleBiasSoftmaxBackward")) == (1, 1)
     assert text.count("mask_type\\22: \\22CAUSAL\\22") == len(calls) == 2
+
+
+@pytest.mark.parametrize("length", [1, 2, 65, 192, 1001])
+@pytest.mark.parametrize("documents", [False, True])
+def test_what_jax_itself_refuses_of_a_length_is_never_tried(lowered, length, documents):
+    """Odd ones, of the gradient alone; with documents `beyond_cudnn` leaves out more."""
+    shapes = [jax.ShapeDtypeStruct((1, length, heads, 16), jnp.bfloat16) for heads in (6, 2, 2)]
+    attend = packed(jnp.zeros((1, length), jnp.int32), "cudnn") if documents else causal("cudnn")
+    gradient = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v, None)[0].astype(jnp.float32).sum()))
+    if length % 2:
+        with pytest.raises(NotImplementedError, match=f"Unsupported sequence length Q {length}"):
+            gradient.trace(*shapes)
+        assert beyond_cudnn(length, 16, documents)
+    else:
+        assert "__cudnn$fmha" in gradient.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()

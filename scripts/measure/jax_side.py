@@ -40,7 +40,9 @@ def prepare(name: str, job: Job, folder: Path) -> Prepared:
 
 def implementation(job: Job) -> attention.Implementation:
     """The trainer's choice."""
-    return "cudnn" if jax.devices()[0].platform == "gpu" and job.dtype == "bfloat16" else "xla"
+    needs = attention.lacks_cudnn(jax.devices()[0], job.dtype)
+    needs = needs or attention.beyond_cudnn(job.sequence_length, job.config.head_dim, job.what == "packed")
+    return "xla" if needs else "cudnn"
 
 
 def step(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:

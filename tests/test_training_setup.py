@@ -1,0 +1,129 @@
+"""What a training decides for a GPU that is described here and is not there."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+
+from scripts import train_jax
+from smollm_jax import training_setup
+from smollm_jax.attention import beyond_cudnn, lacks_cudnn
+from smollm_jax.config import preset
+from smollm_jax.errors import UsageError
+from smollm_jax.recipe import Recipe
+from smollm_jax.train import Cadence
+from smollm_jax.train_step import Compute
+from smollm_jax.training_flags import TrainingFlags
+
+CONFIG = preset("smollm2-135m")
+RECIPE = Recipe(10, 4, 2048, learning_rate=1e-3, warmup_steps=0, dtype="bfloat16")
+
+
+def gpu(capability: str | None = "9.0", **more: Any) -> Any:
+    if capability is not None:
+        more["compute_capability"] = capability
+    return SimpleNamespace(platform="gpu", device_kind="No GPU of this world", **more)
+
+
+@pytest.fixture(params=[(0, 10, 2), (0, 11, 2)], ids=["jax 0.10", "jax 0.11"])
+def jax_version(request, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", request.param)
+    monkeypatch.setattr(jax, "__version__", ".".join(map(str, request.param)))
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "said"),
+    [
+        (gpu("8.0"), "bfloat16", ""),
+        (gpu("10.3"), "bfloat16", ""),
+        (gpu("7.5"), "bfloat16", "needs compute capability 8.0 or later, not 7.5"),
+        (gpu("gfx90a"), "bfloat16", "needs a CUDA GPU whose compute capability is a number, not gfx90a"),
+        (gpu("9.0a"), "bfloat16", "needs a CUDA GPU whose compute capability is a number, not 9.0a"),
+        (gpu(None), "bfloat16", "needs a CUDA GPU whose compute capability is a number, not None"),
+        (gpu(), "float32", "needs a CUDA GPU and bfloat16, not gpu, float32"),
+        (SimpleNamespace(platform="cpu"), "bfloat16", "needs a CUDA GPU and bfloat16, not cpu, bfloat16"),
+    ],
+)
+def test_cudnn_runs_on_cuda_gpus_from_ampere_on(device, dtype, said):
+    assert lacks_cudnn(device, dtype) == said
+
+
+@pytest.mark.parametrize("length", [1, 2, 64, 65, 127, 1000, 2047, 2048])
+def test_cudnn_takes_every_even_causal_length(length, jax_version):
+    said = f"needs an even --sequence-length, not {length}"
+    assert beyond_cudnn(length, 64, documents=False) == (said if length % 2 else "")
+
+
+@pytest.mark.parametrize("length", [64, 65, 127, 192, 1000, 2047, 2112])
+def test_cudnn_takes_documents_in_multiples_of_128_tokens_alone(length, jax_version):
+    said = f"with --mask-documents needs a --sequence-length that is a multiple of 128, not {length}"
+    assert beyond_cudnn(length, 64, documents=True) == said
+
+
+def test_cudnn_takes_documents_where_jax_leaves_the_masks_gradient_out(jax_version):
+    old = "with --mask-documents needs jax 0.11, not 0.10.2, which adds the mask's gradient"
+    assert beyond_cudnn(2048, 64, documents=True) == (old if jax_version < (0, 11) else "")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "fits"), [(16, True), (64, True), (128, True), (80, True), (60, False), (256, False)]
+)
+def test_cudnn_takes_heads_of_a_multiple_of_8_up_to_128(head_dim, fits):
+    said = f"needs a head_dim that is a multiple of 8, up to 128, not {head_dim}"
+    assert beyond_cudnn(2048, head_dim, documents=False) == ("" if fits else said)
+
+
+def chosen(device: Any, attention: Any = None, **changes: Any) -> tuple[str, str]:
+    flags, recipe = TrainingFlags(attention=attention), dataclasses.replace(RECIPE, **changes)
+    return training_setup._attention(flags, recipe, CONFIG, device)
+
+
+def test_a_gpu_attends_by_cudnn_where_it_runs_and_else_in_blocks_and_says_why(jax_version):
+    assert chosen(gpu()) == ("cudnn", "")
+    assert chosen(gpu(), sequence_length=1000) == ("cudnn", "")
+    assert chosen(gpu(), sequence_length=1001) == ("xla", "needs an even --sequence-length, not 1001")
+    assert chosen(gpu("gfx90a")) == ("xla", lacks_cudnn(gpu("gfx90a"), "bfloat16"))
+    assert chosen(gpu(), mask_documents=True, sequence_length=1000) == ("xla", beyond_cudnn(1000, 64, documents=True))
+    assert chosen(gpu(), mask_documents=True)[0] == ("xla" if jax_version < (0, 11) else "cudnn")
+    assert chosen(SimpleNamespace(platform="cpu"), dtype="float32") == ("xla", ""), "nobody expected it there"
+
+
+@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+def test_the_attention_that_was_asked_for_is_taken_or_refused(attention, jax_version):
+    assert chosen(gpu(), attention) == (attention, "")
+    for device, changes, said in (
+        (
+            gpu(),
+            {"mask_documents": True, "sequence_length": 1000},
+            "--mask-documents .*--sequence-length .* 128, not 1000",
+        ),
+        (gpu("gfx90a"), {}, "not gfx90a"),
+        (gpu("7.5"), {}, "not 7.5"),
+    ):
+        if attention == "xla":
+            assert chosen(device, attention, **changes) == ("xla", "")
+        else:
+            with pytest.raises(UsageError, match=rf"^--attention cudnn .*{said}.*; leave it out to attend in blocks$"):
+                chosen(device, attention, **changes)
+
+
+def announced(capsys, tmp_path, **of_setup: Any) -> list[str]:
+    start = SimpleNamespace(config=CONFIG, recipe=RECIPE, bundle=None, saved=None, defaults="")
+    compute = Compute("bfloat16", "xla")
+    setup = training_setup.Setup(
+        **{"start": start, "recipe_name": "gpu-demo", "compute": compute, "cadence": Cadence(500, 250)}
+        | {"limit": 80 << 30, "planned": 20 << 30, "tokenizer": None, "reference": None}
+        | of_setup  # pyright: ignore
+    )
+    train_jax.announce(tmp_path, TrainingFlags(), setup, gpu(), kept=False)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_what_is_announced_says_why_a_gpu_attends_in_blocks(capsys, tmp_path):
+    (line,) = [line for line in announced(capsys, tmp_path, without_cudnn="needs rest") if line.startswith("products ")]
+    assert "attention xla in blocks, for cudnn needs rest;" in line
+    (line,) = [line for line in announced(capsys, tmp_path) if line.startswith("products ")]
+    assert "attention xla; " in line
