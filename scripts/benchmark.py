@@ -265,6 +265,8 @@ def memory(flags: Flags, folder: Path) -> tuple[str, Rows]:
             side = Side(name, flags.job(name), weights)
             side.close()  # one at a time: two could be more than the machine has
             found[name].append(side.ready)
+            if None in (side.ready["before_bytes"], side.ready["peak_bytes"]):
+                raise errors.SmolLMError(f"memory: {name} does not say how much it takes: its allocator keeps no count")
         check_equal({name: flags.dtype_of(name) for name in names}, {name: found[name][-1] for name in names})
     peaks = {name: [x["peak_bytes"] / 1e9 for x in of] for name, of in found.items()}
     rows = with_ratios("peak GB", peaks, min)

@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     if flags.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "float32")
     limit = int(flags.memory * 1e9) if flags.memory else memory.available(jax.devices()[0], devices)
+    if not limit:
+        raise errors.UsageError(f"JAX does not say how much memory {jax.devices()[0].device_kind} has: give --memory")
     recipe = Recipe(
         1000,
         flags.batch_size,

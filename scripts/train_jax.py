@@ -254,7 +254,8 @@ def announce(run: Path, flags: TrainingFlags, setup, device, kept: bool) -> None
     warmup = f"warmup {recipe.warmup_steps} steps, weight decay {recipe.weight_decay}, seed {recipe.seed}"
     print(f"            {warmup}; saved every {cadence.save_every}, validated every {cadence.eval_every} steps")
     keeping = "; what a step frees is kept" if kept else ""
-    print(f"memory      {setup.planned / 1e9:.1f} GB planned of {setup.limit / 1e9:.1f} GB, on each device{keeping}")
+    limit = f"of {setup.limit / 1e9:.1f} GB" if setup.limit else "of what JAX does not say, unchecked"
+    print(f"memory      {setup.planned / 1e9:.1f} GB planned {limit}, on each device{keeping}")
     print(f"run         {run}", flush=True)
 
 

@@ -145,17 +145,22 @@ def needed(step: Any) -> int:
 
 
 def compile_within(limit: int, config: Config, recipe: Recipe, compute: Compute, platform: str) -> Step:
-    """`train_step.compile_step`'s; raises `UsageError` when it says itself that it needs more than `limit` bytes."""
+    """`train_step.compile_step`'s; raises `UsageError` when it says itself that it needs more than `limit` bytes.
+
+    A limit of 0 is one that nobody knows: nothing is refused.
+    """
     step: Any = train_step.compile_step(config, recipe, compute)
-    check(config, recipe, compute, platform, needed(step), limit)
+    if limit:
+        check(config, recipe, compute, platform, needed(step), limit)
     return step
 
 
 def available(device: Any, sharing: int = 1) -> int:
     """The bytes a device may use: of a GPU's memory what JAX may allocate; of what a machine has free, a CPU device's
-    share, where `sharing` of them are made of it."""
+    share, where `sharing` of them are made of it. 0 where JAX does not say: some allocators keep no statistics (jax
+    gives None for them, as for XLA_PYTHON_CLIENT_ALLOCATOR=platform) or none with a limit."""
     if device.platform != "cpu":
-        return device.memory_stats()["bytes_limit"]
+        return (device.memory_stats() or {}).get("bytes_limit") or 0
     if (meminfo := Path("/proc/meminfo")).exists():
         free = next(row for row in meminfo.read_text().splitlines() if row.startswith("MemAvailable:"))
         return (int(free.split()[1]) << 10) // sharing

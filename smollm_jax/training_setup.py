@@ -46,7 +46,7 @@ class Setup:
     recipe_name: str
     compute: Compute
     cadence: Cadence
-    limit: int  # bytes of memory, on each device
+    limit: int  # bytes of memory, on each device; 0: JAX does not say
     planned: int  # bytes of them that a step is planned to need
     tokenizer: Tokenizer
     reference: Path | None
@@ -96,6 +96,10 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
     dtype, operands = precision.activations_and_operands(recipe.dtype, device.platform)
     compute = Compute(dtype, attention, flags.remat, unroll, parts, mesh, document_end, operands)
     if largest and not start.saved:
+        if not limit:
+            raise UsageError(
+                f"--batch-size auto: JAX does not say how much memory {device.device_kind} has: give a number"
+            )
         recipe = memory.largest_batch(config, recipe, compute, device.platform, limit)
         start = dataclasses.replace(start, recipe=recipe)
     planned = memory.plan(config, recipe, compute, device.platform).total

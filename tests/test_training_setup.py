@@ -1,14 +1,15 @@
 """What a training decides for a GPU that is described here and is not there."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
 
-from scripts import train_jax
-from smollm_jax import training_setup
+from scripts import plan_memory, train_jax
+from smollm_jax import memory, training_setup
 from smollm_jax.attention import beyond_cudnn, lacks_cudnn
 from smollm_jax.config import preset
 from smollm_jax.errors import UsageError
@@ -17,6 +18,7 @@ from smollm_jax.train import Cadence
 from smollm_jax.train_step import Compute
 from smollm_jax.training_flags import TrainingFlags
 
+ASSETS = Path(__file__).parent.parent / "assets"
 CONFIG = preset("smollm2-135m")
 RECIPE = Recipe(10, 4, 2048, learning_rate=1e-3, warmup_steps=0, dtype="bfloat16")
 
@@ -127,3 +129,43 @@ def test_what_is_announced_says_why_a_gpu_attends_in_blocks(capsys, tmp_path):
     assert "attention xla in blocks, for cudnn needs rest;" in line
     (line,) = [line for line in announced(capsys, tmp_path) if line.startswith("products ")]
     assert "attention xla; " in line
+
+
+STATISTICS = {"none": None, "empty": {}, "no limit": {"bytes_in_use": 1 << 20}}
+
+
+@pytest.mark.parametrize("statistics", STATISTICS.values(), ids=STATISTICS)
+def test_memory_that_jax_does_not_tell_is_unknown_and_no_step_is_refused_for_it(monkeypatch, statistics):
+    assert memory.available(gpu(memory_stats=lambda: {"bytes_limit": 7})) == 7
+    assert memory.available(gpu(memory_stats=lambda: statistics), 4) == 0
+    step = object()
+    monkeypatch.setattr(memory.train_step, "compile_step", lambda *_: step)
+    monkeypatch.setattr(memory, "needed", lambda _: 10**9)
+    assert memory.compile_within(0, CONFIG, RECIPE, Compute("bfloat16"), "gpu") is step
+    with pytest.raises(UsageError, match=r"needs 1\.00 GB of 0\.50 GB"):
+        memory.compile_within(5 * 10**8, CONFIG, RECIPE, Compute("bfloat16"), "gpu")
+
+
+def test_auto_asks_for_a_number_where_jax_does_not_tell(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu(memory_stats=lambda: None)])
+    flags = {"preset": "tiny", "sequence_length": 128, "tokenizer": ASSETS / "tokenizer", "steps": 10}
+    with pytest.raises(
+        UsageError, match=r"^--batch-size auto: JAX does not say .* No GPU of this world has: give a number$"
+    ):
+        training_setup.set_up(TrainingFlags(batch_size="auto", **flags), tmp_path, None)
+    setup = training_setup.set_up(TrainingFlags(batch_size=4, **flags), tmp_path, None)
+    assert (setup.limit, setup.start.recipe.batch_size, setup.compute.implementation) == (0, 4, "cudnn")
+
+
+def test_what_is_announced_says_that_memory_is_unchecked(capsys, tmp_path):
+    (line,) = [line for line in announced(capsys, tmp_path, limit=0) if line.startswith("memory ")]
+    assert "21.5 GB planned of what JAX does not say, unchecked, on each device" in line
+    (line,) = [line for line in announced(capsys, tmp_path) if line.startswith("memory ")]
+    assert "21.5 GB planned of 85.9 GB, on each device" in line
+
+
+def test_a_plan_asks_for_memory_where_jax_does_not_tell(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda *_: 0)
+    monkeypatch.setattr(type(jax.config), "update", lambda *_: None)  # too late in this process
+    with pytest.raises(UsageError, match=r"^JAX does not say how much memory cpu has: give --memory$"):
+        plan_memory.main(["--preset", "tiny", "--sequence-length", "64"])

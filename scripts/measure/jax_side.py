@@ -46,7 +46,7 @@ def implementation(job: Job) -> attention.Implementation:
 
 
 def step(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
-    """Optimizer steps, and the most memory they take."""
+    """Optimizer steps, and the most memory they take: None where JAX's allocator keeps no count."""
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
     tokens, tx = jnp.asarray(job.tokens()), optimizer.adamw(job.recipe())
@@ -55,7 +55,7 @@ def step(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
     compute = train_step.Compute(dtype, implementation(job), remat=job.remat, unroll=unroll, operands=operands)
     state = train_step.begin(weights.load(folder, jnp.float32)[0], tx)
     ready: dict[str, Any] = {}
-    ready["before_bytes"] = device.memory_stats()["bytes_in_use"] if gpu else resident("VmRSS")
+    ready["before_bytes"] = (device.memory_stats() or {}).get("bytes_in_use") if gpu else resident("VmRSS")
     compiled = train_step.train_step.lower(state, tokens, tx=tx, compute=compute).compile()
 
     def unit() -> dict[str, Any]:
@@ -65,7 +65,7 @@ def step(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
         return {"loss": float(metrics["loss"])}
 
     ready["losses"] = [unit()["loss"], unit()["loss"]]
-    ready["peak_bytes"] = device.memory_stats()["peak_bytes_in_use"] if gpu else resident("VmHWM")
+    ready["peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use") if gpu else resident("VmHWM")
     sizes: Any = compiled.memory_analysis()
     inputs_and_outputs = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return unit, ready | {"program_bytes": inputs_and_outputs + sizes.temp_size_in_bytes}
