@@ -97,8 +97,10 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     step = compile_step(config, recipe, compute)
     print(f"compiled    in {time.perf_counter() - began:.0f} s, for an H100")
-    need, planned = memory.needed(step), memory.plan(config, recipe, compute, "gpu").total
+    plan = memory.plan(config, recipe, compute, "gpu")
+    need, planned = memory.needed(step), dataclasses.replace(plan, workspace=0).total
     print(f"memory      {need / 1e9:.2f} GB; the plan says {planned / 1e9:.2f}, {planned / need - 1:+.1%}")
+    print(f"            and leaves {(plan.total - planned) / 1e9:.2f} for cuDNN's workspace, of which only a GPU knows")
     text = step.as_text()
     if flags.hlo:
         flags.hlo.write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@
 
 Takes train_jax.py's flags. Nothing is allocated, and nothing compiled but with --check, so that a model may be planned
 for devices that are not here. A GPU's numbers are the CPU's arithmetic less what is known of XLA:CPU alone, within 8 %
-of what scripts/compile_for_gpu.py compiles for an H100.
+of what scripts/compile_for_gpu.py compiles for an H100, and an allowance for cuDNN's workspace, which that lacks.
 """
 
 import dataclasses

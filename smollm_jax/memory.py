@@ -38,12 +38,13 @@ class Plan:
     gradients: int  # whole, of what is computed at once
     layer: int  # what one layer's backward pass holds
     attention: int  # which scores are visible, of all pairs of blocks
+    workspace: int  # left for cuDNN, which no program shows that is compiled without a GPU
     update: int  # gradients; on several devices also their sum, a device's part of it
 
     @property
     def total(self) -> int:
         """The most bytes a device holds during a step."""
-        computing = max(self.loss, self.gradients + self.layer + self.attention)
+        computing = max(self.loss, self.gradients + self.layer + self.attention + self.workspace)
         computing += self.gathered + self.summed + self.casts + self.saved
         return self.parameters + self.moments + max(computing, self.update)
 
@@ -52,7 +53,7 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
     """What the step of `train_step.compile_step` needs; its mesh may be an abstract one.
 
     Where XLA:CPU differs from first principles a comment says so. A GPU's is the same arithmetic without that; what XLA
-    compiles for one needs as much (`scripts/compile_for_gpu.py`), and no GPU was asked yet.
+    compiles for one needs as much, without cuDNN's workspace (`scripts/compile_for_gpu.py`), and no GPU was asked yet.
     """
     cpu, narrow, wide = platform == "cpu", BYTES[compute.dtype], max(BYTES[compute.dtype], 4)
     cast = narrow != 4
@@ -111,6 +112,7 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
         gradients=narrow * layers + wide * head,
         layer=layer,
         attention=attention,
+        workspace=cudnn_workspace(config, rows, recipe.sequence_length) if compute.implementation == "cudnn" else 0,
         update=whole + (whole // fsdp if devices > 1 else 0),
     )
 
@@ -119,6 +121,18 @@ def _heads(config: Config) -> tuple[int, int, int]:
     """Query heads, and the numbers of all queries and of all keys of a token."""
     heads = config.num_attention_heads
     return heads, heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+
+def cudnn_workspace(config: Config, rows: int, length: int) -> int:
+    """The most bytes that the gradient of cuDNN's attention is taken to use beside its inputs and results, a layer's.
+
+    In float32, of lengths rounded up to 128: the gradient of the queries as it is added up, a number for each query
+    (the sum of dO * O), and, where query heads share key heads, the gradients of keys and values for each query head.
+    Source: NVIDIA/cudnn-frontend, node/scaled_dot_product_flash_attention.h, CompositeSDPABackwardNode: dQ_accum,
+    softmax_sum, dK_fullhead and dV_fullhead. cuDNN's own part is not public; no GPU was asked yet.
+    """
+    N, NH, KH = _heads(config)
+    return 4 * rows * (-(-length // 128) * 128) * (N + NH * (3 if NH != KH else 1))
 
 
 def saved_numbers(config: Config, compute: Compute) -> list[int]:

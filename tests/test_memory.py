@@ -143,6 +143,35 @@ def test_a_training_that_cannot_fit_ends_before_it_reads_anything(tmp_path):
     assert "data " not in done.stdout
 
 
+def test_a_gpus_plan_leaves_room_for_cudnns_workspace():
+    """64 x 2,048 tokens of 9 heads of 64: dQ, and dK and dV for each of them, and a number for each query."""
+    config = preset("smollm2-135m")
+    recipe = Recipe(100, 64, 2048, learning_rate=1e-3, warmup_steps=0, dtype="bfloat16")
+    by_cudnn = train_step.Compute("bfloat16", "cudnn")
+    plan = memory.plan(config, recipe, by_cudnn, "gpu")
+    assert plan.workspace == 64 * 2048 * 9 * (64 * 3 + 1) * 4 == 910_688_256
+    assert plan.total == dataclasses.replace(plan, workspace=0).total + plan.workspace, "the layers' backward pass"
+    odd = dataclasses.replace(recipe, sequence_length=2050)
+    assert memory.plan(config, odd, by_cudnn, "gpu").workspace == plan.workspace * 2176 // 2048
+    halves = dataclasses.replace(by_cudnn, parts=2)
+    assert memory.plan(config, recipe, halves, "gpu").workspace == plan.workspace // 2
+    no_groups = dataclasses.replace(config, num_key_value_heads=9)
+    assert memory.plan(no_groups, recipe, by_cudnn, "gpu").workspace == 64 * 2048 * 9 * (64 + 1) * 4
+    in_blocks = memory.plan(config, recipe, train_step.Compute("bfloat16"), "gpu")
+    assert (in_blocks.workspace, memory.plan(config, recipe, train_step.Compute("float32")).workspace) == (0, 0)
+
+
+def test_auto_respects_the_workspace(monkeypatch):
+    config = preset("smollm2-135m")
+    recipe = Recipe(100, 64, 2048, learning_rate=1e-3, warmup_steps=0, dtype="bfloat16")
+    compute = train_step.Compute("bfloat16", "cudnn")
+    plan = memory.plan(config, recipe, compute, "gpu")
+    limit = int((plan.total - plan.workspace // 2) / memory.SHARE)  # just too little
+    assert memory.largest_batch(config, recipe, compute, "gpu", limit).batch_size == 32
+    monkeypatch.setattr(memory, "cudnn_workspace", lambda *_: 0)
+    assert memory.largest_batch(config, recipe, compute, "gpu", limit).batch_size == 64
+
+
 WITHIN = """
 import sys
 sys.path.insert(0, f"{sys.argv.pop(1)}/scripts")
