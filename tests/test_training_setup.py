@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import pytest
 
-from scripts import plan_memory, train_jax
+from scripts import benchmark, plan_memory, train_jax
 from smollm_jax import memory, training_setup
 from smollm_jax.attention import beyond_cudnn, lacks_cudnn
 from smollm_jax.config import preset
-from smollm_jax.errors import UsageError
+from smollm_jax.errors import SmolLMError, UsageError
 from smollm_jax.recipe import Recipe
 from smollm_jax.train import Cadence
 from smollm_jax.train_step import Compute
@@ -169,3 +169,14 @@ def test_a_plan_asks_for_memory_where_jax_does_not_tell(monkeypatch):
     monkeypatch.setattr(type(jax.config), "update", lambda *_: None)  # too late in this process
     with pytest.raises(UsageError, match=r"^JAX does not say how much memory cpu has: give --memory$"):
         plan_memory.main(["--preset", "tiny", "--sequence-length", "64"])
+
+
+@pytest.mark.parametrize("unknown", ["before_bytes", "peak_bytes"])
+def test_a_benchmark_of_memory_that_nobody_counts_is_refused(monkeypatch, tmp_path, unknown):
+    ready = {"before_bytes": 1, "peak_bytes": 2} | {unknown: None}
+    monkeypatch.setattr(benchmark, "write_weights", lambda *_: tmp_path)
+    monkeypatch.setattr(benchmark, "Side", lambda *_: SimpleNamespace(ready=ready, close=lambda: None))
+    with pytest.raises(
+        SmolLMError, match=r"^memory: ours does not say how much it takes: its allocator keeps no count$"
+    ):
+        benchmark.memory(benchmark.Flags("memory"), tmp_path)
