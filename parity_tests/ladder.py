@@ -103,7 +103,7 @@ def torch_stream(module: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def jax_gradients(
-    bundle: Bundle, tokens: np.ndarray, dtype: str, remat: Remat = "dots", operands: str | None = None
+    bundle: Bundle, tokens: np.ndarray, dtype: str, remat: Remat = "dots", operands: str = ""
 ) -> tuple[float, Arrays]:
     """Mean next-token loss of `[B, T + 1]` tokens and its gradient, in Hugging Face's names and layout."""
     with precisely(dtype):

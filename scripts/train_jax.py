@@ -243,8 +243,8 @@ def announce(run: Path, flags: TrainingFlags, setup, device, kept: bool) -> None
     print(f"start       {saved or begun}")
     results = f" with {compute.dtype} results" if compute.operands != compute.dtype else ""
     instead = f" in blocks, for cudnn {setup.without_cudnn}" if setup.without_cudnn else ""
-    print(f"products    {recipe.dtype}{results}, attention {compute.implementation}{instead}")
-    print("            weights, moments and loss float32")
+    attention = f"attention {compute.implementation}{instead}"
+    print(f"products    {recipe.dtype}{results}, {attention}; weights, moments and loss float32")
     tokens_per_step = f"{recipe.batch_size} x {recipe.sequence_length} = {recipe.tokens_per_step:,} tokens a step"
     if flags.recipe or not saved:
         print(f"recipe      {setup.recipe_name}")

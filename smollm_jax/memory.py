@@ -98,8 +98,8 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
     casts = narrow * (layers + head) if cast else 0
     if cpu and cast:
         casts = (wide if widens else narrow) * layers + (narrow + wide) * head  # the head is widened by any jaxlib
-    if compute.operands not in (None, compute.dtype):  # one layer's at a time, or each kept for its backward pass
-        casts = BYTES[compute.operands] * (layers // (1 if compute.remat == "none" else L) + head)
+    if compute.operands != compute.dtype:  # one layer's at a time
+        casts = BYTES[compute.operands] * (layers // L + head)
     return Plan(
         parameters=whole // fsdp,
         moments=2 * whole // fsdp,

@@ -76,38 +76,41 @@ def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Arra
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def project(x: Float[Array, "B T I"], w: Float[Array, "I ..."], *, kept: bool = True) -> Float[Array, "B T ..."]:
-    """x @ w of numbers rounded to w's dtype, in x's dtype.
+def project(
+    x: Float[Array, "B T I"],
+    w: Float[Array, "I ..."],
+    *,
+    kept: bool = True,
+    operands: jax.typing.DTypeLike | None = None,
+) -> Float[Array, "B T ..."]:
+    """x @ w in x's dtype, of numbers rounded to `operands` (default: that dtype).
 
     Under `jax.default_matmul_precision("highest")` as exact as float32 allows, see `precision.py`. `kept` is whether
     `Remat` "dots" keeps it for the backward pass.
     """
-    flat = w.reshape(w.shape[0], -1)
-    out = in_blocks(x, flat, EXACT_BLOCK) if exactly(flat.dtype) else _matmul(x, flat)
+    flat, operands = w.reshape(w.shape[0], -1), jnp.dtype(x.dtype if operands is None else operands)
+    out: Any = in_blocks(x, flat, EXACT_BLOCK) if exactly(operands) else _matmul(x, flat, operands)
     out = out.reshape(*x.shape[:-1], *w.shape[1:])
     return checkpoint_name(out, "kept") if kept else out
 
 
-@jax.custom_vjp
-def _matmul(x, w):
-    return _matmul_forward(x, w)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x, w, operands):
+    return jnp.matmul(x.astype(operands), w.astype(operands), preferred_element_type=x.dtype)
 
 
-def _matmul_forward(x, w):
-    return jnp.matmul(x.astype(w.dtype), w, preferred_element_type=x.dtype), (x, w)
-
-
-def _matmul_backward(inputs, gradient):
+def _matmul_backward(operands, inputs, gradient):
     x, w = inputs
-    dtype, x, gradient = x.dtype, x.astype(w.dtype), gradient.astype(w.dtype)
-    of_x = jnp.matmul(gradient, w.T, preferred_element_type=dtype)
+    dtype = gradient.dtype
+    narrow_x, narrow_w, gradient = (y.astype(operands) for y in (x, w, gradient))
+    of_x = jnp.matmul(gradient, narrow_w.T, preferred_element_type=dtype)
     # Written out for w: from jax's own rule, dot(gradient, x) transposed, XLA:CPU makes a transposed copy of each
     # elementwise chain that leads to `gradient`, which costs a third of the MLP's backward pass at 2,048 tokens.
-    flat = (y.reshape(-1, y.shape[-1]) for y in (x, gradient))
+    flat = (y.reshape(-1, y.shape[-1]) for y in (narrow_x, gradient))
     return of_x, jnp.einsum("mi,mo->io", *flat, preferred_element_type=dtype).astype(w.dtype)
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(lambda x, w, operands: (_matmul(x, w, operands), (x, w)), _matmul_backward)
 
 
 def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -128,19 +131,21 @@ class Attention(nnx.Module):
         self.v_proj = normal(v, (D, K, H), std)
         self.o_proj = normal(o, (N, H, D), residual_std(config))
         self.qkv_proj: Any = nnx.data(None)  # see `fused`
+        self.operands: Any = None  # see `multiplying`
 
     def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, memory: Any):
         N, H, D = self.o_proj.shape
+        product = functools.partial(project, operands=self.operands)
         if self.qkv_proj is None:
-            q, k, v = (project(x, w[...], kept=False) for w in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (product(x, w[...], kept=False) for w in (self.q_proj, self.k_proj, self.v_proj))
         else:
-            qkv = project(x, self.qkv_proj[...], kept=False)
+            qkv = product(x, self.qkv_proj[...], kept=False)
             q, k, v = jnp.split(qkv, (N, (N + qkv.shape[-2]) // 2), axis=-2)
         with jax.named_scope("attention"):  # a name for `scripts/profile_train.py`
             # Kept once they are turned: their gradients ask for nothing of what they were before.
             q, k, v = (checkpoint_name(y, "kept") for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
             out, memory = attend(q, k, v, memory)
-        return project(out.reshape(*x.shape[:-1], N * H), self.o_proj.reshape(N * H, D)), memory
+        return product(out.reshape(*x.shape[:-1], N * H), self.o_proj.reshape(N * H, D)), memory
 
 
 def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
@@ -175,13 +180,15 @@ class MLP(nnx.Module):
         self.up_proj = normal(up, (D, F), config.initializer_range)
         self.down_proj = normal(down, (F, D), residual_std(config))
         self.gate_up_proj: Any = nnx.data(None)  # see `fused`
+        self.operands: Any = None  # see `multiplying`
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        product = functools.partial(project, operands=self.operands)
         if self.gate_up_proj is None:
-            hidden = swiglu(project(x, self.gate_proj[...]), project(x, self.up_proj[...]))
+            hidden = swiglu(product(x, self.gate_proj[...]), product(x, self.up_proj[...]))
         else:
-            hidden = swiglu_of_both(project(x, self.gate_up_proj[...]))
-        return project(hidden, self.down_proj[...])
+            hidden = swiglu_of_both(product(x, self.gate_up_proj[...]))
+        return product(hidden, self.down_proj[...])
 
 
 class DecoderLayer(nnx.Module):
@@ -213,6 +220,16 @@ def fused(layers: DecoderLayer) -> DecoderLayer:
     attention.qkv_proj = nnx.Param(jnp.concatenate(qkv, axis=-2))
     mlp.gate_up_proj = nnx.Param(jnp.concatenate([mlp.gate_proj[...], mlp.up_proj[...]], axis=-1))
     attention.q_proj = attention.k_proj = attention.v_proj = mlp.gate_proj = mlp.up_proj = None
+    return layers
+
+
+def multiplying(layers: DecoderLayer, operands: jax.typing.DTypeLike) -> DecoderLayer:
+    """Layers whose products multiply numbers rounded to `operands`, each where it is used, and give what they gave.
+
+    Not one cast for all layers: to write one layer of a bfloat16 stack, XLA:CPU turns all of it into float32 and back.
+    """
+    layers = jax.tree.map(lambda parameter: parameter, layers)  # a copy; the modules in it are ours to change
+    layers.self_attn.operands = layers.mlp.operands = jnp.dtype(operands)
     return layers
 
 
@@ -270,12 +287,11 @@ class SmolLM(nnx.Module):
         layers, norm = jax.tree.map(lambda parameter: parameter.astype(dtype), (self.layers, self.norm[...]))
         if dtype != self.embed_tokens.dtype:  # the cast copies every weight, so that laying some together costs nothing
             layers = fused(layers)
+        if operands != dtype:
+            layers = multiplying(layers, operands)
 
         def step(carry, layer: DecoderLayer):
             x, memory = carry
-            if operands != dtype:
-                # Layer by layer: to write one layer of a bfloat16 stack, XLA:CPU turns all of it into float32 and back.
-                layer = jax.tree.map(lambda p: p.astype(operands) if p.ndim > 1 else p, layer)  # norms are vectors
             return layer(x, cos, sin, attend, memory), None
 
         if remat != "none":

@@ -40,9 +40,10 @@ class Compute:
     parts: int = 1  # of a batch, or of what one device has of it, computed one after another
     mesh: jax.sharding.Mesh | None = None  # None: one device
     document_end: int | None = None  # the token that ends documents which shall not see each other
-    operands: str | None = None  # dtype of what matrix products multiply; None: as `dtype`
+    operands: str = ""  # dtype of what matrix products multiply; default: `dtype`
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "operands", self.operands or self.dtype)
         if self.unroll < 1:
             raise UsageError(f"unroll must be at least 1, got {self.unroll}")
         if self.remat not in get_args(Remat):
