@@ -247,7 +247,7 @@ def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
     if flags.what == "train":
         # The convention: 3 x forward, every matrix product, the head's and attention's causal half too, no remat.
         flops = cost.flops_per_token(preset(flags.preset), flags.sequence_length)
-        peak = cost.peak_flops(device) if flags.dtype == "bfloat16" else None
+        peak = cost.peak_flops(device, flags.dtype)
         title = "MFU of the bf16 peak" if peak else "MFU of the GEMM's speed"
         rest[title] = each(lambda x: flops * x["tokens"] / x["seconds"] / (peak or x["gemm"]))
     rest |= {"GEMM GFLOP/s": each(lambda x: x["gemm"] / 1e9), "cores others took": each(lambda x: x["others"])}

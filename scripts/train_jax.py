@@ -181,7 +181,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     if flags.track and distributed.first():
         tracker = Tracker(flags.track, run, provenance.meta() | {"environment": train.environment_of(compute)})
     flops = cost.flops_per_token(config, recipe.sequence_length)
-    peak = cost.peak_flops(device.device_kind)
+    peak = cost.peak_flops(device.device_kind, recipe.dtype)
     peak = peak and peak * compute.devices
     with (
         CheckpointStore(run / "checkpoints", keep=flags.keep, asynchronous=flags.async_save) as store,
@@ -245,6 +245,8 @@ def announce(run: Path, flags: TrainingFlags, setup, device, kept: bool) -> None
     instead = f" in blocks, for cudnn {setup.without_cudnn}" if setup.without_cudnn else ""
     attention = f"attention {compute.implementation}{instead}"
     print(f"products    {recipe.dtype}{results}, {attention}; weights, moments and loss float32")
+    if device.platform == "gpu" and not cost.peak_flops(device.device_kind, recipe.dtype):
+        print(cost.without_mfu(device.device_kind, recipe.dtype))
     tokens_per_step = f"{recipe.batch_size} x {recipe.sequence_length} = {recipe.tokens_per_step:,} tokens a step"
     if flags.recipe or not saved:
         print(f"recipe      {setup.recipe_name}")

@@ -80,11 +80,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"device      {device}, torch {torch.__version__}")
     print(f"model       {cost.count_parameters(config):,} parameters, {config}")
     print(f"recipe      {recipe}")
+    if flags.device == "cuda" and not cost.peak_flops(device, recipe.dtype):
+        print(cost.without_mfu(device, recipe.dtype))
     with metrics.RunLog(
         flags.out,
         log_every=flags.log_every,
         flops_per_token=cost.flops_per_token(config, recipe.sequence_length),
-        peak_flops=cost.peak_flops(device),
+        peak_flops=cost.peak_flops(device, recipe.dtype),
     ) as log:
         train.train(
             module, recipe, data.Batches(tokens, recipe), eval_every=flags.eval_every, log=log, stop_at=flags.steps

@@ -5,8 +5,35 @@
 
 from smollm_jax.config import Config, preset
 
-# Dense bf16 tensor-core peak, FLOP/s, from the vendor's datasheets; keys are substrings of jax's `device_kind`.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
+# Of a GPU, by the whole name its driver gives it (jax's `device_kind`, less "NVIDIA "): products of dense bfloat16
+# matrices summed in float32, in TFLOP/s, and memory in GB/s. Where NVIDIA gives a figure with sparsity alone, half of
+# it. A part of a name is not enough: "H100" is in those of cards of three speeds and of a seventh of a card (MIG),
+# "H200" in a GH200's, "RTX 4090" in a laptop's. A GeForce card sums in float32 at half the speed it sums in float16.
+# Source: NVIDIA's data sheets, and for RTX cards the appendices of its architecture whitepapers (GA102, Ada, RTX
+# Blackwell).
+PEAKS = {
+    "GeForce RTX 3090": (71, 936),
+    "GeForce RTX 3090 Ti": (80, 1008),
+    "GeForce RTX 4090": (165.2, 1008),
+    "GeForce RTX 5090": (209.5, 1792),
+    "RTX A6000": (154.8, 768),
+    "RTX 6000 Ada Generation": (364.2, 960),
+    "A10": (125, 600),
+    "A10G": (70, 600),
+    "A100-SXM4-40GB": (312, 1555),
+    "A100-SXM4-80GB": (312, 2039),
+    "A100-PCIE-40GB": (312, 1555),
+    "A100 80GB PCIe": (312, 1935),
+    "L4": (121, 300),
+    "L40": (181, 864),
+    "L40S": (362, 864),
+    "H100 80GB HBM3": (989, 3350),  # SXM
+    "H100 PCIe": (756, 2000),
+    "H100 NVL": (835, 3900),
+    "H200": (989, 4800),  # SXM
+    "H200 NVL": (835, 4800),
+    "B200": (2250, 8000),
+}
 
 
 def parameter_table(config: Config) -> list[tuple[str, str, int]]:
@@ -46,9 +73,21 @@ def cache_bytes_per_token(config: Config, bytes_per_number: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_number
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """The dense bf16 peak of a device in FLOP/s, or None when we do not know it."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
+    """The dense peak of a device in FLOP/s, or None when we do not know it: of bfloat16's products alone we do."""
+    found = PEAKS.get(device_kind.removeprefix("NVIDIA "))
+    return 1e12 * found[0] if found and dtype == "bfloat16" else None
+
+
+def bandwidth(device_kind: str) -> float | None:
+    """The bytes/s a device's memory moves by its data sheet, or None when we do not know it."""
+    found = PEAKS.get(device_kind.removeprefix("NVIDIA "))
+    return 1e9 * found[1] if found else None
+
+
+def without_mfu(device_kind: str, dtype: str) -> str:
+    """What is said where MFU is left out."""
+    return f"note: no MFU, for the peak of {device_kind} in {dtype} is not in smollm_jax/cost.py"
 
 
 if __name__ == "__main__":
