@@ -54,12 +54,13 @@ SETTINGS = (
     "OMP_WAIT_POLICY",
     "PYTHONDONTWRITEBYTECODE",
 )
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "swiglu", "dots", "full"]
 Other = Literal[
     "pytorch", "hf", "hf-compile", "hf-compile-max", "hf-compile-freeze",
     "hf-bf16", "hf-compile-bf16", "hf-compile-max-bf16", "hf-compile-freeze-bf16",
     "every-llamacpp", "llamacpp", "llamacpp-bf16", "llamacpp-q8_0", "llamacpp-q4_0",
-    "twin", "twin-compile", "plain", "freed-memory", "remat-none", "remat-dots", "remat-full",
+    "twin", "twin-compile", "plain", "freed-memory",
+    "remat-none", "remat-swiglu", "remat-dots", "remat-full",
 ]  # fmt: skip
 HF_FLOAT32, TWIN = ("hf", "hf-compile", "hf-compile-max"), ("twin", "twin-compile")
 HF = (*HF_FLOAT32, *(f"{name}-bf16" for name in HF_FLOAT32))
@@ -114,8 +115,8 @@ class Flags:
     """Mean length of a packed document."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the products. In training weights and moments stay float32 (transformers: autocast); else weights too."""
-    remat: Remat = "dots"
-    """Ours only: what a layer keeps for its backward pass."""
+    remat: Remat | None = None
+    """Ours only: what a layer keeps for its backward pass; default: as in train_jax.py."""
     unroll: int | None = None
     """Ours only: layers laid out per step of the layer scan; default: as in train_jax.py."""
     text: Path = ROOT / "assets/sotu"
@@ -291,7 +292,8 @@ def startup(flags: Flags, folder: Path) -> tuple[str, Rows]:
     train = [sys.executable, ROOT / "scripts/train_jax.py", "--init-from", weights, "--data", text]
     train += ["--tokenizer", tokenizer, "--steps", "1", "--batch-size", str(flags.batch_size), "--dtype", flags.dtype]
     train += ["--eval-every", "0"]  # the other sides do not validate before their first step either
-    train += ["--sequence-length", str(flags.sequence_length), "--remat", flags.remat]
+    train += ["--sequence-length", str(flags.sequence_length)]
+    train += [] if flags.remat is None else ["--remat", flags.remat]
     train += [] if flags.unroll is None else ["--unroll", str(flags.unroll)]
     device, times = "", {"cold": {name: [] for name in ("ours", *flags.others)}}
     times["warm"] = {name: [] for name in times["cold"]}

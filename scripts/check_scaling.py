@@ -34,7 +34,7 @@ class Flags:
     """Parts a batch is computed in, one after another."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of the matrix products."""
-    remat: Literal["none", "dots", "full"] = "dots"
+    remat: Literal["none", "swiglu", "dots", "full"] = "dots"
     """What a layer keeps for its backward pass."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         print(describe(flags.preset or named.preset, recipe, mesh, flags.remat), flush=True)
 
 
-def describe(preset: str, recipe, layout: str, remat: Literal["none", "dots", "full"]) -> str:
+def describe(preset: str, recipe, layout: str, remat: Literal["none", "swiglu", "dots", "full"]) -> str:
     """The memory of each device and the collectives of a step, as text."""
     import collections
 

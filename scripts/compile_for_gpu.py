@@ -60,7 +60,7 @@ class Flags:
     """Tokens a sequence."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the products."""
-    remat: Literal["none", "dots", "full"] = "dots"
+    remat: Literal["none", "swiglu", "dots", "full"] = "dots"
     """As in train_jax.py."""
     unroll: int | None = None
     """Layers laid out per step of the layer scan; default: as in train_jax.py."""

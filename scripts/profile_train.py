@@ -31,7 +31,7 @@ class Flags:
     """Tokens a sequence."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the products."""
-    remat: Literal["none", "dots", "full"] = "dots"
+    remat: Literal["none", "swiglu", "dots", "full"] | None = None
     """As in train_jax.py."""
     unroll: int | None = None
     """Layers laid out per step of the layer scan; default: as in train_jax.py."""
@@ -59,12 +59,13 @@ def main(argv: list[str] | None = None) -> None:
     import jax
     import numpy as np
 
-    from smollm_jax import compilation_cache, optimizer, precision, train_step
+    from smollm_jax import compilation_cache, memory, optimizer, precision, train_step
     from smollm_jax.config import preset
     from smollm_jax.recipe import Recipe
 
     compilation_cache.enable()
-    platform = jax.devices()[0].platform
+    device = jax.devices()[0]
+    platform = device.platform
     config = preset(flags.preset)
     recipe = Recipe(
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
@@ -72,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     attention: Any = "cudnn" if platform == "gpu" and flags.dtype == "bfloat16" else "xla"
     unroll = train_step.layers_at_once(config, attention) if flags.unroll is None else flags.unroll
     dtype, operands = precision.activations_and_operands(flags.dtype, platform)
-    compute = train_step.Compute(dtype, attention, flags.remat, unroll, operands=operands)
+    compute = train_step.Compute(dtype, attention, flags.remat or "dots", unroll, operands=operands)
+    if flags.remat is None:
+        compute = memory.fastest(config, recipe, compute, platform, memory.available(device))
     print(f"device      {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"step        {flags.batch_size} x {flags.sequence_length} tokens of {flags.preset}, {compute}", flush=True)
     step: Any = train_step.compile_step(config, recipe, compute)

@@ -257,7 +257,8 @@ def announce(run: Path, flags: TrainingFlags, setup, device, kept: bool) -> None
     print(f"            {warmup}; saved every {cadence.save_every}, validated every {cadence.eval_every} steps")
     keeping = "; what a step frees is kept" if kept else ""
     limit = f"of {setup.limit / 1e9:.1f} GB" if setup.limit else "of what JAX does not say, unchecked"
-    print(f"memory      {setup.planned / 1e9:.1f} GB planned {limit}, on each device{keeping}")
+    remat = f"remat {compute.remat}{'' if flags.remat else ' (chosen; --remat changes that)'}"
+    print(f"memory      {setup.planned / 1e9:.1f} GB planned {limit}, on each device, {remat}{keeping}")
     print(f"run         {run}", flush=True)
 
 

@@ -141,10 +141,10 @@ def saved_numbers(config: Config, compute: Compute) -> list[int]:
     _, NH, KH = _heads(config)
     if compute.remat == "full":
         return [D]  # its input
-    if compute.remat == "dots":
+    if compute.remat in ("swiglu", "dots"):
         gate_up = [F, F] if compute.dtype == "float32" else [2 * F]  # see `model.fused`
         # Its input, queries, keys and values, the attention's output, and what that adds to the residual stream.
-        return [D, NH, KH, KH, *gate_up, NH, D]
+        return [D, NH, KH, KH, *gate_up, NH, D] + [F] * (compute.remat == "swiglu")
     # Gate, up, and what SwiGLU makes of them; both norms' inputs and outputs; queries, keys and values, the
     # attention's output, and queries in blocks or what o_proj reads: counted in XLA's programs.
     return [F] * (6 if compute.dtype == "float32" else 3) + [D] * 4 + [NH] * 3 + [KH] * 2
@@ -194,6 +194,20 @@ def largest_batch(config: Config, recipe: Recipe, compute: Compute, platform: st
         check(config, larger, compute, platform, need, limit)
     assert chosen
     return chosen
+
+
+def fastest(config: Config, recipe: Recipe, compute: Compute, platform: str, limit: int) -> Compute:
+    """`compute` with the `remat` for whoever names none: on a GPU the most that is planned to take 90 % of `limit`.
+
+    That is "none" or "swiglu", for a GPU moves less than it would to compute it again (docs/performance.md, "What XLA
+    makes of a step"); else, and on a CPU, whose step takes longer then, "dots". Never "full".
+    """
+    kept: tuple[Remat, ...] = () if platform == "cpu" else ("none", "swiglu")
+    for remat in kept:
+        changed = dataclasses.replace(compute, remat=remat)
+        if plan(config, recipe, changed, platform).total <= int(SHARE * limit):
+            return changed
+    return dataclasses.replace(compute, remat="dots")
 
 
 def check(config: Config, recipe: Recipe, compute: Compute, platform: str, need: int, limit: int) -> None:

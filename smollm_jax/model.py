@@ -21,9 +21,9 @@ from smollm_jax.config import Config
 from smollm_jax.errors import UsageError
 from smollm_jax.precision import exactly, in_blocks
 
-# What a layer keeps for its backward pass: everything, the results of matrix products (queries and keys rotated) and of
-# attention (norms and SwiGLU are computed again, for less than the memory traffic of keeping them), or its input alone.
-Remat = Literal["none", "dots", "full"]
+# What a layer keeps for its backward pass, the most first: everything; the results of matrix products (queries and keys
+# rotated), of attention and of SwiGLU; those but SwiGLU's, which is computed again as norms are; its input alone.
+Remat = Literal["none", "swiglu", "dots", "full"]
 EXACT_BLOCK = 96  # terms summed at once where products must be as exact as float32 allows
 
 
@@ -86,7 +86,7 @@ def project(
     """x @ w in x's dtype, of numbers rounded to `operands` (default: that dtype).
 
     Under `jax.default_matmul_precision("highest")` as exact as float32 allows, see `precision.py`. `kept` is whether
-    `Remat` "dots" keeps it for the backward pass.
+    `Remat` "dots" (and so "swiglu") keeps it for the backward pass.
     """
     flat, operands = w.reshape(w.shape[0], -1), jnp.dtype(x.dtype if operands is None else operands)
     out: Any = in_blocks(x, flat, EXACT_BLOCK) if exactly(operands) else _matmul(x, flat, operands)
@@ -188,7 +188,7 @@ class MLP(nnx.Module):
             hidden = swiglu(product(x, self.gate_proj[...]), product(x, self.up_proj[...]))
         else:
             hidden = swiglu_of_both(product(x, self.gate_up_proj[...]))
-        return product(hidden, self.down_proj[...])
+        return product(checkpoint_name(hidden, "swiglu"), self.down_proj[...])
 
 
 class DecoderLayer(nnx.Module):
@@ -297,7 +297,7 @@ class SmolLM(nnx.Module):
         if remat != "none":
             # Where one loop runs forward and another backward, nothing can be found equal and kept after all.
             loops = unroll < self.config.num_hidden_layers
-            step = jax.checkpoint(step, prevent_cse=not loops, policy=_keep_dots if remat == "dots" else None)
+            step = jax.checkpoint(step, prevent_cse=not loops, policy=KEEP[remat])
         (x, memory), _ = jax.lax.scan(step, (rows.astype(dtype), memory), layers, unroll=unroll)
         return rms_norm(x, norm, self.config.rms_norm_eps), memory
 
@@ -342,6 +342,14 @@ def _keep_dots(primitive: Any, *_: Any, **options: Any) -> bool:
     """Whether `Remat` "dots" keeps what a primitive gives."""
     named = primitive.name == "name" and options["name"] in ("kept", "attention")
     return named or primitive.name.startswith("dot_product_attention_fwd")  # cuDNN's, which names nothing
+
+
+def _keep_dots_and_swiglu(primitive: Any, *_: Any, **options: Any) -> bool:
+    """Whether `Remat` "swiglu" keeps what a primitive gives."""
+    return _keep_dots(primitive, **options) or (primitive.name == "name" and options["name"] == "swiglu")
+
+
+KEEP = {"swiglu": _keep_dots_and_swiglu, "dots": _keep_dots, "full": None}  # as `jax.checkpoint` takes it
 
 
 def residual_std(config: Config) -> float:

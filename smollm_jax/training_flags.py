@@ -39,7 +39,7 @@ class TrainingFlags:
     steps: int | None = None
     """Optimizer steps in all."""
     batch_size: int | Literal["auto"] | None = None
-    """Sequences a step; auto: the most that fit, see plan_memory.py. A resumed run keeps its number."""
+    """Sequences a step; auto: the most that fit under --remat, or dots without it. A resumed run keeps its number."""
     gradient_accumulation_steps: int | None = None
     """Parts a batch is computed in, one after another, to save memory; default 1."""
     sequence_length: int | None = None
@@ -86,8 +86,9 @@ class TrainingFlags:
     """Steps between validations on held-out text, 0: after the last step only; default 250 on a GPU, 50 without."""
     log_every: int = 10
     """Steps between lines when the output is no terminal; metrics.jsonl has every step."""
-    remat: Literal["none", "dots", "full"] = "dots"
-    """What a layer keeps for its backward pass: all, the results of matrix products and attention, or its input."""
+    remat: Literal["none", "swiglu", "dots", "full"] | None = None
+    """What a layer keeps for its backward pass: all; the results of matrix products, attention and SwiGLU; those but
+    SwiGLU's; its input. Default: dots, on a GPU the first of none, swiglu, dots that is planned to fit."""
     unroll: int | None = None
     """Layers laid out per step of the layer scan; default: all with cudnn, else 1."""
     tensorboard: bool = False

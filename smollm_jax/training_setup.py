@@ -94,7 +94,7 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
     document_end = tokenizer.eos_token_id if recipe.mask_documents else None
     unroll = layers_at_once(config, attention) if flags.unroll is None else flags.unroll
     dtype, operands = precision.activations_and_operands(recipe.dtype, device.platform)
-    compute = Compute(dtype, attention, flags.remat, unroll, parts, mesh, document_end, operands)
+    compute = Compute(dtype, attention, flags.remat or "dots", unroll, parts, mesh, document_end, operands)
     if largest and not start.saved:
         if not limit:
             raise UsageError(
@@ -102,6 +102,8 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
             )
         recipe = memory.largest_batch(config, recipe, compute, device.platform, limit)
         start = dataclasses.replace(start, recipe=recipe)
+    if flags.remat is None:
+        compute = memory.fastest(config, recipe, compute, device.platform, limit)
     planned = memory.plan(config, recipe, compute, device.platform).total
     usual = GPU_CADENCE if on_gpu else CPU_CADENCE
     cadence = dataclasses.replace(start.saved.cadence if start.saved else usual, **flags.cadence_fields())

@@ -2,6 +2,7 @@
 
 import collections
 import re
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def lowered(monkeypatch):
     return text
 
 
-@pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("dots", 1), ("full", 2)])
+@pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("swiglu", 1), ("dots", 1), ("full", 2)])
 def test_attention_is_cudnns_and_only_full_rematerialisation_runs_it_twice(lowered, remat, forward):
     text = lowered(remat)
     calls = re.findall(r"__cudnn\$\w+", text)
@@ -72,7 +73,7 @@ def test_q_k_v_and_gate_up_are_one_product_each(lowered):
     assert str(config.num_key_value_heads * config.head_dim) not in outputs
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["swiglu", "dots", "full"])
 def test_each_weight_is_cast_once_a_step_outside_the_layers_loop(lowered, remat):
     cast = collections.Counter(re.findall(r"convert .*\(tensor<([\dx]+)xf32>\) -> tensor<[\dx]+xbf16>", lowered(remat)))
     shapes = [x.shape for x in jax.tree.leaves(train_step.abstract_state(preset("tiny"), RECIPE).model)]
@@ -81,6 +82,14 @@ def test_each_weight_is_cast_once_a_step_outside_the_layers_loop(lowered, remat)
     for shape, count in (collections.Counter(shapes) + collections.Counter(3 * [(96,)])).items():
         assert cast["x".join(map(str, shape))] == count, shape
         assert len(shape) < 3 or not cast["x".join(map(str, shape[1:]))], "a layer's own, in the loop"
+
+
+def test_swiglu_is_computed_once_where_its_result_is_kept(lowered):
+    """In the forward pass alone; its gradient is written out."""
+    calls = {
+        remat: len(re.findall(r"call @silu\b|call @silu_", lowered(remat))) for remat in get_args(train_step.Remat)
+    }
+    assert calls == {"none": 1, "swiglu": 1, "dots": 2, "full": 2}
 
 
 def test_every_array_of_the_state_is_overwritten_in_place(lowered):

@@ -105,7 +105,7 @@ def test_only_relative_positions_count(tiny_model, tiny):
     np.testing.assert_allclose(shifted, tiny_model(x), atol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "none"}, {"unroll": 3}])
+@pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "swiglu"}, {"remat": "none"}, {"unroll": 3}])
 def test_remat_and_unroll_change_nothing_but_the_schedule(tiny_model, tiny, options):
     def loss(model, x, **options):
         return jnp.square(model.hidden_states(x, **options)[0]).mean()

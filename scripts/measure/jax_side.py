@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from job import GEMM, Job, Prepared, Unit, per_call, rates, resident, samples
 
-from smollm_jax import attention, generate, loss, optimizer, precision, train_step, weights
+from smollm_jax import attention, generate, loss, memory, optimizer, precision, train_step, weights
 from smollm_jax.unrolled import Unrolled
 
 
@@ -52,7 +52,11 @@ def step(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
     tokens, tx = jnp.asarray(job.tokens()), optimizer.adamw(job.recipe())
     unroll = train_step.layers_at_once(job.config, implementation(job)) if job.unroll is None else job.unroll
     dtype, operands = precision.activations_and_operands(job.dtype, device.platform)
-    compute = train_step.Compute(dtype, implementation(job), remat=job.remat, unroll=unroll, operands=operands)
+    options: Any = {"remat": job.remat or "dots", "unroll": unroll, "operands": operands}
+    compute = train_step.Compute(dtype, implementation(job), **options)
+    if job.remat is None:
+        compute = memory.fastest(job.config, job.recipe(), compute, device.platform, memory.available(device))
+    print(f"ours: {compute}", flush=True)
     state = train_step.begin(weights.load(folder, jnp.float32)[0], tx)
     ready: dict[str, Any] = {}
     ready["before_bytes"] = (device.memory_stats() or {}).get("bytes_in_use") if gpu else resident("VmRSS")

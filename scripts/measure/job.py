@@ -31,7 +31,7 @@ class Job:
     new_tokens: int
     document_tokens: int
     dtype: Literal["float32", "bfloat16"]
-    remat: Literal["none", "dots", "full"]
+    remat: Literal["none", "swiglu", "dots", "full"] | None  # None: as the trainer chooses
     unroll: int | None = None
     copies: int = 1
 
