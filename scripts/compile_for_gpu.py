@@ -3,12 +3,14 @@
     pip install -e ".[cuda13]"                                       # or make gpu-program, which does
     python scripts/compile_for_gpu.py --batch-size 16
     python scripts/compile_for_gpu.py --batch-size 4 --sequence-length 8192 --remat none --kernels 40
+    python scripts/compile_for_gpu.py --target rtx4090 --batch-size 8 --remat swiglu
 
 Compiles ahead of time, with XLA's own GPU compiler and without a driver. Memory, kernels and bytes are facts of that
 program. "At the ceilings" is arithmetic from them: the longer of bytes at 3.0 TB/s and FLOPs at 790 TFLOP/s, what large
-copies and products reach on an H100. A kernel is taken to read each operand and write each result once: of a slice
-the slice, of what it updates in place the update. Which GEMM kernels will run is decided by a GPU's clock alone (XLA
-tunes them there), so their bytes are not what tiles make of them.
+copies and products reach on an H100; for another --target at the figures of its data sheet. A kernel is taken to read
+each operand and write each result once: of a slice the slice, of what it updates in place the update. Which GEMM
+kernels will run is decided by a GPU's clock alone (XLA tunes them there), so their bytes are not what tiles make of
+them.
 """
 
 import collections
@@ -25,27 +27,79 @@ from unittest import mock
 
 from profile_train import instructions
 
-from smollm_jax import command_line, errors, install
+from smollm_jax import command_line, cost, errors, install
 
-# What XLA wants to know of a GPU, from openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb.
-H100 = """
+# What XLA wants to know of a GPU. `%` is what differs from card to card.
+CARD = """
 gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 thread_dim_limit_x: 1024 thread_dim_limit_y: 1024
-  thread_dim_limit_z: 64 device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
-  device_address_bits: 64 name: "NVIDIA H100 80GB HBM3" driver_version: "13.0.0" runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0" dnn_version: "9.12.0"
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64 device_vendor: "NVIDIA Corporation"
+  device_address_bits: 64 driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.12.0" name: "%(name)s" platform_version: "Compute Capability %(capability)s" %(numbers)s
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 12 patch: 0 }
 runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+device_description_str: "%(name)s"
 """
-BANDWIDTH, PRODUCTS = 3.0e12, 790e12  # bytes/s and FLOP/s an H100 reaches: docs/performance.md
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A GPU to compile for, and the bytes/s and FLOP/s it is taken to reach."""
+
+    name: str  # as its driver says it
+    capability: str
+    numbers: str
+    bandwidth: float
+    products: float
+    source: str  # of these two
+
+    @property
+    def config(self) -> str:
+        """As XLA's `target_config` takes it."""
+        return CARD % {"name": self.name, "capability": self.capability, "numbers": " ".join(self.numbers.split())}
+
+
+def by_data_sheet(name: str, capability: str, numbers: str) -> Target:
+    bandwidth, products = cost.bandwidth(name), cost.peak_flops(name)
+    assert bandwidth
+    assert products
+    return Target(name, capability, numbers, bandwidth, products, "by its data sheet")
+
+
+# The numbers of h100 and a100: openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb, a100_sxm_80.txtpb.
+# Of rtx4090, which has none there: NVIDIA's Ada whitepaper, appendix A, and the CUDA programming guide's table of
+# compute capability 8.9. An L40S is of that capability, too.
+TARGETS = {
+    "h100": Target(
+        "NVIDIA H100 80GB HBM3",
+        "9.0a",
+        """cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } core_count: 132
+        fpus_per_core: 128 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+        threads_per_core_limit: 2048 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+        device_memory_size: 84942979072""",
+        3.0e12,
+        790e12,
+        "which large copies and products reach",  # docs/performance.md
+    ),
+    "a100": by_data_sheet(
+        "NVIDIA A100-SXM4-80GB",
+        "8.0",
+        """cuda_compute_capability { major: 8 } core_count: 108 fpus_per_core: 64
+        shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 threads_per_core_limit: 2048
+        memory_bandwidth: 2039040000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41 device_memory_size: 85100068864""",
+    ),
+    "rtx4090": by_data_sheet(
+        "NVIDIA GeForce RTX 4090",
+        "8.9",
+        """cuda_compute_capability { major: 8 minor: 9 } core_count: 128 fpus_per_core: 128
+        shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376 threads_per_core_limit: 1536
+        memory_bandwidth: 1008000000000 l2_cache_size: 75497472 clock_rate_ghz: 2.52 device_memory_size: 25769803776""",
+    ),
+}
+H100 = TARGETS["h100"]
 WIDTHS = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1, "s8": 1}
 SILENT = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "fusion-done", "async-done", "copy-done"}
 
@@ -60,8 +114,10 @@ class Flags:
     """Tokens a sequence."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the products."""
-    remat: Literal["none", "swiglu", "dots", "full"] = "dots"
-    """As in train_jax.py."""
+    remat: Literal["none", "swiglu", "dots", "full"] | None = None
+    """As in train_jax.py; default: the three it chooses from, one after another."""
+    target: Literal["h100", "a100", "rtx4090"] = "h100"
+    """GPU to compile for: of compute capability 9.0, 8.0 or 8.9."""
     unroll: int | None = None
     """Layers laid out per step of the layer scan; default: as in train_jax.py."""
     mask_documents: bool = False
@@ -79,6 +135,12 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("batch_size", "sequence_length", "unroll", "kernels"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for remat in ("none", "swiglu", "dots") if flags.remat is None else (flags.remat,):
+        show(flags, remat)
+
+
+def show(flags: Flags, remat: Any) -> None:
+    """Compiles a step and prints what it is made of."""
     from smollm_jax import memory, train_step
     from smollm_jax.attention import beyond_cudnn
     from smollm_jax.config import preset
@@ -92,11 +154,14 @@ def main(argv: list[str] | None = None) -> None:
     attention: Any = "xla" if beyond else "cudnn"
     unroll = train_step.layers_at_once(config, attention) if flags.unroll is None else flags.unroll
     document_end = config.eos_token_ids[0] if flags.mask_documents else None
-    compute = train_step.Compute(flags.dtype, attention, flags.remat, unroll, document_end=document_end)
+    compute = train_step.Compute(flags.dtype, attention, remat, unroll, document_end=document_end)
     print(f"step        {recipe.batch_size} x {recipe.sequence_length} tokens of {flags.preset}, {compute}", flush=True)
     began = time.perf_counter()
-    step = compile_step(config, recipe, compute)
-    print(f"compiled    in {time.perf_counter() - began:.0f} s, for an H100")
+    target = TARGETS[flags.target]
+    step = compile_step(config, recipe, compute, target)
+    print(f"compiled    in {time.perf_counter() - began:.0f} s, for {target.name}")
+    reached = f"{target.bandwidth / 1e12:.2f} TB/s and {target.products / 1e12:.0f} TFLOP/s"
+    print(f"ceilings    {reached}, {target.source}")
     plan = memory.plan(config, recipe, compute, "gpu")
     need, planned = memory.needed(step), dataclasses.replace(plan, workspace=0).total
     print(f"memory      {need / 1e9:.2f} GB; the plan says {planned / 1e9:.2f}, {planned / need - 1:+.1%}")
@@ -109,19 +174,19 @@ def main(argv: list[str] | None = None) -> None:
     kinds = sorted({kernel.kind for kernel in kernels})
     for kind in [*kinds, "**step**"]:
         of_kind = [kernel for kernel in kernels if kind in (kernel.kind, "**step**")]
-        print(f"| {kind} | {row(of_kind)} |")
-    print(f"| of it no product, no attention | {row([kernel for kernel in kernels if not kernel.flops])} |")
+        print(f"| {kind} | {row(of_kind, target)} |")
+    print(f"| of it no product, no attention | {row([kernel for kernel in kernels if not kernel.flops], target)} |")
     groups: dict[tuple[str, str, str], list[Kernel]] = collections.defaultdict(list)
     for kernel in kernels:
         groups[kernel.kind, kernel.results, kernel.origin.rpartition("/")[2]].append(kernel)
     print("\n| kind | result | from | kernels a step | GB moved | TFLOP | ms at the ceilings |")
     print("|---|---|---|---:|---:|---:|---:|")
-    longest = sorted(groups.items(), key=lambda group: -milliseconds(group[1]))
+    longest = sorted(groups.items(), key=lambda group: -milliseconds(group[1], target))
     for (kind, results, origin), same in longest[: flags.kernels]:
-        print(f"| {kind} | {results[:60]} | {origin} | {row(same)} |")
+        print(f"| {kind} | {results[:60]} | {origin} | {row(same, target)} |")
 
 
-def compile_step(config: Any, recipe: Any, compute: Any) -> Any:
+def compile_step(config: Any, recipe: Any, compute: Any, target: Target = H100) -> Any:
     """`train_step.compile_step` for a GPU; raises `SmolLMError` where JAX's CUDA plugin is not installed."""
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it asks libraries that ask the driver
     import jax
@@ -132,7 +197,7 @@ def compile_step(config: Any, recipe: Any, compute: Any) -> Any:
     from smollm_jax import optimizer, train_step
 
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+        topology = topologies.get_topology_desc(platform="cuda", target_config=target.config, topology="1x1x1")
     except Exception as error:
         raise errors.SmolLMError(f"no CUDA plugin of JAX's here, {install.command('cuda13')}: {error}") from error
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
@@ -140,7 +205,7 @@ def compile_step(config: Any, recipe: Any, compute: Any) -> Any:
     tokens = jax.ShapeDtypeStruct((recipe.batch_size, recipe.sequence_length + 1), jnp.int32)
     there = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)  # noqa: E731
     state, tokens = jax.tree.map(there, (state, tokens))
-    with contextlib.ExitStack() as answers:  # what an H100 and its libraries would say, where these are asked
+    with contextlib.ExitStack() as answers:  # what a GPU and its libraries would say, where these are asked
         answers.enter_context(mock.patch.object(jax, "default_backend", return_value="gpu"))
         answers.enter_context(mock.patch.object(cudnn, "check_cudnn_version", return_value=91200))
         answers.enter_context(mock.patch.object(cudnn, "check_compute_capability", return_value=True))
@@ -171,16 +236,17 @@ class Kernel:
     flops: float
 
 
-def milliseconds(kernels: list[Kernel]) -> float:
-    """The longer of moving and computing, kernel by kernel, at the ceilings."""
-    return 1e3 * sum(kernel.times * max(kernel.bytes / BANDWIDTH, kernel.flops / PRODUCTS) for kernel in kernels)
+def milliseconds(kernels: list[Kernel], target: Target = H100) -> float:
+    """The longer of moving and computing, kernel by kernel, at the target's ceilings."""
+    longer = (each.times * max(each.bytes / target.bandwidth, each.flops / target.products) for each in kernels)
+    return 1e3 * sum(longer)
 
 
-def row(kernels: list[Kernel]) -> str:
+def row(kernels: list[Kernel], target: Target) -> str:
     count = sum(kernel.times for kernel in kernels)
     moved = sum(kernel.times * kernel.bytes for kernel in kernels)
     flops = sum(kernel.times * kernel.flops for kernel in kernels)
-    return f"{count:,} | {moved / 1e9:.1f} | {flops / 1e12:.2f} | {milliseconds(kernels):.1f}"
+    return f"{count:,} | {moved / 1e9:.1f} | {flops / 1e12:.2f} | {milliseconds(kernels, target):.1f}"
 
 
 def kernels_of(text: str) -> Iterator[Kernel]:

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from scripts.compile_for_gpu import Kernel, kernels_of, milliseconds
+from scripts.compile_for_gpu import TARGETS, Kernel, kernels_of, milliseconds
+from smollm_jax import cost
 from smollm_jax.errors import SmolLMError
 from tests.trainer import ENVIRONMENT, ROOT
 
@@ -110,8 +111,20 @@ def test_the_ceiling_is_the_longer_of_moving_and_computing():
     assert milliseconds(kernels) == pytest.approx(2 * 0.001 + 0.01)
 
 
+def test_another_card_has_the_ceilings_of_its_data_sheet():
+    for name, capability, bandwidth, products in (
+        ("a100", "8.0", 2.039e12, 312e12),
+        ("rtx4090", "8.9", 1.008e12, 165.2e12),
+    ):
+        target = TARGETS[name]
+        kernels = [Kernel("a", "", "", "", 2, int(bandwidth / 1e6), 0.0), Kernel("b", "", "", "", 1, 3, products / 1e5)]
+        assert milliseconds(kernels, target) == pytest.approx(2 * 0.001 + 0.01)
+        assert f"Compute Capability {capability}" in target.config
+    assert {cost.peak_flops(target.name) for target in TARGETS.values()} == {989e12, 312e12, 165.2e12}
+
+
 def test_the_script_compiles_where_it_can_and_else_says_what_is_missing():
-    flags = ["--preset", "tiny", "--batch-size", "2", "--sequence-length", "128"]
+    flags = ["--preset", "tiny", "--batch-size", "2", "--sequence-length", "128", "--remat", "swiglu"]
     program = [sys.executable, "scripts/compile_for_gpu.py", *flags]
     done = subprocess.run(program, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     plugins = importlib.util.find_spec("jax_plugins")
