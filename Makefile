@@ -1,6 +1,7 @@
 # make train   environment, text, training          make test    environment, real weights, all fast tests
 # make parity  the whole parity ladder and its report     make slow    every test that takes minutes
 # make gpu-program   what XLA makes of a training step for an H100, and tests of it; no GPU, 4.6 GB of packages
+# make gpu-wheels    packages for scripts/gpu_first.sh on a rented machine      make driver  which JAX fits the GPU's driver
 # make soak    200 kills, 200 signals, 500 random lives of a checkpoint folder; llama.cpp, built here: over an hour
 # The first two are idempotent. Needs Python >= 3.11, make and a package index; a CUDA GPU is used when nvidia-smi is there.
 #
@@ -14,9 +15,12 @@ TORCH ?= $(if $(NAMED),0,1)
 VENV ?= $(if $(NAMED),.venv-$(notdir $(PYTHON)),.venv)
 BIN := $(VENV)/bin
 
-# The CUDA major version that the driver supports decides which of jax's builds fits.
-CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \([0-9]*\).*/\1/p')
-JAX := $(if $(CUDA),$(if $(filter 12,$(CUDA)),cuda12,cuda13),)
+# The CUDA major version that the driver supports decides which of jax's builds fits, which `make driver` says; "CUDA UMD
+# Version" since driver 610. CUDA 13 runs on no GPU older than Turing. JAX= on the command line: JAX for a CPU.
+NVIDIA := $(shell command -v nvidia-smi)
+CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA [A-Z ]*Version: *\([0-9][0-9]*\).*/\1/p' | head -1)
+OLD := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | awk '/^[0-9]/ && $$1 < 7.5')
+JAX := $(if $(CUDA),$(if $(OLD)$(filter 12,$(CUDA)),cuda12,cuda13),)
 comma := ,
 TRAIN_EXTRAS := gguf,plot$(if $(JAX),$(comma)$(JAX))
 TESTS := $(if $(filter 1,$(TORCH)),,tests)
@@ -28,7 +32,7 @@ TWO := -n 2 --dist loadfile --max-worker-restart 0 -o faulthandler_timeout=900 -
 # Whole checkpoints only: a save that was killed leaves a folder 100.orbax-checkpoint-tmp.
 RESUME = $(shell ls runs/make-train/checkpoints 2>/dev/null | grep -qx '[0-9][0-9]*' && echo --resume)
 
-.PHONY: train test parity slow soak gpu-program lint clean
+.PHONY: train test parity slow soak gpu-program gpu-wheels driver lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -62,20 +66,37 @@ gpu-program: .venv-cuda/.test
 	.venv-cuda/bin/python -m pip install --quiet --editable ".[dev,cuda13]"
 	@touch $@
 
+# What scripts/gpu_first.sh needs of packages on a rented GPU machine without a network, beside JAX and PyTorch.
+gpu-wheels: $(VENV)/.train
+	rm -rf .whl
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest .whl \
+	  tyro docstring-parser typeguard gguf
+	@ls .whl
+
+driver:
+	@if [ -z "$(NVIDIA)" ] || [ "$(origin JAX)" = "command line" ]; then exit 0; fi; \
+	instead="or leave the GPU alone: make JAX= train"; \
+	if [ -z "$(CUDA)" ]; then said=$$(nvidia-smi 2>&1); \
+	  said=$$(echo "$$said" | grep -m 1 "Version:" || echo "$$said" | head -n 1); \
+	  echo "error: nvidia-smi names no CUDA version, it says: $${said:-nothing}; mend the driver, $$instead" >&2; exit 2; fi; \
+	if [ "$(CUDA)" -lt 12 ]; then echo "error: the NVIDIA driver here supports CUDA $(CUDA), JAX needs 12 or newer:" \
+	  "install driver 525 or newer, $$instead" >&2; exit 2; fi; \
+	echo "CUDA $(CUDA): jax[$(JAX)]"
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-$(VENV)/bin/python:
+$(VENV)/bin/python: | driver
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.train: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.train: pyproject.toml | driver $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[$(TRAIN_EXTRAS)]"
 	@touch $@
 
-$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.test: pyproject.toml | driver $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[$(TEST_EXTRAS)]"
 	@command -v chromium chromium-browser google-chrome >/dev/null || { command -v apt-get >/dev/null && \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \

@@ -1,0 +1,98 @@
+"""`make` and the NVIDIA driver: the build of JAX that fits, or one line that says why none does."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEADER = "| NVIDIA-SMI {0}    Driver Version: {0}    CUDA Version: {1}     |"
+SINCE_610 = "| NVIDIA-SMI 610.57.04    KMD Version: 610.57.04    CUDA UMD Version: 13.3     |"
+INSTEAD = "or leave the GPU alone: make JAX= train"
+UNNAMED = "error: nvidia-smi names no CUDA version, it says: "
+
+
+def make(folder: Path, said: str | None, *arguments: str, compute_cap: str = "9.0", status: int = 0):
+    """`make` on a machine whose nvidia-smi says this."""
+    if said is not None:
+        query = f"case $* in *compute_cap*) echo {compute_cap}; exit;; esac"
+        (folder / "said").write_text(f"{said}\n")
+        (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{query}\ncat {folder}/said\nexit {status}\n")
+        (folder / "nvidia-smi").chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "compute_cap", "build"),
+    [
+        (HEADER.format("525.60.13", "12.0"), "8.6", "CUDA 12: jax[cuda12]"),
+        (HEADER.format("570.133.07", "12.8"), "12.0", "CUDA 12: jax[cuda12]"),
+        (HEADER.format("580.65.06", "13.0"), "9.0", "CUDA 13: jax[cuda13]"),
+        (SINCE_610, "8.9", "CUDA 13: jax[cuda13]"),
+        (HEADER.format("700.00", "14.1"), "9.0", "CUDA 14: jax[cuda13]"),
+        (HEADER.format("580.65.06", "13.0"), "7.0", "CUDA 13: jax[cuda12]"),  # a V100
+        (HEADER.format("580.65.06", "13.0"), "[N/A]", "CUDA 13: jax[cuda13]"),
+    ],
+)
+def test_the_driver_decides_which_jax_is_installed(tmp_path, said, compute_cap, build):
+    done = make(tmp_path, f"Sat Nov 28 12:00:00 2026\n{said}", "driver", compute_cap=compute_cap)
+    assert (done.returncode, done.stdout, done.stderr) == (0, build + "\n", "")
+    planned = make(tmp_path, said, "-n", "train", f"VENV={tmp_path}/venv", compute_cap=compute_cap)
+    assert f'".[gguf,plot,{build[-7:-1]}]"' in planned.stdout
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "line"),
+    [
+        (
+            HEADER.format("470.256.02", "11.4"),
+            0,
+            "error: the NVIDIA driver here supports CUDA 11, JAX needs 12 or newer: install driver 525 or newer, "
+            f"{INSTEAD}",
+        ),
+        (
+            "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 580.65",
+            18,
+            f"{UNNAMED}Failed to initialize NVML: Driver/library version mismatch; mend the driver, {INSTEAD}",
+        ),
+        (
+            f"Sat Nov 28 12:00:00 2026\n{HEADER.format('535.54', 'N/A')}",
+            0,
+            f"{UNNAMED}{HEADER.format('535.54', 'N/A')}; mend the driver, {INSTEAD}",
+        ),
+        ("", 1, f"{UNNAMED}nothing; mend the driver, {INSTEAD}"),
+    ],
+)
+@pytest.mark.parametrize("target", ["train", "test"])
+def test_a_driver_that_fits_no_jax_is_refused_in_one_line(tmp_path, said, status, line, target):
+    done = make(tmp_path, said, target, f"VENV={tmp_path}/venv", "PYTHON=false", status=status)
+    ours, *of_make = done.stderr.splitlines()
+    assert ours == line
+    assert done.returncode == 2
+    assert len(of_make) == 1
+    assert "driver] Error 2" in of_make[0]
+    assert not (tmp_path / "venv").exists()
+
+
+def test_a_driver_may_be_left_alone_and_a_machine_have_none(tmp_path):
+    done = make(tmp_path, HEADER.format("470.256.02", "11.4"), "-n", "train", "JAX=", f"VENV={tmp_path}/venv")
+    assert '".[gguf,plot]"' in done.stdout
+    assert make(tmp_path, HEADER.format("470.256.02", "11.4"), "driver", "JAX=").returncode == 0
+    (tmp_path / "nvidia-smi").unlink()
+    assert make(tmp_path, None, "driver").returncode == 0
+
+
+def test_what_a_rented_machine_lacks_is_fetched_by_one_command():
+    planned = subprocess.run(["make", "-n", "gpu-wheels"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (fetch,) = [line for line in planned.replace("\\\n", " ").splitlines() if " pip download " in line]
+    assert fetch.split()[-4:] == ["tyro", "docstring-parser", "typeguard", "gguf"]
+    assert ".whl/" in (ROOT / ".gitignore").read_text().split()
