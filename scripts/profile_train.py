@@ -5,13 +5,16 @@
 
 Runs some steps of seeded random weights and tokens under JAX's profiler, gives each moment to the instructions of the
 compiled program that were at work in it (in equal parts when several were), and adds them up. On a CPU an instruction
-counts from the start to the end of its call; what its threads do after that shows as idle. The trace itself stays in
---out, for Perfetto or XProf.
+counts from the start to the end of its call; what its threads do after that shows as idle. On a GPU kernels inside
+command buffers (CUDA graphs) carry no instruction's name in a trace (openxla/xprof#3070), so none are made unless
+XLA_FLAGS says something about them; that leaves more idle between kernels than a training has. The trace itself stays
+in --out, for Perfetto or XProf.
 """
 
 import collections
 import dataclasses
 import itertools
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -47,6 +50,7 @@ class Flags:
 
 # The scopes named in train_step.py, loss.py and model.py; what is in none of them is a layer's.
 SCOPES = {"optimizer": "optimizer", "loss": "head and loss", "attention": "attention"}
+NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
 CONTAINERS = {"while", "conditional", "call", "async-start", "async-done"}
 Interval = tuple[float, float, str]  # nanoseconds, nanoseconds, instruction
 
@@ -56,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("batch_size", "sequence_length", "unroll", "steps", "instructions"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    buffers = without_command_buffers()  # XLA reads its flags when JAX is first used
     import jax
     import numpy as np
 
@@ -77,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     if flags.remat is None:
         compute = memory.fastest(config, recipe, compute, platform, memory.available(device))
     print(f"device      {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    if gpu:
+        print(f"            {buffers}")
     print(f"step        {flags.batch_size} x {flags.sequence_length} tokens of {flags.preset}, {compute}", flush=True)
     step: Any = train_step.compile_step(config, recipe, compute)
     state = train_step.begin(train_step.fresh(config, 0), optimizer.adamw(recipe))
@@ -106,6 +113,15 @@ def main(argv: list[str] | None = None) -> None:
     for name, spent in singles:
         print(f"| {name} | {program[name].kind} | {spent / flags.steps * 1e3:.1f} | {program[name].origin[-70:]} |")
     print(f"\ntrace: {trace}", file=sys.stderr)
+
+
+def without_command_buffers() -> str:
+    """Has XLA make no command buffers, unless the user's XLA_FLAGS name them already; says which, in words."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if NO_COMMAND_BUFFERS in given:
+        return f"command buffers as XLA_FLAGS says; kernels inside one have no name: {given}"
+    os.environ["XLA_FLAGS"] = f"{given} {NO_COMMAND_BUFFERS}".strip()
+    return f"no command buffers, so that every kernel has a name: XLA_FLAGS={NO_COMMAND_BUFFERS}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Where a step's time goes: the table adds up, and every instruction has the kind of work that it is."""
 
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 
-from scripts.profile_train import instructions, shares
+from scripts.profile_train import instructions, shares, without_command_buffers
 from tests.trainer import ENVIRONMENT, ROOT
 
 PROGRAM = """
@@ -41,6 +42,32 @@ def test_moments_are_shared_by_what_is_at_work_in_them():
     seconds, wall = shares([(0, 4e9, "a"), (2e9, 4e9, "b"), (7e9, 8e9, "c")])
     assert seconds == pytest.approx({"a": 3, "b": 1, "idle": 3, "c": 1})
     assert wall == pytest.approx(8)
+
+
+@pytest.mark.parametrize(
+    ("given", "after", "said"),
+    [
+        (None, "--xla_gpu_enable_command_buffer=", "no command buffers"),
+        ("--xla_a=1", "--xla_a=1 --xla_gpu_enable_command_buffer=", "no command buffers"),
+        ("--xla_gpu_enable_command_buffer=+WHILE", "--xla_gpu_enable_command_buffer=+WHILE", "as XLA_FLAGS says"),
+    ],
+)
+def test_command_buffers_are_off_unless_the_user_speaks_of_them(monkeypatch, given, after, said):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if given:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    assert said in without_command_buffers()
+    assert os.environ["XLA_FLAGS"] == after
+
+
+def test_command_buffers_are_off_before_jax_is_imported(tmp_path):
+    """In a process of its own, ended by a JAX that looks: by then XLA may have read its flags."""
+    (tmp_path / "jax.py").write_text("import os, sys; sys.exit('flags ' + os.environ['XLA_FLAGS'])")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"PYTHONPATH": paths}
+    command = [sys.executable, "scripts/profile_train.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1:] == ["flags --xla_gpu_enable_command_buffer="]
 
 
 def test_a_step_is_profiled(tmp_path):
