@@ -10,7 +10,8 @@
 # Works from the source tree, without installing the package: PYTHON names the interpreter. Needs assets/tokenizer and
 # assets/sotu; weights are seeded random ones of the full shape, so that no large file has to travel. Writes
 # benchmarks/<device>-<date>/: a log a stage, the parity report, summary.json with versions, every exit status and
-# every row, and table.md with the rows to look at, our best batch size over the best of transformers among them.
+# every row, and table.md with the rows to look at, our best batch size over the best of transformers among them. What
+# this GPU has no room for, by arithmetic, is left out; both name it. scripts/gpu_first.sh is for rented minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -39,6 +40,8 @@ case ${1:-} in
     ;;
 *) refuse "$1: --dry-run or nothing" ;;
 esac
+gigabytes=$([ "$device" = cpu ] || nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null |
+    awk 'NR == 1 && /^[0-9]+$/ { print $1 * 1048576 / 1e9 }')
 part=${PART:-all}
 case $part in all | correctness | speed | kernels | sweep) ;; *)
     refuse "PART=$part: correctness, speed, kernels, sweep or nothing"
@@ -64,8 +67,16 @@ stage() { # name, seconds, command ...
 }
 
 benchmark() { # name, seconds, arguments ...
-    local title=$1 limit=$2
+    local title=$1 limit=$2 said
     shift 2
+    case ${gigabytes:+$1} in train | memory)
+        said=$("$PYTHON" scripts/measure/room.py "$gigabytes" "$@" --preset "$preset")
+        if [ $? = 3 ]; then # as opposed to a failure of its own
+            echo "$title left out: $said" | tee -a "$out/left-out.txt"
+            return
+        fi
+        ;;
+    esac
     stage "$title" "$limit" "$PYTHON" scripts/benchmark.py "$@" --preset "$preset" --out "$out/$title.json"
     grep -sE "^(tokens/s|ceiling|peak GB|cold|warm)" "$out/$title.log"
 }
@@ -123,4 +134,4 @@ if [ "$device" = gpu ] && { [ "$part" = all ] || [ "$part" = sweep ]; }; then
 fi
 
 rm -rf "$out"/weights "$out"/trace "$out"/run*/checkpoints "$out"/run*/*.safetensors # large, and seeded: made again anywhere
-"$PYTHON" scripts/measure/summary.py "$out"
+"$PYTHON" scripts/measure/summary.py "$out" "bash scripts/gpu_suite.sh${1:+ $1}"

@@ -16,9 +16,12 @@ ROOT = Path(__file__).parent.parent
 # In place of the interpreter: writes down what it is asked to run, and runs the summary alone.
 RECORDER = f"""#!{sys.executable}
 import json, os, sys
-if sys.argv[1] == "scripts/measure/summary.py":
+if sys.argv[1] in ("scripts/measure/summary.py", "scripts/measure/room.py"):
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 open(os.environ["RECORD"], "a").write(json.dumps(sys.argv[1:]) + "\\n")
+"""
+SMI = """#!/bin/sh
+case $* in *memory.total*) echo "$MEMORY_MIB" ;; *) echo No GPU of this world ;; esac
 """
 
 
@@ -36,7 +39,7 @@ def suite(folder, *arguments, **variables):
 @pytest.fixture
 def on_a_gpu(tmp_path):
     """Runs the suite as on a machine with a GPU, whose name only `nvidia-smi` knows; what it ran, and its summary."""
-    for name, text in (("nvidia-smi", "#!/bin/sh\necho No GPU of this world\n"), ("recorder", RECORDER)):
+    for name, text in (("nvidia-smi", SMI), ("recorder", RECORDER)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
@@ -106,6 +109,37 @@ def test_the_suite_refuses_what_it_cannot_do(tmp_path, arguments, part, said):
     assert (done.returncode, done.stderr) == (2, said)
 
 
+def test_what_has_no_room_is_left_out_and_said(on_a_gpu):
+    """81,559 MiB are an H100's: 16 sequences of both sides have room there, 32 have none."""
+    calls, summary = on_a_gpu(PART="speed", MEMORY_MIB="81559")
+    assert [row["stage"] for row in summary["stages"]] == ["speed-16", "speed-16-max", "speed-16-twin", "speed-8"]
+    assert len(calls) == 4
+    (said,) = summary["left_out"]
+    assert said.startswith("speed-32 left out: no room by arithmetic for 2")
+    assert said.endswith("for hf-compile in 90% of 86 GB; --batch-size 16 has room")
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "arguments", "status"),
+    [
+        (85.5, "train --batch-size 32 --against hf-compile", 3),
+        (150.7, "train --batch-size 32 --against hf-compile", 0),  # an H200
+        (85.5, "train --batch-size 32 --remat none --against", 0),  # ours alone
+        (25.3, "train --batch-size 32 --remat none --against", 3),
+        (25.3, "train --batch-size 4 --against hf-compile", 0),  # an RTX 4090
+        (25.3, "train --batch-size 8 --against hf-compile", 3),
+        (25.3, "memory --batch-size 8 --against hf-compile", 0),  # one after the other
+        (85.5, "train --batch-size 32 --against twin-compile", 0),  # holds no logits
+    ],
+)
+def test_room_is_what_all_sides_need_at_once(monkeypatch, gigabytes, arguments, status, capsys):
+    monkeypatch.syspath_prepend(ROOT / "scripts/measure")
+    import room
+
+    assert room.main(gigabytes, [*arguments.split(), "--dtype", "bfloat16", "--sequence-length", "2048"]) == status
+    assert ("no room" in capsys.readouterr().out) is (status == 3)
+
+
 def measured_stage(folder, stage, **medians):
     rows = {f"tokens/s, {side}": {"median": x, "min": x, "max": x} for side, x in medians.items()}
     (folder / f"{stage}.json").write_text(json.dumps({"rows": rows}))
@@ -128,7 +162,7 @@ def test_the_suites_summary_divides_best_by_best(tmp_path, monkeypatch, capsys):
     rung = {"rung": "2 float32", "claim": "RMS error", "measured": 0.5, "bound": 1.5, "passed": False}
     (tmp_path / "parity").mkdir()
     (tmp_path / "parity/report.json").write_text(json.dumps({"rungs": [rung]}))
-    assert summary.main(tmp_path) == 1
+    assert summary.main(tmp_path, "bash x") == 1
     assert "4 of 5 stages finished" in (said := capsys.readouterr().out)
     assert "failed: speed-32" in said
     best = json.loads((tmp_path / "summary.json").read_text())["best_over_best"]

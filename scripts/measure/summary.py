@@ -1,8 +1,9 @@
-"""What `scripts/gpu_suite.sh` leaves: summary.json, and table.md to read.
+"""What `scripts/gpu_suite.sh` and `scripts/gpu_first.sh` leave: summary.json, and table.md to read.
 
-    python scripts/measure/summary.py FOLDER
+    python scripts/measure/summary.py FOLDER "bash scripts/gpu_suite.sh"
 
-FOLDER/stages.tsv has a row a stage. Exit status 1 when a stage failed.
+FOLDER/stages.tsv has a row a stage; left-out.txt, if there is one, a line for each that does not fit this machine.
+Exit status 1 when a stage failed.
 """
 
 import json
@@ -18,35 +19,37 @@ HEADLINES = re.compile(r"tokens/s|peak GB|cold seconds|warm seconds|GFLOP/s [^,]
 COMPARED = re.compile(r"speed-\d+(-max|-twin|-unroll-\d+|-remat-none)?")  # of one sequence length
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, command: str) -> int:
     """The number of stages that failed."""
     stages = []
     for line in (folder / "stages.tsv").read_text(encoding="utf-8").splitlines():
         stage, exit_status, seconds, command = line.split("\t")
         stages.append({"stage": stage, "exit_status": int(exit_status), "seconds": int(seconds), "command": command})
     found = {row["stage"]: folder / f"{row['stage']}.json" for row in stages}
-    measured = {stage: json.loads(path.read_text())["rows"] for stage, path in found.items() if is_benchmark(path)}
+    contents = {stage: json.loads(path.read_text()) for stage, path in found.items() if path.is_file()}
+    measured = {stage: of["rows"] for stage, of in contents.items() if isinstance(of.get("rows"), dict)}
     best = best_over_best({stage: rows for stage, rows in measured.items() if COMPARED.fullmatch(stage)})
+    left_out = (folder / "left-out.txt").read_text().splitlines() if (folder / "left-out.txt").is_file() else []
+    machine = folder / "machine.json"
     summary = {
-        "command": "bash scripts/gpu_suite.sh",
+        "command": command,
+        "machine": json.loads(machine.read_text()) if machine.is_file() else None,
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in PACKAGES},
         "stages": stages,
+        "left_out": left_out,
         "best_over_best": best,
         "rows": measured,
+        "others": {stage: of for stage, of in contents.items() if stage not in {*measured, "machine"}},
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     report = folder / "parity/report.json"
     rungs = json.loads(report.read_text())["rungs"] if report.is_file() else []
-    (folder / "table.md").write_text(table(stages, measured, best, rungs), encoding="utf-8")
+    (folder / "table.md").write_text(table(stages, left_out, measured, best, rungs), encoding="utf-8")
     failed = [row["stage"] for row in stages if row["exit_status"]]
     more = f"; failed: {', '.join(failed)}" if failed else ""
     print(f"{len(stages) - len(failed)} of {len(stages)} stages finished: {folder}/table.md{more}")
     return len(failed)
-
-
-def is_benchmark(path: Path) -> bool:
-    return path.is_file() and isinstance(json.loads(path.read_text()).get("rows"), dict)
 
 
 def best_over_best(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -77,6 +80,7 @@ def best_of(medians: dict[str, float]) -> dict[str, Any]:
 
 def table(
     stages: list[dict[str, Any]],
+    left_out: list[str],
     measured: dict[str, dict[str, Any]],
     best: dict[str, Any],
     rungs: list[dict[str, Any]],
@@ -98,6 +102,7 @@ def table(
         lines.append(f"| {of['rung']}: {of['claim']} | {of['measured']:.2e} | {of['bound']:.1e} | {verdict} |")
     lines += ["", "| stage | exit status | seconds | command |", "|---|---:|---:|---|"]
     lines += [f"| {row['stage']} | {row['exit_status']} | {row['seconds']} | `{row['command']}` |" for row in stages]
+    lines += ["", *left_out] if left_out else []
     return "\n".join(lines) + "\n"
 
 
@@ -109,4 +114,4 @@ def installed(name: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(Path(sys.argv[1]))))
+    sys.exit(bool(main(Path(sys.argv[1]), sys.argv[2])))
