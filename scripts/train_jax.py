@@ -20,7 +20,9 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from smollm_jax import command_line, errors
 from smollm_jax.training_flags import TrainingFlags
@@ -134,9 +136,8 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     if not saved or saved.progress.step < recipe.steps:  # compiles while weights and tokens are read
         arguments = setup.limit, config, recipe, compute, device.platform
         beside = concurrent.futures.ThreadPoolExecutor(1)
-        compiling = beside.submit(memory.compile_within, *arguments)
+        compiling, step = compile_in(beside, device.platform, functools.partial(memory.compile_within, *arguments))
         beside.submit(importlib.import_module, "orbax.checkpoint")  # what `CheckpointStore` need not wait for then
-        step = lambda *batch: compiling.result()(*batch)  # noqa: E731
         if tight:  # or it is refused after hours of reading, or finds no room for a parameter
             compiling.result()
     announce(run, flags, setup, device, kept)
@@ -221,6 +222,33 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
         raise stop.error(f"all {recipe.steps} steps are done, saved and verified")
     stop.ignore()
     print(f"\nnext: python scripts/generate.py --weights {run} --prompt {flags.prompt!r}")
+
+
+def compile_in(
+    pool: concurrent.futures.Executor, platform: str, compile_step: Callable[[], Callable[..., Any]]
+) -> tuple[concurrent.futures.Future, Callable[..., Any]]:
+    """Compiles in `pool`: the future, to wait for, and the step, whose first call waits for it.
+
+    Says on a GPU that it takes long, and at the first call, from the caller's thread, how long it took.
+    """
+    silent = platform == "cpu"  # where it takes seconds
+    if not silent:
+        print("compiling   the training step: one to two minutes the first time", flush=True)
+
+    def timed() -> tuple[Callable[..., Any], float]:
+        began = time.perf_counter()
+        return compile_step(), time.perf_counter() - began
+
+    def step(*batch: Any) -> Any:
+        nonlocal silent
+        compiled, seconds = compiling.result()
+        if not silent:
+            print(f"compiled    the training step in {seconds:.1f} s", flush=True)
+            silent = True
+        return compiled(*batch)
+
+    compiling = pool.submit(timed)
+    return compiling, step
 
 
 def announce(run: Path, flags: TrainingFlags, setup, device, kept: bool) -> None:
