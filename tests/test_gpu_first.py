@@ -26,10 +26,10 @@ line = " ".join(sys.argv[1:])
 if sys.argv[1] == "scripts/measure/summary.py" or sys.argv[1:3] == ["-m", "pip"]:
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 open(os.environ["RECORD"], "a").write(json.dumps([os.environ.get("XLA_FLAGS"), *sys.argv[1:]]) + "\\n")
-if os.environ.get("HANGS", "-") in line:
+if os.environ.get("HANGS", "no such word") in line:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(600)
-for each in os.environ.get("FAILS", "-").split(","):
+for each in os.environ.get("FAILS", "no such word").split(","):
     if each in line:
         print("out of luck")
         sys.exit(9)

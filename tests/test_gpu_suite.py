@@ -60,6 +60,7 @@ def on_a_gpu(tmp_path):
 def test_every_benchmark_of_the_gpu_suite_has_flags_that_exist(on_a_gpu):
     calls, summary = on_a_gpu()
     assert all(row["exit_status"] == 0 for row in summary["stages"])
+    assert summary["command"] == "bash scripts/gpu_suite.sh"
     flags = []
     for script, *arguments in calls:
         if script == "scripts/benchmark.py":

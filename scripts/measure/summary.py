@@ -23,8 +23,8 @@ def main(folder: Path, command: str) -> int:
     """The number of stages that failed."""
     stages = []
     for line in (folder / "stages.tsv").read_text(encoding="utf-8").splitlines():
-        stage, exit_status, seconds, command = line.split("\t")
-        stages.append({"stage": stage, "exit_status": int(exit_status), "seconds": int(seconds), "command": command})
+        stage, exit_status, seconds, ran = line.split("\t")
+        stages.append({"stage": stage, "exit_status": int(exit_status), "seconds": int(seconds), "command": ran})
     found = {row["stage"]: folder / f"{row['stage']}.json" for row in stages}
     contents = {stage: json.loads(path.read_text()) for stage, path in found.items() if path.is_file()}
     measured = {stage: of["rows"] for stage, of in contents.items() if isinstance(of.get("rows"), dict)}
