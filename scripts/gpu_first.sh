@@ -100,7 +100,7 @@ if [ "$part" = first ]; then
         ;;
     esac
     benchmark speed 190 "${training[@]}" --against "$hf"
-    benchmark remat-none 70 "${training[@]}" --remat none --against
+    benchmark remat-dots 70 "${training[@]}" --remat dots --against # the default keeps more where there is room
     # cuDNN's attention and XLA's, causal and packed, and their gradients, against float32 on the CPU.
     stage attention 70 "$PYTHON" scripts/measure/check_attention.py --preset "$preset" --sequence-length "$((length / 2))" \
         --document-tokens "$documents" --out "$work/results/attention.json"

@@ -124,11 +124,11 @@ if [ "$device" = gpu ] && { [ "$part" = all ] || [ "$part" = kernels ]; }; then
     benchmark startup 120 startup --dtype bfloat16 --rounds 1 --sequence-length 2048 --batch-size 8 --against
 fi
 if [ "$device" = gpu ] && { [ "$part" = all ] || [ "$part" = sweep ]; }; then
-    benchmark speed-16-remat-none 80 "${training[@]}" --sequence-length 2048 --batch-size 16 --remat none --against
+    benchmark speed-16-remat-dots 80 "${training[@]}" --sequence-length 2048 --batch-size 16 --remat dots --against
     benchmark long-2 100 "${training[@]}" --sequence-length 8192 --batch-size 2 --against hf-compile
     benchmark long-4 70 "${training[@]}" --sequence-length 8192 --batch-size 4 --against
     benchmark speed-16-unroll-1 60 "${training[@]}" --sequence-length 2048 --batch-size 16 --unroll 1 --against
-    benchmark speed-32-remat-none 80 "${training[@]}" --sequence-length 2048 --batch-size 32 --remat none --against
+    benchmark speed-32-remat-dots 80 "${training[@]}" --sequence-length 2048 --batch-size 32 --remat dots --against
     benchmark long-2-unroll-1 60 "${training[@]}" --sequence-length 8192 --batch-size 2 --unroll 1 --against
     benchmark long-1 70 "${training[@]}" --sequence-length 8192 --batch-size 1 --against
 fi

@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     import numpy as np
 
     from smollm_jax import compilation_cache, memory, optimizer, precision, train_step
+    from smollm_jax.attention import beyond_cudnn, lacks_cudnn
     from smollm_jax.config import preset
     from smollm_jax.recipe import Recipe
 
@@ -75,14 +76,15 @@ def main(argv: list[str] | None = None) -> None:
     recipe = Recipe(
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
     )
-    attention: Any = "cudnn" if platform == "gpu" and flags.dtype == "bfloat16" else "xla"
+    beyond = lacks_cudnn(device, flags.dtype) or beyond_cudnn(flags.sequence_length, config.head_dim, documents=False)
+    attention: Any = "xla" if beyond else "cudnn"
     unroll = train_step.layers_at_once(config, attention) if flags.unroll is None else flags.unroll
     dtype, operands = precision.activations_and_operands(flags.dtype, platform)
     compute = train_step.Compute(dtype, attention, flags.remat or "dots", unroll, operands=operands)
     if flags.remat is None:
         compute = memory.fastest(config, recipe, compute, platform, memory.available(device))
-    print(f"device      {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    if gpu:
+    print(f"device      {device.device_kind}, jax {jax.__version__}")
+    if platform == "gpu":
         print(f"            {buffers}")
     print(f"step        {flags.batch_size} x {flags.sequence_length} tokens of {flags.preset}, {compute}", flush=True)
     step: Any = train_step.compile_step(config, recipe, compute)

@@ -15,7 +15,7 @@ from scripts.profile_train import Flags as ProfileFlags
 from smollm_jax.training_flags import TrainingFlags
 
 ROOT = Path(__file__).parent.parent
-FIRST = ["machine", "train", "speed", "remat-none", "attention", "profile", "resume", "decode", "decode-loops"]
+FIRST = ["machine", "train", "speed", "remat-dots", "attention", "profile", "resume", "decode", "decode-loops"]
 SECOND = ["machine", "batch-32", "unroll-1", "decode-hf", "weights", "parity", "long"]
 FILES = ("first.json", "first.log", "first.md", "first-metrics.jsonl")
 # In place of the interpreter: writes down what it is asked to run. A word that it finds in SAYS fails, one in HANGS
@@ -117,10 +117,10 @@ def test_a_stage_that_fails_or_hangs_loses_itself_only(rehearse, tmp_path):
     (tmp_path / "timeout").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     _, out, done = rehearse(PATH=path, FAILS="--against hf-compile,--instructions", HANGS="--remat none")
-    lost = {"speed": 9, "remat-none": 137, "profile": 9}
+    lost = {"speed": 9, "remat-dots": 137, "profile": 9}
     assert ended(out) == dict.fromkeys(FIRST, 0) | lost
     assert done.returncode == 1
-    assert "failed: speed, remat-none, profile" in done.stdout
+    assert "failed: speed, remat-dots, profile" in done.stdout
     assert "out of luck" in (out / "first.log").read_text()
 
 
@@ -180,7 +180,7 @@ def test_every_stage_runs_at_toy_size_on_the_cpu(rehearse):
     summary = json.loads((out / "first.json").read_text())
     assert summary["machine"]["device"] == "cpu"
     assert summary["machine"]["versions"]["jax"]
-    assert {"speed", "remat-none", "decode", "decode-loops"} == {*summary["rows"]}
+    assert {"speed", "remat-dots", "decode", "decode-loops"} == {*summary["rows"]}
     assert all(row["passed"] for row in summary["others"]["attention"]["rows"])
     steps = [json.loads(line) for line in (out / "first-metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in steps) == 9  # 4, and 5 more after the resume

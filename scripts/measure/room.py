@@ -29,7 +29,7 @@ def main(gigabytes: float, arguments: list[str]) -> int:
     """The exit status."""
     flags = tyro.cli(Flags, args=arguments)
     assert flags.what in ("train", "memory"), flags.what
-    need = needs(flags)
+    need = needs(flags, gigabytes)
     if fits(flags, gigabytes):
         return 0
     smaller = [rows for rows in (1 << n for n in range(flags.batch_size.bit_length())) if rows < flags.batch_size]
@@ -42,24 +42,25 @@ def main(gigabytes: float, arguments: list[str]) -> int:
 
 def fits(flags: Flags, gigabytes: float) -> bool:
     together = max if flags.what == "memory" else sum
-    return together(needs(flags).values()) <= memory.SHARE * gigabytes
+    return together(needs(flags, gigabytes).values()) <= memory.SHARE * gigabytes
 
 
-def needs(flags: Flags) -> dict[str, float]:
+def needs(flags: Flags, gigabytes: float) -> dict[str, float]:
     """GB of each side."""
-    return {
-        side: (ours(flags, side) if side == "ours" else torchs(flags, side)) / 1e9 for side in ("ours", *flags.others)
-    }
+    others = {side: torchs(flags, side) / 1e9 for side in flags.others}
+    return {"ours": ours(flags, gigabytes) / 1e9} | others
 
 
-def ours(flags: Flags, side: str) -> int:
-    """The plan of a step's memory, in bytes."""
+def ours(flags: Flags, gigabytes: float) -> int:
+    """The plan of a step's memory, in bytes, with the `remat` that is taken on such a GPU."""
     config = preset(flags.preset)
     recipe = Recipe(
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
     )
     attention: Implementation = "cudnn" if flags.dtype == "bfloat16" else "xla"
-    compute = train_step.Compute(flags.dtype, attention, flags.job(side)["remat"], 1)
+    compute = train_step.Compute(flags.dtype, attention, flags.remat or "dots", 1)
+    if flags.remat is None:
+        compute = memory.fastest(config, recipe, compute, "gpu", int(gigabytes * 1e9))
     return memory.plan(config, recipe, compute, "gpu").total
 
 

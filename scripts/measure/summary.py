@@ -16,7 +16,7 @@ from typing import Any
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "torch", "transformers")
 HEADLINES = re.compile(r"tokens/s|peak GB|cold seconds|warm seconds|GFLOP/s [^,]+,|ceiling|MFU|step guarded|manifest /")
-COMPARED = re.compile(r"speed-\d+(-max|-twin|-unroll-\d+|-remat-none)?")  # of one sequence length
+COMPARED = re.compile(r"speed-\d+(-max|-twin|-unroll-\d+|-remat-dots)?")  # of one sequence length
 
 
 def main(folder: Path, command: str) -> int:
