@@ -28,6 +28,7 @@ LOSS = "tests/test_loss.py::test_it_equals_the_dense_loss_in_float64"
 BLOCKS = "tests/test_attention.py::test_blocks_give_the_values_and_gradients_of_attention_at_once"
 GENERATE = "tests/test_generate.py"
 MODEL = "tests/test_model.py"
+OPERANDS = "tests/test_operands.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +157,11 @@ MUTANTS = [
     Mutant("top-p drops the token that crosses it", "sampling", "(depth <= deepest[:, None]) |", "(depth < deepest[:, None]) |", "tests/test_sampling.py::test_draws_follow_the_reference_distribution"),
     Mutant("prefill sees the left padding", "attention", "(jnp.arange(q.shape[1]) >= start[:, None])", "(jnp.arange(q.shape[1]) >= 0 * start[:, None])", f"{GENERATE}::test_the_bucket_of_a_prompt_changes_nothing"),
     Mutant("packed documents see each other", "block_attention", "(of_queries[i][:, :, None] == of_keys[j][:, None, :])", "(of_queries[i][:, :, None] >= of_keys[j][:, None, :])", "tests/test_attention.py::test_packed_attention_is_the_formula_with_the_segments_mask"),
+    Mutant("bfloat16 operands not rounded", "model", "jnp.matmul(x.astype(operands), w.astype(operands),", "jnp.matmul(x, w,", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
+    Mutant("a product's gradient not rounded", "model", "(y.astype(operands) for y in (x, w, gradient))", "(*(y.astype(operands) for y in (x, w)), gradient)", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
+    Mutant("parameters' gradients rounded", "model", "preferred_element_type=dtype).astype(w.dtype)", "preferred_element_type=dtype).astype(operands).astype(w.dtype)", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
+    Mutant("loss of float32 hidden states", "loss", "h.astype(operands), preferred", "h, preferred", f"{OPERANDS}::test_the_loss_and_its_gradients_take_rounded_numbers_and_sum_in_float32"),
+    Mutant("results of a CPU's products in bfloat16", "precision", '("float32", dtype) if', "(dtype, dtype) if", f"{OPERANDS}::test_only_a_cpu_keeps_float32_between_products"),
     Mutant("held-out tokens trained on", "data", "starts = [max(len(file.tokens) - held, 0)", "starts = [max(len(file.tokens) - 17, 0)", "tests/test_data.py::test_held_out_tokens_are_never_trained_on"),
 ]  # fmt: skip
 

@@ -37,7 +37,7 @@ for each in os.environ.get("FAILS", "no such word").split(","):
 # In place of `timeout`: seconds for the command that hangs, none for the others, however busy the machine is.
 SHORT = """#!/bin/sh
 shift 2
-case "$*" in *"--remat none"*) exec /usr/bin/timeout --kill-after=1 1 "$@" ;; esac
+case "$*" in *"--remat dots"*) exec /usr/bin/timeout --kill-after=1 1 "$@" ;; esac
 exec "$@"
 """
 
@@ -87,9 +87,9 @@ def test_the_first_call_asks_the_most_valuable_first_and_names_the_second(rehear
     measured = [(x, tyro.cli(benchmark.Flags, args=of)) for x, script, of in flags if script.endswith("benchmark.py")]
     for _, of in measured:
         benchmark.check_flags(of)
-    (_, speed), (_, none), (plain, decode), (loops, again) = measured
+    (_, speed), (_, dots), (plain, decode), (loops, again) = measured
     assert (speed.what, speed.batch_size, speed.sequence_length, speed.others) == ("train", 16, 2048, ("hf-compile",))
-    assert (none.remat, none.others) == ("none", ())
+    assert (dots.remat, dots.others) == ("dots", ())
     assert decode.what == again.what == "decode"
     assert "WHILE" not in (plain or "")
     assert loops.split()[-1] == "--xla_gpu_enable_command_buffer=+WHILE"
@@ -116,7 +116,7 @@ def test_a_stage_that_fails_or_hangs_loses_itself_only(rehearse, tmp_path):
     (tmp_path / "timeout").write_text(SHORT)
     (tmp_path / "timeout").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    _, out, done = rehearse(PATH=path, FAILS="--against hf-compile,--instructions", HANGS="--remat none")
+    _, out, done = rehearse(PATH=path, FAILS="--against hf-compile,--instructions", HANGS="--remat dots")
     lost = {"speed": 9, "remat-dots": 137, "profile": 9}
     assert ended(out) == dict.fromkeys(FIRST, 0) | lost
     assert done.returncode == 1

@@ -130,7 +130,8 @@ def test_what_has_no_room_is_left_out_and_said(on_a_gpu):
         (25.3, "train --batch-size 4 --against hf-compile", 0),  # an RTX 4090
         (25.3, "train --batch-size 8 --against hf-compile", 3),
         (25.3, "memory --batch-size 8 --against hf-compile", 0),  # one after the other
-        (85.5, "train --batch-size 32 --against twin-compile", 0),  # holds no logits
+        (55.0, "train --batch-size 16 --against hf-compile", 3),
+        (55.0, "train --batch-size 16 --against twin-compile", 0),  # holds no logits
     ],
 )
 def test_room_is_what_all_sides_need_at_once(monkeypatch, gigabytes, arguments, status, capsys):
