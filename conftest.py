@@ -39,7 +39,8 @@ if mutant := os.environ.get("SMOLLM_MUTANT"):
     mutants.apply(mutant)
 
 # Before any import of the package: every jaxtyping annotation in it is checked on every call.
-CHECKED = ("attention", "block_attention", "model", "loss", "train_step", "train", "generate", "unrolled", "score")
+CHECKED = ("attention", "block_attention", "model", "quantized", "loss", "train_step", "train", "generate", "unrolled")
+CHECKED += ("score",)
 jaxtyping.install_import_hook([f"smollm_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 # The Makefile says so explicitly; PyTorch missing otherwise is a failure, not a silent skip.

@@ -33,6 +33,8 @@ class Flags:
     """Folder of weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and the cache."""
+    quantize: Literal["bf16", "int8"] | None = None
+    """On a CPU: store matrices as bfloat16 or in int8 blocks of 32 (GGUF's q8_0) and compute in float32."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     queue: int = 64
@@ -104,6 +106,7 @@ def build(flags: Flags):
         runs=flags.runs,
         fetch=fetching(flags),
         dtype=flags.dtype,
+        quantize=flags.quantize,
         tokenizer=flags.tokenizer,
         keep=flags.loaded,
     )
@@ -113,7 +116,7 @@ def build(flags: Flags):
             pass
     device = jax.devices()[0].device_kind
     answers = Answers(shelf, device=device, time_limit=flags.time_limit)
-    print(f"weights {next(iter(shelf.entries()))}, device {device}, {flags.dtype}", flush=True)
+    print(f"weights {next(iter(shelf.entries()))}, device {device}, {flags.quantize or flags.dtype}", flush=True)
     # No other documentation pages: theirs would load scripts from another host.
     outer = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     blocks = page(answers, queue_size=flags.queue)

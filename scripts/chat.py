@@ -49,6 +49,8 @@ class Flags:
     """Where conversation and answer exceed the context: say so, or go on from its last half whenever it is full."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and the cache; XLA multiplies bfloat16 slowly on a CPU."""
+    quantize: Literal["bf16", "int8"] | None = None
+    """On a CPU: store matrices as bfloat16 or in int8 blocks of 32 (GGUF's q8_0) and compute in float32."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     debug: bool = False
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     from smollm_jax.engine import Engine
 
     flags.sampling.checked()
-    engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer)
+    engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer, quantize=flags.quantize)
     sampling = flags.sampling.over(engine.generation)
     engine.chat([{"role": "user", "content": ""}])  # a folder without a chat template is refused now
     with contextlib.suppress(ImportError):

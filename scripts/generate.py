@@ -59,6 +59,8 @@ class Flags:
     """With --json: how many of the likeliest tokens to give beside each chosen one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and the cache; XLA multiplies bfloat16 slowly on a CPU."""
+    quantize: Literal["bf16", "int8"] | None = None
+    """On a CPU: store matrices as bfloat16 or in int8 blocks of 32 (GGUF's q8_0) and compute in float32."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     debug: bool = False
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
     began = time.perf_counter()
     flags.sampling.checked()
-    engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer)
+    engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer, quantize=flags.quantize)
     sampling = flags.sampling.over(engine.generation)
     for line in filter(None, [flags.sampling.said(engine.generation), engine.generation.note]):
         print(line, file=sys.stderr)

@@ -122,6 +122,11 @@ class KVCache:
         """The cache as the next forward pass wants it, `tokens` slots later and back at the first layer."""
         return dataclasses.replace(self, length=self.length + tokens, layer=jnp.zeros((), jnp.int32))
 
+    def grown(self, slots: int) -> "KVCache":
+        """The same cache with `slots`."""
+        room = [(0, 0), (0, 0), (0, slots - self.keys.shape[2]), (0, 0), (0, 0)]
+        return dataclasses.replace(self, keys=jnp.pad(self.keys, room), values=jnp.pad(self.values, room))
+
 
 def cached(start: Int[Array, "B"], *, empty: bool = False) -> Attend:
     """Causal over the cache: row b sees slots `start[b]` to its own, and never the left padding below `start`.
@@ -143,5 +148,66 @@ def cached(start: Int[Array, "B"], *, empty: bool = False) -> Attend:
             mask = (slot <= query[:, None]) & (slot >= start[:, None, None])
             out = attention(q, keys[cache.layer], values[cache.layer], mask[:, None])
         return out, dataclasses.replace(cache, keys=keys, values=values, layer=cache.layer + 1)
+
+    return attend
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCaches:
+    """A `KVCache` taken apart: a layer's heads of all rows one after another, slots last.
+
+    The products of one query read it as it lies. Of a stacked cache XLA:CPU copies and turns each layer for each token.
+    """
+
+    keys: tuple[Float[Array, "BK H S"], ...]
+    values: tuple[Float[Array, "BK H S"], ...]
+    length: Int[Array, ""]
+    layer: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @classmethod
+    def of(cls, cache: KVCache) -> "LayerCaches":
+        L, _, S, _, H = cache.keys.shape
+        keys, values = (tuple(x.transpose(0, 1, 3, 4, 2).reshape(L, -1, H, S)) for x in (cache.keys, cache.values))
+        return cls(keys, values, cache.length)
+
+    def advance(self, tokens: int) -> "LayerCaches":
+        """As `KVCache.advance`."""
+        return dataclasses.replace(self, length=self.length + tokens, layer=0)
+
+    def grown(self, slots: int) -> "LayerCaches":
+        """As `KVCache.grown`."""
+        room = [(0, 0), (0, 0), (0, slots - self.keys[0].shape[2])]
+        keys, values = (tuple(jnp.pad(layer, room) for layer in layers) for layers in (self.keys, self.values))
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def put(self, k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"]) -> "LayerCaches":
+        """The cache with one more token of the layer whose turn it is."""
+
+        def written(layers: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
+            old, zero = layers[self.layer], jnp.zeros((), jnp.int32)
+            column = new.reshape(*old.shape[:2], 1)
+            layer = jax.lax.dynamic_update_slice(old, column, (zero, zero, self.length))
+            return (*layers[: self.layer], layer, *layers[self.layer + 1 :])
+
+        return dataclasses.replace(
+            self, keys=written(self.keys, k), values=written(self.values, v), layer=self.layer + 1
+        )
+
+
+def cached_by_layer(start: Int[Array, "B"]) -> Attend:
+    """`cached` for one query a row, over `LayerCaches`, in float32."""
+
+    def attend(q, k, v, cache: LayerCaches):
+        (B, _, N, H), K = q.shape, k.shape[2]
+        after = cache.put(k, v)
+        keys, values = after.keys[cache.layer], after.values[cache.layer]
+        slot = jnp.arange(keys.shape[2])
+        seen = (slot <= cache.length) & (slot >= start[:, None])
+        scores = jnp.einsum("JGH,JHS->JGS", q.reshape(B * K, N // K, H) * H**-0.5, keys)
+        scores = jnp.where(jnp.repeat(seen, K, axis=0)[:, None], scores, -jnp.inf)
+        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        out = jnp.einsum("JGS,JHS->JGH", weights, values) / weights.sum(axis=-1, keepdims=True)
+        return out.reshape(B, 1, N, H), after
 
     return attend

@@ -14,6 +14,7 @@ from smollm_jax.errors import UsageError
 from smollm_jax.generation_config import GenerationConfig
 from smollm_jax.hub import locate
 from smollm_jax.precision import float32_as_it_is
+from smollm_jax.quantized import Blocks, Quantize, Quantized, check
 from smollm_jax.sampling import GREEDY, Sampling
 from smollm_jax.tokenizer import Message, TextStream, Tokenizer
 from smollm_jax.unrolled import Unrolled
@@ -57,28 +58,45 @@ class Completion:
 class Engine:
     """A model and its tokenizer, ready to write. Its methods may be called from several threads at once."""
 
-    def __init__(self, model: "SmolLM", tokenizer: Tokenizer, generation: GenerationConfig | None = None):
+    def __init__(self, model: "SmolLM | Quantized", tokenizer: Tokenizer, generation: GenerationConfig | None = None):
         """`generation` is how the weights are to be written with; None: greedy, up to the config's eos tokens."""
         self.config = model.config
         self.tokenizer = tokenizer
         self.generation = generation or GenerationConfig.of(None, self.config, "")
-        self._model = Unrolled.of(model)
+        self._model = model if isinstance(model, Quantized) else Unrolled.of(model)
         self._eos = self.generation.eos_token_ids
         self._texts: dict[int, str] = {i: "" for i in self._eos}  # of single tokens
         self._encoding = threading.Lock()  # the tokenizer holds the way of one call at a time
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: Any = "float32", tokenizer: str | Path | None = None) -> "Engine":
-        """The engine of weights of any kind, with their own tokenizer; weights without one need `tokenizer`."""
-        from smollm_jax import weights
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: Any = "float32",
+        tokenizer: str | Path | None = None,
+        quantize: Quantize | None = None,
+    ) -> "Engine":
+        """The engine of weights of any kind, with their own tokenizer; weights without one need `tokenizer`.
 
+        `quantize`: decode on a CPU with matrices of fewer bytes, see `quantized.py`; a q8_0 GGUF's as they lie.
+        """
+        from smollm_jax import gguf_file, weights
+
+        if quantize is not None:
+            check(quantize, dtype)
         path = locate(path)
         weights.kind_of(path)  # says what is wrong with a path before its tokenizer is missed
         chosen = Tokenizer.of_weights(path, None if tokenizer is None else Path(tokenizer))
         bundle = weights.read(path, mapped=True)
         source = f"{path}: generation_config"
         generation = GenerationConfig.of(bundle.generation_config, bundle.config, source)
-        return cls(weights.from_bundle(bundle, jnp.dtype(dtype)), chosen, generation)
+        model = weights.from_bundle(bundle, jnp.dtype(dtype))
+        if quantize is not None:
+            as_it_lies = quantize == "int8" and weights.kind_of(path) == "gguf"
+            stored = {name: Blocks(*parts) for name, parts in gguf_file.q8_0(path).items()} if as_it_lies else {}
+            model = Quantized.of(model, quantize, stored)
+        return cls(model, chosen, generation)
 
     @property
     def defaults(self) -> Sampling:
@@ -186,7 +204,7 @@ class Engine:
         counts = [0] * rows
         running = set(range(rows))
         while running:
-            with float32_as_it_is(self._model.head.dtype):
+            with float32_as_it_is(self.model.head.dtype):
                 chosen = next(calls)
             for row in sorted(running):
                 text, tokens, finish = "", [], None

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from smollm_jax.attention import KVCache, cached
+from smollm_jax.attention import KVCache, LayerCaches, cached, cached_by_layer
 from smollm_jax.config import Config, shown
 from smollm_jax.errors import UsageError
 from smollm_jax.model import SmolLM
+from smollm_jax.quantized import Quantized
 from smollm_jax.sampling import GREEDY, Knobs, Sampling, choose
 from smollm_jax.unrolled import Unrolled
 
@@ -40,7 +41,7 @@ TOKENS_PER_CALL = 8
 class Decoding:
     """What one decoded token needs from those before it."""
 
-    cache: KVCache
+    cache: KVCache | LayerCaches
     start: Int[Array, "B"]  # the first slot that is no padding
     token: Int[Array, "B"]  # chosen last, not yet in the cache
     done: Bool[Array, "B"]
@@ -70,7 +71,7 @@ def buckets(config: Config) -> list[int]:
 
 
 def generate(
-    model: SmolLM | Unrolled,
+    model: SmolLM | Unrolled | Quantized,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -121,7 +122,7 @@ def check(config: Config, prompts: Any, max_new_tokens: Any, *, slide: bool = Fa
 
 
 def run(
-    model: SmolLM | Unrolled,
+    model: SmolLM | Unrolled | Quantized,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -175,8 +176,9 @@ def run(
             for row, text in zip(seen, texts, strict=False):
                 row[text] = True
             slots = min(max(tokens.shape[1], SMALLEST_CACHE), context)
-            stacked = model.model if isinstance(model, Unrolled) else model
+            stacked = model if isinstance(model, SmolLM) else model.model
             cache, logits = prefill(stacked, tokens, start, used, slots=slots)
+            cache = taken_apart(cache) if isinstance(model, Quantized) else cache
             count = jnp.full(rows, max_new_tokens - left, jnp.int32)
             state = Decoding(cache, start, jnp.zeros_like(start), jnp.array(done), count, jnp.array(seen))
             state, chosen = begin(state, logits, knobs, **options)
@@ -238,12 +240,16 @@ def prefill(
     return dataclasses.replace(cache.advance(0), length=used), model.logits(last)[:, 0]
 
 
+@jax.jit
+def taken_apart(cache: KVCache) -> LayerCaches:
+    """The cache as a `Quantized` model decodes with it."""
+    return LayerCaches.of(cache)
+
+
 @functools.partial(jax.jit, static_argnames="slots")
 def grow(state: Decoding, *, slots: int) -> Decoding:
     """The same state with a cache of `slots`."""
-    room = [(0, 0), (0, 0), (0, slots - state.cache.keys.shape[2]), (0, 0), (0, 0)]
-    keys, values = jnp.pad(state.cache.keys, room), jnp.pad(state.cache.values, room)
-    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, keys=keys, values=values))
+    return dataclasses.replace(state, cache=state.cache.grown(slots))
 
 
 @functools.partial(jax.jit, static_argnames=("greedy", "eos", "report"), donate_argnames="state")
@@ -257,7 +263,7 @@ def begin(
 
 @functools.partial(jax.jit, static_argnames=("most", "greedy", "eos", "report"), donate_argnames="state")
 def decode(
-    model: SmolLM | Unrolled,
+    model: SmolLM | Unrolled | Quantized,
     state: Decoding,
     knobs: Knobs,
     steps: Int[Array, ""] | int,
@@ -273,6 +279,7 @@ def decode(
     numbers = jnp.zeros((B, most), jnp.float32)
     many = jnp.zeros((B, most, M), jnp.int32), jnp.zeros((B, most, M), jnp.float32)
     out = Chosen(ids, state.done, *((numbers, *many) if report else (None, None, None)))
+    attend = cached_by_layer if isinstance(model, Quantized) else cached
 
     def more(carry):
         i, state, _ = carry
@@ -283,7 +290,7 @@ def decode(
         positions = (state.cache.length - state.start)[:, None]
         # advance(0): where the layers are laid out, each finds its place in the cache when the program is compiled.
         hidden, cache = model.hidden_states(
-            state.token[:, None], positions=positions, attend=cached(state.start), memory=state.cache.advance(0)
+            state.token[:, None], positions=positions, attend=attend(state.start), memory=state.cache.advance(0)
         )
         state = dataclasses.replace(state, cache=cache.advance(1))
         state, new = _step(state, model.logits(hidden)[:, 0], knobs, greedy, eos, report)

@@ -123,10 +123,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], s
         except (NotImplementedError, MemoryError, ValueError) as error:  # a kind gguf only writes; a size, a shape
             raise InputFileError(f"{path}: tensor {info.name} cannot be dequantised: {one_line(error)}") from error
         name = _hf_name(info.name)
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        for projection, count in heads.items():
-            if name.endswith(f"self_attn.{projection}.weight") and array.ndim == 2 and len(array) % (2 * count) == 0:
-                array = einops.rearrange(array, "(heads h two) D -> (heads two h) D", heads=count, two=2)
+        array = _in_hf_order(array, name, config)
         if name in tensors:  # once by GGUF's name for it, once by Hugging Face's
             raise InputFileError(f"{path}: tensor {info.name} is {name} a second time")
         tensors[name] = array
@@ -136,6 +133,30 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], s
         raise InputFileError(f"{path}: metadata general.name must be a string, got {shown(title)}")
     origin = f"{' '.join(title.split())}, dequantised from GGUF ({', '.join(kinds)})"
     return tensors, config, files, origin, _generation(fields, config, path)
+
+
+def q8_0(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The matrices stored as q8_0, by HF's name, as they lie: int8 values `[O, I]` and float16 scales `[O, I / 32]`."""
+    gguf = need("gguf", path)
+    fields, infos = read_header(path, gguf.GGML_QUANT_SIZES)
+    config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
+    data, found = np.memmap(path, np.uint8, mode="r"), {}
+    for info in infos:
+        if info.kind == gguf.GGMLQuantizationType.Q8_0 and len(info.shape) == 2:
+            name, rows = _hf_name(info.name), data[info.start : info.start + info.bytes].reshape(info.shape[0], -1)
+            blocks = _in_hf_order(rows, name, config).reshape(info.shape[0], -1, 34)  # a float16, then 32 int8
+            scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0].astype(np.float16)
+            found[name] = blocks[..., 2:].view(np.int8).reshape(info.shape), scales
+    return found
+
+
+def _in_hf_order(rows: np.ndarray, name: str, config: Config) -> np.ndarray:
+    """A tensor whose rows of q and k, interleaved rotary pairs in a GGUF, are split in halves."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for projection, count in heads.items():
+        if name.endswith(f"self_attn.{projection}.weight") and rows.ndim == 2 and len(rows) % (2 * count) == 0:
+            return einops.rearrange(rows, "(heads h two) D -> (heads two h) D", heads=count, two=2)
+    return rows
 
 
 def read_generation(path: Path) -> tuple[Config, dict[str, Any] | None]:

@@ -17,6 +17,7 @@ from smollm_jax.checkpoint import steps_in
 from smollm_jax.engine import Engine
 from smollm_jax.errors import InputFileError, StorageError
 from smollm_jax.generation_config import UNKNOWN, GenerationConfig
+from smollm_jax.quantized import Quantize
 from smollm_jax.web.ask import choice
 
 REAL = "SmolLM2-135M-Instruct"
@@ -42,11 +43,13 @@ class Shelf:
         runs: Path,
         fetch: Sequence[str],  # the command that brings assets/SmolLM2-135M-Instruct
         dtype: str = "float32",
+        quantize: Quantize | None = None,
         tokenizer: Path | None = None,
         keep: int = 2,
     ):
         self.given, self.assets, self.runs_folder, self.dtype = given, assets, runs, dtype
         self._fetch, self._tokenizer, self._keep = fetch, tokenizer, keep
+        self._quantize: Quantize | None = quantize
         self._loaded: collections.OrderedDict[tuple[Path, int], Loaded] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -105,7 +108,7 @@ class Shelf:
             if key not in self._loaded:
                 while len(self._loaded) >= self._keep:  # before, so that no more than these are ever in memory
                     self._loaded.popitem(last=False)
-                self._loaded[key] = _load(key[0], self.dtype, self._tokenizer)
+                self._loaded[key] = _load(key[0], self.dtype, self._tokenizer, self._quantize)
             self._loaded.move_to_end(key)
             return self._loaded[key]
 
@@ -129,8 +132,8 @@ class Shelf:
                 process.wait()
 
 
-def _load(path: Path, dtype: str, tokenizer: Path | None) -> Loaded:
-    engine = Engine.load(path, dtype=dtype, tokenizer=tokenizer)
+def _load(path: Path, dtype: str, tokenizer: Path | None, quantize: Quantize | None) -> Loaded:
+    engine = Engine.load(path, dtype=dtype, tokenizer=tokenizer, quantize=quantize)
     # A byte-level entry has one symbol a byte; an added token stands for itself.
     return Loaded(engine, max((len(token.encode()) for token in engine.tokenizer.core.get_vocab()), default=1))
 
