@@ -20,7 +20,7 @@ from smollm_jax import weights
 from smollm_jax.attention import Attend
 from smollm_jax.config import Config, shown
 from smollm_jax.errors import UsageError
-from smollm_jax.model import SmolLM, rms_norm, rotary_angles, rotate
+from smollm_jax.model import SmolLM, rms_norm, rotary_angles, rotate, swiglu_of_both
 
 Quantize = Literal["bf16", "int8"]
 BLOCK = 32  # numbers with one scale
@@ -76,20 +76,15 @@ def wide(matrix: Matrix) -> Float[Any, "O I"]:
     return (values * matrix.scales[..., None].astype(jnp.float32)).reshape(matrix.values.shape)
 
 
-def product(x: Float[Array, "B T I"], matrix: Matrix) -> Float[Array, "B T O"]:
-    """x @ matrix.T.
+def product(x: Float[Array, "B T I"], matrix: Matrix, ones: Float[Array, "most"]) -> Float[Array, "B T O"]:
+    """x @ matrix.T, where `ones` are at least as many as x has columns.
 
     The barrier keeps the cast beside the product, which then reads the matrix as it is stored: XLA would else take it
-    out of the loop over tokens, and that loop would read float32.
+    out of the loop over tokens, and that loop would read float32. The division makes XLA:CPU compute x once: anything
+    cheaper it computes anew for every row of the matrix.
     """
-    x, matrix = jax.lax.optimization_barrier((x, matrix))
+    x, matrix = jax.lax.optimization_barrier((x / ones[: x.shape[-1]], matrix))
     return x @ wide(matrix).T
-
-
-def swiglu(gate_up: Float[Array, "B T both"]) -> Float[Array, "B T F"]:
-    """`model.swiglu_of_both`, divided last: XLA:CPU divides once, but would multiply again for every row of W."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return gate * up / (1 + jnp.exp(-gate))
 
 
 @jax.tree_util.register_dataclass
@@ -113,6 +108,7 @@ class Quantized:
     model: SmolLM
     layers: tuple[Layer, ...]
     head: Matrix
+    ones: Float[Array, "most"]  # see `product`
 
     @classmethod
     def of(cls, model: SmolLM, kind: Quantize, stored: Mapping[str, Blocks] | None = None) -> "Quantized":
@@ -129,7 +125,9 @@ class Quantized:
         rounded = weights.from_bundle(dataclasses.replace(bundle, tensors=exact))
         head = tensors["model.embed_tokens.weight" if model.lm_head is None else "lm_head.weight"]
         layers = tuple(_layer(tensors, f"model.layers.{i}.") for i in range(model.config.num_hidden_layers))
-        return cls(rounded, layers, jax.tree.map(jnp.array, head))
+        c = model.config
+        ones = jnp.ones(max(c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size))
+        return cls(rounded, layers, jax.tree.map(jnp.array, head), ones)
 
     @property
     def config(self) -> Config:
@@ -143,18 +141,18 @@ class Quantized:
         x = self.model.embed_tokens[...][tokens]
         cos, sin = rotary_angles(positions, self.config, x.dtype)
         for layer in self.layers:
-            qkv = product(rms_norm(x, layer.input_layernorm, eps), layer.qkv_proj)
+            qkv = product(rms_norm(x, layer.input_layernorm, eps), layer.qkv_proj, self.ones)
             qkv = qkv.reshape(*tokens.shape, -1, H)
             q, k, v = jnp.split(qkv, (N, (N + qkv.shape[-2]) // 2), axis=-2)
             out, memory = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, memory)
-            x = x + product(out.reshape(*tokens.shape, N * H), layer.o_proj)
-            gate_up = product(rms_norm(x, layer.post_attention_layernorm, eps), layer.gate_up_proj)
-            x = x + product(swiglu(gate_up), layer.down_proj)
+            x = x + product(out.reshape(*tokens.shape, N * H), layer.o_proj, self.ones)
+            gate_up = product(rms_norm(x, layer.post_attention_layernorm, eps), layer.gate_up_proj, self.ones)
+            x = x + product(swiglu_of_both(gate_up), layer.down_proj, self.ones)
         return rms_norm(x, self.model.norm[...], eps), memory
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """`SmolLM.logits`."""
-        return product(hidden, self.head)
+        return product(hidden, self.head, self.ones)
 
 
 def _rounded(matrix: np.ndarray, kind: Quantize) -> Any:

@@ -54,7 +54,7 @@ def test_a_product_is_that_of_the_numbers_stored(kind, rows):
     x = rng.normal(size=(rows, 1, 96)).astype(np.float32)
     truth = x.astype(np.float64) @ np.asarray(wide(stored), np.float64).T
     sizes = np.abs(x).astype(np.float64) @ np.abs(np.asarray(wide(stored), np.float64)).T
-    error = np.abs(np.asarray(jax.jit(product)(jnp.asarray(x), stored)) - truth) / sizes
+    error = np.abs(np.asarray(jax.jit(product)(jnp.asarray(x), stored, jnp.ones(100))) - truth) / sizes
     assert error.max() < 96 * 2**-24
 
 
