@@ -155,21 +155,22 @@ def cached(start: Int[Array, "B"], *, empty: bool = False) -> Attend:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCaches:
-    """A `KVCache` taken apart: a layer's heads of all rows one after another, slots last.
+    """A `KVCache` taken apart: a layer's heads of all rows one after another, keys with slots last.
 
     The products of one query read it as it lies. Of a stacked cache XLA:CPU copies and turns each layer for each token.
     """
 
     keys: tuple[Float[Array, "BK H S"], ...]
-    values: tuple[Float[Array, "BK H S"], ...]
+    values: tuple[Float[Array, "BK S H"], ...]
     length: Int[Array, ""]
     layer: int = dataclasses.field(default=0, metadata={"static": True})
 
     @classmethod
     def of(cls, cache: KVCache) -> "LayerCaches":
-        L, _, S, _, H = cache.keys.shape
-        keys, values = (tuple(x.transpose(0, 1, 3, 4, 2).reshape(L, -1, H, S)) for x in (cache.keys, cache.values))
-        return cls(keys, values, cache.length)
+        L, B, S, K, H = cache.keys.shape
+        keys = cache.keys.transpose(0, 1, 3, 4, 2).reshape(L, B * K, H, S)
+        values = cache.values.transpose(0, 1, 3, 2, 4).reshape(L, B * K, S, H)
+        return cls(tuple(keys), tuple(values), cache.length)
 
     def advance(self, tokens: int) -> "LayerCaches":
         """As `KVCache.advance`."""
@@ -177,21 +178,21 @@ class LayerCaches:
 
     def grown(self, slots: int) -> "LayerCaches":
         """As `KVCache.grown`."""
-        room = [(0, 0), (0, 0), (0, slots - self.keys[0].shape[2])]
-        keys, values = (tuple(jnp.pad(layer, room) for layer in layers) for layers in (self.keys, self.values))
+        more = (0, slots - self.keys[0].shape[2])
+        keys = tuple(jnp.pad(layer, [(0, 0), (0, 0), more]) for layer in self.keys)
+        values = tuple(jnp.pad(layer, [(0, 0), more, (0, 0)]) for layer in self.values)
         return dataclasses.replace(self, keys=keys, values=values)
 
     def put(self, k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"]) -> "LayerCaches":
         """The cache with one more token of the layer whose turn it is."""
-
-        def written(layers: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-            old, zero = layers[self.layer], jnp.zeros((), jnp.int32)
-            column = new.reshape(*old.shape[:2], 1)
-            layer = jax.lax.dynamic_update_slice(old, column, (zero, zero, self.length))
-            return (*layers[: self.layer], layer, *layers[self.layer + 1 :])
-
+        i, H, zero = self.layer, k.shape[3], jnp.zeros((), jnp.int32)
+        keys = jax.lax.dynamic_update_slice(self.keys[i], k.reshape(-1, H, 1), (zero, zero, self.length))
+        values = jax.lax.dynamic_update_slice(self.values[i], v.reshape(-1, 1, H), (zero, self.length, zero))
         return dataclasses.replace(
-            self, keys=written(self.keys, k), values=written(self.values, v), layer=self.layer + 1
+            self,
+            keys=(*self.keys[:i], keys, *self.keys[i + 1 :]),
+            values=(*self.values[:i], values, *self.values[i + 1 :]),
+            layer=i + 1,
         )
 
 
@@ -207,7 +208,7 @@ def cached_by_layer(start: Int[Array, "B"]) -> Attend:
         scores = jnp.einsum("JGH,JHS->JGS", q.reshape(B * K, N // K, H) * H**-0.5, keys)
         scores = jnp.where(jnp.repeat(seen, K, axis=0)[:, None], scores, -jnp.inf)
         weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-        out = jnp.einsum("JGS,JHS->JGH", weights, values) / weights.sum(axis=-1, keepdims=True)
+        out = jnp.einsum("JGS,JSH->JGH", weights, values) / weights.sum(axis=-1, keepdims=True)
         return out.reshape(B, 1, N, H), after
 
     return attend

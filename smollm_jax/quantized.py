@@ -139,7 +139,7 @@ class Quantized:
         """`SmolLM.hidden_states` of tokens known to be in the vocabulary."""
         N, H, eps = self.config.num_attention_heads, self.config.head_dim, self.config.rms_norm_eps
         x = self.model.embed_tokens[...][tokens]
-        cos, sin = rotary_angles(positions, self.config, x.dtype)
+        cos, sin = (turn / self.ones[: H // 2] for turn in rotary_angles(positions, self.config, x.dtype))  # once, too
         for layer in self.layers:
             qkv = product(rms_norm(x, layer.input_layernorm, eps), layer.qkv_proj, self.ones)
             qkv = qkv.reshape(*tokens.shape, -1, H)
