@@ -29,6 +29,10 @@ BLOCKS = "tests/test_attention.py::test_blocks_give_the_values_and_gradients_of_
 GENERATE = "tests/test_generate.py"
 MODEL = "tests/test_model.py"
 OPERANDS = "tests/test_operands.py"
+QUANTIZED = "tests/test_quantized.py"
+PRODUCT = f"{QUANTIZED}::test_a_product_is_that_of_the_numbers_stored"
+ROUNDED = f"{QUANTIZED}::test_it_computes_what_the_rounded_model_does"
+AS_IT_LIES = f"{QUANTIZED}::test_a_q8_0_gguf_is_decoded_as_it_lies"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +167,19 @@ MUTANTS = [
     Mutant("loss of float32 hidden states", "loss", "h.astype(operands), preferred", "h, preferred", f"{OPERANDS}::test_the_loss_and_its_gradients_take_rounded_numbers_and_sum_in_float32"),
     Mutant("results of a CPU's products in bfloat16", "precision", '("float32", dtype) if', "(dtype, dtype) if", f"{OPERANDS}::test_only_a_cpu_keeps_float32_between_products"),
     Mutant("held-out tokens trained on", "data", "starts = [max(len(file.tokens) - held, 0)", "starts = [max(len(file.tokens) - 17, 0)", "tests/test_data.py::test_held_out_tokens_are_never_trained_on"),
+    Mutant("scales of the row below", "quantized", "matrix.scales[..., None].astype", "jnp.roll(matrix.scales, 1, 0)[..., None].astype", PRODUCT),
+    Mutant("last block left out", "quantized", "(values * matrix.scales[..., None]", "(values.at[:, -1].set(0) * matrix.scales[..., None]", PRODUCT),
+    Mutant("inputs cast to bfloat16", "quantized", "optimization_barrier((x / ones", "optimization_barrier((x.astype(jnp.bfloat16).astype(x.dtype) / ones", PRODUCT),
+    Mutant("scaled numbers cast to bfloat16", "quantized", "reshape(matrix.values.shape)", "reshape(matrix.values.shape).astype(jnp.bfloat16).astype(jnp.float32)", f"{QUANTIZED}::test_blocks_are_ggmls"),
+    Mutant("scales of float16 divided by", "quantized", "np.divide(1, scales,", "np.divide(1, stored.astype(np.float32),", f"{QUANTIZED}::test_blocks_are_ggmls"),
+    Mutant("halves rounded to even", "quantized", "np.trunc(x + np.copysign(np.float32(0.5), x))", "np.rint(x)", f"{QUANTIZED}::test_blocks_are_ggmls"),
+    Mutant("quantised q and k exchanged", "quantized", '"self_attn.q_proj", "self_attn.k_proj",', '"self_attn.k_proj", "self_attn.q_proj",', ROUNDED),
+    Mutant("quantised gate and up exchanged", "quantized", '"mlp.gate_proj", "mlp.up_proj"', '"mlp.up_proj", "mlp.gate_proj"', ROUNDED),
+    Mutant("decoded tokens see an unwritten slot", "attention", "(slot <= cache.length)", "(slot <= cache.length + 1)", ROUNDED),
+    Mutant("layer caches see the left padding", "attention", " & (slot >= start[:, None])\n", " & (slot >= 0 * start[:, None])\n", ROUNDED),
+    Mutant("layer cache written one slot late", "attention", "(zero, self.length, zero))", "(zero, self.length + 1, zero))", ROUNDED),
+    Mutant("rows of a q8_0 file in GGUF's order", "gguf_file", "_in_hf_order(rows, name, config).reshape", "rows.reshape", AS_IT_LIES),
+    Mutant("a q8_0 file quantised again", "quantized", "(stored or {}).get(name) or ", "", AS_IT_LIES),
 ]  # fmt: skip
 
 

@@ -50,10 +50,14 @@ def test_a_product_is_that_of_the_numbers_stored(kind, rows):
     """Against float64; no block, row or last number may be left out or take another's scale."""
     rng = np.random.default_rng(rows)
     matrix = (rng.normal(size=(40, 96)) * np.exp(rng.normal(size=(40, 1)))).astype(np.float32)
-    stored = jax.tree.map(jnp.array, to_blocks(matrix)) if kind == "int8" else jnp.asarray(matrix, jnp.bfloat16)
+    if kind == "int8":
+        stored = jax.tree.map(jnp.array, blocks := to_blocks(matrix))
+        numbers = blocks.values * np.repeat(blocks.scales.astype(np.float64), 32, axis=1)
+    else:
+        stored = jnp.asarray(matrix, jnp.bfloat16)
+        numbers = np.asarray(stored, np.float64)
     x = rng.normal(size=(rows, 1, 96)).astype(np.float32)
-    truth = x.astype(np.float64) @ np.asarray(wide(stored), np.float64).T
-    sizes = np.abs(x).astype(np.float64) @ np.abs(np.asarray(wide(stored), np.float64)).T
+    truth, sizes = x.astype(np.float64) @ numbers.T, np.abs(x).astype(np.float64) @ np.abs(numbers.T)
     error = np.abs(np.asarray(jax.jit(product)(jnp.asarray(x), stored, jnp.ones(100))) - truth) / sizes
     assert error.max() < 96 * 2**-24
 
@@ -102,7 +106,7 @@ def test_a_prompt_gives_the_same_text_alone_in_a_batch_and_again(quantized, samp
 
 def test_a_cache_that_grows_changes_nothing(quantized, monkeypatch):
     whole = texts(quantized, max_new_tokens=100)
-    monkeypatch.setattr(programs, "SMALLEST_CACHE", 64)
+    monkeypatch.setattr(programs, "SMALLEST_QUANTIZED_CACHE", 64)
     np.testing.assert_array_equal(texts(quantized, max_new_tokens=100), whole)
 
 
