@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from smollm_jax import weights
-from smollm_jax.attention import Implementation, causal
+from smollm_jax.attention import Implementation, KVCache, LayerCaches, cached_by_layer, causal
 from smollm_jax.checkpoint import flatten
 from smollm_jax.formats import Bundle, from_torch
 from smollm_jax.model import Remat, SmolLM, rms_norm, rotary_angles
+from smollm_jax.quantized import Quantize, Quantized
 from smollm_jax.train_step import Compute, mean_loss
 
 Arrays = dict[str, np.ndarray]
@@ -77,6 +78,24 @@ def autocast_logits(module: Any, tokens: np.ndarray) -> np.ndarray:
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
         out = module(torch.tensor(tokens, device=device))
     return getattr(out, "logits", out).float().cpu().numpy()
+
+
+def decoded(bundle: Bundle, tokens: np.ndarray, kind: Quantize) -> np.ndarray:
+    """Logits `[B, T, V]` of the quantised model, one token after another through its cache."""
+    model = Quantized.of(weights.from_bundle(bundle), kind)
+    start = jnp.zeros(len(tokens), jnp.int32)
+
+    @jax.jit
+    def step(model, cache, column):
+        positions, attend = (cache.length - start)[:, None], cached_by_layer(start)
+        hidden, cache = model.hidden_states(column[:, None], positions=positions, attend=attend, memory=cache)
+        return cache.advance(1), model.logits(hidden)[:, 0]
+
+    cache, logits = LayerCaches.of(KVCache.empty(bundle.config, len(tokens), tokens.shape[1], jnp.float32)), []
+    for column in tokens.T:
+        cache, row = step(model, cache, jnp.asarray(column))
+        logits.append(np.asarray(row))
+    return np.stack(logits, axis=1)
 
 
 def torch_stream(module: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

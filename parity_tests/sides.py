@@ -17,6 +17,10 @@ import numpy as np
 
 SIDES = ("jax", "twin", "transformers")
 NEW_TOKENS = 48
+DECODED: dict[str, Literal["bf16", "int8"]] = {
+    "bf16": "bf16",
+    "q8_0": "int8",
+}  # by --quantize, of what a GGUF rounds to
 GGUF_TYPES: tuple[Literal["f16", "bf16", "q8_0"], ...] = ("f16", "bf16", "q8_0")
 
 
@@ -63,6 +67,8 @@ def measure_jax(weights_path: Path, job: dict[str, np.ndarray], out: Path, devic
         logits = ladder.jax_stream(dataclasses.replace(bundle, tensors=tensors), job["texts"], "float32")[1]
         write(out, f"logits-{kind}", logits)
         write(out, f"lost-{kind}", gguf_writer.lost(bundle.tensors, tensors))
+        if device == "cpu" and kind in DECODED:  # quantised decoding is for CPUs
+            write(out, f"decoded-{kind}", ladder.decoded(bundle, job["texts"], DECODED[kind]))
     if device == "gpu":
         stream, logits = ladder.jax_stream(bundle, job["texts"], "bfloat16", implementation="cudnn")
         write(out, "stream-bfloat16-cudnn", stream.astype(np.float32))

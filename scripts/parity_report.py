@@ -162,6 +162,7 @@ def compare(data: dict[str, Path], job: dict[str, Any]) -> tuple[list[Rung], dic
 
     from parity_tests import compare as of
     from parity_tests import tolerances as bound
+    from parity_tests.sides import DECODED
 
     def load(side: str, name: str) -> Any:
         return np.load(data[side] / f"{name}.npy")
@@ -263,6 +264,14 @@ def compare(data: dict[str, Path], job: dict[str, Any]) -> tuple[list[Rung], dic
         noise = f"KL {number(found['kl'])} nats a token, "
         noise += f"perplexity {exact['perplexity']:.3f} -> {found['perplexity']:.3f}"
         rungs.append(Rung("GGUF", f"what {kind} loses of the weights, RMS", load("jax", f"lost-{kind}"), most, noise))
+        if (data["jax"] / f"decoded-{kind}.npy").exists():
+            decoded, rounded = load("jax", f"decoded-{kind}"), load("jax", f"logits-{kind}")
+            error = np.abs(decoded - rounded).max() / np.abs(rounded).max()
+            found = of.distribution(decoded, true_logits, texts)
+            noise = f"decoded: KL {number(found['kl'])} nats a token, "
+            noise += f"perplexity {exact['perplexity']:.3f} -> {found['perplexity']:.3f}"
+            claim = f"logits decoded with --quantize {DECODED[kind]}, against float32's of the same rounded weights"
+            rungs.append(Rung("8 generation", claim, error, bound.FLOAT32_LOGITS, noise))
     return [dataclasses.replace(rung, measured=float(rung.measured)) for rung in rungs], curves
 
 
