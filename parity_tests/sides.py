@@ -73,6 +73,7 @@ def measure_jax(weights_path: Path, job: dict[str, np.ndarray], out: Path, devic
         stream, logits = ladder.jax_stream(bundle, job["texts"], "bfloat16", implementation="cudnn")
         write(out, "stream-bfloat16-cudnn", stream.astype(np.float32))
         write(out, "logits-bfloat16-cudnn", logits)
+    write(out, "logits-operands", ladder.jax_operand_logits(bundle, job["texts"]))
     for dtype in ("float64", "float32"):
         write_gradient(out, dtype, *ladder.jax_gradients(bundle, job["window"], dtype))
 
@@ -140,6 +141,7 @@ def measure_torch(side: str, weights_path: Path, job: dict[str, np.ndarray], out
             write(out, f"first-{dtype}", ladder.torch_stream(model, job["firsts"])[0])
             write_gradient(out, dtype, *ladder.torch_gradients(model, job["window"]))
     model = module("float32")
+    write(out, "logits-autocast", ladder.autocast_logits(model, job["texts"]))
     if side == "twin":
         recipe = Recipe(**json.loads(str(job["recipe"])))
         adamw, curve = smollm_torch.train.adamw(model.train(), recipe), []

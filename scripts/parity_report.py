@@ -224,6 +224,19 @@ def compare(data: dict[str, Path], job: dict[str, Any]) -> tuple[list[Rung], dic
     perplexity = abs(found["jax"]["perplexity"] / exact["perplexity"] - 1)
     noise = f"truth {exact['perplexity']:.3f}, JAX {found['jax']['perplexity']:.3f}"
     rungs.append(Rung("3 bfloat16", "perplexity, relative to the truth", perplexity, bound.BFLOAT16_PERPLEXITY, noise))
+    operands, autocast = (
+        of.distribution(load(side, f"logits-{name}"), true_logits, texts)
+        for side, name in (("jax", "operands"), (reference, "autocast"))
+    )
+    rungs.append(
+        Rung(
+            "3 bfloat16",
+            f"KL(truth, JAX as a CPU trains) over KL(truth, {reference} under autocast)",
+            operands["kl"] / autocast["kl"],
+            bound.AUTOCAST_KL_RATIO,
+            f"{reference}: KL {number(autocast['kl'])} nats a token",
+        )
+    )
     if (data["jax"] / "logits-bfloat16-cudnn.npy").exists():
         cudnn = of.distribution(load("jax", "logits-bfloat16-cudnn"), true_logits, texts)
         ratio = cudnn["kl"] / found[reference]["kl"]
