@@ -85,7 +85,7 @@ def test_the_run_folder_is_complete_and_loads_as_weights(straight):
 
 
 def test_what_training_prints(tmp_path):
-    done = train(tmp_path / "run", "--steps", "2")
+    done = train(tmp_path / "run", "--steps", "2", "--dtype", "float32")
     for part in ("no GPU found", "5,014,176 parameters", "products    float32", "2 x 64 = 128 tokens a step"):
         assert part in done.stdout
     assert "The quick brown fox -> " in done.stdout
@@ -312,7 +312,7 @@ def test_tensorboard_files_are_written_on_request(tmp_path):
 def test_the_quality_of_the_run_and_of_a_reference_are_said_in_bits_per_byte(tmp_path, straight, tokenizer_path):
     """The same bits per byte by the trainer and, of the same windows, by what `scripts/evaluate.py` measures with."""
     run = tmp_path / "run"
-    done = train(run, "--steps", "2", "--reference", str(straight))
+    done = train(run, "--steps", "2", "--dtype", "float32", "--reference", str(straight))
     assert done.returncode == 0, done.stderr
     tokenizer = Tokenizer.load(tokenizer_path)
     recipe = Recipe(2, batch_size=2, sequence_length=64, learning_rate=1e-3, warmup_steps=0, dtype="float32")
