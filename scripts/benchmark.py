@@ -5,6 +5,7 @@
     python scripts/benchmark.py train --against remat-none remat-full    # ours with each way to rematerialise
     python scripts/benchmark.py memory --sequence-length 2048            # the most memory such steps take
     python scripts/benchmark.py decode --against hf every-llamacpp       # tokens after a prompt of 16, greedy, cached
+    python scripts/benchmark.py decode --quantize int8 --against llamacpp-q8_0
     python scripts/benchmark.py prefill --sequence-length 2048           # one forward pass that fills a cache
     python scripts/benchmark.py startup --against hf-compile --rounds 1  # process start to the end of the first step
     python scripts/benchmark.py loss --sequence-length 2048              # the head's loss and its gradients
@@ -115,6 +116,8 @@ class Flags:
     """Mean length of a packed document."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the products. In training weights and moments stay float32 (transformers: autocast); else weights too."""
+    quantize: Literal["bf16", "int8"] | None = None
+    """Ours only, decoding: as in generate.py."""
     remat: Remat | None = None
     """Ours only: what a layer keeps for its backward pass; default: as in train_jax.py."""
     unroll: int | None = None
@@ -132,10 +135,13 @@ class Flags:
         """What of all this reaches a side: the fields of `measure/job.py`'s `Job`."""
         ours_alone = ("against", "text", "out", "debug")
         flags = {key: value for key, value in dataclasses.asdict(self).items() if key not in ours_alone}
-        return flags | {"remat": REMAT.get(side, self.remat), "dtype": self.dtype_of(side)}
+        dtype = self.dtype if side == "ours" else self.dtype_of(side)
+        return flags | {"remat": REMAT.get(side, self.remat), "dtype": dtype}
 
     def dtype_of(self, side: str) -> str:
-        """The dtype a side computes in; of llama.cpp's own types, what to compare their results as."""
+        """The dtype a side computes in; of quantised weights, what to compare their results as."""
+        if side == "ours" and self.quantize:
+            return "bfloat16"
         narrow = side.startswith(("hf", "llamacpp-")) and side.endswith(("-bf16", "-q8_0", "-q4_0"))
         return "bfloat16" if narrow else self.dtype
 
@@ -191,6 +197,8 @@ def check_flags(flags: Flags) -> None:
     for name in ("rounds", "batch_size", "sequence_length", "new_tokens", "document_tokens", "unroll", "copies"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if flags.quantize and (flags.what != "decode" or flags.dtype != "float32"):
+        raise errors.UsageError("--quantize is for decode with --dtype float32")
     if flags.what == "decode" and flags.new_tokens < 2:
         raise errors.UsageError("--new-tokens must be at least 2: the first comes with the prompt and is not timed")
     for side in flags.others:

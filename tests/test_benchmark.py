@@ -81,6 +81,14 @@ def test_a_subject_measures_both_sides(tmp_path, what):
         assert rows[name]["median"] == pytest.approx(rows[name.replace("ours", "hf")]["median"], rel=1e-3)
 
 
+def test_quantised_decoding_is_measured_against_narrow_weights(tmp_path):
+    size = ["--new-tokens", "8", "--quantize", "bf16", "--against", "hf-bf16", "hf"]
+    rows = measured(tmp_path, "decode", *size)["rows"]
+    ours, best = (rows[f"tokens/s, {name}"]["median"] for name in ("ours", "hf"))
+    assert rows["tokens/s, ours / hf"]["median"] == pytest.approx(ours / best)
+    assert any(name.startswith("tokens/s, ours / the best, hf") for name in rows)
+
+
 def test_the_twin_trains_beside_us(tmp_path):
     rows = measured(tmp_path, "train", "--against", "twin", "--sequence-length", "32", "--dtype", "bfloat16")["rows"]
     assert {"tokens/s, ours / twin", "loss 2, twin"} < rows.keys()
@@ -217,6 +225,7 @@ def test_a_side_that_dies_is_named(tmp_path):
         ({"what": "packed", "document_tokens": 0}, "--document-tokens must be at least 1"),
         ({"what": "decode", "against": ("llamacpp",), "batch_size": 2}, "--batch-size 1 only"),
         ({"what": "train", "sequence_length": 513}, "513 tokens exceed the 512"),
+        ({"what": "prefill", "quantize": "int8"}, "--quantize is for decode"),
         ({"what": "decode", "new_tokens": 1}, "--new-tokens must be at least 2"),
         ({"what": "decode", "new_tokens": 500}, "516 tokens exceed the 512"),
     ],

@@ -309,6 +309,23 @@ def test_tensorboard_files_are_written_on_request(tmp_path):
     assert list((tmp_path / "run/tensorboard").iterdir())
 
 
+def test_without_instructions_for_bfloat16_a_run_multiplies_float32_and_bfloat16_means_the_same(tmp_path):
+    """As on a CPU with AVX2 alone."""
+    old = ("env", "XLA_FLAGS=--xla_cpu_max_isa=AVX2")
+    done = train(tmp_path / "default", "--steps", "3", prefix=old)
+    assert done.returncode == 0, done.stderr
+    assert "products    float32, attention xla" in done.stdout
+    curves = []
+    for name, prefix in (("old", old), ("own", ())):
+        done = train(tmp_path / name, "--steps", "3", "--dtype", "bfloat16", prefix=prefix)
+        assert done.returncode == 0, done.stderr
+        assert "products    bfloat16 with float32 results, attention xla" in done.stdout
+        curves.append([row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row])
+    assert len(curves[0]) == 3
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0] != [row["loss"] for row in read_metrics(tmp_path / "default") if "loss" in row]
+
+
 def test_the_quality_of_the_run_and_of_a_reference_are_said_in_bits_per_byte(tmp_path, straight, tokenizer_path):
     """The same bits per byte by the trainer and, of the same windows, by what `scripts/evaluate.py` measures with."""
     run = tmp_path / "run"

@@ -12,6 +12,7 @@ import numpy as np
 from job import GEMM, Job, Prepared, Unit, per_call, rates, resident, samples
 
 from smollm_jax import attention, generate, loss, memory, optimizer, precision, train_step, weights
+from smollm_jax.quantized import Quantized
 from smollm_jax.unrolled import Unrolled
 
 
@@ -78,7 +79,9 @@ def step(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
 def inference(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
     """Greedy decoding, or one forward pass that fills a cache."""
     model, tokens = weights.load(folder, jnp.dtype(job.dtype))[0], jnp.asarray(job.tokens())
-    prepared = Unrolled.of(model) if job.what == "decode" else model  # as the engine does, once
+    prepared: Any = model
+    if job.what == "decode":  # as the engine does, once
+        prepared = Quantized.of(model, job.quantize) if job.quantize else Unrolled.of(model)
 
     def decode() -> dict[str, Any]:
         # Not from the first tokens to the last: when those are read, the next call is under way already.

@@ -34,6 +34,7 @@ class Job:
     remat: Literal["none", "swiglu", "dots", "full"] | None  # None: as the trainer chooses
     unroll: int | None = None
     copies: int = 1
+    quantize: Literal["bf16", "int8"] | None = None
 
     @property
     def config(self) -> Config:
