@@ -8,6 +8,7 @@
     python scripts/benchmark.py decode --quantize int8 --against llamacpp-q8_0
     python scripts/benchmark.py prefill --sequence-length 2048           # one forward pass that fills a cache
     python scripts/benchmark.py startup --against hf-compile --rounds 1  # process start to the end of the first step
+    python scripts/benchmark.py first-token --against hf llamacpp        # process start to the first token generated
     python scripts/benchmark.py loss --sequence-length 2048              # the head's loss and its gradients
     python scripts/benchmark.py attention --sequence-length 2048         # one layer's causal attention, both ways
     python scripts/benchmark.py packed --sequence-length 2048            # the same within documents, over plain causal
@@ -29,7 +30,6 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +40,7 @@ from typing import Any, Literal, get_args
 
 import tyro
 from measure.sides import Rows, Side, check_equal, process_environment, spread, with_ratios, write_weights
+from measure.starts import first_token, startup
 
 from smollm_jax import command_line, cost, cpu, errors
 from smollm_jax.config import preset
@@ -70,7 +71,7 @@ LLAMACPP = ("llamacpp", "llamacpp-bf16", "llamacpp-q8_0", "llamacpp-q4_0")
 REMAT = {f"remat-{policy}": policy for policy in get_args(Remat)}
 # Whom a subject can be measured against; the first is the default.
 AGAINST = {"decode": (*HF, *LLAMACPP), "prefill": (*HF, *FREEZE, *LLAMACPP), "packed": ("plain",)}
-AGAINST |= {"checkpoint": (), "prepare": ()}
+AGAINST |= {"checkpoint": (), "prepare": (), "first-token": ("hf", "llamacpp")}
 AGAINST |= {"startup": (*HF, *TWIN), "memory": (*HF, *TWIN, *REMAT), "train": (*HF, *TWIN, "freed-memory", *REMAT)}
 AGAINST |= dict.fromkeys(("loss", "attention", "gemm"), HF)
 LLAMACPP_MISSING = (
@@ -87,6 +88,7 @@ class Flags:
             "decode",
             "prefill",
             "startup",
+            "first-token",
             "loss",
             "attention",
             "packed",
@@ -160,15 +162,14 @@ def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__)
     check_flags(flags)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit's: leave nothing behind
-    measure = {"startup": startup, "memory": memory, "checkpoint": checkpoint, "prepare": prepare}.get(
-        flags.what, speed
-    )
+    special = {"startup": startup, "first-token": first_token, "memory": memory}
+    measure = (special | {"checkpoint": checkpoint, "prepare": prepare}).get(flags.what, speed)
     with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark-") as folder:  # on a disk: /tmp may be memory
         device, rows = measure(flags, Path(folder).resolve())
     for name, row in rows.items():
         print(f"{name:44} {'  '.join(f'{what} {value:.4g}' for what, value in row.items())}")
     size = f"-{flags.batch_size}x{flags.new_tokens if flags.what == 'decode' else flags.sequence_length}"
-    size = "" if flags.what in ("checkpoint", "prepare") else size
+    size = "" if flags.what in ("checkpoint", "prepare", "first-token") else size
     name = f"{flags.what}{size}-{device.lower().replace(' ', '-')}-{time.strftime('%Y-%m-%d')}.json"
     out = flags.out or unused(Path("benchmarks") / name)
     versions = environment(device, 1) | {"cpu": cpu.name(), "cpu_features": cpu.features()}
@@ -285,61 +286,6 @@ def memory(flags: Flags, folder: Path) -> tuple[str, Rows]:
         if "program_bytes" in of[0]:
             rows[f"GB of the compiled step, {name}"] = spread([x["program_bytes"] / 1e9 for x in of])
     return found["ours"][0]["device"], rows
-
-
-def startup(flags: Flags, folder: Path) -> tuple[str, Rows]:
-    """Seconds from starting a process to the end of its first training step, with empty compilation caches and again.
-
-    Ours is the trainer itself, on text that was tokenised before; the other sides are this script's.
-    """
-    from smollm_jax import data
-
-    weights = write_weights(flags.preset, folder)
-    text, tokenizer = ROOT / "assets/sotu", ROOT / "assets/tokenizer"
-    data.prepare(text, tokenizer, Path("data"))
-    train = [sys.executable, ROOT / "scripts/train_jax.py", "--init-from", weights, "--data", text]
-    train += ["--tokenizer", tokenizer, "--steps", "1", "--batch-size", str(flags.batch_size), "--dtype", flags.dtype]
-    train += ["--eval-every", "0"]  # the other sides do not validate before their first step either
-    train += ["--sequence-length", str(flags.sequence_length)]
-    train += [] if flags.remat is None else ["--remat", flags.remat]
-    train += [] if flags.unroll is None else ["--unroll", str(flags.unroll)]
-    device, times = "", {"cold": {name: [] for name in ("ours", *flags.others)}}
-    times["warm"] = {name: [] for name in times["cold"]}
-
-    def start_ours(run: str, cache: str) -> tuple[str, float]:
-        """The device, and the seconds until the first step is done, without those that ending the process takes."""
-        # By default JAX keeps only programs that took a second to compile.
-        small = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-        variables, found = process_environment(JAX_COMPILATION_CACHE_DIR=cache, **small), ""
-        began = time.perf_counter()
-        with subprocess.Popen([*train, "--out", run], stdout=subprocess.PIPE, text=True, env=variables) as process:
-            for line in process.stdout or ():
-                found = line.split(None, 1)[1].split(",")[0] if line.startswith("device ") else found
-                if line.startswith("step 1/1 "):
-                    seconds = time.perf_counter() - began
-                    process.kill()  # what it would save is not wanted
-                    return found, seconds
-        raise errors.SmolLMError("train_jax.py ended before its first step; what it said is above")
-
-    for turn in range(flags.rounds):
-        for name in times["cold"]:
-            cache = str(folder / f"{name}-{turn}")
-            for kind in ("cold", "warm"):
-                if name == "ours":
-                    device, seconds = start_ours(f"{folder}/run-{turn}-{kind}", cache)
-                    times[kind][name].append(seconds)
-                else:
-                    began = time.perf_counter()
-                    side = Side(
-                        name,
-                        flags.job(name),
-                        weights,
-                        TORCHINDUCTOR_CACHE_DIR=cache,
-                        TRITON_CACHE_DIR=f"{cache}-triton",
-                    )
-                    times[kind][name].append(time.perf_counter() - began)
-                    side.close()
-    return device, with_ratios("cold seconds", times["cold"], min) | with_ratios("warm seconds", times["warm"], min)
 
 
 def checkpoint(flags: Flags, folder: Path) -> tuple[str, Rows]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from measure import starts
 
 from scripts import benchmark
 from smollm_jax.errors import SmolLMError, UsageError
@@ -29,6 +30,7 @@ BOTH = {
     "prefill": ["tokens/s", "seconds", "GEMM GFLOP/s", "loss 1"],
     "memory": ["peak GB", "GB above before the step"],
     "startup": ["cold seconds", "warm seconds"],
+    "first-token": ["cold seconds", "warm seconds"],
     "loss": ["tokens/s", "seconds", "GFLOP/s", "loss 1"],
     "attention": ["tokens/s", "seconds", "GFLOP/s", "cores others took"],
     "gemm": [
@@ -42,6 +44,7 @@ RATIO = {
     "prefill": "tokens/s",
     "memory": "peak GB",
     "startup": "warm seconds",
+    "first-token": "cold seconds",
     "loss": "tokens/s",
     "attention": "tokens/s",
     "gemm": "GFLOP/s down",
@@ -225,6 +228,7 @@ def test_a_side_that_dies_is_named(tmp_path):
         ({"what": "packed", "document_tokens": 0}, "--document-tokens must be at least 1"),
         ({"what": "decode", "against": ("llamacpp",), "batch_size": 2}, "--batch-size 1 only"),
         ({"what": "train", "sequence_length": 513}, "513 tokens exceed the 512"),
+        ({"what": "first-token", "against": ("hf", "llamacpp-q8_0")}, "against llamacpp-q8_0, only hf, llamacpp"),
         ({"what": "prefill", "quantize": "int8"}, "--quantize is for decode"),
         ({"what": "decode", "new_tokens": 1}, "--new-tokens must be at least 2"),
         ({"what": "decode", "new_tokens": 500}, "516 tokens exceed the 512"),
@@ -235,10 +239,36 @@ def test_flags_that_cannot_be_honoured_are_refused(flags, named):
         benchmark.check_flags(benchmark.Flags(preset="tiny", **flags))
 
 
-def test_llama_cpp_that_is_not_there_is_asked_for_in_one_line(monkeypatch):
+@pytest.mark.parametrize("what", ["decode", "first-token"])
+def test_llama_cpp_that_is_not_there_is_asked_for_in_one_line(monkeypatch, what):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as where it is not installed
     with pytest.raises(UsageError, match="pip install --no-binary llama-cpp-python llama-cpp-python"):
-        benchmark.check_flags(benchmark.Flags("decode", against=("hf", "llamacpp"), preset="tiny"))
+        benchmark.check_flags(benchmark.Flags(what, against=("hf", "llamacpp"), preset="tiny"))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "named"),
+    [
+        ({"ours": " is", "hf": " is", "llamacpp": " are"}, "' is' for ours and ' are' for llamacpp: not the same work"),
+        ({"ours": "", "hf": ""}, "'' for ours"),  # nothing was printed that could be waited for
+    ],
+)
+def test_first_tokens_that_differ_are_refused(tokens, named):
+    with pytest.raises(SmolLMError, match=named):
+        starts.check_same_token(tokens)
+
+
+def test_the_clock_stops_at_what_follows_the_prompt():
+    """Neither the prompt alone nor half of it is the token; a process that has more to do is not waited for."""
+    script = f"import time; text = {starts.TEXT!r}\n"
+    script += "for piece in (text[:5], text[5:], ' is', '\\n'): print(piece, end='', flush=True); time.sleep(0.3)\n"
+    began = time.monotonic()
+    seconds, token = starts.until_token("it", [sys.executable, "-c", script + "time.sleep(60)"], dict(os.environ))
+    assert token == " is"
+    assert seconds > 0.6
+    assert time.monotonic() - began < 30
+    with pytest.raises(SmolLMError, match="it ended before its first token"):
+        starts.until_token("it", [sys.executable, "-c", f"print({starts.TEXT!r}, end='')"], dict(os.environ))
 
 
 @pytest.mark.parametrize("why", ["another C library", "told otherwise"])

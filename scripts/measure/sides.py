@@ -53,11 +53,14 @@ def process_environment(**more: str) -> dict[str, str]:
     return os.environ | ours | more
 
 
-def write_weights(preset: str, folder: Path, *, gguf: bool = False) -> Path:
-    """A Hugging Face folder of seeded weights, made in processes that leave the GPU alone; with `model.gguf` in it."""
+def write_weights(preset: str, folder: Path, *, gguf: bool = False, tokenizer: bool = False) -> Path:
+    """A Hugging Face folder of seeded weights, made in processes that leave the GPU alone.
+
+    With SmolLM2's tokenizer, and with `model.gguf`, in it where asked for.
+    """
     out, variables = folder / "weights", process_environment(JAX_PLATFORMS="cpu")
     command = [sys.executable, ROOT / "scripts/random_weights.py", "--preset", preset, "--out", out]
-    if gguf:  # it needs a tokenizer, used or not
+    if gguf or tokenizer:  # a GGUF needs one, used or not
         command += ["--tokenizer", ROOT / "assets/tokenizer"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=variables)
     if gguf:
