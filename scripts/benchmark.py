@@ -14,7 +14,7 @@
     python scripts/benchmark.py packed --sequence-length 2048            # the same within documents, over plain causal
     python scripts/benchmark.py gemm --sequence-length 2048              # each product of the model: what a step allows
     python scripts/benchmark.py checkpoint                               # what the manifest and the step's guard cost
-    python scripts/benchmark.py prepare --text assets/sotu               # text to a data set, over `tokenizers` alone
+    python scripts/benchmark.py prepare --against tokenizers datasets    # text to a data set, over both
 
 Each side is a process of its own with the same seeded weights, tokens and optimizer (AdamW, clip 1.0, float32 state,
 fused in PyTorch); results that differ are refused before anything is timed. One process runs at a time, the others are
@@ -29,6 +29,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import tempfile
@@ -39,12 +40,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tyro
-from measure.sides import Rows, Side, check_equal, process_environment, spread, with_ratios, write_weights
+from measure.sides import Rows, Side, check_equal, most_memory, process_environment, spread, with_ratios, write_weights
 from measure.starts import first_token, startup
 
 from smollm_jax import command_line, cost, cpu, errors
 from smollm_jax.config import preset
 from smollm_jax.provenance import environment
+from smollm_jax.text import documents, text_files
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = 16  # tokens before the decoded ones
@@ -62,7 +64,7 @@ Other = Literal[
     "hf-bf16", "hf-compile-bf16", "hf-compile-max-bf16", "hf-compile-freeze-bf16",
     "every-llamacpp", "llamacpp", "llamacpp-bf16", "llamacpp-q8_0", "llamacpp-q4_0",
     "twin", "twin-compile", "plain", "freed-memory",
-    "remat-none", "remat-swiglu", "remat-dots", "remat-full",
+    "remat-none", "remat-swiglu", "remat-dots", "remat-full", "tokenizers", "datasets",
 ]  # fmt: skip
 HF_FLOAT32, TWIN = ("hf", "hf-compile", "hf-compile-max"), ("twin", "twin-compile")
 HF = (*HF_FLOAT32, *(f"{name}-bf16" for name in HF_FLOAT32))
@@ -71,7 +73,7 @@ LLAMACPP = ("llamacpp", "llamacpp-bf16", "llamacpp-q8_0", "llamacpp-q4_0")
 REMAT = {f"remat-{policy}": policy for policy in get_args(Remat)}
 # Whom a subject can be measured against; the first is the default.
 AGAINST = {"decode": (*HF, *LLAMACPP), "prefill": (*HF, *FREEZE, *LLAMACPP), "packed": ("plain",)}
-AGAINST |= {"checkpoint": (), "prepare": (), "first-token": ("hf", "llamacpp")}
+AGAINST |= {"checkpoint": (), "prepare": ("tokenizers", "datasets"), "first-token": ("hf", "llamacpp")}
 AGAINST |= {"startup": (*HF, *TWIN), "memory": (*HF, *TWIN, *REMAT), "train": (*HF, *TWIN, "freed-memory", *REMAT)}
 AGAINST |= dict.fromkeys(("loss", "attention", "gemm"), HF)
 LLAMACPP_MISSING = (
@@ -103,6 +105,7 @@ class Flags:
     max-autotune, "-freeze": with constant weights; "-bf16": under autocast, or with such weights), llama.cpp in float32
     or a type of its own; "pytorch", "every-llamacpp": all of them that this CPU has. "packed": our plain causal
     attention; "train": ourselves with glibc giving freed memory back, and as "memory" ourselves with another --remat.
+    "prepare": one call of `tokenizers`, which writes nothing (default), and load_dataset and map of `datasets`.
     An empty list: ours alone."""
     preset: str = "smollm2-135m"
     """Model, with seeded random weights."""
@@ -173,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     name = f"{flags.what}{size}-{device.lower().replace(' ', '-')}-{time.strftime('%Y-%m-%d')}.json"
     out = flags.out or unused(Path("benchmarks") / name)
     versions = environment(device, 1) | {"cpu": cpu.name(), "cpu_features": cpu.features()}
-    for package in ("torch", "transformers", "llama-cpp-python"):
+    for package in ("torch", "transformers", "llama-cpp-python", "tokenizers", "datasets"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     content = {
@@ -208,6 +211,11 @@ def check_flags(flags: Flags) -> None:
             raise errors.UsageError(f"{flags.what} cannot be measured --against {side}, {allowed}")
     if flags.what == "prepare" and not flags.text.exists():
         raise errors.UsageError(f"--text {flags.text}: no such file or folder")
+    if "datasets" in flags.others:
+        if importlib.util.find_spec("datasets") is None:
+            raise errors.UsageError("--against datasets needs it: pip install datasets")
+        if {file.suffix for file in text_files(flags.text)} not in ({".txt"}, {".jsonl"}):
+            raise errors.UsageError(f"--against datasets: {flags.text} is to be .txt files alone, or .jsonl alone")
     longest = PROMPT + flags.new_tokens if flags.what == "decode" else flags.sequence_length
     if longest > (most := preset(flags.preset).max_position_embeddings):
         raise errors.UsageError(f"{longest} tokens exceed the {most} positions of {flags.preset}")
@@ -303,14 +311,44 @@ def checkpoint(flags: Flags, folder: Path) -> tuple[str, Rows]:
     return side.ready["device"], rows
 
 
-def prepare(flags: Flags, _: Path) -> tuple[str, Rows]:
-    """MB/s of text to a data set and of the tokenizer alone, in turn."""
-    side = Side("prepare", flags.job("ours"), flags.text.resolve())
-    side.close()
-    rows: Rows = {}
-    for what, rates in side.ready["rates"].items():
-        rows |= with_ratios(what, rates)
-    return side.ready["device"], rows
+def prepare(flags: Flags, folder: Path) -> tuple[str, Rows]:
+    """MB/s of text to a data set, in turn, and the most memory of it in a round before, which is not timed."""
+    text, copies = flags.text.resolve(), folder / "text"
+    files = text_files(text)
+    for copy, file in itertools.product(range(flags.copies), files):  # no links: a file is read once
+        target = copies / f"{copy}-{text.name}" / file.relative_to(text)  # of a file: "."
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    size = flags.copies * sum(len(one.encode()) for file in files for one in documents(file)) / 1e6
+    caches = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    more = {"datasets": caches | {"TOKENIZERS_PARALLELISM": "false"}}  # a process a core, and no threads beside it
+    with contextlib.ExitStack() as stack:
+        sides: dict[str, Side] = {}
+        for name in ("ours", *flags.others):
+            sides[name] = Side(name, flags.job(name), copies, **more.get(name, {}))
+            stack.callback(sides[name].close)
+        peaks: dict[str, list[float]] = {}
+        rounds: list[dict[str, Any]] = [{}]
+        for name, side in sides.items():
+            rounds[0][name], peak = most_memory(side.process.pid, side.go)
+            peaks |= {name: [peak / 1e9]} if name != "tokenizers" else {}  # which holds all texts
+        check_same_tokens(rounds[0])
+        for _ in range(flags.rounds):
+            rounds.append({name: side.go() for name, side in sides.items()})
+            check_same_tokens(rounds[-1])
+        device = sides["ours"].ready["device"]
+    rows = with_ratios("peak GB", peaks, min)
+    for what, seconds in (("MB/s", "seconds"), ("MB/s of a core", "cpu")):
+        rows |= with_ratios(what, {name: [size / answers[name][seconds] for answers in rounds[1:]] for name in sides})
+    return device, rows
+
+
+def check_same_tokens(answers: dict[str, dict[str, Any]]) -> None:
+    """Raises unless every side made as many tokens of the text as ours."""
+    ours = answers["ours"]["tokens"]
+    for name, other in answers.items():
+        if (theirs := other["tokens"]) != ours:
+            raise errors.SmolLMError(f"ours makes {ours} tokens, {name} {theirs}: not the same work, so not compared")
 
 
 if __name__ == "__main__":

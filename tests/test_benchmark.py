@@ -5,17 +5,20 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from measure import starts
+import tokenizers
+from measure import sides, starts
 
 from scripts import benchmark
 from smollm_jax.errors import SmolLMError, UsageError
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts/benchmark.py"
+needs_datasets = pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is not installed")
 BOTH = {
     "train": [
         "tokens/s",
@@ -128,13 +131,79 @@ def test_a_kernel_is_compared_in_bfloat16_and_under_compile_too(tmp_path, what):
     assert rows["tokens/s, ours / hf-compile"]["median"] > 0
 
 
-def test_prepare_measures_ours_and_the_tokenizer_alone(tmp_path):
+@needs_datasets
+def test_prepare_measures_ours_datasets_and_the_tokenizer_alone(tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "the {i}th text"}}\n' for i in range(200)))
-    rows = measured(tmp_path, "prepare", "--text", "x.jsonl")["rows"]
-    assert len(rows) == 6
+    rows = measured(tmp_path, "prepare", "--text", "x.jsonl", "--against", "tokenizers", "datasets")["rows"]
     for what in ("MB/s", "MB/s of a core"):
-        ours, alone = (rows[f"{what}, {name}"]["median"] for name in ("ours", "tokenizers"))
-        assert rows[f"{what}, ours / tokenizers"]["median"] == pytest.approx(ours / alone)
+        for name in ("tokenizers", "datasets"):
+            ours, other = (rows[f"{what}, {side}"]["median"] for side in ("ours", name))
+            assert rows[f"{what}, ours / {name}"]["median"] == pytest.approx(ours / other)
+    ours, other = (rows[f"peak GB, {name}"]["median"] for name in ("ours", "datasets"))
+    assert rows["peak GB, ours / datasets"]["median"] == pytest.approx(ours / other)
+    assert 0.01 < ours < 4
+    assert "peak GB, tokenizers" not in rows, "it holds all texts"
+    assert len(rows) == 15
+
+
+@needs_datasets
+def test_datasets_read_the_files_that_we_read(tmp_path):
+    """A licence in the folder, as in assets/sotu, is no text; files of folders in it are."""
+    folder = tmp_path / "data"
+    (folder / "deeper").mkdir(parents=True)
+    for name in ("a.txt", "deeper/b.txt", "LICENSE"):
+        (folder / name).write_text("some words of text\n")
+    rows = measured(tmp_path, "prepare", "--text", "data", "--against", "datasets", "--copies", "2")["rows"]
+    assert rows["MB/s, ours / datasets"]["median"] > 0
+
+
+def test_prepare_measures_the_tokenizer_alone_by_default():
+    assert benchmark.Flags("prepare", preset="tiny").others == ("tokenizers",)
+
+
+@needs_datasets
+@pytest.mark.parametrize(("suffix", "documents"), [(".txt", 3), (".jsonl", 6)])
+def test_every_preparation_makes_the_tokens_of_the_same_documents(tmp_path, monkeypatch, suffix, documents):
+    """A plain text is one document, whatever its lines; a special token typed in a text is text; eos ends each."""
+    monkeypatch.syspath_prepend(ROOT / "scripts/measure")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # read where `datasets` is imported: nothing goes to a home
+    import prepare_side
+
+    texts = ["the first\n\ntext", "a second <|endoftext|> text", "\u00e9t\u00e9 2024"]
+    source = tmp_path / "in" / "text"
+    source.mkdir(parents=True)
+    for number, text in enumerate(texts):
+        line = json.dumps({"text": text, "other": 1}) + "\n"
+        (source / f"{number}{suffix}").write_text(text if suffix == ".txt" else 2 * line)
+    core = tokenizers.Tokenizer.from_file(str(ROOT / "assets/tokenizer/tokenizer.json"))
+    core.encode_special_tokens = True
+    once = sum(len(core.encode(text, add_special_tokens=False).ids) + 1 for text in texts)
+    for name in ("ours", "tokenizers", "datasets"):
+        unit, _, _ = prepare_side.prepare(name, None, source)
+        assert unit()["tokens"] == once * documents / 3, name
+    assert [path.name for path in source.parent.iterdir()] == ["text"], "something was left"
+
+
+def test_preparations_of_other_tokens_are_refused():
+    with pytest.raises(SmolLMError, match="ours makes 10 tokens, datasets 11: not the same work"):
+        benchmark.check_same_tokens({"ours": {"tokens": 10}, "tokenizers": {"tokens": 10}, "datasets": {"tokens": 11}})
+
+
+def test_the_most_memory_is_of_a_process_and_of_its_children():
+    """200 MB in a child that its parent shares count once, as do 100 of the child's own; a mapped file does not."""
+    script = (
+        "import mmap, os, sys, tempfile; shared = b'x' * 200_000_000; file = tempfile.TemporaryFile(); "
+        "file.write(shared); file.flush(); mapped = mmap.mmap(file.fileno(), 0); sum(mapped[::4096]);\n"
+        "if os.fork() == 0: own = b'x' * 100_000_000; print('ready', flush=True); sys.stdin.read(); os._exit(0)\n"
+        "os.wait()"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        returned, peak = sides.most_memory(process.pid, lambda: time.sleep(0.5) or "returned")
+        process.stdin.close()
+    assert returned == "returned"
+    assert 300e6 <= peak < 330e6
 
 
 def test_checkpoint_measures_both_sides(tmp_path):
@@ -229,6 +298,7 @@ def test_a_side_that_dies_is_named(tmp_path):
         ({"what": "decode", "against": ("llamacpp",), "batch_size": 2}, "--batch-size 1 only"),
         ({"what": "train", "sequence_length": 513}, "513 tokens exceed the 512"),
         ({"what": "first-token", "against": ("hf", "llamacpp-q8_0")}, "against llamacpp-q8_0, only hf, llamacpp"),
+        ({"what": "prepare", "against": ("hf",)}, "against hf, only tokenizers, datasets"),
         ({"what": "prefill", "quantize": "int8"}, "--quantize is for decode"),
         ({"what": "decode", "new_tokens": 1}, "--new-tokens must be at least 2"),
         ({"what": "decode", "new_tokens": 500}, "516 tokens exceed the 512"),
@@ -269,6 +339,21 @@ def test_the_clock_stops_at_what_follows_the_prompt():
     assert time.monotonic() - began < 30
     with pytest.raises(SmolLMError, match="it ended before its first token"):
         starts.until_token("it", [sys.executable, "-c", f"print({starts.TEXT!r}, end='')"], dict(os.environ))
+
+
+def test_datasets_that_are_not_there_are_asked_for_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
+    with pytest.raises(UsageError, match="--against datasets needs it: pip install datasets"):
+        benchmark.check_flags(benchmark.Flags("prepare", against=("datasets",), preset="tiny"))
+
+
+@needs_datasets
+@pytest.mark.parametrize("names", [("a.txt", "b.jsonl"), ("a.csv",), ("a.txt", "b.txt.gz")])
+def test_text_that_datasets_would_read_otherwise_is_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("text\n")
+    with pytest.raises(UsageError, match=r"is to be \.txt files alone, or \.jsonl alone"):
+        benchmark.check_flags(benchmark.Flags("prepare", against=("datasets",), preset="tiny", text=tmp_path))
 
 
 @pytest.mark.parametrize("why", ["another C library", "told otherwise"])

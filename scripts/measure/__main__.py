@@ -24,12 +24,12 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     if name == "ours" and job.training:
         heap.keep()  # as the trainer does, before there are threads
-    if name in ("ours", "plain", "freed-memory") or name.startswith("remat-"):
+    if job.what == "prepare":
+        from prepare_side import prepare
+    elif name in ("ours", "plain", "freed-memory") or name.startswith("remat-"):
         from jax_side import prepare
     elif name == "checkpoint":
         from checkpoint_side import prepare
-    elif name == "prepare":
-        from prepare_side import prepare
     elif name.startswith("llamacpp"):
         from llamacpp_side import prepare
     else:
@@ -38,7 +38,8 @@ def main() -> None:
     print(json.dumps(ready), file=answers, flush=True)
     for _ in sys.stdin:
         answer = {"gemm": max(timed_gemm(gemm) for _ in range(3)), "tokens": job.batch_size * job.sequence_length}
-        unit()  # not timed: since the last turn the caches were another process's, and freed memory is the system's
+        if job.what != "prepare":
+            unit()  # not timed: since the last turn the caches were another process's, and freed memory the system's
         began, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
         said = unit()
         answer["seconds"] = seconds = time.perf_counter() - began

@@ -1,13 +1,14 @@
-"""How fast text becomes a data set, by as many processes as there are cores, and how fast `tokenizers` alone is."""
+"""How fast text becomes a data set, on all cores: ours, `datasets`, and `tokenizers` alone."""
 
 import os
 import resource
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import tokenizers
 from job import Job, Prepared
 
 from smollm_jax.plan import Settings, make_plan
@@ -17,46 +18,65 @@ from smollm_jax.token_file import TokenSet
 from smollm_jax.tokenizer import Tokenizer
 
 TOKENIZER = Path(__file__).resolve().parent.parent.parent / "assets/tokenizer"
-WALL, CPU = "MB/s", "MB/s of a core"
+Work = Callable[[Path], int]  # writes to an empty folder; returns the number of tokens
 
 
-def prepare(_name: str, job: Job, source: Path) -> Prepared:
-    """No unit of work: what this side says once it is ready is all, MB/s by name, round by round, in turn.
+def prepare(name: str, _job: Job, source: Path) -> Prepared:
+    """A unit of work is one data set of the files and folders in `source`; it says seconds, CPU seconds and tokens."""
+    work = {"ours": ours, "datasets": with_datasets, "tokenizers": tokenizers_alone}[name](source)
 
-    Ours is all of it: starting the processes, reading, encoding, shuffling, writing and reading again. The other is
-    one call of `encode_batch_fast`, on all threads, with all texts in memory; the first round is left out.
-    """
-    tokenizer = Tokenizer.load(TOKENIZER)
-    texts = job.copies * [text for file in text_files(source) for text in documents(file)]
-    size, cores = sum(len(text.encode()) for text in texts), len(os.sched_getaffinity(0))
-    tokenizer.core.encode_special_tokens = True
-    rates: dict[str, dict[str, list[float]]] = {name: {"ours": [], "tokenizers": []} for name in (WALL, CPU)}
+    def unit() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=source.parent) as out:
+            began, busy = time.perf_counter(), cpu_seconds()
+            tokens = work(Path(out))
+            return {"seconds": time.perf_counter() - began, "cpu": cpu_seconds() - busy, "tokens": tokens}
 
-    def timed(name: str, work: Callable[[], int]) -> int:
-        began, busy = time.perf_counter(), cpu_seconds()
-        tokens = work()
-        rates[WALL][name].append(size / 1e6 / (time.perf_counter() - began))
-        rates[CPU][name].append(size / 1e6 / (cpu_seconds() - busy))
-        return tokens
+    return unit, lambda: 0, {"device": f"{len(os.sched_getaffinity(0))} cores"}
 
-    def encode() -> int:
-        return sum(len(found.ids) + 1 for found in tokenizer.core.encode_batch_fast(texts, add_special_tokens=False))
 
-    def to_set(folder: str) -> int:
+def ours(source: Path) -> Work:
+    """All of it: loading the tokenizer, starting processes, reading, encoding, shuffling, writing, reading again."""
+
+    def work(out: Path) -> int:
         settings = Settings(TOKENIZER)
-        prepare_set(Path(folder), make_plan(sources, settings), settings)
-        return TokenSet.open(Path(folder)).tokens
+        prepare_set(out, make_plan(sorted(source.iterdir()), settings), settings)
+        return TokenSet.open(out).tokens
 
-    with tempfile.TemporaryDirectory(dir=".") as copies:  # no links: a file is read once, whatever names it has
-        sources = [Path(copies, f"{copy}-{source.name}") for copy in range(job.copies)]
-        for copy in sources:
-            shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
-        for number in range(job.rounds + 1):
-            with tempfile.TemporaryDirectory(dir=".") as folder:
-                tokens = timed("tokenizers", encode), timed("ours", lambda place=folder: to_set(place))
-            assert tokens[0] == tokens[1], f"round {number}"
-    measured = {what: {name: of[1:] for name, of in rate.items()} for what, rate in rates.items()}
-    return dict, lambda: 0, {"device": f"{cores} cores", "rates": measured}
+    return work
+
+
+def with_datasets(source: Path) -> Work:
+    """`load_dataset` and `map` by a process a core, both written as Arrow in the empty folder; a plain text is a row.
+
+    In each process the tokenizer has one thread (the parent sets TOKENIZERS_PARALLELISM).
+    """
+    import datasets
+
+    eos = Tokenizer.load(TOKENIZER).eos_token_id
+    is_plain = next(source.rglob("*.txt"), None) is not None
+    how: dict[str, Any] = {"path": "text", "sample_by": "document"} if is_plain else {"path": "json"}
+
+    def work(out: Path) -> int:
+        core = tokenizers.Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
+
+        def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
+            core.encode_special_tokens = True  # here: pickling, on the way to the processes, loses it
+            return {"ids": [[*x.ids, eos] for x in core.encode_batch_fast(batch["text"], add_special_tokens=False)]}
+
+        rows: Any = datasets.load_dataset(**how, data_files=f"{source}/**", split="train", cache_dir=str(out))
+        cores = len(os.sched_getaffinity(0))
+        rows = rows.map(tokenize, batched=True, num_proc=cores, remove_columns=rows.column_names)
+        return sum(len(chunk.flatten()) for chunk in rows.data.column("ids").chunks)
+
+    return work
+
+
+def tokenizers_alone(source: Path) -> Work:
+    """One call of `encode_batch_fast`, on all threads, with all texts in memory; nothing is written."""
+    core = Tokenizer.load(TOKENIZER).core
+    core.encode_special_tokens = True
+    texts = [text for each in sorted(source.iterdir()) for file in text_files(each) for text in documents(file)]
+    return lambda _: sum(len(found.ids) + 1 for found in core.encode_batch_fast(texts, add_special_tokens=False))
 
 
 def cpu_seconds() -> float:

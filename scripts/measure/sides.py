@@ -1,11 +1,13 @@
 """The parent's end of the sides: it starts their processes, refuses unequal work, and divides round by round."""
 
+import contextlib
 import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,51 @@ def write_weights(preset: str, folder: Path, *, gguf: bool = False, tokenizer: b
         command = [sys.executable, ROOT / "scripts/convert_weights.py", out, out / "model.gguf"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=variables)
     return out
+
+
+def most_memory(pid: int, work: Callable[[], Any]) -> tuple[Any, int]:
+    """What `work` returns, and the most bytes that a process and its descendants held meanwhile, 50 looks a second.
+
+    Held is what no file backs: a page that several share counts once, one of a mapped file not at all.
+    """
+    peaks, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.02):
+            peaks.append(sum(map(held, descendants(pid))))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        returned = work()
+    finally:
+        done.set()
+        looking.join()
+    if not max(peaks):
+        raise errors.SmolLMError(f"/proc/{pid}/smaps_rollup: this system does not say what a process holds")
+    return returned, max(peaks)
+
+
+def descendants(pid: int) -> list[int]:
+    """A process, its children, theirs and so on."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+    found = [pid]
+    for each in found:  # which grows meanwhile
+        found += children.get(each, [])
+    return found
+
+
+def held(pid: int) -> int:
+    """Bytes of a process's memory that no file backs, its share of what it shares; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def check_equal(dtypes: dict[str, str], ready: dict[str, dict[str, Any]]) -> None:
