@@ -90,7 +90,8 @@ if [ "$part" = all ] || [ "$part" = correctness ]; then
         --document-tokens "$documents" --out "$out/attention-check.json"
     train=("$PYTHON" scripts/train_jax.py --preset "$preset" --tokenizer assets/tokenizer --log-every 1)
     more=$((steps + 5))
-    stage train 80 "${train[@]}" --steps "$steps" --sequence-length "$length" --out "$out/run"
+    dtype=$([ "$device" = gpu ] && echo bfloat16 || echo float32) # a CPU's default depends on the CPU
+    stage train 80 "${train[@]}" --steps "$steps" --sequence-length "$length" --dtype "$dtype" --out "$out/run"
     stage train-twin 70 "$PYTHON" scripts/train_torch.py --like "$out/run" --out "$out/run-twin" --device "$on"
     stage curves 10 "$PYTHON" scripts/measure/check_curves.py "$out/run" "$out/run-twin" --steps "$steps" \
         --bound "$bound" --out "$out/curves.json"
