@@ -231,20 +231,16 @@ def check_flags(flags: Flags) -> None:
 def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
     """tokens/s first, then seconds, FLOP/s, and beside each round what else moved: a lone GEMM, other processes."""
     kernels = flags.what in ("loss", "attention", "packed", "gemm")
-    weights = (
-        folder if kernels else write_weights(flags.preset, folder, gguf=any(name in LLAMACPP for name in flags.others))
-    )
+    gguf = any(name in LLAMACPP for name in flags.others)
+    weights = folder if kernels else write_weights(flags.preset, folder, gguf=gguf)
     with contextlib.ExitStack() as stack:
         sides: dict[str, Side] = {}
         for name in ("ours", *flags.others):
             print(f"{name}: preparing", flush=True)
             sides[name] = Side(name, flags.job(name), weights)
             stack.callback(sides[name].close)
-        ready, dtypes = (
-            {name: side.ready for name, side in sides.items()},
-            {name: flags.dtype_of(name) for name in sides},
-        )
-        check_equal(dtypes, ready)
+        ready = {name: side.ready for name, side in sides.items()}
+        check_equal({name: flags.dtype_of(name) for name in sides}, ready)
         rounds = [{name: side.go() for name, side in sides.items()} for _ in range(flags.rounds)]
     device = ready["ours"]["device"]
 

@@ -33,8 +33,8 @@ def block_attention(
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention of every token to itself and the tokens before it, within its segment if there are any.
 
-    Scores and sums are at least float32, products take the inputs' dtype. Blocks of queries and keys without a segment
-    in common are left out.
+    Scores and sums are at least float32, products multiply numbers of dtype `operands` (default: the inputs'). Blocks
+    of queries and keys without a segment in common are left out.
     """
     T = q.shape[1]
     block = min(block or (CPU_BLOCK if jax.default_backend() == "cpu" else BLOCK), T)

@@ -61,7 +61,7 @@ class NamedRun:
 
 
 RECIPES = {
-    # 5 to 10 minutes on 2 cores, loss clearly down: what is run where there is no GPU. In the dtype that this CPU
+    # About 10 minutes on 2 cores, loss clearly down: what is run where there is no GPU. In the dtype that this CPU
     # multiplies faster.
     "demo": NamedRun("smollm2-135m-pretrain", {"steps": 200, "batch_size": 2, "sequence_length": 256}),
     # What is run on a GPU.

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from smollm_jax.errors import SmolLMError, UsageError
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts/benchmark.py"
-needs_datasets = pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is not installed")
 BOTH = {
     "train": [
         "tokens/s",
@@ -131,7 +129,6 @@ def test_a_kernel_is_compared_in_bfloat16_and_under_compile_too(tmp_path, what):
     assert rows["tokens/s, ours / hf-compile"]["median"] > 0
 
 
-@needs_datasets
 def test_prepare_measures_ours_datasets_and_the_tokenizer_alone(tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "the {i}th text"}}\n' for i in range(200)))
     rows = measured(tmp_path, "prepare", "--text", "x.jsonl", "--against", "tokenizers", "datasets")["rows"]
@@ -146,7 +143,6 @@ def test_prepare_measures_ours_datasets_and_the_tokenizer_alone(tmp_path):
     assert len(rows) == 15
 
 
-@needs_datasets
 def test_datasets_read_the_files_that_we_read(tmp_path):
     """A licence in the folder, as in assets/sotu, is no text; files of folders in it are."""
     folder = tmp_path / "data"
@@ -161,7 +157,6 @@ def test_prepare_measures_the_tokenizer_alone_by_default():
     assert benchmark.Flags("prepare", preset="tiny").others == ("tokenizers",)
 
 
-@needs_datasets
 @pytest.mark.parametrize(("suffix", "documents"), [(".txt", 3), (".jsonl", 6)])
 def test_every_preparation_makes_the_tokens_of_the_same_documents(tmp_path, monkeypatch, suffix, documents):
     """A plain text is one document, whatever its lines; a special token typed in a text is text; eos ends each."""
@@ -347,7 +342,6 @@ def test_datasets_that_are_not_there_are_asked_for_in_one_line(monkeypatch):
         benchmark.check_flags(benchmark.Flags("prepare", against=("datasets",), preset="tiny"))
 
 
-@needs_datasets
 @pytest.mark.parametrize("names", [("a.txt", "b.jsonl"), ("a.csv",), ("a.txt", "b.txt.gz")])
 def test_text_that_datasets_would_read_otherwise_is_refused(tmp_path, names):
     for name in names:

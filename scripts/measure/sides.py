@@ -79,6 +79,7 @@ def most_memory(pid: int, work: Callable[[], Any]) -> tuple[Any, int]:
     peaks, done = [0], threading.Event()
 
     def look() -> None:
+        peaks.append(sum(map(held, descendants(pid))))  # once at least, however short the work
         while not done.wait(0.02):
             peaks.append(sum(map(held, descendants(pid))))
 
