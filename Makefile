@@ -55,11 +55,11 @@ slow: $(VENV)/.test
 soak: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install --quiet --no-binary llama-cpp-python "llama-cpp-python[server]<0.4"
-	SMOLLM_SOAK=1 $(BIN)/python -m pytest tests/test_survival.py tests/test_store.py parity_tests/test_llamacpp.py -rP $(PYTEST)
+	SMOLLM_SOAK=1 $(BIN)/python -m pytest tests/training/test_survival.py tests/runs/test_store.py parity_tests/test_llamacpp.py -rP $(PYTEST)
 
 gpu-program: .venv-cuda/.test
 	.venv-cuda/bin/python scripts/compile_for_gpu.py $(ARGS)
-	SMOLLM_CUDA=1 SMOLLM_WITHOUT_TORCH=1 .venv-cuda/bin/python -m pytest tests/test_compiled_for_gpu.py -rP $(PYTEST)
+	SMOLLM_CUDA=1 SMOLLM_WITHOUT_TORCH=1 .venv-cuda/bin/python -m pytest tests/benchmarks/test_compiled_for_gpu.py -rP $(PYTEST)
 
 .venv-cuda/.test: pyproject.toml
 	$(PYTHON) -m venv .venv-cuda
@@ -100,7 +100,7 @@ $(VENV)/.test: pyproject.toml | driver $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[$(TEST_EXTRAS)]"
 	@command -v chromium chromium-browser google-chrome >/dev/null || { command -v apt-get >/dev/null && \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
-	  echo "no Chromium: tests/test_browser.py is skipped, and says so"
+	  echo "no Chromium: tests/web/test_browser.py is skipped, and says so"
 	@touch $@ $(VENV)/.train
 
 clean:

@@ -32,24 +32,26 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-# A deliberate bug, for parity_tests/mutants.py to see that a test catches it.
+# A deliberate bug, for smollm_parity/mutants.py to see that a test catches it.
 if mutant := os.environ.get("SMOLLM_MUTANT"):
-    from parity_tests import mutants
+    from smollm_parity import mutants
 
     mutants.apply(mutant)
 
 # Before any import of the package: every jaxtyping annotation in it is checked on every call.
-CHECKED = ("attention", "block_attention", "model", "quantized", "loss", "train_step", "train", "generate", "unrolled")
-CHECKED += ("score",)
-jaxtyping.install_import_hook([f"smollm_jax.{name}" for name in CHECKED], "beartype.beartype")
+CHECKED = [f"smollm_jax.model.{name}" for name in ("attention", "flash_attention", "smollm", "ops", "cross_entropy")]
+CHECKED += [f"smollm_jax.generation.{name}" for name in ("generate", "programs", "unrolled", "quantized")]
+CHECKED += [f"smollm_jax.training.{name}" for name in ("train_step", "loop", "loss", "state", "validation")]
+CHECKED += ["smollm_jax.evaluation.loglikelihood"]
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 # The Makefile says so explicitly; PyTorch missing otherwise is a failure, not a silent skip.
 WITHOUT_TORCH = bool(os.environ.get("SMOLLM_WITHOUT_TORCH"))
-collect_ignore = ["tests/test_torch_files.py", "tests/test_benchmark.py"] if WITHOUT_TORCH else []
+collect_ignore = ["tests/weights/test_torch_files.py", "tests/benchmarks/test_benchmark.py"] if WITHOUT_TORCH else []
 if not os.environ.get("SMOLLM_SOAK"):  # llama.cpp takes ten minutes to build: `make soak` does
     collect_ignore += ["parity_tests/test_llamacpp.py"]
 if not os.environ.get("SMOLLM_CUDA"):  # JAX's CUDA plugin and what it loads are 4.6 GB: `make gpu-program` does
-    collect_ignore += ["tests/test_compiled_for_gpu.py"]
+    collect_ignore += ["tests/benchmarks/test_compiled_for_gpu.py"]
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -116,6 +118,6 @@ def tiny():
 def tiny_model(tiny):
     import jax
 
-    from smollm_jax.model import SmolLM
+    from smollm_jax.model.smollm import SmolLM
 
     return SmolLM(tiny, key=jax.random.key(0))

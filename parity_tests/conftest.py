@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import smollm_torch.weights
-from parity_tests import ladder
-from parity_tests.sides import load_transformers
 from smollm_jax import weights
+from smollm_parity import ladder
+from smollm_parity.measure import load_transformers
 from tests.trainer import train
 
 LENGTH = 512  # tokens of the fast rungs

@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import smollm_torch.weights
-from parity_tests.tolerances import FLOAT32_LOGITS, within
 from smollm_jax import weights
 from smollm_jax.config import Config, preset
-from smollm_jax.formats import Bundle, from_torch
+from smollm_jax.config.hf_config import config_from_hf, config_to_hf
+from smollm_jax.weights import mapping
+from smollm_jax.weights.bundle import Bundle
+from smollm_jax.weights.torch_file import from_torch
+from smollm_parity.tolerances import FLOAT32_LOGITS, within
 
 SMALL = dataclasses.replace(preset("tiny"), vocab_size=512)
 
@@ -23,7 +26,7 @@ SMALL = dataclasses.replace(preset("tiny"), vocab_size=512)
 def random_transformers(config: Config) -> LlamaForCausalLM:
     """transformers' model with random weights, its norms far from 1 so that a missing or misplaced scale shows."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**config.to_hf(), attn_implementation="eager")).eval()
+    model = LlamaForCausalLM(LlamaConfig(**config_to_hf(config), attn_implementation="eager")).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -35,7 +38,7 @@ def compare(config: Config, length: int, bound: float = FLOAT32_LOGITS) -> None:
     """transformers, ours and the twin on one random text, through the weight rules."""
     theirs = random_transformers(config)
     state = {name: from_torch(tensor.detach()) for name, tensor in theirs.state_dict().items()}
-    bundle = weights.check(Bundle(state, Config.from_hf(theirs.config.to_dict())), "transformers")
+    bundle = mapping.check(Bundle(state, config_from_hf(theirs.config.to_dict())), "transformers")
     assert bundle.config == config
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
     with torch.inference_mode():

@@ -19,14 +19,15 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parity_tests.conftest import load_hf
-from parity_tests.tolerances import LOGLIKELIHOOD, QUALITY, within
 from scripts import evaluate, run_lm_eval
 from smollm_jax import weights
-from smollm_jax.engine import Engine
+from smollm_jax.data.text import documents
+from smollm_jax.data.text_sources import text_files
 from smollm_jax.errors import UsageError
-from smollm_jax.formats import Bundle
-from smollm_jax.harness import SmolLMHarness
-from smollm_jax.text import documents, text_files
+from smollm_jax.evaluation.lm_eval_model import SmolLMHarness
+from smollm_jax.generation.engine import Engine
+from smollm_jax.weights.bundle import Bundle
+from smollm_parity.tolerances import LOGLIKELIHOOD, QUALITY, within
 from tests.small_files import SMALL, small_tensors, small_tokenizer
 
 README = Path(__file__).parent.parent / "README.md"

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import smollm_torch.weights
-from parity_tests import compare, ladder
-from parity_tests.tolerances import FLOAT64_GRADIENTS, FLOAT64_LOGITS, within
+from smollm_parity import ladder, metrics
+from smollm_parity.tolerances import FLOAT64_GRADIENTS, FLOAT64_LOGITS, within
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def test_logits_and_every_layer_are_equal(exact_twin, short, truth):
 
 def test_gradients_are_equal(exact_twin, window, true_gradient):
     loss, gradient = ladder.torch_gradients(exact_twin, window)
-    errors = compare.gradient_errors(gradient, true_gradient[1])
+    errors = metrics.gradient_errors(gradient, true_gradient[1])
     assert len(errors) == 272
     within(max(errors.values()), FLOAT64_GRADIENTS, "float64 gradients")
     within(abs(loss / true_gradient[0] - 1), 1e-12, "float64 loss")
@@ -36,7 +36,7 @@ def test_they_are_equal_at_2048_tokens(exact_twin, bundle, real_tokens):
     within(np.abs(ours - logits).max() / np.abs(logits).max(), FLOAT64_LOGITS, "float64 logits, T=2048")
     del logits, ours
     tokens = np.concatenate([real_tokens, real_tokens[:, :1]], axis=1)
-    errors = compare.gradient_errors(
+    errors = metrics.gradient_errors(
         ladder.jax_gradients(bundle, tokens, "float64", remat="full")[1], ladder.torch_gradients(exact_twin, tokens)[1]
     )
     within(max(errors.values()), FLOAT64_GRADIENTS, "float64 gradients, T=2048")

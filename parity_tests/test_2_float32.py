@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests import compare, ladder
-from parity_tests.tolerances import ARGMAX_MARGIN, FLOAT32_LOGITS, FLOAT32_MAX_RATIO, FLOAT32_RMS_RATIO, within
+from smollm_parity import ladder, metrics
+from smollm_parity.tolerances import ARGMAX_MARGIN, FLOAT32_LOGITS, FLOAT32_MAX_RATIO, FLOAT32_RMS_RATIO, within
 
 
 @pytest.mark.parametrize("place", ["first token", "other tokens"])
@@ -22,13 +22,13 @@ def test_no_layer_is_further_from_the_truth_than_transformers(place, bundle, hf,
         tokens, skip, truth = texts, 1, texts_truth
     ours, theirs = ladder.jax_stream(bundle, tokens, "float32"), ladder.torch_stream(hf, tokens)
     (rms, largest), (hf_rms, hf_largest) = (
-        compare.layer_errors(side[0][:, :, skip:], truth[0][:, :, skip:]) for side in (ours, theirs)
+        metrics.layer_errors(side[0][:, :, skip:], truth[0][:, :, skip:]) for side in (ours, theirs)
     )
     assert (rms > 0).all(), "the float32 model was computed in float64"
     within((rms / hf_rms).max(), FLOAT32_RMS_RATIO, f"float32 RMS error over transformers', worst layer, {place}")
     within((largest / hf_largest).max(), FLOAT32_MAX_RATIO, f"float32 largest error, worst layer, {place}")
     (rms, largest), (hf_rms, hf_largest) = (
-        compare.logit_errors(side[1][:, skip:], truth[1][:, skip:]) for side in (ours, theirs)
+        metrics.logit_errors(side[1][:, skip:], truth[1][:, skip:]) for side in (ours, theirs)
     )
     within(rms / hf_rms, FLOAT32_RMS_RATIO, f"float32 RMS error over transformers', logits, {place}")
     within(largest / hf_largest, FLOAT32_MAX_RATIO, f"float32 largest error, logits, {place}")

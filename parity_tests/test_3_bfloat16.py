@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from parity_tests import compare, ladder
 from parity_tests.conftest import load_hf
-from parity_tests.tolerances import (
+from smollm_parity import ladder, metrics
+from smollm_parity.tolerances import (
     AUTOCAST_GRADIENT_RATIO,
     AUTOCAST_KL_RATIO,
     BFLOAT16_ARGMAX_LOSS,
@@ -18,8 +18,8 @@ from parity_tests.tolerances import (
 def test_distributions_are_no_further_from_the_truth(bundle, weights_path, texts, texts_truth):
     theirs = ladder.torch_stream(load_hf(weights_path, dtype=torch.bfloat16), texts)
     ours = ladder.jax_stream(bundle, texts, "bfloat16")
-    found, wanted = (compare.distribution(side[1], texts_truth[1], texts) for side in (ours, theirs))
-    exact = compare.distribution(texts_truth[1], texts_truth[1], texts)
+    found, wanted = (metrics.distribution(side[1], texts_truth[1], texts) for side in (ours, theirs))
+    exact = metrics.distribution(texts_truth[1], texts_truth[1], texts)
     print("truth", exact, "JAX", found, "transformers", wanted)
     assert found["kl"] > 1e-5, "the bfloat16 model was computed in float32"
     within(found["kl"] / wanted["kl"], BFLOAT16_KL_RATIO, "bfloat16 KL over transformers'")
@@ -34,7 +34,7 @@ def test_float32_results_of_bfloat16_operands_are_nearer_to_the_truth_than_autoc
 ):
     theirs = ladder.autocast_logits(load_hf(weights_path, dtype=torch.float32), texts)
     ours = ladder.jax_operand_logits(bundle, texts)
-    found, wanted = (compare.distribution(logits, texts_truth[1], texts) for logits in (ours, theirs))
+    found, wanted = (metrics.distribution(logits, texts_truth[1], texts) for logits in (ours, theirs))
     print("JAX", found, "autocast", wanted)
     assert found["kl"] > 1e-5, "products multiplied float32 numbers"
     within(found["kl"] / wanted["kl"], AUTOCAST_KL_RATIO, "KL with bfloat16 operands over autocast's")
@@ -47,7 +47,7 @@ def test_their_gradients_are_nearer_to_the_truth_than_autocasts(bundle, weights_
     _, ours = ladder.jax_gradients(bundle, window, "float32", operands="bfloat16")
     with torch.autocast("cpu", torch.bfloat16):
         _, theirs = ladder.torch_gradients(module, window)
-    found, wanted = (compare.gradient_errors(side, truth) for side in (ours, theirs))
+    found, wanted = (metrics.gradient_errors(side, truth) for side in (ours, theirs))
     ratios = {name: found[name] / wanted[name] for name in wanted}
     print(
         "median", np.median(list(ratios.values())), "worst", max(ratios, key=ratios.__getitem__), max(ratios.values())

@@ -18,12 +18,14 @@ from transformers.models.llama.modeling_llama import (
 
 import smollm_torch.model as torch_model
 import smollm_torch.weights
-from parity_tests.ladder import precisely
-from parity_tests.tolerances import MODULE_FLOAT32, MODULE_FLOAT32_HUGE, MODULE_FLOAT64, within
 from smollm_jax import weights
-from smollm_jax.attention import causal
 from smollm_jax.config import PRESETS, preset
-from smollm_jax.model import SmolLM, rms_norm, rotary_angles, rotate
+from smollm_jax.config.hf_config import config_to_hf
+from smollm_jax.model.attention import causal
+from smollm_jax.model.ops import rms_norm, rotary_angles, rotate
+from smollm_jax.model.smollm import SmolLM
+from smollm_parity.ladder import precisely
+from smollm_parity.tolerances import MODULE_FLOAT32, MODULE_FLOAT32_HUGE, MODULE_FLOAT64, within
 
 LENGTHS = (1, 7, 512)
 INPUTS = {
@@ -38,7 +40,7 @@ CONFIG = dataclasses.replace(preset("smollm2-135m"), num_hidden_layers=1, vocab_
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_rotary_frequencies_are_transformers_bits(name):
-    theirs = LlamaRotaryEmbedding(LlamaConfig(**PRESETS[name].to_hf())).inv_freq
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**config_to_hf(PRESETS[name]))).inv_freq
     assert theirs.dtype == torch.float32
     np.testing.assert_array_equal(np.array(PRESETS[name].rotary_frequencies, np.float32), theirs.numpy())
 
@@ -85,7 +87,7 @@ def test_norm(kind, length, layer_bundle):
 def test_rotary(offset):
     positions = np.arange(max(0, offset - 6), offset + 1)[None]
     x = np.random.default_rng(1).normal(size=(1, positions.size, 3, 64)).astype(np.float32)
-    theirs = LlamaRotaryEmbedding(LlamaConfig(**CONFIG.to_hf()))
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**config_to_hf(CONFIG)))
     cos, sin = theirs(torch.tensor(x), torch.tensor(positions))
     expected = apply_rotary_pos_emb(torch.tensor(x).transpose(1, 2), torch.tensor(x).transpose(1, 2), cos, sin)[0]
     ours = rotate(jnp.asarray(x), *rotary_angles(jnp.asarray(positions), CONFIG, jnp.float32))
@@ -105,7 +107,7 @@ def test_rotary(offset):
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_mlp(kind, length, layer_bundle):
-    theirs = LlamaMLP(LlamaConfig(**CONFIG.to_hf()))
+    theirs = LlamaMLP(LlamaConfig(**config_to_hf(CONFIG)))
     load(theirs, layer_bundle, "model.layers.0.mlp.")
     x = draw_input(kind, length, np.float32)
     with precisely("float32"):
@@ -122,7 +124,7 @@ def test_mlp(kind, length, layer_bundle):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_attention_and_layer(part, kind, length, layer_bundle):
     """Random weights make every KV head distinct, so that a wrong grouping shows."""
-    config = LlamaConfig(**CONFIG.to_hf(), attn_implementation="eager")
+    config = LlamaConfig(**config_to_hf(CONFIG), attn_implementation="eager")
     theirs = LlamaDecoderLayer(config, 0)
     load(theirs, layer_bundle, "model.layers.0.")
     x = draw_input(kind, length, np.float32)

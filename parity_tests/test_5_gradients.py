@@ -7,15 +7,15 @@ import torch
 import smollm_torch.loss
 import smollm_torch.train
 import smollm_torch.weights
-from parity_tests import compare, ladder
-from parity_tests.tolerances import (
+from smollm_jax import weights
+from smollm_parity import ladder, metrics
+from smollm_parity.tolerances import (
     FLOAT32_GRADIENTS,
     FLOAT32_GRADIENTS_BETWEEN,
     FLOAT32_LOSS,
     FLOAT32_LOSS_BETWEEN,
     within,
 )
-from smollm_jax import weights
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def ours(bundle, window):
 
 
 def test_gradients_are_close_to_the_truth(ours, true_gradient):
-    errors = compare.gradient_errors(ours[1], true_gradient[1])
+    errors = metrics.gradient_errors(ours[1], true_gradient[1])
     assert len(errors) == 272
     assert min(errors.values()) > 0, "computed in float64"
     within(max(errors.values()), FLOAT32_GRADIENTS, "float32 gradients against the truth, worst tensor")
@@ -34,14 +34,14 @@ def test_gradients_are_close_to_the_truth(ours, true_gradient):
 @pytest.mark.parametrize("side", ["twin", "hf"])
 def test_gradients_equal_pytorchs(side, ours, window, request):
     loss, theirs = ladder.torch_gradients(request.getfixturevalue(side), window)
-    errors = compare.gradient_errors(ours[1], theirs)
+    errors = metrics.gradient_errors(ours[1], theirs)
     within(max(errors.values()), FLOAT32_GRADIENTS_BETWEEN, f"float32 gradients against {side}, worst tensor")
     within(abs(ours[0] / loss - 1), FLOAT32_LOSS_BETWEEN, f"float32 loss against {side}")
 
 
 def test_jax_is_no_further_from_the_truth_than_transformers(ours, hf, window, true_gradient):
-    theirs = compare.gradient_errors(ladder.torch_gradients(hf, window)[1], true_gradient[1])
-    errors = compare.gradient_errors(ours[1], true_gradient[1])
+    theirs = metrics.gradient_errors(ladder.torch_gradients(hf, window)[1], true_gradient[1])
+    errors = metrics.gradient_errors(ours[1], true_gradient[1])
     within(max(errors.values()) / max(theirs.values()), 1.5, "float32 gradient error over transformers', worst tensor")
 
 

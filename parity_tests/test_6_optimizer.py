@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import smollm_torch.train
-from parity_tests.tolerances import ADAMW_STEP, TORCH_CLIP, within
-from smollm_jax import optimizer
-from smollm_jax.recipe import Recipe
+from smollm_jax.config import Recipe
+from smollm_jax.training import optimizer
+from smollm_parity.tolerances import ADAMW_STEP, TORCH_CLIP, within
 
 SHAPES = {"embed_tokens": (50, 8), "layers.mlp": (2, 8, 16), "norm": (8,)}
 

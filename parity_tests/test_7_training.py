@@ -9,8 +9,16 @@ import torch
 
 import smollm_torch.train
 import smollm_torch.weights
-from parity_tests.ladder import precisely
-from parity_tests.tolerances import (
+from smollm_jax import weights
+from smollm_jax.config import Recipe, preset
+from smollm_jax.data import batches as data
+from smollm_jax.data.mixture import open_mixture
+from smollm_jax.training import optimizer, train_step
+from smollm_jax.training.execution import Compute
+from smollm_jax.training.state import init_model, init_train_state
+from smollm_jax.training.validation import validation_loss
+from smollm_parity.ladder import precisely
+from smollm_parity.tolerances import (
     TRAINING_BFLOAT16,
     TRAINING_FLOAT32_FULL,
     TRAINING_FLOAT32_RATIO,
@@ -19,9 +27,6 @@ from parity_tests.tolerances import (
     TRAINING_FLOAT64_SHORT,
     within,
 )
-from smollm_jax import data, optimizer, train, train_step, weights
-from smollm_jax.config import preset
-from smollm_jax.recipe import Recipe
 
 STEPS = 10
 HUNDRED = {"steps": 100, "warmup_steps": 10, "batch_size": 1, "sequence_length": 32}
@@ -29,7 +34,7 @@ HUNDRED = {"steps": 100, "warmup_steps": 10, "batch_size": 1, "sequence_length":
 
 @pytest.fixture(scope="module")
 def token_file(text_path, tokenizer_path, tmp_path_factory):
-    return data.prepare(text_path / "1861-Lincoln-1.txt", tokenizer_path, tmp_path_factory.mktemp("data"))
+    return open_mixture(text_path / "1861-Lincoln-1.txt", tokenizer_path, tmp_path_factory.mktemp("data"))
 
 
 def recipe(dtype, **changes):
@@ -38,9 +43,9 @@ def recipe(dtype, **changes):
 
 
 def jax_curve(model, recipe, batches, **compute):
-    compute = train_step.Compute(**({"dtype": recipe.dtype} | compute))
+    compute = Compute(**({"dtype": recipe.dtype} | compute))
     tx = optimizer.adamw(recipe)
-    state, rows = train_step.begin(model, tx), []
+    state, rows = init_train_state(model, tx), []
     for step in range(recipe.steps):
         tokens = jnp.asarray(batches.batch(step))
         state, metrics = train_step.train_step(state, tokens, tx=tx, compute=compute)
@@ -60,7 +65,7 @@ def torch_curve(module, recipe, batches):
 def both_curves(config, chosen, batches):
     """Loss and gradient norm of every step `[steps, 2]`, ours and the twin's, from the same fresh weights."""
     with precisely(chosen.dtype):
-        model = train_step.fresh(config, seed=0)
+        model = init_model(config, seed=0)
         bundle = weights.to_bundle(model)
         module = smollm_torch.weights.from_bundle(bundle, getattr(torch, chosen.dtype))
         ours, _ = jax_curve(weights.from_bundle(bundle, chosen.dtype), chosen, batches)
@@ -114,7 +119,7 @@ def test_a_hundred_steps_in_float32_are_as_near_the_truth_as_the_twin(tiny, toke
     chosen = recipe("float32", **HUNDRED)
     batches = data.Batches(token_file, chosen)
     ours, theirs = both_curves(tiny, chosen, batches)
-    bundle = weights.to_bundle(train_step.fresh(tiny, seed=0))
+    bundle = weights.to_bundle(init_model(tiny, seed=0))
     others = [torch_curve(permute(smollm_torch.weights.from_bundle(bundle), seed), chosen, batches) for seed in (0, 1)]
 
     def error(*curves):
@@ -138,7 +143,7 @@ def test_ten_steps_at_the_full_shape(token_file):
 @pytest.mark.parametrize("results", ["bfloat16", "float32"], ids=["as a GPU", "as a CPU"])
 def test_bfloat16_curves_stay_together_and_losses_are_float32(tiny, token_file, results):
     chosen = recipe("bfloat16")
-    bundle = weights.to_bundle(train_step.fresh(tiny, seed=0))
+    bundle = weights.to_bundle(init_model(tiny, seed=0))
     compute = {"dtype": results, "operands": "bfloat16"}
     ours, _ = jax_curve(weights.from_bundle(bundle), chosen, data.Batches(token_file, chosen), **compute)
     theirs = torch_curve(smollm_torch.weights.from_bundle(bundle), chosen, data.Batches(token_file, chosen))
@@ -151,7 +156,7 @@ def test_bfloat16_curves_stay_together_and_losses_are_float32(tiny, token_file, 
 def test_held_out_loss_is_the_same(tiny, token_file):
     chosen = recipe("float32")
     batches = data.Batches(token_file, dataclasses.replace(chosen, validation_fraction=0.2))
-    model = train_step.fresh(tiny, seed=0)
+    model = init_model(tiny, seed=0)
     module = smollm_torch.weights.from_bundle(weights.to_bundle(model))
-    ours = train.validation_loss(model, batches, 3, train_step.Compute("float32"))
+    ours = validation_loss(model, batches, 3, Compute("float32"))
     assert ours == pytest.approx(smollm_torch.train.validation_loss(module, chosen, batches, 3), rel=1e-6)

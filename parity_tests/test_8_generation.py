@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers.generation import logits_process
 
-from parity_tests import ladder
-from parity_tests.tolerances import ARGMAX_MARGIN, within
-from smollm_jax.generate import NO_TOKEN, generate
-from smollm_jax.sampling import Knobs, Sampling, kept, penalized
-from smollm_jax.unrolled import Unrolled
+from smollm_jax.generation.generate import generate
+from smollm_jax.generation.programs import NO_TOKEN
+from smollm_jax.generation.sampling import Knobs, Sampling, kept, penalized
+from smollm_jax.generation.unrolled import Unrolled
+from smollm_parity import ladder
+from smollm_parity.tolerances import ARGMAX_MARGIN, within
 
 PROMPTS = [
     "The capital of France is",

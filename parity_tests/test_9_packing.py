@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parity_tests.tolerances import PACKED_LOGITS, within
-from smollm_jax.attention import packed
+from smollm_jax.model.attention import packed
+from smollm_parity.tolerances import PACKED_LOGITS, within
 
 
 @jax.jit

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from smollm_jax.conversation import Conversation
 from smollm_jax.errors import UsageError
 from smollm_jax.tokenizer import Tokenizer
+from smollm_jax.tokenizer.conversation import Conversation
 from tests.chat_templates import CONFIG, CONVERSATIONS, OPTIONS, TEMPLATES, TOOLS, write_chat_folder
 
 

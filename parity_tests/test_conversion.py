@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import smollm_torch.weights
 from parity_tests.conftest import load_hf
 from smollm_jax import weights
-from smollm_jax.formats import from_torch, read_safetensors
+from smollm_jax.weights.safetensors_file import read_safetensors
+from smollm_jax.weights.torch_file import from_torch
 from smollm_torch.model import SmolLM
 
 

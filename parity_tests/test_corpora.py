@@ -15,12 +15,12 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
-from smollm_jax.data import prepare
-from smollm_jax.engine import Engine
+from smollm_jax.data.mixture import open_mixture
+from smollm_jax.data.text import documents
+from smollm_jax.data.text_sources import text_files
 from smollm_jax.errors import UsageError
-from smollm_jax.harness import SmolLMHarness
-from smollm_jax.text import documents
-from smollm_jax.text_sources import text_files
+from smollm_jax.evaluation.lm_eval_model import SmolLMHarness
+from smollm_jax.generation.engine import Engine
 
 TEXTS = ['a "quoted" word', "two\nlines, and\r\nthree", "NA", "tab\there", " é日本 😀 ", "x" * 5000, '"', "\\", "'"]
 
@@ -131,7 +131,9 @@ CHATS = [
 def test_a_corpus_with_special_tokens_has_transformers_ids(tmp_path, tokenizer_path, tokenizer, special):
     theirs = AutoTokenizer.from_pretrained(tokenizer_path)
     (tmp_path / "x.jsonl").write_bytes(lines(CHATS))
-    (only,) = prepare(tmp_path / "x.jsonl", tokenizer_path, tmp_path / "cache", special_tokens=special).sets[0].files
+    (only,) = (
+        open_mixture(tmp_path / "x.jsonl", tokenizer_path, tmp_path / "cache", special_tokens=special).sets[0].files
+    )
     found = sorted(ids.tolist() for ids in np.split(only.tokens, only.ends.astype(int)[:-1]))
     eos = theirs.eos_token
     # TRL's SFTTrainer (add_eos) appends the end of text unless the text has it.

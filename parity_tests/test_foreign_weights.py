@@ -14,13 +14,16 @@ import safetensors.torch
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from parity_tests.sides import load_transformers
-from parity_tests.tolerances import FLOAT32_LOGITS
-from smollm_jax import config, config_keys, tensor_names, weights
+from smollm_jax import weights
+from smollm_jax.config import keys
+from smollm_jax.config.keys import generation_defaults
 from smollm_jax.errors import InputFileError
-from smollm_jax.torch_file import from_torch
+from smollm_jax.weights import tensor_names
+from smollm_jax.weights.torch_file import from_torch
+from smollm_parity.measure import load_transformers
+from smollm_parity.tolerances import FLOAT32_LOGITS
 from tests.small_files import SMALL
-from tests.test_gguf_read import written
+from tests.weights.test_gguf_read import written
 
 TOKENS = np.arange(24).reshape(2, 12)
 NORM, FREQUENCIES = "model.norm.weight", "model.layers.1.self_attn.rotary_emb.inv_freq"
@@ -74,16 +77,16 @@ def test_the_defaults_of_generate_in_a_config_are_those_that_transformers_takes_
     (tmp_path / "config.json").write_text(json.dumps(values))
     taken = load_transformers(tmp_path).generation_config
     assert {key: getattr(taken, key) for key in sampling} == sampling
-    assert config.generation_defaults(values) == {key: value for key, value in sampling.items() if key != "top_p"}
+    assert generation_defaults(values) == {key: value for key, value in sampling.items() if key != "top_p"}
     assert_same_tensors(tmp_path, model)
 
 
 def test_every_default_of_generate_is_known_and_is_transformers():
     own = {"use_cache", "output_attentions", "output_hidden_states"}  # the model's too
     own |= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
-    assert GenerationConfig().to_dict().keys() - own <= config_keys.GENERATION.keys()
+    assert GenerationConfig().to_dict().keys() - own <= keys.GENERATION.keys()
     for key, default in GenerationConfig._get_default_generation_params().items():
-        assert key in own or config_keys.GENERATION[key] == default, key
+        assert key in own or keys.GENERATION[key] == default, key
 
 
 def test_save_model_keeps_the_head_of_a_tied_pair(tmp_path):

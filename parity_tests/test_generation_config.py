@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from smollm_jax import weights
-from smollm_jax.engine import Engine
-from smollm_jax.formats import Bundle
+from smollm_jax.generation.engine import Engine
+from smollm_jax.weights.bundle import Bundle
 from tests.small_files import SMALL, small_tensors, small_tokenizer
 
 pytestmark = pytest.mark.torch

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from parity_tests.conftest import load_hf
 from smollm_jax import weights
-from smollm_jax.engine import Engine
+from smollm_jax.generation.engine import Engine
 from tests.trainer import ENVIRONMENT
 
 PIPELINE = """

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from parity_tests.test_handover import answer, served
-from parity_tests.tolerances import ARGMAX_MARGIN
 from smollm_jax import weights
-from smollm_jax.engine import Engine
-from smollm_jax.text import documents, text_files
+from smollm_jax.data.text import documents
+from smollm_jax.data.text_sources import text_files
+from smollm_jax.generation.engine import Engine
 from smollm_jax.tokenizer import Tokenizer
+from smollm_parity.tolerances import ARGMAX_MARGIN
 
 PROMPTS = 20
 NEW_TOKENS = 48

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parity_tests.mutants import MUTANTS, ROOT, hunt
+from smollm_parity.mutants import MUTANTS, ROOT, hunt
 
 FEW = {"rotary interleaved", "k and v swapped", "cache written one slot late", "labels shifted twice", "beta2 0.999"}
 

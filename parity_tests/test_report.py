@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.parity.page import TESTS_ONLY, Rung, compared, page, write_readme
 from smollm_jax import weights
+from smollm_parity.page import TESTS_ONLY, Rung, compared, page, write_readme
 
 ROOT = Path(__file__).parent.parent
 HIDE_TRANSFORMERS = """
@@ -25,7 +25,7 @@ importlib.util.find_spec = lambda name, *rest: None if name == "transformers" el
 @pytest.fixture(scope="module")
 def tiny_weights(tiny_model, tokenizer_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny"
-    from smollm_jax.formats import read_tokenizer_files
+    from smollm_jax.tokenizer.source import read_tokenizer_files
 
     weights.write(path, weights.to_bundle(tiny_model, "random", read_tokenizer_files(tokenizer_path)), "orbax")
     return path

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from smollm_jax.errors import InputFileError
 from smollm_jax.tokenizer import Tokenizer
 from tests.chat_templates import CONFIG, core_of_chats, write_chat_folder
-from tests.test_tokenizer import TEXTS
+from tests.tokenizer.test_tokenizer import TEXTS
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from smollm_jax import command_line, errors, install
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime import install
+from smollm_jax.runtime.program import run_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def build(flags: Flags):
     """The ASGI app of these flags."""
-    from smollm_jax import compilation_cache, weights
+    from smollm_jax import weights
+    from smollm_jax.runtime import compilation_cache
 
     if flags.weights is not None:
         weights.kind_of(flags.weights)
@@ -92,10 +96,10 @@ def build(flags: Flags):
     import fastapi
     import jax
 
-    from smollm_jax.web.answers import Answers
-    from smollm_jax.web.guard import Guard
+    from smollm_jax.web.middleware import Guard
+    from smollm_jax.web.model_store import Shelf
     from smollm_jax.web.page import CSS, SCRIPT, page, theme
-    from smollm_jax.web.shelf import Shelf
+    from smollm_jax.web.responses import Answers
 
     compilation_cache.enable()
     if flags.dtype == "float32":  # on a GPU JAX's default is TF32
@@ -166,4 +170,4 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from smollm_jax import command_line, errors
-from smollm_jax.sampling_flags import SamplingFlags
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.generation.flags import SamplingFlags
+from smollm_jax.runtime.program import run_main
 
 if TYPE_CHECKING:
-    from smollm_jax.engine import Engine
+    from smollm_jax.generation.engine import Engine
 
 HELP = "commands: /reset, /save FILE, /help, /exit"
 
@@ -63,10 +65,10 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError("--system: the conversation of --history has its own beginning")
     opening = [] if flags.system is None else [{"role": "system", "content": flags.system}]
     messages = read_history(flags.history) if flags.history else list(opening)
-    from smollm_jax import compilation_cache
+    from smollm_jax.runtime import compilation_cache
 
     compilation_cache.enable()
-    from smollm_jax.engine import Engine
+    from smollm_jax.generation.engine import Engine
 
     flags.sampling.checked()
     engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer, quantize=flags.quantize)
@@ -147,7 +149,7 @@ def save(name: str, messages: list[dict[str, str]]) -> None:
 
 def read_history(path: Path) -> list[dict[str, str]]:
     """The messages in a file that /save wrote."""
-    from smollm_jax.files import read_json
+    from smollm_jax.runtime.files import read_json
 
     messages = read_json(path)
     roles = ("system", "user", "assistant")
@@ -161,4 +163,4 @@ def read_history(path: Path) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

@@ -13,9 +13,16 @@ import dataclasses
 import math
 import os
 import re
+import sys
+from pathlib import Path
 from typing import Any, Literal
 
-from smollm_jax import command_line, errors, recipes
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.config import named_runs
+from smollm_jax.runtime.program import run_main
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: `benchmarks` is in no wheel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +52,7 @@ RECIPE_FLAGS = ("batch_size", "sequence_length", "gradient_accumulation_steps", 
 
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__)
-    named = recipes.named(flags.recipe)
+    named = named_runs.named(flags.recipe)
     given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) is not None}
     recipe = named.resolve(given)
     # Read when JAX first looks for devices; of two settings the last counts.
@@ -56,25 +63,28 @@ def main(argv: list[str] | None = None) -> None:
         print(describe(flags.preset or named.preset, recipe, mesh, flags.remat), flush=True)
 
 
-def describe(preset: str, recipe, layout: str, remat: Literal["none", "swiglu", "dots", "full"]) -> str:
+def describe(name: str, recipe, layout: str, remat: Literal["none", "swiglu", "dots", "full"]) -> str:
     """The memory of each device and the collectives of a step, as text."""
     import collections
 
-    from smollm_jax import config, sharding, train_step
-    from smollm_jax.collectives import collectives
+    from benchmarks.xla.collectives import collectives
+    from smollm_jax.config import preset
+    from smollm_jax.parallel import sharding
+    from smollm_jax.training import train_step
+    from smollm_jax.training.execution import Compute
 
     mesh, parts = sharding.make_mesh(layout), recipe.gradient_accumulation_steps
     if recipe.batch_size % (parts * mesh.size):
         raise errors.UsageError(
             f"--batch-size {recipe.batch_size} must divide by {mesh.size} devices x {parts} gradient accumulation steps"
         )
-    compute = train_step.Compute(recipe.dtype, remat=remat, parts=parts, mesh=mesh)
-    compiled: Any = train_step.compile_step(config.preset(preset), recipe, compute)
+    compute = Compute(recipe.dtype, remat=remat, parts=parts, mesh=mesh)
+    compiled: Any = train_step.compile_step(preset(name), recipe, compute)
     memory = compiled.memory_analysis()
     rows = recipe.batch_size // mesh.size
     shape = f"{rows} of {recipe.batch_size} x {recipe.sequence_length:,} tokens in {parts} part{'s' * (parts > 1)}"
     lines = [
-        f"step            {preset} on {layout}: each device {shape}, {recipe.dtype}, remat {remat}",
+        f"step            {name} on {layout}: each device {shape}, {recipe.dtype}, remat {remat}",
         f"a device        {memory.argument_size_in_bytes:,} bytes of parameters, moments and tokens",
         f"                {memory.temp_size_in_bytes:,} bytes of temporaries (compiled for a CPU)",
     ]
@@ -89,4 +99,4 @@ def describe(preset: str, recipe, layout: str, remat: Literal["none", "swiglu", 
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

@@ -16,7 +16,9 @@ from typing import Literal
 
 import tyro
 
-from smollm_jax import command_line, errors
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime.program import run_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{flags.dst}: {len(bundle.tensors)} tensors, {numbers:,} parameters, {flags.type or bundle.dtype}, kind {kind}"
     )
     if kind == "gguf":
-        from smollm_jax.gguf_writer import lost
+        from smollm_jax.weights.gguf_writer import lost
 
         share = lost(bundle.tensors, weights.read(flags.dst).tensors)
         print(f"what it lost: {f'{share:.2e} of the weights, RMS' if share else 'no bit'}")
@@ -76,4 +78,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

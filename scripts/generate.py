@@ -25,11 +25,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from smollm_jax import command_line, errors, streams
-from smollm_jax.sampling_flags import SamplingFlags
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.generation.flags import SamplingFlags
+from smollm_jax.runtime import streams
+from smollm_jax.runtime.program import run_main
 
 if TYPE_CHECKING:
-    from smollm_jax.engine import Engine, Piece
+    from smollm_jax.generation.engine import Engine, Piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     if flags.special_tokens and asks(flags):
         raise errors.UsageError("--special-tokens is for texts: in a chat only the template's own tokens are special")
     prompts = read_prompts(flags)
-    from smollm_jax import compilation_cache
+    from smollm_jax.runtime import compilation_cache
 
     compilation_cache.enable()
-    from smollm_jax.engine import Engine
+    from smollm_jax.generation.engine import Engine
 
     began = time.perf_counter()
     flags.sampling.checked()
@@ -117,7 +120,7 @@ def asks(flags: Flags) -> bool:
 
 def read_prompts(flags: Flags) -> list[str]:
     """The prompts in the order of their kinds: flags, files, else stdin."""
-    from smollm_jax.files import read_bytes, text_of
+    from smollm_jax.runtime.files import read_bytes, text_of
 
     # Windows' editors and shells put a byte order mark first, which is no part of the text.
     files = [text_of(read_bytes(file).removeprefix(codecs.BOM_UTF8), file) for file in flags.prompt_file]
@@ -182,4 +185,4 @@ def write_all(
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

@@ -68,7 +68,7 @@ stage() { # name, seconds, command ...
 }
 
 collect() {
-    "$PYTHON" scripts/measure/summary.py "$work/results" "${only:+STAGES='$only' }PART=$part bash scripts/gpu_first.sh"
+    "$PYTHON" -m benchmarks.summary "$work/results" "${only:+STAGES='$only' }PART=$part bash scripts/gpu_first.sh"
     local status=$?
     cp "$work/results/summary.json" "$out/$results.json"
     cp "$work/results/table.md" "$out/$results.md"
@@ -90,7 +90,7 @@ cold+=(--eval-every "$steps" --save-every "$steps" --out "$work/run")
 training=(train --dtype "$dtype" --rounds "$rounds" --batch-size "$batch" --sequence-length "$length")
 decoding=(decode --dtype "$dtype" --new-tokens "$tokens" --rounds "$((rounds / 2 + 1))")
 
-stage machine 40 "$PYTHON" scripts/measure/machine.py "$work/results/machine.json"
+stage machine 40 "$PYTHON" -m benchmarks.machine "$work/results/machine.json"
 if [ "$part" = first ]; then
     # The trainer itself, cold: whether cuDNN takes it, seconds to the first step, tokens/s, loss, save, validation, text.
     stage train 150 "${cold[@]}"
@@ -102,7 +102,7 @@ if [ "$part" = first ]; then
     benchmark speed 190 "${training[@]}" --against "$hf"
     benchmark remat-dots 70 "${training[@]}" --remat dots --against # the default keeps more where there is room
     # cuDNN's attention and XLA's, causal and packed, and their gradients, against float32 on the CPU.
-    stage attention 70 "$PYTHON" scripts/measure/check_attention.py --preset "$preset" --sequence-length "$((length / 2))" \
+    stage attention 70 "$PYTHON" -m benchmarks.check_attention --preset "$preset" --sequence-length "$((length / 2))" \
         --document-tokens "$documents" --out "$work/results/attention.json"
     stage profile 60 "$PYTHON" scripts/profile_train.py --preset "$preset" --dtype "$dtype" --batch-size "$batch" \
         --sequence-length "$length" --instructions 40 --out "$work/trace"

@@ -70,7 +70,7 @@ benchmark() { # name, seconds, arguments ...
     local title=$1 limit=$2 said
     shift 2
     case ${gigabytes:+$1} in train | memory)
-        said=$("$PYTHON" scripts/measure/room.py "$gigabytes" "$@" --preset "$preset")
+        said=$("$PYTHON" -m benchmarks.room "$gigabytes" "$@" --preset "$preset")
         if [ $? = 3 ]; then # as opposed to a failure of its own
             echo "$title left out: $said" | tee -a "$out/left-out.txt"
             return
@@ -86,14 +86,14 @@ if [ "$part" = all ] || [ "$part" = correctness ]; then
     stage weights 40 "$PYTHON" scripts/random_weights.py --preset "$preset" --out "$out/weights" --tokenizer assets/tokenizer
     stage parity 170 "$PYTHON" scripts/parity_report.py --weights "$out/weights" --out "$out/parity" --device "$device"
     # cuDNN's attention against XLA's, packed documents against separate ones, both against float32 on the CPU.
-    stage attention-check 50 "$PYTHON" scripts/measure/check_attention.py --preset "$preset" --sequence-length "$length" \
+    stage attention-check 50 "$PYTHON" -m benchmarks.check_attention --preset "$preset" --sequence-length "$length" \
         --document-tokens "$documents" --out "$out/attention-check.json"
     train=("$PYTHON" scripts/train_jax.py --preset "$preset" --tokenizer assets/tokenizer --log-every 1)
     more=$((steps + 5))
     dtype=$([ "$device" = gpu ] && echo bfloat16 || echo float32) # a CPU's default depends on the CPU
     stage train 80 "${train[@]}" --steps "$steps" --sequence-length "$length" --dtype "$dtype" --out "$out/run"
     stage train-twin 70 "$PYTHON" scripts/train_torch.py --like "$out/run" --out "$out/run-twin" --device "$on"
-    stage curves 10 "$PYTHON" scripts/measure/check_curves.py "$out/run" "$out/run-twin" --steps "$steps" \
+    stage curves 10 "$PYTHON" -m benchmarks.check_curves "$out/run" "$out/run-twin" --steps "$steps" \
         --bound "$bound" --out "$out/curves.json"
     stage train-resumed 50 "${train[@]}" --steps "$more" --out "$out/run" --resume
     stage generate 50 "$PYTHON" scripts/generate.py --weights "$out/run" --prompt "Fellow citizens" --max-new-tokens 64
@@ -135,4 +135,4 @@ if [ "$device" = gpu ] && { [ "$part" = all ] || [ "$part" = sweep ]; }; then
 fi
 
 rm -rf "$out"/weights "$out"/trace "$out"/run*/checkpoints "$out"/run*/*.safetensors # large, and seeded: made again anywhere
-"$PYTHON" scripts/measure/summary.py "$out" "bash scripts/gpu_suite.sh${1:+ $1}"
+"$PYTHON" -m benchmarks.summary "$out" "bash scripts/gpu_suite.sh${1:+ $1}"

@@ -20,9 +20,12 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from parity.page import Rung, compared, number, page, verdict, write_readme
-
-from smollm_jax import command_line, errors, install
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.config.hf_config import config_to_hf
+from smollm_jax.runtime import install
+from smollm_jax.runtime.program import run_main
+from smollm_parity.page import Rung, compared, number, page, verdict, write_readme
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     report = {
         "weights": str(flags.weights),
         "origin": bundle.origin,
-        "config": bundle.config.to_hf(bundle.dtype),
+        "config": config_to_hf(bundle.config, bundle.dtype),
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(time.time() - began),
         "command": f"python scripts/parity_report.py --weights {flags.weights} --device {flags.device}",
@@ -101,8 +104,9 @@ def make_job(text: Path, tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     """What every side is to compute: texts, a window for gradients, batches to train on, prompts to continue."""
     import numpy as np
 
-    from smollm_jax.recipe import Recipe
-    from smollm_jax.text import documents, text_files
+    from smollm_jax.config import Recipe
+    from smollm_jax.data.text import documents
+    from smollm_jax.data.text_sources import text_files
 
     files = text_files(text)
     chosen = files[:: max(1, len(files) // 9)][:9]
@@ -143,7 +147,7 @@ def make_job(text: Path, tokenizer: Any, vocab_size: int) -> dict[str, Any]:
 def measure(side: str, work: Path, device: str) -> None:
     """Runs one side in a process of its own; its results are in `work/side`."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "parity_tests.sides", side, "--weights", work / "hf", "--job", work / "job.npz"]
+    command = [sys.executable, "-m", "smollm_parity.measure", side, "--weights", work / "hf", "--job", work / "job.npz"]
     done = subprocess.run(
         [*map(str, command), "--out", str(work / side), "--device", device],
         env=environment,
@@ -160,9 +164,9 @@ def compare(data: dict[str, Path], job: dict[str, Any]) -> tuple[list[Rung], dic
     """The rungs of the ladder from what the sides left, and the numbers to plot."""
     import numpy as np
 
-    from parity_tests import compare as of
-    from parity_tests import tolerances as bound
-    from parity_tests.sides import DECODED
+    from smollm_parity import metrics as of
+    from smollm_parity import tolerances as bound
+    from smollm_parity.measure import DECODED
 
     def load(side: str, name: str) -> Any:
         return np.load(data[side] / f"{name}.npy")
@@ -289,4 +293,4 @@ def compare(data: dict[str, Path], job: dict[str, Any]) -> tuple[list[Rung], dic
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

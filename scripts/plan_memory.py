@@ -13,7 +13,9 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
-from smollm_jax import command_line, errors
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime.program import run_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +50,13 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError("--sequence-length and --memory must be positive")
     import jax
 
-    from smollm_jax import memory, precision, sharding, train_step
-    from smollm_jax.attention import beyond_cudnn
-    from smollm_jax.config import preset
-    from smollm_jax.model import Remat
-    from smollm_jax.recipe import Recipe
+    from smollm_jax.config import Recipe, preset
+    from smollm_jax.model import precision
+    from smollm_jax.model.attention import beyond_cudnn
+    from smollm_jax.model.smollm import Remat
+    from smollm_jax.parallel import sharding
+    from smollm_jax.training import memory, train_step
+    from smollm_jax.training.execution import Compute
 
     config, parts = preset(flags.preset), flags.gradient_accumulation_steps
     if flags.sequence_length > config.max_position_embeddings:
@@ -96,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     columns: dict[str, list[str]] = {}
     for remat in get_args(Remat):
         dtype, operands = precision.activations_and_operands(flags.dtype, platform)
-        compute = train_step.Compute(dtype, attention, remat, 1, parts, mesh, operands=operands)
+        compute = Compute(dtype, attention, remat, 1, parts, mesh, operands=operands)
         planned = memory.plan(config, recipe, compute, platform)
         cells = [f"{getattr(planned, name) / 1e9:.3f}" for name in names]
         try:
@@ -115,4 +119,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

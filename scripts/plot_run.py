@@ -9,7 +9,10 @@ from pathlib import Path
 
 import tyro
 
-from smollm_jax import command_line, errors, install
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime import install
+from smollm_jax.runtime.program import run_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from smollm_jax.metrics import read_metrics
+    from smollm_jax.runs.metrics import read_metrics
 
     figure, (loss, rate, speed) = pyplot.subplots(
         3, 1, sharex=True, figsize=(8, 9), height_ratios=(3, 1, 1), layout="constrained"
@@ -73,4 +76,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

@@ -18,7 +18,9 @@ from typing import Literal
 
 import tyro
 
-from smollm_jax import command_line, errors
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime.program import run_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +51,11 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__)
-    from smollm_jax.lock import RunLock
-    from smollm_jax.plan import Settings, make_plan
-    from smollm_jax.prepare import prepare_set, report_of
-    from smollm_jax.stop import Stop
-    from smollm_jax.token_file import MANIFEST, TokenSet
+    from smollm_jax.data.plan import Settings, make_plan
+    from smollm_jax.data.prepare import prepare_set, report_of
+    from smollm_jax.data.token_file import MANIFEST, TokenSet
+    from smollm_jax.runtime.lock import RunLock
+    from smollm_jax.runtime.signals import Stop
 
     if not flags.sources:
         raise errors.UsageError("name at least one source")
@@ -92,4 +94,4 @@ def _counts(found) -> str:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

@@ -13,15 +13,18 @@ in --out, for Perfetto or XProf.
 
 import collections
 import dataclasses
-import itertools
 import os
-import re
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from smollm_jax import command_line, errors
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: `benchmarks` is in no wheel
+
+from benchmarks.xla.hlo import instructions
+from benchmarks.xla.profile import at_work, shares
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime.program import run_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +51,7 @@ class Flags:
     """Show a traceback instead of one line when something goes wrong."""
 
 
-# The scopes named in train_step.py, loss.py and model.py; what is in none of them is a layer's.
-SCOPES = {"optimizer": "optimizer", "loss": "head and loss", "attention": "attention"}
 NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
-CONTAINERS = {"while", "conditional", "call", "async-start", "async-done"}
-Interval = tuple[float, float, str]  # nanoseconds, nanoseconds, instruction
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,10 +63,13 @@ def main(argv: list[str] | None = None) -> None:
     import jax
     import numpy as np
 
-    from smollm_jax import compilation_cache, memory, optimizer, precision, train_step
-    from smollm_jax.attention import beyond_cudnn, lacks_cudnn
-    from smollm_jax.config import preset
-    from smollm_jax.recipe import Recipe
+    from smollm_jax.config import Recipe, preset
+    from smollm_jax.model import precision
+    from smollm_jax.model.attention import beyond_cudnn, lacks_cudnn
+    from smollm_jax.runtime import compilation_cache
+    from smollm_jax.training import memory, optimizer, train_step
+    from smollm_jax.training.execution import Compute, layers_at_once
+    from smollm_jax.training.state import init_model, init_train_state
 
     compilation_cache.enable()
     device = jax.devices()[0]
@@ -78,9 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     beyond = lacks_cudnn(device, flags.dtype) or beyond_cudnn(flags.sequence_length, config.head_dim, documents=False)
     attention: Any = "xla" if beyond else "cudnn"
-    unroll = train_step.layers_at_once(config, attention) if flags.unroll is None else flags.unroll
+    unroll = layers_at_once(config, attention) if flags.unroll is None else flags.unroll
     dtype, operands = precision.activations_and_operands(flags.dtype, platform)
-    compute = train_step.Compute(dtype, attention, flags.remat or "dots", unroll, operands=operands)
+    compute = Compute(dtype, attention, flags.remat or "dots", unroll, operands=operands)
     if flags.remat is None:
         compute = memory.fastest(config, recipe, compute, platform, memory.available(device))
     print(f"device      {device.device_kind}, jax {jax.__version__}")
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"            {buffers}")
     print(f"step        {flags.batch_size} x {flags.sequence_length} tokens of {flags.preset}, {compute}", flush=True)
     step: Any = train_step.compile_step(config, recipe, compute)
-    state = train_step.begin(train_step.fresh(config, 0), optimizer.adamw(recipe))
+    state = init_train_state(init_model(config, 0), optimizer.adamw(recipe))
     shape = (flags.batch_size, flags.sequence_length + 1)
     tokens = jax.device_put(np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32))
     for _ in range(2):
@@ -126,52 +128,5 @@ def without_command_buffers() -> str:
     return f"no command buffers, so that every kernel has a name: XLA_FLAGS={NO_COMMAND_BUFFERS}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    opcode: str
-    kind: str
-    origin: str  # jax's name for what it computes
-
-
-def instructions(text: str) -> dict[str, Instruction]:
-    """The instructions of a compiled program by name, each with its kind of work."""
-    computations: dict[str, str] = {}
-    for block in re.split(r"\n(?=\S)", text):
-        computations[block.removeprefix("ENTRY ").split(" ")[0].lstrip("%")] = block
-    found = {}
-    for name, opcode, rest in re.findall(r"^ +(?:ROOT )?%?([\w.-]+) = .*? ([\w-]+)\((.*)$", text, re.MULTILINE):
-        origin = match[1] if (match := re.search(r'op_name="([^"]*)"', rest)) else ""
-        called = computations.get(match[1], "") if (match := re.search(r"calls=%?([\w.-]+)", rest)) else ""
-        scope = next((kind for word, kind in SCOPES.items() if re.search(rf"\b{word}\b", origin)), None)
-        product = opcode == "dot" or " dot(" in called or re.search(r'custom_call_target="[^"]*(gemm|matmul)', rest)
-        found[name] = Instruction(opcode, scope or ("matrix products" if product else "elementwise"), origin)
-    return found
-
-
-def at_work(profile: Any, program: dict[str, Instruction]) -> Iterator[Interval]:
-    """When each instruction was at work: on a GPU its kernels, on a CPU the calls."""
-    planes = list(profile.planes)
-    devices = [plane for plane in planes if plane.name.startswith("/device:")]
-    for plane in devices or [plane for plane in planes if plane.name == "/host:CPU"]:
-        for line in plane.lines:
-            for event in line.events:
-                name = str(dict(event.stats).get("hlo_op", ""))
-                if name in program and program[name].opcode not in CONTAINERS:
-                    yield event.start_ns, event.start_ns + event.duration_ns, name
-
-
-def shares(intervals: Iterable[Interval]) -> tuple[collections.Counter[str], float]:
-    """Seconds of each instruction, and "idle", that add up to the whole; and the whole."""
-    moments = sorted(moment for begin, end, name in intervals for moment in ((begin, 1, name), (end, -1, name)))
-    seconds: Any = collections.Counter()
-    active: collections.Counter[str] = collections.Counter()
-    for (now, change, name), (then, _, _) in itertools.pairwise(moments):
-        active[name] += change
-        active += collections.Counter()  # drops what has ended
-        for each, count in (active or {"idle": 1}).items():
-            seconds[each] += (then - now) / 1e9 * count / (active.total() or 1)
-    return seconds, sum(seconds.values())
-
-
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

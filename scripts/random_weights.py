@@ -8,13 +8,14 @@ For measuring where the real weights cannot be had: shapes and speed are the rea
 import dataclasses
 from pathlib import Path
 
-from smollm_jax import command_line, errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime.program import run_main
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
     preset: str
-    """Model shape: see smollm_jax/config.py."""
+    """Model shape: see smollm_jax/config/model.py."""
     out: Path
     """Hugging Face folder to write; must not exist."""
     tokenizer: Path | None = None
@@ -27,15 +28,16 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__)
-    from smollm_jax import train_step, weights
+    from smollm_jax import weights
     from smollm_jax.config import preset
-    from smollm_jax.tokenizer_source import tokenizer_files_at
+    from smollm_jax.tokenizer.source import tokenizer_files_at
+    from smollm_jax.training.state import init_model
 
     files = tokenizer_files_at(flags.tokenizer) if flags.tokenizer else {}
-    model = train_step.fresh(preset(flags.preset), flags.seed)
+    model = init_model(preset(flags.preset), flags.seed)
     weights.write(flags.out, weights.to_bundle(model, f"random, recipe's init, seed {flags.seed}", files), "hf")
     print(f"{flags.out}: written")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

@@ -14,7 +14,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from smollm_jax import command_line, errors, install
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime import install
+from smollm_jax.runtime.program import run_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +63,9 @@ def main(argv: list[str] | None = None) -> None:
         from lm_eval.utils import make_table
     except ImportError as error:
         raise errors.UsageError(f"{error.name} is missing: {install.needs('run_lm_eval.py', 'eval')}") from error
-    from smollm_jax import compilation_cache
-    from smollm_jax.engine import Engine
-    from smollm_jax.harness import SmolLMHarness
+    from smollm_jax.evaluation.lm_eval_model import SmolLMHarness
+    from smollm_jax.generation.engine import Engine
+    from smollm_jax.runtime import compilation_cache
 
     manager = TaskManager(include_path=str(flags.include) if flags.include else None)
     if unknown := [task for task in flags.tasks if task not in manager.all_tasks]:
@@ -94,4 +97,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

@@ -24,8 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smollm_jax import command_line, errors
-from smollm_jax.training_flags import TrainingFlags
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.data.mixture import open_mixture
+from smollm_jax.runs.folder import write_run_files
+from smollm_jax.runtime.program import run_main
+from smollm_jax.training.flags import TrainingFlags
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     gc.disable()
     sys.setswitchinterval(1e-4)
     flags = command_line.parse(TrainingFlags, argv, __doc__, weights=("init_from", "reference"))
-    from smollm_jax.stop import Stop
+    from smollm_jax.runtime.signals import Stop
 
     stop = Stop().listen()
     for name in ("log_every", "keep"):
@@ -46,13 +50,13 @@ def main(argv: list[str] | None = None) -> None:
     if flags.distributed:
         if not flags.out or flags.async_save:
             raise errors.UsageError("--distributed needs --out, a folder all processes see, and takes no --async-save")
-        from smollm_jax import distributed
+        from smollm_jax.parallel import processes
 
-        distributed.connect(flags.coordinator_address, flags.num_processes, flags.process_id)
-        if not distributed.first():
+        processes.connect(flags.coordinator_address, flags.num_processes, flags.process_id)
+        if not processes.first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the first process speaks for all
-        with distributed.one_for_all():
-            begin(flags, stop, first=distributed.first())
+        with processes.one_for_all():
+            begin(flags, stop, first=processes.first())
     elif by_hand:
         raise errors.UsageError(f"--{by_hand[0].replace('_', '-')} says something about --distributed only")
     else:
@@ -61,11 +65,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def begin(flags: TrainingFlags, stop, *, first: bool) -> None:
     """Trains in the run folder the flags mean, which the first of a run's processes holds a lock on."""
-    from smollm_jax import recipes, training_inputs
-    from smollm_jax.lock import RunLock
-    from smollm_jax.run_folder import emptied_unless_trained, newest_run, refuse_used
+    from smollm_jax.config import named_runs
+    from smollm_jax.runs.folder import emptied_unless_trained, newest_run, refuse_used
+    from smollm_jax.runtime.lock import RunLock
+    from smollm_jax.training import inputs
 
-    training_inputs.check(flags)
+    inputs.check(flags)
     if flags.resume:
         run = flags.out or newest_run()
         if not (run / "checkpoints").is_dir():
@@ -73,7 +78,7 @@ def begin(flags: TrainingFlags, stop, *, first: bool) -> None:
     else:
         if flags.allow_change or flags.allow_unverified:
             raise errors.UsageError("--allow-change and --allow-unverified say something about --resume only")
-        name = flags.preset or recipes.named(flags.recipe or "demo").preset
+        name = flags.preset or named_runs.named(flags.recipe or "demo").preset
         run = flags.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}")
         refuse_used(run)
         # What a run left that died before its first checkpoint is replaced; it has a lock file from its start on.
@@ -90,9 +95,10 @@ def begin(flags: TrainingFlags, stop, *, first: bool) -> None:
 
 def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     """Trains in a run folder that is ours alone."""
-    from smollm_jax import heap, weights
+    from smollm_jax import weights
+    from smollm_jax.runtime import allocator
 
-    kept, read = heap.keep(), None
+    kept, read = allocator.keep(), None
     if flags.init_from and not flags.resume:
         read = functools.partial(weights.read, flags.init_from, mapped=True)
         # While JAX is imported, for most of it is hashing, without Python's lock. The other kinds' readers import JAX
@@ -102,23 +108,19 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     import jax
     import numpy as np
 
-    from smollm_jax import (
-        compilation_cache,
-        cost,
-        data,
-        distributed,
-        memory,
-        metrics,
-        optimizer,
-        sharding,
-        train,
-        train_step,
-    )
-    from smollm_jax.checkpoint import CheckpointStore
-    from smollm_jax.provenance import Provenance
-    from smollm_jax.sample import Sampler
-    from smollm_jax.tracking import Tracker
-    from smollm_jax.training_setup import set_up
+    from smollm_jax.data import batches as data
+    from smollm_jax.model import cost
+    from smollm_jax.parallel import processes, sharding
+    from smollm_jax.runs import metrics
+    from smollm_jax.runs.checkpoint import CheckpointStore
+    from smollm_jax.runs.provenance import Provenance
+    from smollm_jax.runs.tracking import Tracker
+    from smollm_jax.runtime import compilation_cache
+    from smollm_jax.training import loop, memory, optimizer
+    from smollm_jax.training.sample import Sampler
+    from smollm_jax.training.setup import set_up
+    from smollm_jax.training.state import Progress, environment_of, init_model, init_train_state
+    from smollm_jax.training.validation import validation_loss
 
     compilation_cache.enable()
     setup = set_up(flags, run, read)
@@ -131,7 +133,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     device = jax.local_devices()[0]
     tight = setup.planned > setup.limit / 2
     if kept and (tight or device.platform != "cpu"):  # around what is kept a heap grows
-        heap.give_back()
+        allocator.give_back()
         kept = False
     if not saved or saved.progress.step < recipe.steps:  # compiles while weights and tokens are read
         arguments = setup.limit, config, recipe, compute, device.platform
@@ -154,7 +156,7 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     sys.setswitchinterval(5e-3)
     # Not stopped by a first signal: exit 75 promises a checkpoint.
     reading = {"on_bad_text": flags.on_bad_text, "special_tokens": flags.special_tokens}
-    tokens = data.prepare(start.source, tokenizer.path, Path("data"), None, tokenizer, **reading)
+    tokens = open_mixture(start.source, tokenizer.path, Path("data"), None, tokenizer, **reading)
     batches = data.Batches(tokens, recipe)
     held_out = np.concatenate([batch[:, 1:].ravel() for batch in batches.validation(cadence.eval_batches)])
     bytes_per_token = tokenizer.byte_count(held_out.tolist()) / held_out.size
@@ -164,23 +166,23 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
     if saved:
         for change in provenance.check_resumes(saved.provenance, flags.allow_change):
             print(f"note: changed, as --allow-change says: {change}")
-        print_differences(saved, recipe, train.environment_of(compute))
+        print_differences(saved, recipe, environment_of(compute))
         progress, state = saved.progress, saved.state_under(config)
     else:
-        progress = train.Progress()
-        model = train_step.fresh(config, recipe.seed, mesh) if model is None else model
-        state = train_step.begin(model, optimizer.adamw(recipe), mesh)
+        progress = Progress()
+        model = init_model(config, recipe.seed, mesh) if model is None else model
+        state = init_train_state(model, optimizer.adamw(recipe), mesh)
         # Of a run that has no checkpoint, or has one no longer.
-        if (run / "metrics.jsonl").exists() and distributed.first():
+        if (run / "metrics.jsonl").exists() and processes.first():
             old = next(name for n in itertools.count(1) if not (name := run / f"metrics.jsonl.{n}").exists())
             (run / "metrics.jsonl").rename(old)
             print(f"note: starts from the beginning, in a run without a checkpoint; its metrics are now {old}")
-    if distributed.first():
+    if processes.first():
         generation_config = start.bundle.generation_config if start.bundle else None
-        weights.write_run_files(run, config, tokenizer.files, generation_config=generation_config)
+        write_run_files(run, config, tokenizer.files, generation_config=generation_config)
     tracker = None
-    if flags.track and distributed.first():
-        tracker = Tracker(flags.track, run, provenance.meta() | {"environment": train.environment_of(compute)})
+    if flags.track and processes.first():
+        tracker = Tracker(flags.track, run, provenance.meta() | {"environment": environment_of(compute)})
     flops = cost.flops_per_token(config, recipe.sequence_length)
     peak = cost.peak_flops(device.device_kind, recipe.dtype)
     peak = peak and peak * compute.devices
@@ -192,12 +194,12 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
             flops_per_token=flops,
             peak_flops=peak,
             bytes_per_token=bytes_per_token,
-            tensorboard=flags.tensorboard and distributed.first(),
+            tensorboard=flags.tensorboard and processes.first(),
             tracker=tracker,
-            kept=distributed.first(),
+            kept=processes.first(),
         ) as log,
     ):
-        state = train.train(
+        state = loop.train(
             state,
             progress,
             provenance=provenance,
@@ -212,11 +214,11 @@ def train_in(run: Path, flags: TrainingFlags, stop) -> None:
         )
     if setup.reference is not None and not stop:
         scale = sharding.put(weights.load(setup.reference)[0], mesh)
-        loss = train.validation_loss(scale, batches, cadence.eval_batches, compute, stop)
+        loss = validation_loss(scale, batches, cadence.eval_batches, compute, stop)
         if loss is not None:
             print(f"for scale: {setup.reference}, {metrics.bits_per_byte(loss, bytes_per_token):.3f} bits per byte")
-    model = distributed.whole(state.model)
-    if distributed.first():
+    model = processes.whole(state.model)
+    if processes.first():
         sampler.show(model)
     if stop:
         raise stop.error(f"all {recipe.steps} steps are done, saved and verified")
@@ -255,7 +257,7 @@ def announce(run: Path, flags: TrainingFlags, setup, device, kept: bool) -> None
     """Prints what was decided."""
     import jax
 
-    from smollm_jax import cost
+    from smollm_jax.model import cost
 
     start, recipe, compute, cadence = setup.start, setup.start.recipe, setup.compute, setup.cadence
     if device.platform != "gpu":
@@ -303,4 +305,4 @@ def print_differences(saved, recipe, environment) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

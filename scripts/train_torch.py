@@ -13,7 +13,14 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from smollm_jax import command_line, errors, install
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.config.hf_config import read_config
+from smollm_jax.data.mixture import open_mixture
+from smollm_jax.runs.folder import write_run_files
+from smollm_jax.runtime import install
+from smollm_jax.runtime.program import run_main
+from smollm_jax.tokenizer.source import read_tokenizer_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +53,13 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError(install.needs("train_torch.py", "torch"))
     import torch
 
-    from smollm_jax import cost, data, formats, metrics, train_step, weights
-    from smollm_jax.checkpoint import CheckpointStore
-    from smollm_jax.provenance import Provenance
+    from smollm_jax import weights
+    from smollm_jax.data import batches as data
+    from smollm_jax.model import cost
+    from smollm_jax.runs import metrics
+    from smollm_jax.runs.checkpoint import CheckpointStore
+    from smollm_jax.runs.provenance import Provenance
+    from smollm_jax.training.state import init_model
     from smollm_torch import train
     from smollm_torch.weights import from_bundle
 
@@ -58,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError("--device cuda: this torch finds no CUDA GPU")
     if flags.out.exists():
         raise errors.UsageError(f"{flags.out}: exists already; name another --out")
-    config = formats.read_config(flags.like / "config.json")
+    config = read_config(flags.like / "config.json")
     with CheckpointStore(flags.like / "checkpoints", create=False) as store:
         step = store.latest_step()
         store.verify(step, item="meta")
@@ -68,13 +79,13 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError(f"{flags.like} was trained with --mask-documents, which the twin does not do")
     if like.start_from and not flags.init_from:
         raise errors.UsageError(f"{flags.like} began with {like.start_from}: add --init-from {like.start_from}")
-    tokens = data.prepare(flags.data, flags.like, Path("data"))
+    tokens = open_mixture(flags.data, flags.like, Path("data"))
     if tokens.sha256 != like.data_sha256:
         raise errors.UsageError(f"--data {' '.join(flags.data)} is not what {flags.like} was trained on")
     if flags.init_from:
         bundle = weights.read(flags.init_from)
     else:
-        bundle = weights.to_bundle(train_step.fresh(config, recipe.seed))
+        bundle = weights.to_bundle(init_model(config, recipe.seed))
     module = from_bundle(bundle).to(flags.device)
     device = torch.cuda.get_device_name() if flags.device == "cuda" else "cpu"
     print(f"device      {device}, torch {torch.__version__}")
@@ -91,10 +102,10 @@ def main(argv: list[str] | None = None) -> None:
         train.train(
             module, recipe, data.Batches(tokens, recipe), eval_every=flags.eval_every, log=log, stop_at=flags.steps
         )
-    weights.write_run_files(flags.out, config, formats.read_tokenizer_files(flags.like))
+    write_run_files(flags.out, config, read_tokenizer_files(flags.like))
     train.save(module, flags.out / "model.safetensors")
     print(f"wrote {flags.out / 'model.safetensors'}")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import tyro
 
-from smollm_jax import command_line, errors
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime.program import run_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__)
-    from smollm_jax import integrity
-    from smollm_jax.checkpoint import steps_in
+    from smollm_jax.runs import manifest as integrity
+    from smollm_jax.runs.checkpoint import steps_in
 
     folder = flags.run / "checkpoints"
     if not folder.is_dir():
@@ -52,4 +54,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_main(main)

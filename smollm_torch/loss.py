@@ -1,4 +1,4 @@
-"""The twin's loss computed as `smollm_jax/loss.py` computes it, for the benchmark: both sides then save the same work.
+"""The twin's loss computed as `smollm_jax/model/cross_entropy.py` does: both sides of a benchmark save the same work.
 
 Training and the parity tests keep `smollm_torch.train.mean_loss`, plain cross-entropy over all logits: another way to
 the same number.
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smollm_torch.model import SmolLM
 
-CHUNK_TOKENS, CPU_CHUNK_TOKENS = 4096, 512  # as in smollm_jax/loss.py
+CHUNK_TOKENS, CPU_CHUNK_TOKENS = 4096, 512  # as in smollm_jax/model/cross_entropy.py
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""SmolLM2 in PyTorch, the reference twin of `smollm_jax/model.py`: same names, same order, same mathematics.
+"""SmolLM2 in PyTorch, the reference twin of `smollm_jax/model/smollm.py`: same names, same order, same mathematics.
 
 `state_dict` keys are Hugging Face's. Of ours it imports the config and nothing else.
 
@@ -119,7 +119,7 @@ class SmolLM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The recipe's init, as in `smollm_jax.model.SmolLM` (the random numbers are torch's own)."""
+        """The recipe's init, as in `smollm_jax.model.smollm.SmolLM` (the random numbers are torch's own)."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):

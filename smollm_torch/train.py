@@ -1,4 +1,4 @@
-"""The twin's training: the recipe of `smollm_jax/train.py` in plain PyTorch, as the reference to lay its curve over."""
+"""The twin's training: the recipe of `smollm_jax/training/loop.py` in plain PyTorch, the reference for its curve."""
 
 import math
 from pathlib import Path
@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from smollm_jax.data import Batches
+from smollm_jax.config import Recipe
+from smollm_jax.data.batches import Batches
 from smollm_jax.errors import DivergedError
-from smollm_jax.metrics import RunLog
-from smollm_jax.recipe import Recipe
+from smollm_jax.runs.metrics import RunLog
 from smollm_torch.model import SmolLM
 
 

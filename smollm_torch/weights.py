@@ -7,7 +7,8 @@ import torch
 
 from smollm_jax import weights
 from smollm_jax.config import Config
-from smollm_jax.formats import Bundle, from_torch, to_torch
+from smollm_jax.weights.bundle import Bundle
+from smollm_jax.weights.torch_file import from_torch, to_torch
 from smollm_torch.model import SmolLM
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from smollm_jax.special_tokens import byte_symbols
+from smollm_jax.tokenizer.special_tokens import byte_symbols
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]"]
 PLAIN = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # added, but not special

@@ -1,4 +1,4 @@
-"""What `tests/test_sharding.py` looks at, computed in a process that has eight virtual CPU devices; writes JSON.
+"""What `tests/parallel/test_sharding.py` looks at, computed in a process with eight virtual CPU devices; writes JSON.
 
 python -m tests.eight_devices FILE
 """
@@ -13,11 +13,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from smollm_jax import optimizer, sharding, train, train_step
-from smollm_jax.checkpoint import CheckpointStore, flatten
-from smollm_jax.config import preset
-from smollm_jax.provenance import Provenance
-from smollm_jax.recipe import Recipe
+from smollm_jax.config import Recipe, preset
+from smollm_jax.parallel import sharding
+from smollm_jax.runs.checkpoint import CheckpointStore
+from smollm_jax.runs.provenance import Provenance
+from smollm_jax.runs.pytree import flatten
+from smollm_jax.training import optimizer, train_step
+from smollm_jax.training.execution import Compute
+from smollm_jax.training.state import TrainState, init_model, init_train_state, restore_run
+from smollm_jax.training.validation import eval_step, put_padded
 
 # Layouts, each with the parts a batch is computed in.
 RUNS = ((None, 1), ("data=8", 2), ("fsdp=8", 1), ("data=4,fsdp=2", 2))
@@ -36,8 +40,8 @@ def batches() -> np.ndarray:
     return np.where(ends, END, tokens).astype(np.int32)
 
 
-def begin(mesh) -> train_step.TrainState:
-    return train_step.begin(train_step.fresh(CONFIG, 0, mesh), TX, mesh)
+def begin(mesh) -> TrainState:
+    return init_train_state(init_model(CONFIG, 0, mesh), TX, mesh)
 
 
 def largest_bytes(state) -> int:
@@ -56,7 +60,7 @@ def lies_as(tree, mesh) -> bool:
 
 def run(layout: str | None, parts: int, document_end: int | None) -> dict:
     mesh = sharding.make_mesh(layout) if layout else None
-    compute = train_step.Compute("float32", parts=parts, mesh=mesh, document_end=document_end)
+    compute = Compute("float32", parts=parts, mesh=mesh, document_end=document_end)
     state = begin(mesh)
     before = largest_bytes(state)
     step = train_step.compile_step(CONFIG, RECIPE, compute)
@@ -67,7 +71,7 @@ def run(layout: str | None, parts: int, document_end: int | None) -> dict:
         losses.append(float(metrics["loss"]))
     assert lies_as(state, mesh), "an array moved"
     odd = batches()[0][:13]  # validation's last batch may have any number of rows
-    evaluated = train_step.eval_step(state.model, train_step.put_padded(odd, mesh), compute)
+    evaluated = eval_step(state.model, put_padded(odd, mesh), compute)
     return {"losses": losses, "bytes": before, "program": step.as_text(), "evaluated": float(evaluated)}
 
 
@@ -82,7 +86,7 @@ def restored() -> dict:
             state = begin(sharding.make_mesh(saved) if saved else None)
             store.save(1, {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}, meta)
             mesh = sharding.make_mesh(layout) if layout else None
-            loaded = train.load(store, 1, mesh).state
+            loaded = restore_run(store, 1, mesh).state
             same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), state, loaded)
             equal[f"{saved} -> {layout}"] = lies_as(loaded, mesh) and all(jax.tree.leaves(same))
     return equal

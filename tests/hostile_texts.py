@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from smollm_jax.config.hf_config import config_to_hf
 from tests.hostile_weights import Cases
 from tests.small_files import SMALL, tokenizer_folder
 
@@ -44,11 +45,11 @@ def endless(name: str, begin: bytes, fill: bytes) -> Writer:
 
 
 def config(**changed: Any) -> Writer:
-    return holding("config.json", json.dumps(SMALL.to_hf() | changed).encode())
+    return holding("config.json", json.dumps(config_to_hf(SMALL) | changed).encode())
 
 
 def config_text(old: str, new: str) -> Writer:
-    text = json.dumps(SMALL.to_hf())
+    text = json.dumps(config_to_hf(SMALL))
     assert text.count(old) == 1, old
     return holding("config.json", text.replace(old, new).encode())
 
@@ -58,7 +59,7 @@ CONFIG: Cases = {
     "a list": (holding("config.json", b"[]"), "must be a JSON object, got list"),
     "a string": (holding("config.json", b'"llama"'), "must be a JSON object, got str"),
     "a byte order mark": (holding("config.json", b"\xef\xbb\xbf{}"), "begins with a byte order mark"),
-    "UTF-16": (holding("config.json", json.dumps(SMALL.to_hf()).encode("utf-16")), "looks like UTF-16"),
+    "UTF-16": (holding("config.json", json.dumps(config_to_hf(SMALL)).encode("utf-16")), "looks like UTF-16"),
     "not UTF-8": (holding("config.json", b'{"a": "\xe9"}'), "byte 7 is not UTF-8"),
     "nested too deeply": (holding("config.json", b"[" * 100_000), "nested too deeply"),
     "5 MiB": (sparse("config.json", 5 * MIB), "bytes are too many"),
@@ -324,7 +325,9 @@ def evil_array(name: str) -> Writer:
 def evil_folder(name: str, *more: str) -> Writer:
     def write(folder: Path) -> Path:
         for one in more:
-            holding(one, json.dumps(SMALL.to_hf()).encode())((folder / "hf").mkdir(exist_ok=True) or folder / "hf")
+            holding(one, json.dumps(config_to_hf(SMALL)).encode())(
+                (folder / "hf").mkdir(exist_ok=True) or folder / "hf"
+            )
         return evil(f"hf/{name}")(folder).parent
 
     return write

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from smollm_jax.safetensors_file import write_safetensors
+from smollm_jax.config.hf_config import config_to_hf
+from smollm_jax.weights.safetensors_file import write_safetensors
 from tests.small_files import SMALL, gguf_metadata, small_tensors, write_gguf
 
 Cases = dict[str, tuple[Callable[[Path], Path], str]]
@@ -23,7 +24,7 @@ Q0, Q1 = (f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1))
 
 
 def safetensors_bytes(folder: Path, tensors: dict[str, np.ndarray] | None = None, **metadata: str) -> bytes:
-    about = {"config": json.dumps(SMALL.to_hf())} | metadata
+    about = {"config": json.dumps(config_to_hf(SMALL))} | metadata
     write_safetensors(folder / "made", small_tensors() if tensors is None else tensors, about)
     return (folder / "made").read_bytes()
 
@@ -141,7 +142,7 @@ SAFETENSORS: Cases = {
     "no config": (headed(lambda h: h["__metadata__"].pop("config") and None), "carries no config"),
     "config no JSON": (with_tensors(lambda t: None, config="{"), "metadata 'config': not readable as JSON"),
     "config of a billion layers": (
-        with_tensors(lambda t: None, config=json.dumps(SMALL.to_hf() | {"num_hidden_layers": 10**9})),
+        with_tensors(lambda t: None, config=json.dumps(config_to_hf(SMALL) | {"num_hidden_layers": 10**9})),
         "num_hidden_layers must be an integer from 1 to 1024",
     ),
 }

@@ -16,8 +16,9 @@ import uvicorn
 
 from scripts import app
 from smollm_jax import weights
-from smollm_jax.checkpoint import CheckpointStore
-from smollm_jax.web.ask import KNOBS
+from smollm_jax.runs.checkpoint import CheckpointStore
+from smollm_jax.web.requests import KNOBS
+from smollm_jax.weights import mapping
 from tests import trainer
 
 GREEDY = {name: knob.default for name, knob in KNOBS.items()} | {
@@ -140,7 +141,7 @@ def tiny_run(folder: Path, tokenizer: Path, name: str, steps: tuple[int, ...]) -
             weights.write(run, source, "orbax")  # as step 0
         else:
             with CheckpointStore(run / "checkpoints") as store:
-                store.save(step, {"params": weights.to_ours(source.tensors, source.config)}, {})
+                store.save(step, {"params": mapping.to_ours(source.tensors, source.config)}, {})
     rows = [{"step": step, "loss": 9 - step / 20, "tokens_per_second": 7.0} for step in range(1, steps[-1] + 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run

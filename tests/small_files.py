@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from smollm_jax import weights
 from smollm_jax.config import Config
-from smollm_jax.data import Mixture
-from smollm_jax.gguf_tokenizer import build, tokenizer_files
-from smollm_jax.special_tokens import byte_symbols
-from smollm_jax.token_file import TokenFile, TokenSet
+from smollm_jax.data.mixture import Mixture
+from smollm_jax.data.token_file import TokenFile, TokenSet
+from smollm_jax.tokenizer.gguf import build, tokenizer_files
+from smollm_jax.tokenizer.special_tokens import byte_symbols
+from smollm_jax.weights import mapping
 
 SMALL = Config(300, 8, 12, 2, 2, 1, 4, 64, 1e4, 1e-5, 0.1, True, 0, 0, None)
 
@@ -20,7 +20,7 @@ SMALL = Config(300, 8, 12, 2, 2, 1, 4, 64, 1e4, 1e-5, 0.1, True, 0, 0, None)
 @functools.cache
 def small_tensors() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in weights.hf_shapes(SMALL).items()}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in mapping.hf_shapes(SMALL).items()}
 
 
 def small_tokenizer() -> dict[str, bytes]:

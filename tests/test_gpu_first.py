@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import tyro
 
+from benchmarks.options import check_flags
 from scripts import benchmark
 from scripts.profile_train import Flags as ProfileFlags
-from smollm_jax.training_flags import TrainingFlags
+from smollm_jax.training.flags import TrainingFlags
 
 ROOT = Path(__file__).parent.parent
 FIRST = ["machine", "train", "speed", "remat-dots", "attention", "profile", "resume", "decode", "decode-loops"]
@@ -23,7 +24,7 @@ FILES = ("first.json", "first.log", "first.md", "first-metrics.jsonl")
 RECORDER = f"""#!{sys.executable} -IS
 import json, os, signal, sys, time
 line = " ".join(sys.argv[1:])
-if sys.argv[1] == "scripts/measure/summary.py" or sys.argv[1:3] == ["-m", "pip"]:
+if sys.argv[1:3] in (["-m", "benchmarks.summary"], ["-m", "pip"]):
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 open(os.environ["RECORD"], "a").write(json.dumps([os.environ.get("XLA_FLAGS"), *sys.argv[1:]]) + "\\n")
 if os.environ.get("HANGS", "no such word") in line:
@@ -86,7 +87,7 @@ def test_the_first_call_asks_the_most_valuable_first_and_names_the_second(rehear
     assert (cold.eval_every, cold.save_every, cold.resume, resumed.resume, resumed.steps) == (30, 30, False, True, 35)
     measured = [(x, tyro.cli(benchmark.Flags, args=of)) for x, script, of in flags if script.endswith("benchmark.py")]
     for _, of in measured:
-        benchmark.check_flags(of)
+        check_flags(of)
     (_, speed), (_, dots), (plain, decode), (loops, again) = measured
     assert (speed.what, speed.batch_size, speed.sequence_length, speed.others) == ("train", 16, 2048, ("hf-compile",))
     assert (dots.remat, dots.others) == ("dots", ())
@@ -103,7 +104,7 @@ def test_the_second_call_is_of_flags_that_exist_too_and_some_stages_can_be_had_a
     assert ended(out, "second") == dict.fromkeys(SECOND, 0)
     flags = [tyro.cli(benchmark.Flags, args=of) for _, script, *of in calls if script.endswith("benchmark.py")]
     for each in flags:
-        benchmark.check_flags(each)
+        check_flags(each)
     assert [(each.what, each.batch_size, each.unroll) for each in flags[:2]] == [("train", 32, None), ("train", 16, 1)]
     assert (flags[-1].sequence_length, flags[-1].others) == (8192, ("hf-compile",))
     calls, out, _ = rehearse(STAGES="speed profile")
@@ -157,7 +158,7 @@ def test_wheels_beside_the_tree_are_installed_where_every_stage_finds_them(rehea
         wheel.writestr(f"{about}/RECORD", "")
     try:
         (tmp_path / "finder").write_text(
-            f"#!{sys.executable}\nimport os, sys\nif sys.argv[1] not in ('-m', 'scripts/measure/summary.py'):\n"
+            f"#!{sys.executable}\nimport os, sys\nif sys.argv[1] != '-m':\n"
             "    import smollm_rehearsal\n    sys.exit(smollm_rehearsal.FOUND - 1)\n"
             "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
         )

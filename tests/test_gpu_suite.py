@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import tyro
 
+from benchmarks.options import check_flags
 from scripts import benchmark
 
 ROOT = Path(__file__).parent.parent
 # In place of the interpreter: writes down what it is asked to run, and runs the summary alone.
 RECORDER = f"""#!{sys.executable}
 import json, os, sys
-if sys.argv[1] in ("scripts/measure/summary.py", "scripts/measure/room.py"):
+if sys.argv[1:3] in (["-m", "benchmarks.summary"], ["-m", "benchmarks.room"]):
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 open(os.environ["RECORD"], "a").write(json.dumps(sys.argv[1:]) + "\\n")
 """
@@ -65,7 +66,7 @@ def test_every_benchmark_of_the_gpu_suite_has_flags_that_exist(on_a_gpu):
     for script, *arguments in calls:
         if script == "scripts/benchmark.py":
             flags.append(tyro.cli(benchmark.Flags, args=arguments))
-            benchmark.check_flags(flags[-1])
+            check_flags(flags[-1])
     measured = {(of.what, of.sequence_length, side) for of in flags for side in ("ours", *of.others)}
     for side in ("ours", "hf-compile", "hf-compile-max", "twin-compile"):
         assert ("train", 2048, side) in measured
@@ -135,8 +136,7 @@ def test_what_has_no_room_is_left_out_and_said(on_a_gpu):
     ],
 )
 def test_room_is_what_all_sides_need_at_once(monkeypatch, gigabytes, arguments, status, capsys):
-    monkeypatch.syspath_prepend(ROOT / "scripts/measure")
-    import room
+    from benchmarks import room
 
     assert room.main(gigabytes, [*arguments.split(), "--dtype", "bfloat16", "--sequence-length", "2048"]) == status
     assert ("no room" in capsys.readouterr().out) is (status == 3)
@@ -150,8 +150,7 @@ def measured_stage(folder, stage, **medians):
 
 def test_the_suites_summary_divides_best_by_best(tmp_path, monkeypatch, capsys):
     """Each side at its own best batch size, transformers at its best kind too; other shapes and failures stay apart."""
-    monkeypatch.syspath_prepend(ROOT / "scripts/measure")
-    import summary
+    from benchmarks import summary
 
     stages = [
         measured_stage(tmp_path, "speed-8", ours=100.0, **{"hf-compile": 90.0}),
@@ -194,7 +193,7 @@ def test_two_runs_curves_are_compared_step_by_step(tmp_path, losses, code, said)
         (tmp_path / name).mkdir()
         rows = [{"step": i, "loss": x} for i, x in enumerate(curve, 1)] + [{"step": 2, "validation_loss": 9.0}]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = [sys.executable, ROOT / "scripts/measure/check_curves.py", "a", "b", "--steps", "2", "--bound", "0.02"]
+    command = [sys.executable, "-m", "benchmarks.check_curves", "a", "b", "--steps", "2", "--bound", "0.02"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*map(str, command), "--out", "c.json"],

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from smollm_jax import data, weights
+from smollm_jax import weights
+from smollm_jax.config.hf_config import config_to_hf, read_config
+from smollm_jax.data.mixture import Mixture, open_mixture
+from smollm_jax.data.text import documents
 from smollm_jax.errors import InputFileError
-from smollm_jax.files import read_config
-from smollm_jax.text import documents
 from smollm_jax.tokenizer import Tokenizer
 from tests.hostile_data import ARROW, COMPRESSED, PARQUET, SETS
 from tests.hostile_texts import CONFIG, JSON, PICKLES, STRANGERS, TABLES, TEXT, TOKENS
@@ -31,8 +32,8 @@ from tests.small_files import SMALL, small_tensors, tokenizer_folder, write_gguf
 ROOT = Path(__file__).parent.parent
 
 
-def prepare(path: Path) -> data.Mixture:
-    return data.prepare(path, path.parent / "tokenizer", path.parent / "cache")
+def prepare(path: Path) -> Mixture:
+    return open_mixture(path, path.parent / "tokenizer", path.parent / "cache")
 
 
 def chat(path: Path) -> list[int]:
@@ -130,15 +131,17 @@ def test_the_files_that_the_malformed_ones_were_made_from_are_well_formed(tmp_pa
     }
     weights.write(tmp_path / "x.safetensors", found, "safetensors")
     assert weights.read(tmp_path / "x.safetensors").tensors.keys() == found.tensors.keys()
-    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(SMALL)))
     assert read_config(tmp_path / "config.json") == SMALL
     assert Tokenizer.load(tokenizer_folder(tmp_path / "tokenizer")).vocab_size == 260
     (tmp_path / "x.txt").write_text("the text")
     assert prepare(tmp_path / "x.txt").sets[0].files[0].tokens.tolist()[-1] == 0
 
 
-SCRIPT = "import sys, pathlib; from smollm_jax import errors; from tests.test_hostile_files import KINDS\n"
-CALL = SCRIPT + "errors.run(lambda: KINDS[sys.argv[1]][1](pathlib.Path(sys.argv[2])))"
+SCRIPT = (
+    "import sys, pathlib; from smollm_jax.runtime.program import run_main; from tests.test_hostile_files import KINDS\n"
+)
+CALL = SCRIPT + "run_main(lambda: KINDS[sys.argv[1]][1](pathlib.Path(sys.argv[2])))"
 
 
 @pytest.mark.parametrize(

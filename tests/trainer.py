@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from smollm_jax.checkpoint import CheckpointStore, steps_in
-from smollm_jax.metrics import read_metrics
+from smollm_jax.runs.checkpoint import CheckpointStore, steps_in
+from smollm_jax.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CACHE, PREPARED = (tempfile.mkdtemp(prefix="smollm-tests-") for _ in range(2))

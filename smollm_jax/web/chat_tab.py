@@ -6,12 +6,12 @@ from typing import Any
 import gradio as gr
 
 from smollm_jax.errors import UsageError
-from smollm_jax.web import ask as asking
-from smollm_jax.web.answers import Answers
-from smollm_jax.web.ask import KNOBS
+from smollm_jax.web import requests as asking
 from smollm_jax.web.complete_tab import kept
+from smollm_jax.web.events import LIGHT, WRITING, note, numbered, refusing, waiting, writing
 from smollm_jax.web.markdown import rendered
-from smollm_jax.web.wiring import LIGHT, WRITING, note, numbered, refusing, waiting, writing
+from smollm_jax.web.requests import KNOBS
+from smollm_jax.web.responses import Answers
 
 HINT = '<p class="hint">Ask something. Instruct weights answer; base weights have no chat template.</p>'
 SEED = 1 + list(KNOBS).index("seed")  # its place among the stop strings and the knobs

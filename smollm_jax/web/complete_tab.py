@@ -5,9 +5,9 @@ from typing import Any
 import gradio as gr
 
 from smollm_jax.errors import UsageError
-from smollm_jax.web.answers import Answers, Frame
-from smollm_jax.web.wiring import LIGHT, WRITING, note, numbered, waiting, writing
-from smollm_jax.web.writing import Cut
+from smollm_jax.web.events import LIGHT, WRITING, note, numbered, waiting, writing
+from smollm_jax.web.generation_stream import Cut
+from smollm_jax.web.responses import Answers, Frame
 
 LEGEND = (
     '<div class="legend">unlikely<i>'

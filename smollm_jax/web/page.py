@@ -7,20 +7,20 @@ from typing import Any
 import gradio as gr
 from gradio.themes import Base, Default
 
-from smollm_jax.generation_config import GREEDY, GenerationConfig, described
-from smollm_jax.web.answers import Answers
-from smollm_jax.web.ask import KNOBS, Knob
+from smollm_jax.config.generation_config import GREEDY, GenerationConfig, described
 from smollm_jax.web.chat_tab import ChatTab
 from smollm_jax.web.complete_tab import CompleteTab
+from smollm_jax.web.events import LIGHT, refusing
+from smollm_jax.web.requests import KNOBS, Knob
+from smollm_jax.web.responses import Answers
 from smollm_jax.web.runs_tab import RunsTab
-from smollm_jax.web.wiring import LIGHT, refusing
 
 FOLDER = Path(__file__).parent
 CSS = (FOLDER / "page.css").read_text(encoding="utf-8")
 SCRIPT = "".join(f"<script>{(FOLDER / name).read_text(encoding='utf-8')}</script>" for name in ("tokens.js", "page.js"))
 NEUTRAL = '<p class="hint small">Temperature 0 is greedy. Top k 0, top p 1, min p 0 and penalty 1 change nothing.</p>'
 HEAD = """<div class="masthead"><h1>SmolLM2 in JAX</h1><p>read it as it writes, watch it as it learns</p></div>"""
-# Every pair of colours has a contrast of at least 4.5 to 1, by axe in tests/test_browser.py: Gradio's own teal with
+# Every pair of colours has a contrast of at least 4.5 to 1, by axe in tests/web/test_browser.py: Gradio's own teal with
 # white has 2.5, its hints have 2.6.
 COLOURS = {
     "button_primary_background_fill": "*primary_700",

@@ -7,11 +7,11 @@ from typing import Any
 import gradio as gr
 from gradio.components.plot import AltairPlotData
 
-from smollm_jax.checkpoint import steps_in
-from smollm_jax.web.answers import MOST_COMPARED, Answers
-from smollm_jax.web.ask import choice
-from smollm_jax.web.runs import CURVES, Point, RunLogs, table, thinned
-from smollm_jax.web.wiring import LIGHT, WRITING, note, numbered, refusing, waiting, writing
+from smollm_jax.runs.checkpoint import steps_in
+from smollm_jax.web.events import LIGHT, WRITING, note, numbered, refusing, waiting, writing
+from smollm_jax.web.requests import choice
+from smollm_jax.web.responses import MOST_COMPARED, Answers
+from smollm_jax.web.run_curves import CURVES, Point, RunLogs, table, thinned
 
 TICK_SECONDS = 2.0
 MOST_DRAWN = 4  # by themselves; any number by choice

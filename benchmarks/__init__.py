@@ -1,0 +1,1 @@
+"""Ours against other implementations, measured; and what XLA makes of our programs."""

@@ -1,0 +1,90 @@
+"""What a checkpoint's manifest adds to a save and to a restore, and the check for finite numbers to a step."""
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks.job import Job, Prepared
+from smollm_jax.runs import manifest
+from smollm_jax.runs.checkpoint import CheckpointStore
+from smollm_jax.runs.pytree import flatten
+from smollm_jax.training import optimizer, train_step
+from smollm_jax.training.execution import Compute
+from smollm_jax.training.loss import mean_gradients
+from smollm_jax.training.state import TrainState, init_model, init_train_state
+
+
+def prepare(_name: str, job: Job, folder: Path) -> Prepared:
+    """No unit of work: what this side says once it is ready is all, seconds by name, round by round."""
+    seconds, states = steps(job)
+    state = states.pop("guarded")  # moments that are no longer zero, which would compress to nothing
+    states.clear()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:  # on the disk the parent chose
+        seconds |= saves(job, state, Path(place))
+    return dict, lambda: 0, {"device": jax.devices()[0].device_kind, "times": seconds}
+
+
+def alternate(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds each side took in each round, the sides in turn; the first round, which compiles, is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):
+        for name, side in sides.items():
+            began = time.perf_counter()
+            side()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def steps(job: Job) -> tuple[dict[str, list[float]], dict[str, TrainState]]:
+    """Seconds of a step with the check for finite numbers and of one without, and the states they leave."""
+    tokens, tx, compute = jnp.asarray(job.tokens()), optimizer.adamw(job.recipe()), Compute("float32")
+    state = init_train_state(init_model(job.config, 0), tx)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def unguarded(state: TrainState) -> TrainState:
+        gradients: Any
+        _, gradients = mean_gradients(state.model, tokens, compute)
+        model: Any = state.model
+        updates, opt_state = tx.update(gradients, state.opt_state, model)
+        return TrainState(optax.apply_updates(model, updates), opt_state)  # pyright: ignore[reportArgumentType]
+
+    states = {"guarded": state, "unguarded": jax.tree.map(jnp.copy, state)}
+
+    def step(name: str) -> None:
+        if name == "guarded":
+            states[name], _ = train_step.train_step(states[name], tokens, tx=tx, compute=compute)
+        else:
+            states[name] = unguarded(states[name])
+        jax.block_until_ready(states[name])
+
+    return alternate({name: functools.partial(step, name) for name in states}, job.rounds), states
+
+
+def saves(job: Job, state: TrainState, folder: Path) -> dict[str, list[float]]:
+    """Seconds of a save, of the manifest in it, of verifying and of restoring."""
+    items = {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items)
+    sealing, seal = [], manifest.seal
+
+    def timed_seal(folder: Path, about: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        seal(folder, about)
+        sealing.append(time.perf_counter() - began)
+
+    manifest.seal = timed_seal
+    with CheckpointStore(folder / "checkpoints", keep=1) as store:
+        sides = {
+            "save": lambda: store.save(len(sealing) + 1, items, {}),
+            "verify": lambda: store.verify(store.latest_step()),
+            "restore": lambda: jax.block_until_ready(store.restore(store.latest_step(), like)),
+        }
+        seconds = alternate(sides, job.rounds)
+    manifest.seal = seal
+    return seconds | {"manifest": sealing[1:]}

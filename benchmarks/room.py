@@ -1,0 +1,81 @@
+"""Whether all sides of a training benchmark find room on a GPU, by arithmetic: what `scripts/gpu_suite.sh` asks first.
+
+    python -m benchmarks.room 80.0 train --dtype bfloat16 --batch-size 32 --sequence-length 2048
+
+The first argument is the GPU's memory in GB, the rest are `scripts/benchmark.py`'s. Prints what each side needs, and
+the largest batch that has room where this one has none: that is exit status 3. Of "train" all sides are there at once,
+of "memory" one after the other. No GPU was asked yet; transformers' side is meant to err to too much.
+"""
+
+import dataclasses
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # only arithmetic
+
+import tyro
+
+from benchmarks.options import Flags
+from smollm_jax.config import Recipe, preset
+from smollm_jax.model.attention import Implementation
+from smollm_jax.model.cost import count_parameters
+from smollm_jax.training import memory
+from smollm_jax.training.execution import Compute
+
+
+def main(gigabytes: float, arguments: list[str]) -> int:
+    """The exit status."""
+    flags = tyro.cli(Flags, args=arguments)
+    assert flags.what in ("train", "memory"), flags.what
+    need = needs(flags, gigabytes)
+    if fits(flags, gigabytes):
+        return 0
+    smaller = [rows for rows in (1 << n for n in range(flags.batch_size.bit_length())) if rows < flags.batch_size]
+    room = [rows for rows in smaller if fits(dataclasses.replace(flags, batch_size=rows), gigabytes)]
+    said = " and ".join(f"{of:.0f} GB for {side}" for side, of in need.items())
+    instead = f"--batch-size {room[-1]} has room" if room else "no batch size has"
+    print(f"no room by arithmetic for {said} in {memory.SHARE:.0%} of {gigabytes:.0f} GB; {instead}")
+    return 3
+
+
+def fits(flags: Flags, gigabytes: float) -> bool:
+    together = max if flags.what == "memory" else sum
+    return together(needs(flags, gigabytes).values()) <= memory.SHARE * gigabytes
+
+
+def needs(flags: Flags, gigabytes: float) -> dict[str, float]:
+    """GB of each side."""
+    others = {side: torchs(flags, side) / 1e9 for side in flags.others}
+    return {"ours": ours(flags, gigabytes) / 1e9} | others
+
+
+def ours(flags: Flags, gigabytes: float) -> int:
+    """The plan of a step's memory, in bytes, with the `remat` that is taken on such a GPU."""
+    config = preset(flags.preset)
+    recipe = Recipe(
+        1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
+    )
+    attention: Implementation = "cudnn" if flags.dtype == "bfloat16" else "xla"
+    compute = Compute(flags.dtype, attention, flags.remat or "dots", 1)
+    if flags.remat is None:
+        compute = memory.fastest(config, recipe, compute, "gpu", int(gigabytes * 1e9))
+    return memory.plan(config, recipe, compute, "gpu").total
+
+
+def torchs(flags: Flags, side: str) -> int:
+    """PyTorch's, under autocast, in bytes: parameters, gradients and moments; what a layer keeps; transformers' logits.
+
+    A layer keeps the residual stream twice in float32, and in the dtype of the products both norms' outputs, queries,
+    keys, values, the attention's output and the MLP's gate, up and product. Of the logits transformers holds a float32
+    copy and its gradient beside those in the dtype of the products; the twin computes them in chunks.
+    """
+    config, narrow, M = preset(flags.preset), memory.BYTES[flags.dtype], flags.batch_size * flags.sequence_length
+    D, F, L, H = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.head_dim
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    kept = L * M * (4 * 2 * D + narrow * (2 * D + heads * H + 3 * F))
+    logits = 0 if side.startswith("twin") else M * config.vocab_size * (4 + 4 + 2 * narrow)
+    return 16 * count_parameters(config) + kept + logits
+
+
+if __name__ == "__main__":
+    sys.exit(main(float(sys.argv[1]), sys.argv[2:]))

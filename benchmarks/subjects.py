@@ -1,0 +1,143 @@
+"""One function a subject of scripts/benchmark.py: starts the processes, takes turns, gives rows."""
+
+import contextlib
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare import (
+    Rows,
+    Side,
+    check_equal,
+    most_memory,
+    spread,
+    with_ratios,
+    write_weights,
+)
+from benchmarks.options import LLAMACPP, Flags
+from smollm_jax import errors
+from smollm_jax.config import preset
+from smollm_jax.data.text import documents
+from smollm_jax.data.text_sources import text_files
+from smollm_jax.model import cost
+
+
+def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
+    """tokens/s first, then seconds, FLOP/s, and beside each round what else moved: a lone GEMM, other processes."""
+    kernels = flags.what in ("loss", "attention", "packed", "gemm")
+    gguf = any(name in LLAMACPP for name in flags.others)
+    weights = folder if kernels else write_weights(flags.preset, folder, gguf=gguf)
+    with contextlib.ExitStack() as stack:
+        sides: dict[str, Side] = {}
+        for name in ("ours", *flags.others):
+            print(f"{name}: preparing", flush=True)
+            sides[name] = Side(name, flags.job(name), weights)
+            stack.callback(sides[name].close)
+        ready = {name: side.ready for name, side in sides.items()}
+        check_equal({name: flags.dtype_of(name) for name in sides}, ready)
+        rounds = [{name: side.go() for name, side in sides.items()} for _ in range(flags.rounds)]
+    device = ready["ours"]["device"]
+
+    def each(value: Callable[[dict[str, Any]], float]) -> dict[str, list[float]]:
+        return {name: [value(answers[name]) for answers in rounds] for name in sides}
+
+    if flags.what == "gemm":
+        rows: Rows = {}
+        for name in rounds[0]["ours"]["rates"]:
+            rows |= with_ratios(f"GFLOP/s {name}", each(lambda x, name=name: x["rates"][name] / 1e9))
+        rows |= with_ratios("ceiling tokens/s", each(lambda x: x["tokens"] / x["seconds"]))
+        rest = {}
+    else:
+        rows = with_ratios("tokens/s", each(lambda x: x["tokens"] / x["seconds"]))
+        rest = {"seconds": each(lambda x: x["seconds"])}
+    if flops := ready["ours"].get("flops"):
+        rest["GFLOP/s"] = each(lambda x: flops / x["seconds"] / 1e9)
+    if flags.what == "train":
+        # The convention: 3 x forward, every matrix product, the head's and attention's causal half too, no remat.
+        flops = cost.flops_per_token(preset(flags.preset), flags.sequence_length)
+        peak = cost.peak_flops(device, flags.dtype)
+        title = "MFU of the bf16 peak" if peak else "MFU of the GEMM's speed"
+        rest[title] = each(lambda x: flops * x["tokens"] / x["seconds"] / (peak or x["gemm"]))
+    rest |= {"GEMM GFLOP/s": each(lambda x: x["gemm"] / 1e9), "cores others took": each(lambda x: x["others"])}
+    for step in range(len(ready["ours"]["losses"])):
+        rest[f"loss {step + 1}"] = {name: [ready[name]["losses"][step]] for name in sides}
+    return device, rows | {f"{what}, {name}": spread(v) for what, of in rest.items() for name, v in of.items()}
+
+
+def memory(flags: Flags, folder: Path) -> tuple[str, Rows]:
+    """The most memory of two training steps, compiling included: resident on a CPU, the allocator's peak on a GPU."""
+    weights, names = write_weights(flags.preset, folder), ("ours", *flags.others)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(flags.rounds):
+        for name in names:
+            side = Side(name, flags.job(name), weights)
+            side.close()  # one at a time: two could be more than the machine has
+            found[name].append(side.ready)
+            if None in (side.ready["before_bytes"], side.ready["peak_bytes"]):
+                raise errors.SmolLMError(f"memory: {name} does not say how much it takes: its allocator keeps no count")
+        check_equal({name: flags.dtype_of(name) for name in names}, {name: found[name][-1] for name in names})
+    peaks = {name: [x["peak_bytes"] / 1e9 for x in of] for name, of in found.items()}
+    rows = with_ratios("peak GB", peaks, min)
+    for name, of in found.items():  # no ratio: PyTorch allocates AdamW's moments in the first step, we before it
+        rows[f"GB above before the step, {name}"] = spread([(x["peak_bytes"] - x["before_bytes"]) / 1e9 for x in of])
+    for name, of in found.items():
+        if "program_bytes" in of[0]:
+            rows[f"GB of the compiled step, {name}"] = spread([x["program_bytes"] / 1e9 for x in of])
+    return found["ours"][0]["device"], rows
+
+
+def checkpoint(flags: Flags, folder: Path) -> tuple[str, Rows]:
+    """What the manifest adds to a save and to a restore, and the check for finite numbers to a step."""
+    side = Side("checkpoint", flags.job("ours"), folder / "none")
+    side.close()
+    times = side.ready["times"]
+    rows = {f"{name}, seconds": spread(of) for name, of in times.items()}
+    for name, a, b in (
+        ("manifest / save", "manifest", "save"),
+        ("verify / save", "verify", "save"),
+        ("step guarded / unguarded", "guarded", "unguarded"),
+    ):
+        rows[name] = spread([x / y for x, y in zip(times[a], times[b], strict=True)])
+    return side.ready["device"], rows
+
+
+def prepare(flags: Flags, folder: Path) -> tuple[str, Rows]:
+    """MB/s of text to a data set, in turn, and the most memory of it in a round before, which is not timed."""
+    text, copies = flags.text.resolve(), folder / "text"
+    files = text_files(text)
+    for copy, file in itertools.product(range(flags.copies), files):  # no links: a file is read once
+        target = copies / f"{copy}-{text.name}" / file.relative_to(text)  # of a file: "."
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    size = flags.copies * sum(len(one.encode()) for file in files for one in documents(file)) / 1e6
+    caches = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    more = {"datasets": caches | {"TOKENIZERS_PARALLELISM": "false"}}  # a process a core, and no threads beside it
+    with contextlib.ExitStack() as stack:
+        sides: dict[str, Side] = {}
+        for name in ("ours", *flags.others):
+            sides[name] = Side(name, flags.job(name), copies, **more.get(name, {}))
+            stack.callback(sides[name].close)
+        peaks: dict[str, list[float]] = {}
+        rounds: list[dict[str, Any]] = [{}]
+        for name, side in sides.items():
+            rounds[0][name], peak = most_memory(side.process.pid, side.go)
+            peaks |= {name: [peak / 1e9]} if name != "tokenizers" else {}  # which holds all texts
+        check_same_tokens(rounds[0])
+        for _ in range(flags.rounds):
+            rounds.append({name: side.go() for name, side in sides.items()})
+            check_same_tokens(rounds[-1])
+        device = sides["ours"].ready["device"]
+    rows = with_ratios("peak GB", peaks, min)
+    for what, seconds in (("MB/s", "seconds"), ("MB/s of a core", "cpu")):
+        rows |= with_ratios(what, {name: [size / answers[name][seconds] for answers in rounds[1:]] for name in sides})
+    return device, rows
+
+
+def check_same_tokens(answers: dict[str, dict[str, Any]]) -> None:
+    """Raises unless every side made as many tokens of the text as ours."""
+    ours = answers["ours"]["tokens"]
+    for name, other in answers.items():
+        if (theirs := other["tokens"]) != ours:
+            raise errors.SmolLMError(f"ours makes {ours} tokens, {name} {theirs}: not the same work, so not compared")

@@ -1,0 +1,1 @@
+"""Readers of compiled XLA programs: their kernels, communication and profiles."""

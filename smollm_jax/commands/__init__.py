@@ -1,0 +1,1 @@
+"""The commands a user types. None imports a framework before its flags are read."""

@@ -1,0 +1,7 @@
+"""The model's numbers, its presets, Hugging Face's config files, and training recipes. Imports no framework."""
+
+from smollm_jax.config.model import Config
+from smollm_jax.config.presets import PRESETS, preset
+from smollm_jax.config.recipe import Recipe
+
+__all__ = ["PRESETS", "Config", "Recipe", "preset"]

@@ -1,0 +1,108 @@
+"""What a SmolLM2 is, in numbers: the config shared by the JAX model and its PyTorch twin.
+
+Framework-free on purpose: reading a config imports neither jax nor torch. Fields carry Hugging Face's names and
+none has a default, because a model constant that is guessed (rope_theta 10,000 for 100,000, say) gives a model that
+runs and is wrong.
+"""
+
+import dataclasses
+import struct
+from typing import Any
+
+from smollm_jax.errors import UsageError, shown
+
+# The least and the most of each size and constant, so that a config alone cannot ask for all memory or divide by zero.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "vocab_size": (1, 2**20),  # the largest in use have 262,144 entries
+    "hidden_size": (1, 2**16),  # Llama 3.1 405B: 16,384
+    "intermediate_size": (1, 2**18),  # 53,248 there
+    "num_hidden_layers": (1, 1024),  # 126 there
+    "num_attention_heads": (1, 1024),  # 128 there
+    "num_key_value_heads": (1, 1024),
+    "head_dim": (1, 1024),  # 256 in Gemma
+    "max_position_embeddings": (1, 2**24),  # 10M tokens is the longest context claimed
+    "rope_theta": (1.0, 1e12),  # below 1 the frequencies grow; its powers must stay float32 numbers
+    "rms_norm_eps": (1e-30, 1.0),  # below, float32 rounds it to 0 and a row of zeros divides by it
+    "initializer_range": (1e-30, 1e3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The shape and constants of one Llama-style decoder, as in Hugging Face's `LlamaConfig`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    initializer_range: float
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_id: int | tuple[int, ...] | None
+    pad_token_id: int | None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name not in BOUNDS:
+                continue
+            value, (least, most) = getattr(self, field.name), BOUNDS[field.name]
+            kinds, kind = ((int,), "an integer") if field.type is int else ((int, float), "a number")
+            if type(value) not in kinds or not least <= value <= most:
+                allowed = f"{kind} from {least:g} to {most:.8g}"
+                raise UsageError(f"config field {field.name} must be {allowed}, got {shown(value)}")
+            object.__setattr__(self, field.name, value if field.type is int else float(value))
+        if type(self.tie_word_embeddings) is not bool:
+            raise UsageError(
+                f"config field tie_word_embeddings must be true or false, got {shown(self.tie_word_embeddings)}"
+            )
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, tuple) else (value,):
+                if token is not None and (type(token) is not int or not 0 <= token < self.vocab_size):
+                    raise UsageError(
+                        f"config field {name} must be a token id below {self.vocab_size}, got {shown(token)}"
+                    )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UsageError(
+                f"config field num_key_value_heads ({self.num_key_value_heads}) must divide "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        if self.head_dim % 2:
+            raise UsageError(f"config field head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text; empty when the config names none."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    @property
+    def rotary_frequencies(self) -> tuple[float, ...]:
+        """The H/2 inverse frequencies theta**(-2i/H), float32 numbers shared by every framework and precision.
+
+        The power is evaluated in double and rounded to float32, then its reciprocal: for SmolLM2's configs these are
+        the bits of transformers' `inv_freq`. NumPy's and XLA's own float32 powers are one ulp off at some of them
+        (5 of 32 for the released 135M), which moves logits at long context by ten times the float32 noise.
+        Source: Su et al. 2021 (RoFormer), section 3.2; transformers, modeling_rope_utils.py.
+        """
+        exponents = (_float32(index / self.head_dim) for index in range(0, self.head_dim, 2))
+        return tuple(_float32(1.0 / _float32(self.rope_theta**exponent)) for exponent in exponents)
+
+    def special_token_ids(self) -> dict[str, Any]:
+        """The ids of bos, eos and pad that the config names, as Hugging Face's JSON has them."""
+        eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+        ids = {"bos_token_id": self.bos_token_id, "eos_token_id": eos, "pad_token_id": self.pad_token_id}
+        return {name: value for name, value in ids.items() if value is not None}
+
+
+def _float32(x: float) -> float:
+    return struct.unpack("f", struct.pack("f", x))[0]

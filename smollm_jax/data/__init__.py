@@ -1,0 +1,1 @@
+"""From text files to batches: reading, preparing, mixing and shuffling. Imports no framework."""

@@ -1,0 +1,1 @@
+"""Text continued by a model: prompts in, tokens and text out."""

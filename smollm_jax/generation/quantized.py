@@ -1,0 +1,177 @@
+"""A model whose matrices are stored in fewer bytes, for decoding on a CPU: a token does little else than read them.
+
+"bf16" rounds each number to bfloat16. "int8" is GGUF's q8_0: blocks of 32 numbers along the input axis, an int8 each
+and a float16 scale for all. Everything between the matrices, and every sum, is float32; so is the cache.
+
+B batch, T query tokens, I and O a matrix's inputs and outputs, D hidden, N query heads, H head dim, F MLP, V vocab.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float, Float16, Int, Int8
+
+from smollm_jax import weights
+from smollm_jax.config import Config
+from smollm_jax.errors import UsageError, shown
+from smollm_jax.model.attention import Attend
+from smollm_jax.model.ops import rms_norm, rotary_angles, rotate, swiglu_of_both
+from smollm_jax.model.smollm import SmolLM
+
+Quantize = Literal["bf16", "int8"]
+BLOCK = 32  # numbers with one scale
+
+
+def check(kind: object, dtype: Any) -> None:
+    """Raises `UsageError` for a kind there is not, another dtype than float32, and another device than a CPU."""
+    if kind not in get_args(Quantize):
+        raise UsageError(f"quantize must be one of {', '.join(get_args(Quantize))}, got {shown(kind)}")
+    if jnp.dtype(dtype) != jnp.float32:
+        raise UsageError(f"--quantize {kind} is computed in float32, not {jnp.dtype(dtype)}")
+    if (platform := jax.default_backend()) != "cpu":
+        raise UsageError(f"--quantize {kind} is for CPUs, this is a {platform}: take --dtype bfloat16")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A matrix in q8_0: row o is values[o, i] * scales[o, i // 32]."""
+
+    values: Int8[Any, "O I"]
+    scales: Float16[Any, "O blocks"]
+
+
+Matrix = Blocks | Array  # [O, I] of bfloat16
+
+
+def to_blocks(matrix: np.ndarray) -> Blocks:
+    """A matrix [O, I] in q8_0.
+
+    Rounds as ggml's reference: by the float32 scale, halves away from zero; the scale is then stored as float16.
+    Source: ggml, src/ggml-quants.c, `quantize_row_q8_0_ref`. Raises `UsageError` where it is not of blocks of 32.
+    """
+    if matrix.shape[1] % BLOCK:
+        raise UsageError(f"--quantize int8: rows of {matrix.shape[1]} numbers do not divide into blocks of {BLOCK}")
+    blocks = np.asarray(matrix, np.float32).reshape(len(matrix), -1, BLOCK)
+    scales = np.abs(blocks).max(axis=-1) / np.float32(127)
+    with np.errstate(over="ignore"):
+        stored = scales.astype(np.float16)
+    if not np.isfinite(stored).all():
+        raise UsageError("--quantize int8: a matrix has numbers beyond 127 times float16's largest, 65,504")
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    x = blocks * inverse[..., None]
+    values = np.trunc(x + np.copysign(np.float32(0.5), x)).astype(np.int8)
+    return Blocks(values.reshape(matrix.shape), stored)
+
+
+def wide(matrix: Matrix) -> Float[Any, "O I"]:
+    """The float32 numbers that a matrix stands for, which are exact."""
+    if not isinstance(matrix, Blocks):
+        return matrix.astype(jnp.float32)
+    values = matrix.values.reshape(*matrix.scales.shape, BLOCK).astype(jnp.float32)
+    return (values * matrix.scales[..., None].astype(jnp.float32)).reshape(matrix.values.shape)
+
+
+def product(x: Float[Array, "B T I"], matrix: Matrix, ones: Float[Array, "most"]) -> Float[Array, "B T O"]:
+    """x @ matrix.T, where `ones` are at least as many as x has columns.
+
+    The barrier keeps the cast beside the product, which then reads the matrix as it is stored: XLA would else take it
+    out of the loop over tokens, and that loop would read float32. The division makes XLA:CPU compute x once: anything
+    cheaper it computes anew for every row of the matrix.
+    """
+    x, matrix = jax.lax.optimization_barrier((x / ones[: x.shape[-1]], matrix))
+    return x @ wide(matrix).T
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One decoder layer: `model.DecoderLayer` with q, k and v in one matrix, and gate and up in one."""
+
+    input_layernorm: Float[Array, "D"]
+    qkv_proj: Matrix
+    o_proj: Matrix
+    post_attention_layernorm: Float[Array, "D"]
+    gate_up_proj: Matrix
+    down_proj: Matrix
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A model beside the matrices it decodes with. The model's parameters are float32, of the same rounded numbers."""
+
+    model: SmolLM
+    layers: tuple[Layer, ...]
+    head: Matrix
+    ones: Float[Array, "most"]  # see `product`
+
+    @classmethod
+    def of(cls, model: SmolLM, kind: Quantize, stored: Mapping[str, Blocks] | None = None) -> "Quantized":
+        """A float32 model's matrices as `kind`; those of `stored`, by Hugging Face's names, as they are.
+
+        Raises `UsageError` as `check` and `to_blocks` do.
+        """
+        check(kind, model.embed_tokens.dtype)
+        bundle = weights.to_bundle(model)
+        tensors: dict[str, Any] = dict(bundle.tensors)
+        for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
+            tensors[name] = (stored or {}).get(name) or _rounded(tensors[name], kind)
+        exact = {name: np.asarray(wide(t)) if isinstance(t, Blocks) else t for name, t in tensors.items()}
+        rounded = weights.from_bundle(dataclasses.replace(bundle, tensors=exact))
+        head = tensors["model.embed_tokens.weight" if model.lm_head is None else "lm_head.weight"]
+        layers = tuple(_layer(tensors, f"model.layers.{i}.") for i in range(model.config.num_hidden_layers))
+        c = model.config
+        ones = jnp.ones(max(c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size))
+        return cls(rounded, layers, jax.tree.map(jnp.array, head), ones)
+
+    @property
+    def config(self) -> Config:
+        return self.model.config
+
+    def hidden_states(
+        self, tokens: Int[Array, "B T"], *, positions: Int[Array, "B T"], attend: Attend, memory: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """`SmolLM.hidden_states` of tokens known to be in the vocabulary."""
+        N, H, eps = self.config.num_attention_heads, self.config.head_dim, self.config.rms_norm_eps
+        x = self.model.embed_tokens[...][tokens]
+        cos, sin = (turn / self.ones[: H // 2] for turn in rotary_angles(positions, self.config, x.dtype))  # once, too
+        for layer in self.layers:
+            qkv = product(rms_norm(x, layer.input_layernorm, eps), layer.qkv_proj, self.ones)
+            qkv = qkv.reshape(*tokens.shape, -1, H)
+            q, k, v = jnp.split(qkv, (N, (N + qkv.shape[-2]) // 2), axis=-2)
+            out, memory = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, memory)
+            x = x + product(out.reshape(*tokens.shape, N * H), layer.o_proj, self.ones)
+            gate_up = product(rms_norm(x, layer.post_attention_layernorm, eps), layer.gate_up_proj, self.ones)
+            x = x + product(swiglu_of_both(gate_up), layer.down_proj, self.ones)
+        return rms_norm(x, self.model.norm[...], eps), memory
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """`SmolLM.logits`."""
+        return product(hidden, self.head, self.ones)
+
+
+def _rounded(matrix: np.ndarray, kind: Quantize) -> Any:
+    return to_blocks(matrix) if kind == "int8" else matrix.astype(ml_dtypes.bfloat16)
+
+
+def _layer(tensors: Mapping[str, Any], prefix: str) -> Layer:
+    """A layer of Hugging Face's tensors, which lie `[out, in]` already."""
+
+    def joined(*names: str) -> Any:
+        parts = [tensors[f"{prefix}{name}.weight"] for name in names]
+        return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
+
+    return Layer(
+        joined("input_layernorm"),
+        joined("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        joined("self_attn.o_proj"),
+        joined("post_attention_layernorm"),
+        joined("mlp.gate_proj", "mlp.up_proj"),
+        joined("mlp.down_proj"),
+    )

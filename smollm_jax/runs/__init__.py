@@ -1,0 +1,1 @@
+"""What lies in a run folder: checkpoints with their manifest, provenance, metrics."""

@@ -1,0 +1,169 @@
+"""The header of a GGUF file, read by bounds: no count or length is believed before it fits the file.
+
+The `gguf` package's own reader loops without end on an array that claims 2**60 entries. Standard library only.
+Source: ggml, docs/gguf.md; the order and padding of tensors as in ggml/src/gguf.cpp.
+"""
+
+import dataclasses
+import math
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+from smollm_jax.errors import InputFileError, shown
+from smollm_jax.runtime.files import size_of
+
+# Bytes before the tensors. SmolLM2's has 1.7 MB; a vocabulary of 128,256 with its 280,147 merges 7.5, one of 262,144
+# with twice as many merges 15.
+MAX_HEADER = 32 << 20
+MAX_FIELDS = 4096
+MAX_TENSORS = 1 << 16
+MAX_ARRAY = 1 << 20  # entries: the largest vocabulary `Config` takes
+MAX_STRINGS = 1 << 20  # in all arrays: 786,432 in the largest of the above; as many take a second
+MAX_NAME = 256
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies: `kind` is ggml's number of its quantisation, `shape` has the fastest dimension last."""
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    row_bytes: int
+    start: int  # of its data, in bytes from the file's beginning
+    bytes: int
+
+
+def read_header(path: Path, blocks: dict[Any, tuple[int, int]]) -> tuple[dict[str, Any], list[Tensor]]:
+    """Metadata by key, and the tensors; raises `InputFileError` naming the key or the tensor that is malformed.
+
+    `blocks` says, by ggml's number of a quantisation, how many numbers make a block and how many bytes it has.
+    """
+    size = size_of(path)
+    if not size:
+        raise InputFileError(f"{path}: is empty")
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Header(path, data, size).read(blocks)
+    except OSError as error:
+        raise InputFileError(f"{path}: cannot be read: {error}") from error
+
+
+class _Header:
+    def __init__(self, path: Path, data: mmap.mmap, size: int):
+        self.path, self.data, self.size = path, data, size
+        self.at = self.strings = 0
+
+    def fail(self, what: str) -> InputFileError:
+        return InputFileError(f"{self.path}: not a readable GGUF file: {what}")
+
+    def take(self, length: int, what: str) -> int:
+        """Where the next `length` bytes begin."""
+        if length > self.size - self.at:
+            raise self.fail(f"{what} claims {length:,} bytes, {self.size - self.at:,} follow")
+        if self.at + length > MAX_HEADER:
+            raise self.fail(f"{what} lies beyond the first {MAX_HEADER:,} bytes")
+        self.at += length
+        return self.at - length
+
+    def number(self, form: str, what: str) -> Any:
+        (value,) = struct.unpack_from(f"<{form}", self.data, self.take(struct.calcsize(f"<{form}"), what))
+        return value
+
+    def count(self, most: int, what: str) -> int:
+        value = self.number("Q", what)
+        if value > most:
+            raise self.fail(f"{what} claims {value:,} entries, at most {most:,} are read")
+        return value
+
+    def string(self, what: str, most: int = MAX_HEADER) -> str:
+        length = self.number("Q", what)
+        if length > most:
+            raise self.fail(f"{what} claims {length:,} bytes, at most {most:,} are read")
+        start = self.take(length, what)
+        try:
+            return self.data[start : self.at].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.fail(f"{what} is not UTF-8") from error
+
+    def name(self, what: str) -> str:
+        name = self.string(what, MAX_NAME)
+        if not name or not name.isprintable():
+            raise self.fail(f"{what} is {shown(name)}")
+        return name
+
+    def value(self, kind: int, what: str) -> Any:
+        if kind in SCALARS:
+            return self.number(SCALARS[kind], what)
+        if kind == STRING:
+            return self.string(what)
+        if kind != ARRAY:
+            raise self.fail(f"{what} has the unknown type {kind}")
+        kind, length = self.number("I", what), self.count(MAX_ARRAY, what)
+        if kind in SCALARS:
+            form = f"<{length}{SCALARS[kind]}"
+            return list(struct.unpack_from(form, self.data, self.take(struct.calcsize(form), what)))
+        if kind != STRING:
+            raise self.fail(f"{what} is an array of {'arrays' if kind == ARRAY else f'the unknown type {kind}'}")
+        self.strings += length
+        if self.strings > MAX_STRINGS:
+            raise self.fail(f"{what} makes {self.strings:,} strings, at most {MAX_STRINGS:,} are read")
+        return [self.string(what) for _ in range(length)]
+
+    def read(self, blocks: dict[Any, tuple[int, int]]) -> tuple[dict[str, Any], list[Tensor]]:
+        if self.data[:4] != b"GGUF":
+            raise self.fail(f"begins with {shown(self.data[:4])}, not GGUF")
+        self.at = 4
+        version = self.number("I", "the version")
+        if version not in (2, 3):
+            raise self.fail(f"version {version}, only little-endian 2 and 3 are read")
+        tensors = self.count(MAX_TENSORS, "the tensor count")
+        fields: dict[str, Any] = {}
+        for index in range(self.count(MAX_FIELDS, "the metadata count")):
+            key = self.name(f"metadata key {index}")
+            if key in fields:
+                raise self.fail(f"metadata key {key} occurs twice")
+            fields[key] = self.value(self.number("I", f"metadata {key}"), f"metadata {key}")
+        infos = [self.info(index, blocks) for index in range(tensors)]
+        return fields, self.placed(infos, fields.get("general.alignment", 32))
+
+    def info(self, index: int, blocks: dict[Any, tuple[int, int]]) -> Tensor:
+        """A tensor as its entry describes it, its start counted from where the data begin."""
+        name = self.name(f"the name of tensor {index}")
+        rank = self.number("I", f"tensor {name}")
+        if not 1 <= rank <= 4:
+            raise self.fail(f"tensor {name} has {rank:,} dimensions, 1 to 4 are read")
+        shape = tuple(self.number("Q", f"tensor {name}") for _ in range(rank))[::-1]
+        kind, start = self.number("I", f"tensor {name}"), self.number("Q", f"tensor {name}")
+        if kind not in blocks:
+            raise self.fail(f"tensor {name} has the unknown quantisation {kind}")
+        numbers, size = blocks[kind]
+        if not all(shape) or shape[-1] % numbers:
+            raise self.fail(f"tensor {name} has shape {list(shape)}, in blocks of {numbers}")
+        row_bytes = shape[-1] // numbers * size
+        return Tensor(name, kind, shape, row_bytes, start, math.prod(shape[:-1]) * row_bytes)
+
+    def placed(self, infos: list[Tensor], alignment: Any) -> list[Tensor]:
+        """The tensors with starts in the file, which must follow one another, padded, up to the file's end."""
+        if type(alignment) is not int or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
+            raise self.fail(f"general.alignment must be a power of two, got {shown(alignment)}")
+        first = -(-self.at // alignment) * alignment
+        place, end, names = first, first, set()
+        for info in infos:
+            if info.name in names:
+                raise self.fail(f"tensor {info.name} occurs twice")
+            names.add(info.name)
+            if first + info.start != place:
+                raise self.fail(f"tensor {info.name} begins at byte {info.start:,}, expected {place - first:,}")
+            end = place + info.bytes
+            if end > self.size:
+                raise self.fail(f"tensor {info.name} ends at byte {end:,} of a file of {self.size:,}")
+            place = -(-end // alignment) * alignment
+        if infos and self.size > place:
+            raise self.fail(f"{self.size - place:,} bytes follow the last tensor")
+        return [dataclasses.replace(info, start=first + info.start) for info in infos]

@@ -1,0 +1,212 @@
+"""The tokenizer in a GGUF's metadata as the files of a tokenizer folder. Imports no framework.
+
+Source of the keys: ggml, docs/gguf.md; of what each kind of pre-tokenizer does: llama.cpp, src/llama-vocab.cpp.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from smollm_jax.errors import InputFileError, shown
+from smollm_jax.runtime.files import need, one_line
+from smollm_jax.runtime.panics import silent_stderr
+from smollm_jax.tokenizer.source import TEMPLATES
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # gguf.TokenType
+NO_TOKEN = 2**32 - 1  # -1 as the uint32 that the key of a role holds: llama.cpp's LLAMA_TOKEN_NULL
+# Tokens that llama.cpp takes by their text for special ones that end a text, whatever the metadata say of them.
+# Source: llama.cpp, src/llama-vocab.cpp, llama_vocab::impl::load, `special_eog_ids`; without those of code infilling.
+ENDS_BY_TEXT = (
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+)
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # ours, and what GGUF calls them
+# Pre-tokenizers that split digits one by one and then work as GPT-2's: one regular expression in llama.cpp.
+DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+PLAIN = ("gpt-2",)  # GPT-2's alone
+
+
+class ForeignTokenizerError(InputFileError):
+    """A GGUF whose weights can be read while its tokenizer is of a kind that cannot."""
+
+
+def build(
+    vocabulary: Sequence[str],
+    merges: Sequence[str],
+    special: Sequence[str],
+    user_defined: Sequence[str] = (),
+    *,
+    digits: bool = True,
+) -> tokenizers.Tokenizer:
+    """SmolLM2's tokenizer from its vocabulary (in id order) and merges: Digits, then ByteLevel.
+
+    `special` and `user_defined` are entries that are one token wherever they stand; only `special` ones can be typed
+    as plain text. transformers 5.23 rebuilds it from a GGUF without Digits, and then "12" is one token where the model
+    knows two.
+    """
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    core = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=pairs))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.Digits(individual_digits=True)
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level]) if digits else byte_level
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
+    core.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False) for token in user_defined])
+    return core
+
+
+def tokenizer_files(
+    core: tokenizers.Tokenizer,
+    max_length: int,
+    roles: dict[str, str | None],
+    chat_template: str | None,
+    named_templates: dict[str, str] | None = None,
+) -> dict[str, bytes]:
+    """The files of a tokenizer folder; `roles` names bos, eos, unk and pad, None for a role the model has not."""
+    present = {f"{role}_token": token for role, token in roles.items() if token is not None}
+    config: dict[str, Any] = {
+        # Not GPT2Tokenizer, the released name: transformers 5 rebuilds that class without Digits.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+        **present,
+    }
+    named = {f"{TEMPLATES}/{name}.jinja": text.encode() for name, text in (named_templates or {}).items()}
+    if chat_template is not None and named:  # where files of templates are, those of the config do not count
+        named["chat_template.jinja"] = chat_template.encode()
+    elif chat_template is not None:
+        config["chat_template"] = chat_template
+    return {
+        "tokenizer.json": core.to_str(pretty=True).encode(),
+        "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
+        "special_tokens_map.json": (json.dumps(present, indent=2) + "\n").encode(),
+        **named,
+    }
+
+
+def read_gguf_tokenizer(path: Path) -> dict[str, bytes]:
+    """The tokenizer folder's files of a GGUF; raises `InputFileError` when it carries none that is read here."""
+    from smollm_jax.runtime.gguf_header import read_header
+
+    fields, _ = read_header(path, need("gguf", path).GGML_QUANT_SIZES)
+    return files_from_gguf(fields, path)
+
+
+def files_from_gguf(fields: dict[str, Any], path: Path) -> dict[str, bytes]:
+    """The tokenizer folder's files from a GGUF's metadata.
+
+    Raises `InputFileError` naming the key that is malformed, and `ForeignTokenizerError` for a tokenizer that is no
+    byte-level BPE of SmolLM2's kind, or none at all.
+    """
+    model, pre = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    if model is None and "tokenizer.ggml.tokens" not in fields:
+        raise ForeignTokenizerError(f"{path}: carries no tokenizer; --tokenizer names one")
+    if model != "gpt2" or pre not in (*DIGITS, *PLAIN):
+        kinds = f"only 'gpt2' with {', '.join((*DIGITS, *PLAIN))} are read"
+        raise ForeignTokenizerError(
+            f"{path}: metadata tokenizer.ggml.model and .pre are {shown(model)} and {shown(pre)}, {kinds}; "
+            "--tokenizer names another tokenizer"
+        )
+
+    def entries(name: str, kind: type) -> list[Any]:
+        values = fields.get(f"tokenizer.ggml.{name}")
+        if type(values) is not list or not all(type(value) is kind for value in values):
+            raise InputFileError(f"{path}: metadata tokenizer.ggml.{name} must be an array of {kind.__name__}")
+        return values
+
+    tokens, merges = entries("tokens", str), entries("merges", str)
+    types = entries("token_type", int) if "tokenizer.ggml.token_type" in fields else [NORMAL] * len(tokens)
+    if not len(tokens) == len(set(tokens)) == len(types):
+        counts = f"{len(tokens)} tokens, {len(set(tokens))} of them distinct, {len(types)} types"
+        raise InputFileError(f"{path}: metadata tokenizer.ggml.tokens: {counts}")
+    roles: dict[str, str | None] = {}
+    for role, name in ROLES.items():
+        i = token_id(fields, name)
+        if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
+            raise InputFileError(f"{path}: metadata tokenizer.ggml.{name}_token_id is {shown(i)}, no token")
+        roles[role] = None if i is None else tokens[i]
+    kinds = dict(zip(tokens, types, strict=True))
+    by_text = {token for token in ENDS_BY_TEXT if kinds.get(token) == NORMAL}
+    special = [token for token, kind in kinds.items() if kind in (CONTROL, UNKNOWN) or token in by_text]
+    user_defined = [token for token, kind in kinds.items() if kind == USER_DEFINED]
+    try:
+        with silent_stderr():
+            core = build(tokens, merges, special, user_defined, digits=pre in DIGITS)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises PanicException, which is no Exception
+        raise InputFileError(f"{path}: metadata tokenizer.ggml.merges: {one_line(error)}") from error
+    _add_affixes(core, fields, roles, path)
+    template, named = _templates(fields, path)
+    context = fields.get("llama.context_length")
+    return tokenizer_files(core, context if type(context) is int else 0, roles, template, named)
+
+
+def token_id(fields: dict[str, Any], name: str) -> Any:
+    """The id that the metadata give a role, None for a role that the model has not."""
+    i = fields.get(f"tokenizer.ggml.{name}_token_id")
+    return None if i == NO_TOKEN else i
+
+
+def _add_affixes(core: tokenizers.Tokenizer, fields: dict[str, Any], roles: dict[str, str | None], path: Path) -> None:
+    """Has the tokenizer put bos before a text and eos after it where the metadata ask for it.
+
+    Source: llama.cpp, src/llama-vocab.cpp, llama_vocab::impl::tokenize; both are off by default for a BPE.
+    """
+    affixes = {}
+    for role in ("bos", "eos"):
+        asked = fields.get(f"tokenizer.ggml.add_{role}_token", False)
+        if type(asked) is not bool:
+            raise InputFileError(f"{path}: metadata tokenizer.ggml.add_{role}_token must be a bool, got {shown(asked)}")
+        if asked and roles[role] is None:
+            raise InputFileError(f"{path}: metadata tokenizer.ggml.add_{role}_token is true, and it names no {role}")
+        affixes[role] = [roles[role]] if asked else []
+    if not any(affixes.values()):
+        return
+    names = [*affixes["bos"], "$A", *affixes["eos"]]
+    # A special token may hold what TemplateProcessing takes for its own syntax ("A:1"): pieces are given as objects.
+    pieces = [{"Sequence": {"id": "A", "type_id": 0}} if name == "$A" else _special_piece(name) for name in names]
+    used = {token: core.token_to_id(token) for token in dict.fromkeys(affixes["bos"] + affixes["eos"])}
+    content = {
+        "type": "TemplateProcessing",
+        "single": pieces,
+        "pair": [*pieces, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in used.items()},
+    }
+    processor = processors.TemplateProcessing(single=["$A"], pair=["$A", "$B"], special_tokens=[])
+    processor.__setstate__(json.dumps(content).encode())
+    core.post_processor = processor
+
+
+def _special_piece(token: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": token, "type_id": 0}}
+
+
+def _templates(fields: dict[str, Any], path: Path) -> tuple[str | None, dict[str, str]]:
+    """The chat template in the metadata, and those with names of their own."""
+    start = "tokenizer.chat_template"
+    for key, value in fields.items():
+        if key.startswith(start) and key != "tokenizer.chat_templates" and type(value) is not str:
+            raise InputFileError(f"{path}: metadata {key} must be a string, got {shown(value)}")
+    named = {key.removeprefix(f"{start}."): fields[key] for key in fields if key.startswith(f"{start}.")}
+    for name in named:
+        if not name.replace("_", "").replace("-", "").isalnum():
+            raise InputFileError(f"{path}: metadata {start}.* has the name {shown(name)}, not letters and digits")
+    return fields.get(start), named

@@ -1,0 +1,229 @@
+"""Text to token ids and back: a thin layer over the `tokenizers` library, and the chat template.
+
+SmolLM2's tokenizer is a byte-level BPE of 49,152 entries; its pre-tokenizer splits digits one by one and then works
+as GPT-2's. Ids fit in uint16.
+"""
+
+import codecs
+import functools
+import hashlib
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from smollm_jax.errors import InputFileError, UsageError, shown
+from smollm_jax.tokenizer.chat_template import ChatTemplates
+from smollm_jax.tokenizer.chat_tokens import encode_chat
+from smollm_jax.tokenizer.conversation import Conversation, Message
+from smollm_jax.tokenizer.gguf import ForeignTokenizerError
+from smollm_jax.tokenizer.source import is_gguf, own_tokenizer, tokenizer_files_at
+from smollm_jax.tokenizer.special_tokens import byte_symbols, special_affixes
+from smollm_jax.tokenizer.tokenizer_json import read_folder
+
+DEFAULT = Path("assets/tokenizer")  # SmolLM2's, where a model is trained from scratch
+
+
+class Tokenizer:
+    """A tokenizer and its files: `tokenizer.json`, and `tokenizer_config.json` for its roles and chat template.
+
+    `path` is where it was read, `files` what was read there. `roles` are its special tokens by name (`bos_token`).
+    `prefix_ids` and `suffix_ids` are what its post-processor puts around a text: a tokenizer may begin each with BOS.
+    """
+
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        templates: ChatTemplates | None = None,
+        roles: Mapping[str, str] | None = None,
+        files: Mapping[str, bytes] | None = None,
+        path: Path | None = None,
+    ):
+        self.core = core
+        self.templates = templates or ChatTemplates({})
+        self.roles = dict(roles or {})
+        self.files = dict(files or {})
+        self.path = path or Path("tokenizer")
+        eos = self.roles.get("eos_token")
+        self.eos_token_id = None if eos is None else core.token_to_id(eos)
+        # The largest id and one: an id may lie beyond the count of entries, and an embedding must reach it.
+        vocabulary = core.get_vocab(with_added_tokens=False)
+        self.vocab_size = max([*vocabulary.values(), *core.get_added_tokens_decoder()], default=-1) + 1
+        self._lacking = bytes(byte for byte, symbol in enumerate(byte_symbols()) if symbol not in vocabulary)
+        self.prefix_ids, self.suffix_ids = special_affixes(core)
+        # llama.cpp puts BOS before a conversation too, transformers only where the chat template writes it.
+        self._chat_prefix = self.prefix_ids if is_gguf(self.path) else []
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """The tokenizer of a folder, a `tokenizer.json` or a GGUF.
+
+        Raises `InputFileError` naming the file that is missing or malformed.
+        """
+        path = Path(path)
+        return cls.from_files(tokenizer_files_at(path), path)
+
+    @classmethod
+    def of_weights(cls, weights: Path | None, named: Path | None = None) -> "Tokenizer":
+        """The one tokenizer of some weights: their own, or the one `named` where they have none.
+
+        Without weights (a model trained from scratch) it is the one `named`, or SmolLM2's. Raises `InputFileError`
+        where there is none, and `UsageError` when the one `named` gives other ids than the weights' own.
+        """
+        if weights is not None and not weights.exists():
+            raise InputFileError(f"{weights}: no such file or folder")
+        own = None if weights is None else own_tokenizer(weights)
+        if weights is not None and own is None and named is None:
+            raise InputFileError(
+                f"{weights}: has no tokenizer of its own: name its folder with --tokenizer "
+                "(`python scripts/fetch_assets.py tokenizer` fetches SmolLM2's into assets/tokenizer)"
+            )
+        if named is None:
+            return cls.load(own or DEFAULT)
+        chosen = cls.load(named)
+        if own is None or own == named:
+            return chosen
+        try:
+            theirs = cls.load(own)
+        except ForeignTokenizerError:  # of a kind that is not read here
+            return chosen
+        if theirs.core.get_vocab() != chosen.core.get_vocab():
+            raise UsageError(f"--tokenizer {named}: {own} has a tokenizer of its own, with other ids; leave it out")
+        return chosen
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], path: Path) -> "Tokenizer":
+        """The tokenizer of a folder's files by name; `path` is where they are from, for errors."""
+        where = str(path.parent if path.name == "tokenizer.json" else path)
+        read = read_folder(files, where)
+        templates = ChatTemplates.from_files(files, read.config, where)
+        if "tokenizer.json" not in files:  # but vocab.json and merges.txt: data sets know a tokenizer by this one file
+            files = {**files, "tokenizer.json": read.core.to_str(pretty=True).encode()}
+        return cls(read.core, templates, read.roles, files, path)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the default chat template, None where there is none; raises as `ChatTemplates.source` does."""
+        return self.templates.source() if "default" in self.templates.sources else None
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The hash of `tokenizer.json`, by which token files know the tokenizer that made them."""
+        return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
+
+    def encode(self, text: str, *, parse_special: bool = False, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text. A special token typed in the text is plain text unless `parse_special`.
+
+        With `add_special_tokens` the post-processor's ids stand around them, as in `tokenizer(text)` of transformers:
+        SmolLM2's has none. Raises `UsageError` for a character the vocabulary has no bytes for: SmolLM2's lacks six
+        control characters and U+40000 to U+BFFFF, which `tokenizers` would drop without a word.
+        """
+        ids = self._encode_batch([text], parse_special)[0]
+        return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, on all cores."""
+        if isinstance(texts, str):
+            raise UsageError("texts must be a sequence of strings, not one")
+        return self._encode_batch(list(texts), parse_special=False)
+
+    def _encode_batch(self, texts: list[str], parse_special: bool) -> list[list[int]]:
+        for text in texts:
+            if not isinstance(text, str):
+                raise UsageError(f"a text must be a string, got {shown(text)}")
+            if reason := self.unencodable(text):
+                raise UsageError(f"the text cannot be encoded: {reason}")
+        self.core.encode_special_tokens = not parse_special
+        return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def unencodable(self, text: str) -> str | None:
+        """Why a text cannot become tokens without loss, or None when it can."""
+        try:
+            content = text.encode()
+        except UnicodeEncodeError as error:
+            return f"character {error.start} is a lone surrogate"
+        if len(content.translate(None, self._lacking)) == len(content):
+            return None
+        first = min(found for byte in self._lacking if (found := content.find(byte)) >= 0)
+        place = len(content[:first].decode(errors="ignore"))
+        return f"character {place}, U+{ord(text[place]):04X}, has no token in this vocabulary"
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; bytes that are no whole character show as U+FFFD.
+
+        Raises `UsageError` for what is no token id. One without a token, as a padded embedding has, stands for nothing.
+        """
+        try:
+            numbers = [operator.index(i) for i in ids]
+            return self.core.decode(numbers, skip_special_tokens=False)
+        except (TypeError, OverflowError) as error:
+            raise UsageError(f"token ids must be a sequence of integers from 0, got {shown(ids)}") from error
+
+    def byte_count(self, ids: Iterable[int]) -> int:
+        """The bytes of text that token ids stand for; a special token stands for none."""
+        decoder = self.core.get_added_tokens_decoder()
+        special = {i for i, token in decoder.items() if token.special}
+        added = {i: len(token.content.encode()) for i, token in decoder.items()}  # an added token stands for itself
+        sizes = {int(i): len(self.core.id_to_token(int(i)) or "") for i in set(ids)}  # others have one symbol a byte
+        sizes |= added | dict.fromkeys(special, 0)
+        return sum(sizes.get(int(i), 0) for i in ids)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of one entry of the vocabulary, or None."""
+        return self.core.token_to_id(token)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation of {"role", "content"} messages, as transformers' method of this name gives them.
+
+        But a special token typed inside a message stays text: only the template's own are special. So a user cannot
+        end their turn and speak as another role. `template` is the name of one of the tokenizer's, or one's text. A
+        GGUF that asks for BOS has it before the conversation, once, as in llama.cpp.
+        """
+        ids = encode_chat(
+            self,
+            Conversation(messages, tools, documents, variables),
+            name=template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        prefix = self._chat_prefix
+        return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
+
+
+class TextStream:
+    """The text of token ids that come a few at a time, in whole characters; linear in the number of ids.
+
+    Bytes that may yet become a character are held back. The pieces and `end()`, joined, are `decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._core = tokenizer.core
+        self._byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, ids: Iterable[int]) -> str:
+        """The characters that these ids complete."""
+        return self._decoder.decode(b"".join(self._bytes(int(i)) for i in ids))
+
+    def end(self) -> str:
+        """What was held back: U+FFFD when the text ends inside a character, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+    def _bytes(self, i: int) -> bytes:
+        token = self._core.id_to_token(i) or ""
+        try:
+            return bytes(self._byte_of[symbol] for symbol in token)
+        except KeyError:  # an added token, which stands for itself
+            return token.encode()

@@ -1,0 +1,276 @@
+"""A Llama GGUF as Hugging Face's tensors, config and tokenizer. Needs the `gguf` package to dequantise."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import einops
+import numpy as np
+
+from smollm_jax.config import Config
+from smollm_jax.config.hf_config import parse_config
+from smollm_jax.errors import InputFileError, shown
+from smollm_jax.runtime.files import need, one_line, parse_json
+from smollm_jax.runtime.gguf_header import read_header
+from smollm_jax.tokenizer.gguf import ENDS_BY_TEXT, ForeignTokenizerError, files_from_gguf, token_id
+from smollm_jax.weights import gguf_reader
+from smollm_jax.weights.bundle import Bundle
+
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_INTEGERS = {
+    "vocab_size": "llama.vocab_size",
+    "hidden_size": "llama.embedding_length",
+    "intermediate_size": "llama.feed_forward_length",
+    "num_hidden_layers": "llama.block_count",
+    "num_attention_heads": "llama.attention.head_count",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.rope.dimension_count",
+    "max_position_embeddings": "llama.context_length",
+}
+_FLOATS = {"rope_theta": "llama.rope.freq_base", "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon"}
+_TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+# More tokens that end a text, which Hugging Face's layout has in one list with eos.
+_ENDS = ("eos", "eot", "eom")
+ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in _ENDS)
+# Hugging Face's generation_config.json: whole under a key of ours ("null": there is none), and what llama.cpp has a
+# key for.
+GENERATION = "smollm_jax.config.generation_config"
+CONFIG_ENDS = "smollm_jax.config.model.eos_token_id"  # where config.json itself has a list
+SAMPLING = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+_SAMPLING_RANGE = {
+    "temperature": (0.0, math.inf),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, math.inf),
+}
+# Those of which llama.cpp also reads an array, a value for each layer.
+_PER_LAYER = ("llama.feed_forward_length", "llama.attention.head_count", "llama.attention.head_count_kv")
+_HEAD_DIM = ("llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length")
+# Keys with a few values that this model computes. A scaling factor of 0 is llama.cpp's own for none.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "llama.rope.scaling.type": ("none", "linear"),
+    "llama.rope.scaling.factor": (1.0, 0.0),
+    "llama.rope.scale_linear": (1.0, 0.0),  # its old name
+    "llama.rope.scaling.attn_factor": (1.0,),
+    "llama.attention.causal": (True,),
+    "llama.attention.sliding_window": (0,),
+    "llama.attention.max_alibi_bias": (0.0,),
+    "llama.attention.clamp_kqv": (0.0,),
+    "llama.use_parallel_residual": (False,),
+    "llama.tensor_data_layout": ("Meta AI original pth",),  # the order of q's and k's rows that every Llama GGUF has
+    "llama.expert_count": (0,),
+    "llama.expert_used_count": (0,),
+    "llama.expert_shared_count": (0,),
+    "llama.pooling_type": (0,),
+    # Granite's factors, which llama.cpp skips at 0.
+    "llama.logit_scale": (0.0, 1.0),
+    "llama.residual_scale": (0.0, 1.0),
+    "llama.embedding_scale": (0.0, 1.0),
+}
+# How long contexts were before a scaling that is refused, and whether the model was trained with it; the epsilon of
+# another kind of norm.
+_BOOKKEEPING = (
+    "llama.rope.scaling.original_context_length",
+    "llama.rope.scaling.finetuned",
+    "llama.attention.layer_norm_epsilon",
+)
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], str, dict[str, Any] | None]:
+    """Tensors in float32, config, tokenizer files, origin, and what `generation_config.json` would say.
+
+    A tokenizer of a kind that is not read here gives no tokenizer files. `InputFileError` names the key or tensor at
+    fault.
+
+    GGUF stores the rows of q and k for interleaved rotary pairs; here they go back to HF's half-split order, each
+    with its own number of heads. Source: llama.cpp, conversion of LlamaModel (`permute`).
+    """
+    gguf = need("gguf", path)
+    fields, infos = read_header(path, gguf.GGML_QUANT_SIZES)
+    if fields.get("split.count") not in (None, 0, 1):
+        raise InputFileError(
+            f"{path}: is one of {shown(fields['split.count'])} pieces of a GGUF; "
+            "`llama-gguf-split --merge FIRST-PIECE WHOLE` of llama.cpp joins them"
+        )
+    config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
+    try:
+        files = files_from_gguf(fields, path)
+    except ForeignTokenizerError:  # for who needs it to say: weights are whole without
+        files = {}
+    tokens = len(fields["tokenizer.ggml.tokens"]) if files else 0
+    if tokens > config.vocab_size:
+        raise InputFileError(f"{path}: metadata tokenizer.ggml.tokens: {tokens} tokens for {config.vocab_size} rows")
+    data = np.memmap(path, np.uint8, mode="r") if infos else np.empty(0, np.uint8)
+    tensors: dict[str, np.ndarray] = {}
+    for info in infos:
+        rows = data[info.start : info.start + info.bytes].reshape(*info.shape[:-1], info.row_bytes)
+        try:
+            array = np.array(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(info.kind)), np.float32)
+        except (NotImplementedError, MemoryError, ValueError) as error:  # a kind gguf only writes; a size, a shape
+            raise InputFileError(f"{path}: tensor {info.name} cannot be dequantised: {one_line(error)}") from error
+        name = _hf_name(info.name)
+        array = _in_hf_order(array, name, config)
+        if name in tensors:  # once by GGUF's name for it, once by Hugging Face's
+            raise InputFileError(f"{path}: tensor {info.name} is {name} a second time")
+        tensors[name] = array
+    kinds = sorted({gguf.GGMLQuantizationType(info.kind).name for info in infos})
+    title = fields.get("general.name", path.name)
+    if type(title) is not str:
+        raise InputFileError(f"{path}: metadata general.name must be a string, got {shown(title)}")
+    origin = f"{' '.join(title.split())}, dequantised from GGUF ({', '.join(kinds)})"
+    return tensors, config, files, origin, _generation(fields, config, path)
+
+
+def q8_0(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The matrices stored as q8_0, by HF's name, as they lie: int8 values `[O, I]` and float16 scales `[O, I / 32]`."""
+    gguf = need("gguf", path)
+    fields, infos = read_header(path, gguf.GGML_QUANT_SIZES)
+    config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
+    data, found = np.memmap(path, np.uint8, mode="r"), {}
+    for info in infos:
+        if info.kind == gguf.GGMLQuantizationType.Q8_0 and len(info.shape) == 2:
+            name, rows = _hf_name(info.name), data[info.start : info.start + info.bytes].reshape(info.shape[0], -1)
+            blocks = _in_hf_order(rows, name, config).reshape(info.shape[0], -1, 34)  # a float16, then 32 int8
+            scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0].astype(np.float16)
+            found[name] = blocks[..., 2:].view(np.int8).reshape(info.shape), scales
+    return found
+
+
+def _in_hf_order(rows: np.ndarray, name: str, config: Config) -> np.ndarray:
+    """A tensor whose rows of q and k, interleaved rotary pairs in a GGUF, are split in halves."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for projection, count in heads.items():
+        if name.endswith(f"self_attn.{projection}.weight") and rows.ndim == 2 and len(rows) % (2 * count) == 0:
+            return einops.rearrange(rows, "(heads h two) D -> (heads two h) D", heads=count, two=2)
+    return rows
+
+
+def read_generation(path: Path) -> tuple[Config, dict[str, Any] | None]:
+    """Config and what `generation_config.json` would say, of the metadata alone."""
+    fields, infos = read_header(path, need("gguf", path).GGML_QUANT_SIZES)
+    config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
+    return config, _generation(fields, config, path)
+
+
+def _hf_name(name: str) -> str:
+    """Hugging Face's name for a GGUF tensor; an unknown name comes back as it is, for the check to name it."""
+    parts = name.split(".")
+    if parts[0] == "blk" and len(parts) == 4 and parts[2] in _LAYER:
+        return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{parts[3]}"
+    if len(parts) == 2 and parts[0] in _TOP:
+        return f"{_TOP[parts[0]]}.{parts[1]}"
+    return name
+
+
+def _config(fields: dict[str, Any], path: Path, tied: bool) -> Config:
+    """The config in the metadata; a key of the architecture that this model cannot honour is refused, as in HF's."""
+    if fields.get("general.architecture") != "llama":
+        architecture = shown(fields.get("general.architecture"))
+        raise InputFileError(f"{path}: metadata general.architecture is {architecture}, only 'llama' is supported")
+    keys = _INTEGERS | _FLOATS
+    for key, allowed in _FIXED.items():
+        scaled = key in ("llama.rope.scaling.factor", "llama.rope.scale_linear")
+        if key not in fields or (scaled and fields.get("llama.rope.scaling.type") == "none"):  # llama.cpp: no factor
+            continue
+        if not any(type(fields[key]) is type(good) and fields[key] == good for good in allowed):
+            only = " or ".join(map(repr, allowed))
+            raise InputFileError(f"{path}: metadata {key}={shown(fields[key])} is not supported, only {only} is")
+    known = {*keys.values(), *_FIXED, *_HEAD_DIM, *_BOOKKEEPING}
+    if unknown := sorted(key for key in fields if key.startswith("llama.") and key not in known):
+        raise InputFileError(f"{path}: metadata has keys this model cannot honour: {shown(', '.join(unknown))}")
+    fields = _with_defaults(fields)
+    if missing := [key for key in keys.values() if key not in fields]:
+        raise InputFileError(f"{path}: metadata lacks {', '.join(missing)}")
+    for kinds, names in (((int,), _INTEGERS), ((int, float), _FLOATS)):
+        for key in names.values():
+            if type(fields[key]) not in kinds or not fields[key] > 0:
+                what = "integer" if kinds == (int,) else "number"
+                raise InputFileError(f"{path}: metadata {key} must be a positive {what}, got {shown(fields[key])}")
+    for key in _HEAD_DIM:
+        if fields.get(key, fields[_INTEGERS["head_dim"]]) != fields[_INTEGERS["head_dim"]]:
+            raise InputFileError(f"{path}: metadata {key}={shown(fields[key])} is not llama.rope.dimension_count")
+    values = {name: fields[key] for name, key in _INTEGERS.items()}
+    # GGUF holds float32: 9.99999974e-06 is 1e-5, found again as the shortest decimal with the same float32.
+    values |= {name: float(str(np.float32(fields[key]))) for name, key in _FLOATS.items()}
+    values |= {name: token_id(fields, key) for name, key in _TOKENS.items()}
+    ends = [i for i in dict.fromkeys(token_id(fields, name) for name in _ENDS) if i is not None]
+    if CONFIG_ENDS in fields:
+        values["eos_token_id"] = fields[CONFIG_ENDS]
+    elif len(ends) > 1 and GENERATION not in fields:  # where ours is, it has the others
+        values["eos_token_id"] = ends
+    # Not in a GGUF and not used by trained weights: the recipe's 1/sqrt(hidden).
+    values |= {"initializer_range": values["hidden_size"] ** -0.5, "tie_word_embeddings": tied}
+    return parse_config(values, path)
+
+
+def _generation(fields: dict[str, Any], config: Config, path: Path) -> dict[str, Any] | None:
+    """What `generation_config.json` would say: ours, else what llama.cpp does with such a file, else None.
+
+    It samples by keys of its own, and ends a text at every token that is called as one that ends texts.
+    """
+    if GENERATION in fields:
+        if type(fields[GENERATION]) is not str:
+            raise InputFileError(f"{path}: metadata {GENERATION} must be a string, got {shown(fields[GENERATION])}")
+        values = parse_json(fields[GENERATION], f"{path}: metadata {GENERATION}")
+        if values is not None and not isinstance(values, dict):
+            raise InputFileError(f"{path}: metadata {GENERATION} must be a JSON object, got {shown(values)}")
+        return values
+    sampling = {name: fields[key] for name, key in SAMPLING.items() if key in fields}
+    tokens = fields.get("tokenizer.ggml.tokens")
+    by_text = [i for i, token in enumerate(tokens if type(tokens) is list else []) if token in ENDS_BY_TEXT]
+    ends = [*config.eos_token_ids, *(i for i in by_text if i not in config.eos_token_ids)]
+    ids = config.special_token_ids() | ({"eos_token_id": ends} if len(ends) > len(config.eos_token_ids) else {})
+    if not sampling:
+        return ids if ids != config.special_token_ids() else None
+    # GGUF holds float32: 0.9 again, not 0.89999998.
+    numbers = {name: float(str(np.float32(x))) if type(x) is float else x for name, x in sampling.items()}
+    for name, (least, most) in _SAMPLING_RANGE.items():  # beyond, llama.cpp keeps all tokens, or the likeliest
+        if type(numbers.get(name)) in (int, float):
+            numbers[name] = min(max(numbers[name], least), most)
+    return ids | {"do_sample": True} | numbers
+
+
+def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
+    """The metadata with what llama.cpp takes for optional keys that are not there, and one value where layers agree.
+
+    Source: llama.cpp, src/llama-model.cpp, `load_hparams`; the width of a head is hidden size / heads.
+    """
+    fields = dict(fields)
+    for key in _PER_LAYER:
+        value = fields.get(key)
+        if type(value) is list and value == value[:1] * len(value) and len(value) == fields.get("llama.block_count"):
+            fields[key] = value[0]
+    hidden, heads = fields.get("llama.embedding_length"), fields.get("llama.attention.head_count")
+    if heads is not None:
+        fields.setdefault("llama.attention.head_count_kv", heads)
+    width = fields.get("llama.attention.key_length")
+    if width is None and type(hidden) is int and type(heads) is int and heads > 0 and hidden % heads == 0:
+        width = hidden // heads
+    if width is not None:
+        fields.setdefault("llama.rope.dimension_count", width)
+    fields.setdefault("llama.rope.freq_base", 10_000.0)
+    if type(tokens := fields.get("tokenizer.ggml.tokens")) is list:
+        fields.setdefault("llama.vocab_size", len(tokens))
+    return fields
+
+
+def read_gguf(path: Path) -> Bundle:
+    """A Llama GGUF, dequantised to float32 by the `gguf` package, with the tokenizer in its metadata."""
+    return Bundle(*gguf_reader.read(path))

@@ -1,0 +1,74 @@
+"""A Hugging Face model folder, read and written."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from smollm_jax.config.generation_config import generation_of_folder, generation_text
+from smollm_jax.config.hf_config import config_to_hf, read_config
+from smollm_jax.errors import InputFileError, shown
+from smollm_jax.runtime.atomic import replacing
+from smollm_jax.runtime.files import read_json, read_text
+from smollm_jax.tokenizer.source import read_tokenizer_files
+from smollm_jax.weights.bundle import Bundle
+from smollm_jax.weights.safetensors_file import read_safetensors, write_safetensors
+
+
+def read_hf(folder: Path, *, mapped: bool = False) -> Bundle:
+    """A Hugging Face model folder: config.json, and model.safetensors or its shards."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists() and index.exists():
+        raise InputFileError(f"{folder}: holds both {whole.name} and {index.name}: remove the one that is not meant")
+    tensors = _read_shards(index, mapped) if index.exists() else read_safetensors(whole, mapped=mapped)[0]
+    config = read_config(folder / "config.json")
+    origin = folder / "ORIGIN.txt"
+    words = " ".join(read_text(origin).split()) if origin.exists() else ""
+    return Bundle(tensors, config, read_tokenizer_files(folder), words, generation_of_folder(folder, config))
+
+
+def _read_shards(index: Path, mapped: bool) -> dict[str, np.ndarray]:
+    """The tensors of a folder with an index, each from the one shard it names."""
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise InputFileError(f"{index}: has no weight_map of tensor name to file name")
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard:
+            raise InputFileError(f"{index}: shard {shown(shard)} is not a plain file name")
+        found, _ = read_safetensors(index.parent / shard, mapped=mapped)
+        expected = {name for name, place in places.items() if place == shard}
+        if differing := sorted(expected ^ set(found)):
+            names = shown(", ".join(differing))
+            raise InputFileError(f"{index}: {shard} and weight_map disagree on {len(differing)} tensor(s): {names}")
+        tensors |= found
+    return tensors
+
+
+def write_hf(folder: Path, bundle: Bundle) -> None:
+    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load, with the tied head left out."""
+    config, generation = bundle.config, bundle.generation_config
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        write_safetensors(temporary / "model.safetensors", bundle.tensors, {})
+        texts = {
+            "config.json": json.dumps(config_to_hf(config, bundle.dtype), indent=2) + "\n",
+            "generation_config.json": generation_text(config, generation),
+            "README.md": _model_card(bundle),
+            "ORIGIN.txt": bundle.origin + "\n",
+        }
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        for name, content in bundle.tokenizer_files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)  # named chat templates lie in a folder of their own
+            (temporary / name).write_bytes(content)
+
+
+def _model_card(bundle: Bundle) -> str:
+    parameters = sum(tensor.size for tensor in bundle.tensors.values())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
+        f"# SmolLM2, {parameters:,} parameters, {bundle.dtype}\n\n"
+        f"Origin of the numbers: {bundle.origin or 'not recorded'}.\n"
+    )

@@ -1,0 +1,191 @@
+"""Safetensors files: one reader, which knows its file before it allocates, and one writer, which reads back."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from smollm_jax.config.generation_config import json_object, read_generation_config
+from smollm_jax.config.hf_config import config_to_hf, parse_config
+from smollm_jax.errors import InputFileError, StorageError, shown
+from smollm_jax.runtime.atomic import replacing
+from smollm_jax.runtime.files import one_line, parse_json, size_of
+from smollm_jax.tokenizer.source import read_tokenizer_files
+from smollm_jax.weights.bundle import Bundle, config_beside
+
+MAX_HEADER = 16 << 20  # bytes; SmolLM2-135M's has 30 KB
+DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+DIGEST = "smollm_jax.sha256"  # the metadata key, in a `.pt` too
+
+
+def digest(tensors: dict[str, np.ndarray]) -> str:
+    """The sha256 over every tensor's name, dtype, shape and bytes, in the order of their names.
+
+    Shapes cannot tell two swapped tensors apart; this does.
+    """
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = native(tensors[name])
+        total.update(json.dumps([name, tensor.dtype.name, tensor.shape]).encode())
+        total.update(tensor.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def verify(tensors: dict[str, np.ndarray], expected: Any, path: Path) -> None:
+    """Raises `InputFileError` when a file's digest is not that of its tensors; None, a foreign file's, says nothing."""
+    if expected is not None and (found := digest(tensors)) != expected:
+        raise InputFileError(f"{path}: tensors were changed or swapped: {DIGEST} is {shown(expected)}, found {found}")
+
+
+def native(tensor: np.ndarray) -> np.ndarray:
+    """The same numbers in this machine's byte order and C order, the shape kept (`ascontiguousarray` makes 0-d 1-d)."""
+    return np.asarray(tensor, dtype=tensor.dtype.newbyteorder("="), order="C")
+
+
+def read_safetensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors and metadata of one file; raises `InputFileError` when the file is malformed or its digest differs.
+
+    `mapped`: the tensors are views of the file, which take no memory of their own. They are not to be kept: whoever
+    writes to the file changes them after they were verified, and who cuts it short ends the process.
+    """
+    size_of(path)
+    with path.open("rb") as file:
+        metadata, places = check_header(path, file)
+        tensors = _map(path, file, places) if mapped else _load(path)
+    verify(tensors, metadata.get(DIGEST), path)
+    return tensors, metadata
+
+
+# Where a tensor lies: its dtype's name, its shape, its first byte and the one after its last.
+Place = tuple[str, list[int], int, int]
+
+
+def check_header(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, Place]]:
+    """Metadata and places of a file whose header describes it to the last byte; raises `InputFileError` otherwise.
+
+    safetensors finds most of it too, but takes the last of two tensors of one name and speaks of no tensor by name.
+    """
+
+    def fail(what: str) -> InputFileError:
+        return InputFileError(f"{path}: not a readable safetensors file: {what}")
+
+    size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER):
+        raise fail(f"a header of {length:,} bytes in a file of {size:,}, at most {MAX_HEADER:,} are read")
+    header = file.read(length)
+    try:
+        entries = parse_json(header.decode("utf-8"), f"{path}: header")
+    except UnicodeDecodeError as error:
+        raise fail(f"byte {error.start} of the header is not UTF-8") from error
+    metadata = entries.pop("__metadata__", {}) if isinstance(entries, dict) else None
+    if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
+        raise fail("the header is no object of tensors with metadata of strings")
+    places: dict[str, Place] = {}
+    for name, entry in entries.items():
+        if not name.isprintable() or len(name) > 256:
+            raise fail(f"a tensor is named {shown(name)}")
+        match entry:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)], **more} if (
+                not more
+            ):
+                pass
+            case _:
+                raise fail(f"tensor {name} is described by {shown(entry)}, not by dtype, shape and data_offsets")
+        if dtype not in DTYPES:
+            raise fail(f"tensor {name} has dtype {shown(dtype)}, only {', '.join(DTYPES)} are read")
+        if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+            raise fail(f"tensor {name} has shape {shown(shape)}")
+        if math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize != end - begin:
+            raise fail(f"tensor {name}, {dtype} {shape}, does not fill bytes {shown(begin)} to {shown(end)}")
+        places[name] = (dtype, shape, 8 + length + begin, 8 + length + end)
+    expected = 8 + length
+    for begin, end, name in sorted((begin, end, name) for name, (_, _, begin, end) in places.items()):
+        if begin != expected:
+            raise fail(
+                f"tensor {name} begins at byte {shown(begin - 8 - length)} of the data, "
+                f"expected {expected - 8 - length}: a hole or an overlap"
+            )
+        expected = end
+    if expected != size:
+        raise fail(f"has {size:,} bytes, its header describes {shown(expected)}")
+    return metadata, places
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """The one writer of safetensors: makes arrays contiguous, reads back what it wrote and compares the bytes.
+
+    safetensors 0.8.0 writes the memory of a non-contiguous array in the wrong order without an error
+    (safetensors#825), and gives files the mode 0600 (#782).
+    """
+    made = {name: native(tensor) for name, tensor in tensors.items()}
+    save_file(made, path, metadata={"format": "pt", DIGEST: digest(made)} | metadata)
+    _order_metadata(path)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    written = _load(path)
+    for name, tensor in made.items():
+        if (written[name].dtype, written[name].shape) != (tensor.dtype, tensor.shape) or (
+            written[name].tobytes() != tensor.tobytes()
+        ):
+            raise StorageError(f"{path}: tensor {name} reads back different from what was written")
+
+
+def _order_metadata(path: Path) -> None:
+    """Sorts the metadata in place: safetensors orders them anew each time, and equal weights make equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(ordered) != length:
+            raise StorageError(f"{path}: the header changed its length when its metadata were sorted")
+        file.seek(8)
+        file.write(ordered)
+
+
+def _map(path: Path, file: BinaryIO, places: dict[str, Place]) -> dict[str, np.ndarray]:
+    """Of the open file: by its name there may be another by now."""
+    try:
+        whole = np.asarray(np.memmap(file, np.uint8, "r"))
+        return {name: whole[a:b].view(DTYPES[dtype]).reshape(shape) for name, (dtype, shape, a, b) in places.items()}
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"{path}: not a readable safetensors file: {one_line(error)}") from error
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError, TypeError, ValueError, KeyError, AttributeError, MemoryError) as error:
+        raise InputFileError(f"{path}: not a readable safetensors file: {one_line(error)}") from error
+
+
+def read_safetensors_file(path: Path, *, mapped: bool = False) -> Bundle:
+    """A lone safetensors file; its config is in its metadata, or in a config.json beside it."""
+    tensors, metadata = read_safetensors(path, mapped=mapped)
+    where = f"{path}: metadata 'generation_config'"
+    if "config" in metadata:
+        config = parse_config(parse_json(metadata["config"], f"{path}: metadata 'config'"), path)
+        own = metadata.get("generation_config")
+        generation = None if own is None else json_object(parse_json(own, where), where)
+    else:
+        config, generation = config_beside(path), read_generation_config(path.parent)
+    return Bundle(tensors, config, read_tokenizer_files(path.parent), metadata.get("origin", ""), generation)
+
+
+def write_safetensors_file(path: Path, bundle: Bundle) -> None:
+    """The PyTorch twin's weights as one file that carries its config."""
+    metadata = {"config": json.dumps(config_to_hf(bundle.config, bundle.dtype)), "origin": bundle.origin}
+    if bundle.generation_config is not None:
+        metadata["generation_config"] = json.dumps(bundle.generation_config)
+    with replacing(path) as temporary:
+        write_safetensors(temporary, bundle.tensors, metadata)

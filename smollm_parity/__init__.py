@@ -1,0 +1,1 @@
+"""The parity layer: the same computation in JAX, PyTorch and transformers, compared rung by rung."""

@@ -1,0 +1,234 @@
+"""Deliberate, realistic bugs in the JAX code, each of which a named fast test must catch.
+
+    python -m smollm_parity.mutants            # all of them, about 4 minutes on 2 cores; exit status 1 if one survives
+    python -m smollm_parity.mutants gelu       # those whose name contains a word
+
+A mutant is one replacement in one module's source, made when the module is imported (`conftest.py`), in a process of
+its own. The text to replace must occur exactly once, so that a mutant cannot rot.
+"""
+
+# ruff: noqa: E501  # one mutant a line reads best
+import concurrent.futures
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FAMILY = "parity_tests/test_10_family.py::test_a_small_model"
+STEPS = "parity_tests/test_7_training.py::test_ten_steps"
+ADAMW = "parity_tests/test_6_optimizer.py"
+CACHE = "tests/model/test_attention.py::test_prefill_in_chunks_equals_at_once"
+LOSS = "tests/model/test_cross_entropy.py::test_it_equals_the_dense_loss_in_float64"
+BLOCKS = "tests/model/test_attention.py::test_blocks_give_the_values_and_gradients_of_attention_at_once"
+GENERATE = "tests/generation/test_generate.py"
+MODEL = "tests/model/test_model.py"
+OPERANDS = "tests/model/test_operands.py"
+QUANTIZED = "tests/generation/test_quantized.py"
+PRODUCT = f"{QUANTIZED}::test_a_product_is_that_of_the_numbers_stored"
+ROUNDED = f"{QUANTIZED}::test_it_computes_what_the_rounded_model_does"
+AS_IT_LIES = f"{QUANTIZED}::test_a_q8_0_gguf_is_decoded_as_it_lies"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    name: str
+    module: str
+    old: str
+    new: str
+    test: str  # the test that catches it
+
+
+MUTANTS = [
+    Mutant("rotary interleaved", "model.ops", "jnp.split(x, 2, axis=-1)", "(x[..., ::2], x[..., 1::2])", FAMILY),
+    Mutant("rotary backwards", "model.ops", "a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin", FAMILY),
+    Mutant("theta 10,000 for 100,000", "config.model", "self.rope_theta**exponent", "10_000.0**exponent", FAMILY),
+    Mutant(
+        "frequencies in bfloat16",
+        "model.ops",
+        "np.array(config.rotary_frequencies)",
+        "np.array(config.rotary_frequencies, jnp.bfloat16).astype(float)",
+        FAMILY,
+    ),
+    Mutant(
+        "frequencies one ulp off",
+        "config.model",
+        "_float32(1.0 / _float32(self.rope_theta**exponent))",
+        "_float32(1.0 / _float32(self.rope_theta**exponent) * (1 + 2**-23))",
+        "parity_tests/test_4_modules.py::test_rotary_frequencies_are_transformers_bits",
+    ),
+    Mutant(
+        "queries one position late",
+        "model.smollm",
+        "(rotate(q, cos, sin), rotate(k",
+        "(rotate(q, jnp.roll(cos, -1, 1), jnp.roll(sin, -1, 1)), rotate(k",
+        FAMILY,
+    ),
+    Mutant("KV heads tiled", "model.flash_attention", "heads, N // heads, H).transpose(1, 0, 3, 4, 2, 5)", "N // heads, heads, H).transpose(1, 0, 4, 3, 2, 5)", FAMILY),
+    Mutant("scale 1/H", "model.flash_attention", "_queries(q * q.shape[3] ** -0.5,", "_queries(q * q.shape[3] ** -1.0,", FAMILY),
+    Mutant("mask off by one", "model.flash_attention", "place[:, None] >= jnp.arange(block)", "place[:, None] >= jnp.arange(block) - 1", f"{MODEL}::test_the_future_does_not_change_the_past"),
+    Mutant("attention in bfloat16", "model.flash_attention", "_tokens(output / total, heads, block)", "_tokens((output / total).astype(jnp.bfloat16), heads, block)", FAMILY),
+    Mutant("running softmax forgets nothing", "model.flash_attention", "jnp.exp(largest - larger), ", "1.0, ", BLOCKS),
+    Mutant("scores' gradient without the mean", "model.flash_attention", " - mean[i])", ")", BLOCKS),
+    Mutant("keys' gradient of the last block only", "model.flash_attention", "_put(dk, dk[j] + ", "_put(dk, 0 * dk[j] + ", BLOCKS),
+    Mutant(
+        "q rows in another head order", "weights.mapping", '"L (N H) D -> L D N H"', '"L (H N) D -> L D N H"', FAMILY
+    ),
+    Mutant("o_proj transposed", "weights.mapping", '"L D (N H) -> L N H D"', '"L (N H) D -> L N H D"', FAMILY),
+    Mutant(
+        "k and v swapped",
+        "weights.mapping",
+        '("layers.self_attn.k_proj", "L (K H) D -> L D K H"),\n'
+        '    "model.layers.*.self_attn.v_proj.weight": ("layers.self_attn.v_proj"',
+        '("layers.self_attn.v_proj", "L (K H) D -> L D K H"),\n'
+        '    "model.layers.*.self_attn.v_proj.weight": ("layers.self_attn.k_proj"',
+        FAMILY,
+    ),
+    Mutant(
+        "GGUF k rows with q's heads",
+        "weights.gguf_reader",
+        '"k_proj": config.num_key_value_heads',
+        '"k_proj": 1',
+        "parity_tests/test_conversion.py::test_a_gguf_is_read_as_transformers_reads_it",
+    ),
+    Mutant("gate and up swapped", "model.ops", "jax.nn.silu(gate) * up", "jax.nn.silu(up) * gate", FAMILY),
+    Mutant("gelu for silu", "model.ops", "jax.nn.silu(gate)", "jax.nn.gelu(gate)", FAMILY),
+    Mutant(
+        "norm scaled before it is rounded",
+        "model.ops",
+        "return _normed(x, eps)[0].astype(x.dtype) * scale",
+        "return (_normed(x, eps)[0] * scale).astype(x.dtype)",
+        f"{MODEL}::test_rms_norm_rounds_before_it_scales",
+    ),
+    Mutant("norm scaled by 1 + weight", "model.ops", "_normed(x, eps)[0].astype(x.dtype) * scale", "_normed(x, eps)[0].astype(x.dtype) * (1 + scale)", FAMILY),
+    Mutant("eps 1e-6", "model.ops", "keepdims=True) + eps)", "keepdims=True) + 1e-6)", FAMILY),
+    Mutant(
+        "eps outside the root",
+        "model.ops",
+        "jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)",
+        "1 / (jnp.sqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True)) + eps)",
+        FAMILY,
+    ),
+    Mutant("norm's gradient along its input", "model.ops", "(gradient - normed * jnp.mean(gradient * normed, axis=-1, keepdims=True))", "gradient", f"{MODEL}::test_gradients_written_out_are_those_of_the_function"),
+    Mutant("gradients of gate and up swapped", "model.ops", "jnp.arange(2)[:, None] == 0", "jnp.arange(2)[:, None] == 1", f"{MODEL}::test_gradients_written_out_are_those_of_the_function"),
+    Mutant("norm before the MLP skipped", "model.smollm", "self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps))", "self.mlp(x)", FAMILY),
+    Mutant("last norm skipped", "model.smollm", "return rms_norm(x, norm, self.config.rms_norm_eps), memory", "return x, memory", FAMILY),
+    Mutant("head scaled", "model.smollm", "return project(hidden, self.head.astype(hidden.dtype).T)", "return project(hidden, self.head.astype(hidden.dtype).T) / 24", FAMILY),
+    Mutant(
+        "residual projections not scaled at init",
+        "model.smollm",
+        "return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5",
+        "return config.initializer_range",
+        f"{MODEL}::test_the_init_is_the_recipes",
+    ),
+    Mutant(
+        "head not trained", "training.loss", "model.head, targets", "jax.lax.stop_gradient(model.head), targets", STEPS
+    ),
+    Mutant(
+        "labels shifted twice", "training.loss", "return tokens[:, 1:]", "return jnp.roll(tokens[:, 1:], -1, 1)", STEPS
+    ),
+    Mutant(
+        "loss averaged per chunk",
+        "model.cross_entropy",
+        "return jnp.sum(jnp.where(valid, log_normalizer - chosen, 0.0)), logits",
+        "return h.shape[0] * jnp.sum(jnp.where(valid, log_normalizer - chosen, 0.0)) / jnp.maximum(valid.sum(), 1), logits",
+        LOSS,
+    ),
+    Mutant("head's gradient of the last chunk only", "model.cross_entropy", "head_gradient += ", "head_gradient = ", LOSS),
+    Mutant(
+        "1/tokens rounded to bfloat16",
+        "model.cross_entropy",
+        "(hidden_gradient.astype(cotangent.dtype) * cotangent).astype(hidden_gradient.dtype)",
+        "hidden_gradient * cotangent.astype(hidden_gradient.dtype)",
+        "tests/model/test_cross_entropy.py::test_the_mean_over_any_number_of_tokens_is_scaled_right_in_bfloat16",
+    ),
+    Mutant("masked labels in the gradient", "model.cross_entropy", "(error * valid[:, None])", "(error)", LOSS),
+    Mutant("decay not on the norms", "training.optimizer", "weight_decay=recipe.weight_decay,", "weight_decay=recipe.weight_decay, mask=lambda p: {k: v.ndim > 1 for k, v in p.items()},", ADAMW),
+    Mutant("beta2 0.999", "training.optimizer", "b2=recipe.beta2", "b2=0.999", ADAMW),
+    Mutant("bias correction missing", "training.optimizer", "optax.adamw(\n", "(lambda lr, b1, b2, eps, weight_decay: optax.chain(optax.scale_by_rms(b2, eps), optax.ema(b1, debias=False), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(lr)))(\n", ADAMW),
+    Mutant("clip by value", "training.optimizer", "clip_by_global_norm(recipe.clip)", "optax.clip(recipe.clip)", ADAMW),
+    Mutant("warmup off by one", "training.optimizer", "schedule(jnp.asarray(count, float))", "schedule(jnp.asarray(count + 1, float))", ADAMW),
+    Mutant("cache written one slot late", "model.attention", "at = (cache.layer, zero, cache.length, zero, zero)", "at = (cache.layer, zero, cache.length + 1, zero, zero)", CACHE),
+    Mutant("unwritten cache slots attended", "model.attention", "(slot <= query[:, None])", "(slot <= query[:, None] + 1)", CACHE),
+    Mutant("cache of the first layer read", "model.attention", "keys[cache.layer], values[cache.layer]", "keys[0], values[0]", CACHE),
+    Mutant("left padding attended", "model.attention", " & (slot >= start[:, None, None])", " & (slot >= 0 * start[:, None, None])", "tests/model/test_attention.py::test_left_padding_is_never_attended"),
+    Mutant("decoded tokens one position late", "generation.programs", "positions = (state.cache.length - state.start)[:, None]", "positions = (state.cache.length - state.start)[:, None] + 1", f"{GENERATE}::test_greedy_with_a_cache_equals_greedy_without"),
+    Mutant("top-p drops the token that crosses it", "generation.sampling", "(depth <= deepest[:, None]) |", "(depth < deepest[:, None]) |", "tests/generation/test_sampling.py::test_draws_follow_the_reference_distribution"),
+    Mutant("prefill sees the left padding", "model.attention", "(jnp.arange(q.shape[1]) >= start[:, None])", "(jnp.arange(q.shape[1]) >= 0 * start[:, None])", f"{GENERATE}::test_the_bucket_of_a_prompt_changes_nothing"),
+    Mutant("packed documents see each other", "model.flash_attention", "(of_queries[i][:, :, None] == of_keys[j][:, None, :])", "(of_queries[i][:, :, None] >= of_keys[j][:, None, :])", "tests/model/test_attention.py::test_packed_attention_is_the_formula_with_the_segments_mask"),
+    Mutant("bfloat16 operands not rounded", "model.ops", "jnp.matmul(x.astype(operands), w.astype(operands),", "jnp.matmul(x, w,", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
+    Mutant("a product's gradient not rounded", "model.ops", "(y.astype(operands) for y in (x, w, gradient))", "(*(y.astype(operands) for y in (x, w)), gradient)", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
+    Mutant("parameters' gradients rounded", "model.ops", "preferred_element_type=dtype).astype(w.dtype)", "preferred_element_type=dtype).astype(operands).astype(w.dtype)", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
+    Mutant("loss of float32 hidden states", "model.cross_entropy", "h.astype(operands), preferred", "h, preferred", f"{OPERANDS}::test_the_loss_and_its_gradients_take_rounded_numbers_and_sum_in_float32"),
+    Mutant("results of a CPU's products in bfloat16", "model.precision", '("float32", dtype) if', "(dtype, dtype) if", f"{OPERANDS}::test_only_a_cpu_keeps_float32_between_products"),
+    Mutant("held-out tokens trained on", "data.batches", "starts = [max(len(file.tokens) - held, 0)", "starts = [max(len(file.tokens) - 17, 0)", "tests/data/test_data.py::test_held_out_tokens_are_never_trained_on"),
+    Mutant("scales of the row below", "generation.quantized", "matrix.scales[..., None].astype", "jnp.roll(matrix.scales, 1, 0)[..., None].astype", PRODUCT),
+    Mutant("last block left out", "generation.quantized", "(values * matrix.scales[..., None]", "(values.at[:, -1].set(0) * matrix.scales[..., None]", PRODUCT),
+    Mutant("inputs cast to bfloat16", "generation.quantized", "optimization_barrier((x / ones", "optimization_barrier((x.astype(jnp.bfloat16).astype(x.dtype) / ones", PRODUCT),
+    Mutant("scaled numbers cast to bfloat16", "generation.quantized", "reshape(matrix.values.shape)", "reshape(matrix.values.shape).astype(jnp.bfloat16).astype(jnp.float32)", f"{QUANTIZED}::test_blocks_are_ggmls"),
+    Mutant("scales of float16 divided by", "generation.quantized", "np.divide(1, scales,", "np.divide(1, stored.astype(np.float32),", f"{QUANTIZED}::test_blocks_are_ggmls"),
+    Mutant("halves rounded to even", "generation.quantized", "np.trunc(x + np.copysign(np.float32(0.5), x))", "np.rint(x)", f"{QUANTIZED}::test_blocks_are_ggmls"),
+    Mutant("quantised q and k exchanged", "generation.quantized", '"self_attn.q_proj", "self_attn.k_proj",', '"self_attn.k_proj", "self_attn.q_proj",', ROUNDED),
+    Mutant("quantised gate and up exchanged", "generation.quantized", '"mlp.gate_proj", "mlp.up_proj"', '"mlp.up_proj", "mlp.gate_proj"', ROUNDED),
+    Mutant("decoded tokens see an unwritten slot", "model.attention", "(slot <= cache.length)", "(slot <= cache.length + 1)", ROUNDED),
+    Mutant("layer caches see the left padding", "model.attention", " & (slot >= start[:, None])\n", " & (slot >= 0 * start[:, None])\n", ROUNDED),
+    Mutant("layer cache written one slot late", "model.attention", "(zero, self.length, zero))", "(zero, self.length + 1, zero))", ROUNDED),
+    Mutant("rows of a q8_0 file in GGUF's order", "weights.gguf_reader", "_in_hf_order(rows, name, config).reshape", "rows.reshape", AS_IT_LIES),
+    Mutant("a q8_0 file quantised again", "generation.quantized", "(stored or {}).get(name) or ", "", AS_IT_LIES),
+]  # fmt: skip
+
+
+def apply(name: str) -> None:
+    """Imports the mutated module in place of the real one; for `conftest.py`, before anything else imports it."""
+    (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
+    qualified = f"smollm_jax.{mutant.module}"
+    spec = importlib.util.find_spec(qualified)
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    assert source.count(mutant.old) == 1, f"mutant {name!r}: its text occurs {source.count(mutant.old)} times"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[qualified] = module
+    exec(compile(source.replace(mutant.old, mutant.new), spec.origin, "exec"), module.__dict__)
+    parent, _, leaf = qualified.rpartition(".")
+    setattr(sys.modules[parent], leaf, module)
+
+
+def hunt(mutant: Mutant) -> tuple[bool, str]:
+    """Whether the mutant's test caught it, and how: the largest margin measured, or the line that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        measured = Path(folder) / "measured.jsonl"
+        environment = os.environ | {"SMOLLM_MUTANT": mutant.name, "SMOLLM_MEASURED": str(measured)}
+        # --maxfail: several failures, so that the margin is not only the first one's
+        command = [sys.executable, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", "--maxfail=4"]
+        done = subprocess.run(
+            [*command, mutant.test], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        rows = [json.loads(line) for line in measured.read_text().splitlines()] if measured.exists() else []
+    # 1: tests ran and some failed. An error on the way to the test is no catch.
+    caught = done.returncode == 1 and bool(re.search(r"\d+ failed", done.stdout)) and "\nERROR " not in done.stdout
+    margins = [row["measured"] / row["bound"] for row in rows if row["bound"] and not row["measured"] <= row["bound"]]
+    if margins:
+        return caught, f"{max(margins):.1e} times the bound"
+    lines = [line[1:].strip() for line in done.stdout.splitlines() if line.startswith("E  ")]
+    return caught, lines[0][:90] if lines else done.stdout.strip()[-300:]
+
+
+def main() -> None:
+    chosen = [mutant for mutant in MUTANTS if all(word in mutant.name for word in sys.argv[1:])]
+    survivors = []
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for mutant, (caught, how) in zip(chosen, pool.map(hunt, chosen), strict=True):
+            print(f"{'dead    ' if caught else 'SURVIVES'}  {mutant.name}  [{mutant.test}]  {how}", flush=True)
+            survivors += [] if caught else [mutant.name]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants caught")
+    sys.exit(1 if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()

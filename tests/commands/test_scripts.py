@@ -1,0 +1,131 @@
+"""The commands of the README work, start light, and fail in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import generate
+from smollm_jax import weights
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "run_main(main)" in path.read_text("utf-8"))
+REAL = ROOT / "assets/SmolLM2-135M-Instruct"
+
+
+def run(*command: str, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    options = {"capture_output": True, "text": True, "check": False} | options
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment, **options)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_imports_no_framework(script):
+    program = (
+        "import runpy, sys\n"
+        f"sys.path[0] = {str(script.parent)!r}\n"  # as when it is run by its path
+        "sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_path({str(script)!r}, run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'jax', 'torch', 'orbax', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = run("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert "python scripts/" in done.stdout, "the help shows no exact command"
+
+
+def test_importing_the_package_and_the_config_imports_no_framework():
+    done = run(
+        "-c",
+        "import sys, smollm_jax.config.model, smollm_jax.config.recipe; assert not {'jax', 'numpy'} & set(sys.modules)",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_generate_answers_from_the_real_weights():
+    done = run(
+        "scripts/generate.py", "--weights", REAL, "--prompt", "The capital of France is", "--max-new-tokens", "8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The capital of France is Paris.")
+    assert (
+        "tokens/s"
+        in run(
+            "scripts/generate.py", "--checkpoint_path", REAL, "--prompt", "Hi", "--temperature", "0.8", "--seed", "1"
+        ).stderr
+    )
+
+
+def test_convert_goes_round_through_every_kind(tmp_path, tiny_model):
+    bundle = weights.to_bundle(tiny_model, "tiny")
+    weights.write(tmp_path / "start", bundle, "hf")
+    for src, dst, to in (("start", "b", "orbax"), ("b", "c.safetensors", None), ("c.safetensors", "d", "hf")):
+        done = run("scripts/convert_weights.py", tmp_path / src, tmp_path / dst, *(["--to", to] if to else []))
+        assert done.returncode == 0, done.stderr
+        assert (f"{tmp_path / src} has no tokenizer" in done.stdout) is bool(to)
+    a, b = (tmp_path / name / "model.safetensors" for name in ("start", "d"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (["nowhere", "x.pt"], 3, "nowhere"),
+        (["nowhere", "x"], 3, "nowhere"),
+        ([str(REAL), "x"], 2, "--to"),
+        ([str(REAL), str(ROOT), "--to", "hf"], 2, "exists already"),
+        ([str(ROOT / "assets/sotu"), "x.pt"], 3, "sotu"),
+    ],
+)
+def test_convert_fails_in_one_line(tmp_path, arguments, code, named):
+    done = run(ROOT / "scripts/convert_weights.py", *arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert named in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_file_and_stdin_may_begin_with_a_byte_order_mark(tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_text("Él said", encoding="utf-8-sig")
+    flags = generate.Flags(weights=tmp_path, prompt_file=(tmp_path / "x.txt",))
+    assert generate.read_prompts(flags) == ["Él said"]
+    with (tmp_path / "x.txt").open(encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert generate.read_prompts(generate.Flags(weights=tmp_path)) == ["Él said"]
+
+
+def test_a_file_that_could_not_be_written_is_called_by_its_own_name(tmp_path):
+    (tmp_path / "a.txt").touch()
+    program = (
+        "from pathlib import Path; from smollm_jax.runtime.atomic import replacing; "
+        "from smollm_jax.runtime.program import run_main\n"
+        "def main():\n    with replacing(Path('a.txt/x.gguf')) as file: file.touch()\n"
+        "run_main(main)"
+    )
+    done = run("-c", program, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (5, "error: [Errno 20] Not a directory: 'a.txt/x.gguf'\n")
+
+
+def test_debug_shows_the_traceback():
+    done = run("scripts/convert_weights.py", "nowhere", "x.pt", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_plot_draws_a_run(tmp_path):
+    step = {"learning_rate": 0.1, "tokens_per_second": 5.0}
+    rows = [json.dumps(step | {"step": i, "loss": 9 / i}) for i in (1, 2, 3)]
+    rows.append('{"step": 3, "validation_loss": 2.5, "validation_perplexity": 12.2}')
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    done = run("scripts/plot_run.py", tmp_path, tmp_path, "--out", tmp_path / "two.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "metrics.jsonl").write_text("not json")
+    done = run("scripts/plot_run.py", tmp_path)
+    assert done.returncode == 3
+    assert "line 1" in done.stderr

@@ -1,0 +1,264 @@
+"""A file is read as what its content and its name say; of a folder, what is text and is to be trained on."""
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+
+import smollm_jax.data.text
+from smollm_jax.data.bad_text import BadText
+from smollm_jax.data.text import documents
+from smollm_jax.data.text_sources import choose, text_files
+from smollm_jax.errors import InputFileError
+from tests.hostile_data import zst
+
+DOCUMENTS = ["one\ntwo", 'th"ree, é']
+LINES = "".join(json.dumps({"n": 1, "text": text}) + "\n" for text in DOCUMENTS).encode()
+ARRAY = json.dumps([{"text": text} for text in DOCUMENTS], indent=1).encode()
+CSV = 'n,text\r\n1,"one\ntwo"\r\n\r\n2,"th""ree, é"\r\n'.encode()
+MARK = b"\xef\xbb\xbf"  # the byte order mark that Windows' editors write
+PLAIN = b"one word\nand others\n"
+
+
+def parquet() -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def arrow(stream: bool) -> bytes:
+    sink, table = pyarrow.BufferOutputStream(), pyarrow.table({"text": DOCUMENTS}).to_batches(max_chunksize=1)
+    with (pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file)(sink, table[0].schema) as writer:
+        for batch in table:
+            writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+ROWS = {  # name: content
+    "x.jsonl": LINES,
+    "x.ndjson": LINES,
+    "x.JSONLines": LINES,
+    "c4.00000-of-01024.json.gz": gzip.compress(LINES),
+    "x.json.xz": lzma.compress(LINES) + bytes(4) + lzma.compress(b""),
+    "x.jsonl.bz2": bz2.compress(LINES[:40]) + bz2.compress(LINES[40:]),
+    "x.jsonl.zstd": zst(LINES),
+    "zstd after a frame to skip.jsonl.zst": b"\x50\x2a\x4d\x18\x02\0\0\0ab" + zst(LINES),
+    "lines.json": LINES,
+    "array.json": ARRAY,
+    "strings.json": json.dumps(DOCUMENTS).encode(),
+    "one after another.json": b"".join(json.dumps({"text": text}, indent=2).encode() for text in DOCUMENTS),
+    "array called.jsonl": ARRAY,
+    "no name for lines": LINES,
+    "no name for an array": ARRAY,
+    "app.log": LINES,
+    "dump.gz": gzip.compress(LINES),
+    "gzip called.jsonl": gzip.compress(LINES),
+    "x.csv": CSV,
+    "marked.csv": MARK + CSV,
+    "x.csv.gz": gzip.compress(CSV),
+    "marked.csv.gz": gzip.compress(MARK + CSV),
+    "lines end in CR.csv": CSV.replace(b"\r\n", b"\r"),
+    "marked.jsonl": MARK + LINES,
+    "marked, no name for lines": MARK + LINES,
+    "marked.jsonl.gz": gzip.compress(MARK + LINES),
+    "marked lines.json": MARK + LINES,
+    "marked array.json": MARK + ARRAY,
+    "numbers nobody reads.jsonl": LINES.replace(b'"n": 1', b'"n": [NaN, {"x": -Infinity}, 1e999]'),
+    "numbers nobody reads.json": ARRAY.replace(b"{", b'{"n": NaN, '),
+    "x.tsv": 'text\tn\n"one\ntwo"\t1\n"th""ree, é"\n'.encode(),
+    "x.parquet": parquet(),
+    "x.pq": parquet(),
+    "parquet called.jsonl": parquet(),
+    "parquet": parquet(),
+    "stream.arrow": arrow(stream=True),
+    "file.arrow": arrow(stream=False),
+    "x.feather": arrow(stream=False),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("piece", [7, smollm_jax.data.text.PIECE])
+def test_rows_are_found_under_every_name(tmp_path, monkeypatch, name, piece):
+    monkeypatch.setattr(smollm_jax.data.text, "PIECE", piece)
+    (tmp_path / name).write_bytes(ROWS[name])
+    assert list(documents(tmp_path / name)) == DOCUMENTS
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.md", "x.rst", "x.tex", "x.py", "x.log", "x", "x.yaml"])
+def test_what_is_plain_text_and_was_named_is_one_document(tmp_path, name):
+    for content in (PLAIN, b"[Verse 1]\nla\n", b'{"a": 1} is JSON\nin a text\n', b'["a", she said, "b"]\n', b"{x}\n"):
+        (tmp_path / name).write_bytes(content)
+        assert list(documents(tmp_path / name)) == [content.decode()]
+        for suffix, pack in ((".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)):
+            (tmp_path / f"{name}{suffix}").write_bytes(pack(content))
+            assert list(documents(tmp_path / f"{name}{suffix}")) == [content.decode()]
+
+
+@pytest.mark.parametrize("bad", ["stop", "skip", "replace"])
+def test_one_byte_order_mark_is_left_out_as_by_utf_8_sig(tmp_path, bad):
+    for content in (MARK + PLAIN, MARK + MARK + PLAIN, MARK + b"no line end", PLAIN + MARK):
+        (tmp_path / "x.txt").write_bytes(content)
+        assert list(documents(tmp_path / "x.txt", bad=BadText(bad))) == [content.decode("utf-8-sig")]
+    (tmp_path / "x.txt").write_bytes(MARK + LINES)
+    with pytest.raises(InputFileError, match="holds JSON lines, no plain text"):
+        list(documents(tmp_path / "x.txt"))
+
+
+@pytest.mark.parametrize(
+    "text", ["PARENTS of the", "PAR1 and PAR1", "a" * 256 + "gustar  mucho", "BZh9 GIF89a", "<p>x"]
+)
+def test_a_text_that_only_begins_like_another_format_is_a_text(tmp_path, text):
+    text += ", and so on."
+    (tmp_path / "x.txt").write_text(text)
+    assert list(documents(tmp_path / "x.txt")) == [text]
+
+
+def test_another_column_is_text_in_every_table(tmp_path):
+    (tmp_path / "x.csv").write_text("text,body\nno,yes\n")
+    (tmp_path / "x.json").write_text('[{"text": "no", "body": "yes"}]')
+    pyarrow.feather.write_feather(pyarrow.table({"text": ["no"], "body": ["yes"]}), tmp_path / "x.arrow")
+    for file in text_files(tmp_path):
+        assert list(documents(file, "body")) == ["yes"]
+
+
+def test_a_column_of_categories_is_one_of_text(tmp_path):
+    table = pyarrow.table({"text": pyarrow.array([*DOCUMENTS, DOCUMENTS[0]]).dictionary_encode()})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    pyarrow.feather.write_feather(table, tmp_path / "x.arrow")
+    for name in ("x.parquet", "x.arrow"):
+        assert list(documents(tmp_path / name)) == [*DOCUMENTS, DOCUMENTS[0]]
+
+
+# -------------------------------------------------------------------------------------------------- folders
+
+CARD = b"---\nlicense: mit\n---\n# A data set\n"
+
+
+def folder(place: Path, *names: str, **contents: bytes) -> Path:
+    """A folder of small files, each of what its name says."""
+    for name in names:
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kinds = {".jsonl": LINES, ".csv": CSV, ".json": ARRAY, ".parquet": parquet(), ".gz": gzip.compress(LINES)}
+        path.write_bytes(contents.get(path.stem, kinds.get(path.suffix, b"some text")))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            "HuggingFaceFW/fineweb",
+            "folder; a data set of .* first: hf download --repo-type dataset Hugg",
+        ),
+        ("https://a.org/x.jsonl", "an address is not fetched: download the file"),
+        ("nowhere/x.jsonl", "no such file or folder$"),
+        ("here/x", "no such file or folder$"),
+    ],
+)
+def test_what_is_not_on_the_disk_is_named_with_what_to_do(tmp_path, monkeypatch, source, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(InputFileError, match=said):
+        choose(Path(source))
+
+
+def test_a_link_to_a_file_that_is_read_itself_is_left_out(tmp_path):
+    place = folder(tmp_path / "d", "b.txt", "sub/c.txt")
+    blob = folder(tmp_path / "cache", "blob") / "blob"  # as in the hub's cache
+    for name, target in {"a.txt": "b.txt", "z.txt": "sub/c.txt", "x.txt": blob, "y.txt": blob}.items():
+        (place / name).symlink_to(target)
+    files, (note,) = choose(place)
+    assert [file.name for file in files] == ["b.txt", "c.txt", "x.txt"]
+    assert note == f"{place}: reads 3 files, leaves out 3 link to a file that is read itself (a.txt, y.txt, z.txt)"
+    files, (note,) = choose(place / "*.txt")
+    assert [file.name for file in files] == ["b.txt", "x.txt", "z.txt"]
+    assert "leaves out 2 link to a file that is read itself" in note
+
+
+def names(place: Path, **options) -> list[str]:
+    return [str(file.relative_to(place)) for file in choose(place, **options).files]
+
+
+def test_what_is_hidden_strange_or_about_the_data_is_left_out_counted_and_said(tmp_path):
+    place = folder(
+        tmp_path / ".data", "a.txt", "b/c.md", ".git/info.txt", ".git/HEAD", "b/.ipynb_checkpoints/c.md", "._a.txt",
+        ".DS_Store", "__MACOSX/a.txt", "photo.png", "other.PNG", "LICENSE", "b/LICENSE-MIT.txt", "notes.docx",
+    )  # fmt: skip
+    (place / "link").symlink_to(tmp_path)
+    (note,) = choose(place).notes
+    assert names(place) == ["a.txt", "b/c.md"]
+    assert note.startswith(f"{place}: reads 2 files, leaves out ")
+    for part in (
+        "5 hidden (.git, __MACOSX, .DS_Store, ...)",
+        "3 not text by name (.png (2), .docx)",
+        "2 licence (LICENSE, b/LICENSE-MIT.txt)",
+        "1 link to a folder, or no file (link)",
+    ):
+        assert part in note
+    assert choose(folder(tmp_path / "plain", "a.txt", "b.txt")).notes == []
+
+
+def test_a_data_set_is_told_from_the_files_about_it(tmp_path):
+    hub = folder(
+        tmp_path / "hub", "README.md", ".gitattributes", "dataset_infos.json", "data/train-00000-of-00001.parquet",
+        "data/test-00000-of-00001.parquet", README=CARD,
+    )  # fmt: skip
+    assert names(hub) == ["data/train-00000-of-00001.parquet"]
+    left_out, split = choose(hub).notes
+    assert "1 dataset card (README.md)" in left_out
+    assert "1 record about a data set (dataset_infos.json)" in left_out
+    assert split == f"{hub}: reads the train split (1 file), leaves out test (1 file)"
+    assert names(folder(tmp_path / "card", "README.md", "a.txt", README=CARD)) == ["a.txt"]
+    assert names(folder(tmp_path / "docs", "README.md", "a.md")) == ["README.md", "a.md"]
+    assert names(folder(tmp_path / "saved", "state.json", "x.jsonl", "cache-1.arrow")) == ["x.jsonl"]
+    essays = folder(tmp_path / "essays", "a.txt", "meta.csv", "all.json", meta=b"id,title\n1,x\n", all=b'{"id": 1}')
+    assert names(essays) == ["a.txt"]
+    assert "2 record about a data set (all.json, meta.csv)" in choose(essays).notes[0]
+    assert names(essays, column="title") == ["a.txt", "meta.csv"]
+    with pytest.raises(InputFileError, match=r"holds no file that ends in .*; it has 1 not text by name \(\.png\)"):
+        choose(folder(tmp_path / "none", "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("files", "read", "said"),
+    [
+        (["train.jsonl", "test.jsonl", "valid.csv"], ["train.jsonl"], "leaves out test (1 file), validation (1 file)"),
+        (["train.txt", "test.txt", "val.txt"], ["train.txt"], "reads the train split (1 file)"),
+        (["wiki.train.txt", "wiki.valid.txt"], ["wiki.train.txt"], "leaves out validation"),
+        (["Train/a.txt", "Train/b.txt", "Dev/a.txt"], ["Train/a.txt", "Train/b.txt"], "leaves out validation"),
+        (["en/train-0.json", "en/test-0.json", "x.json"], ["en/train-0.json", "x.json"], "leaves out test"),
+        # Essays: a word in a name makes no split of a data set.
+        (["a.txt", "b.txt", "test.txt"], ["a.txt", "b.txt", "test.txt"], None),
+        (["my train ride.txt", "test.txt", "to val.txt"], ["my train ride.txt", "test.txt", "to val.txt"], None),
+        (["contest.jsonl", "trainer.jsonl"], ["contest.jsonl", "trainer.jsonl"], None),
+        (["test.jsonl", "a/evaluation.jsonl"], ["a/evaluation.jsonl", "test.jsonl"], "no train split: reads test"),
+        (["dev.jsonl", "test.jsonl"], ["dev.jsonl", "test.jsonl"], "no train split: reads test and validation"),
+    ],
+)
+def test_of_splits_the_one_to_train_on_is_read_and_said(tmp_path, files, read, said):
+    chosen = choose(folder(tmp_path / "x", *files))
+    assert names(tmp_path / "x") == read
+    assert bool(chosen.notes) == bool(said)
+    assert said is None or said in chosen.notes[0]
+
+
+def test_evaluation_takes_the_split_to_test_on(tmp_path):
+    place = folder(tmp_path / "x", "train.jsonl", "test.jsonl", "valid.jsonl")
+    assert names(place, splits=("test", "validation")) == ["test.jsonl"]
+    (place / "test.jsonl").unlink()
+    assert names(place, splits=("test", "validation")) == ["valid.jsonl"]
+
+
+def test_what_is_named_is_read_and_splits_among_it_are_said(tmp_path):
+    place = folder(tmp_path / "x", "train-0.jsonl", "test-0.jsonl", "sub/a.py")
+    chosen = choose(place / "*.jsonl")
+    assert [file.name for file in chosen.files] == ["test-0.jsonl", "train-0.jsonl"]
+    assert chosen.notes == [f"{place}/*.jsonl: note: reads all that is named, of these splits too: test (1 file)"]
+    assert [file.name for file in choose(place / "**").files] == ["a.py", "test-0.jsonl", "train-0.jsonl"]

@@ -1,0 +1,333 @@
+"""Weights have one tokenizer, their own: whatever lies near them, and through every conversion."""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smollm_jax import weights
+from smollm_jax.config.hf_config import config_to_hf
+from smollm_jax.data.mixture import open_mixture
+from smollm_jax.errors import InputFileError, UsageError
+from smollm_jax.generation.engine import Engine
+from smollm_jax.generation.sampling import Sampling
+from smollm_jax.tokenizer import Tokenizer
+from smollm_jax.tokenizer.source import own_tokenizer
+from smollm_jax.tokenizer.special_tokens import byte_symbols
+from smollm_jax.weights.bundle import Bundle
+from tests.small_files import SMALL, gguf_metadata, small_tensors, small_tokenizer, tokenizer_folder, write_gguf
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|endoftext|>' }}{% endfor %}"
+
+
+def metadata(**changed) -> dict:
+    """That of a GGUF whose vocabulary is another than `small_tokenizer`'s: two more tokens, a chat template."""
+    tokens = ["<|endoftext|>", "<think>", "</think>", *byte_symbols(), "Ġt", "he", "Ġthe"]
+    types = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [3, 4, 4] + [1] * 259}
+    return gguf_metadata(SMALL) | types | {"tokenizer.chat_template": TEMPLATE} | changed
+
+
+def gguf(path: Path, **changed) -> Path:
+    write_gguf(path, SMALL, small_tensors(), metadata(**changed))
+    return path
+
+
+def test_a_gguf_is_fed_its_own_ids_whatever_lies_near_it(tmp_path):
+    (tmp_path / "models").mkdir()
+    tokenizer_folder(tmp_path)
+    tokenizer_folder(tmp_path / "models")
+    engine = Engine.load(gguf(tmp_path / "models/x.gguf"))
+    ids = engine.encode("the <think>")
+    vocabulary = metadata()["tokenizer.ggml.tokens"]
+    assert [vocabulary[i] for i in ids] == ["t", "he", "Ġ", "<think>"]
+    assert Tokenizer.load(tmp_path).encode("the") != engine.encode("the")  # the stranger's would be others
+    assert engine.tokenizer.decode(engine.chat([{"role": "user", "content": "hi"}])) == "user:hi<|endoftext|>"
+
+
+def test_no_tokenizer_further_up_is_taken(tmp_path):
+    tokenizer_folder(tmp_path)
+    weights.write(tmp_path / "sub/hf", Bundle(small_tensors(), SMALL), "hf")
+    tokenizer_folder(tmp_path / "sub")  # a stranger's in the parent folder, and in its parent
+    assert own_tokenizer(tmp_path / "sub/hf") is None
+    with pytest.raises(InputFileError, match="nowhere: no such file or folder"):
+        Engine.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputFileError, match="empty: not recognised as weights"):
+        Engine.load(tmp_path / "empty")
+    with pytest.raises(InputFileError, match="sub/hf: has no tokenizer of its own: name its folder with --tokenizer"):
+        Engine.load(tmp_path / "sub/hf")
+    assert Engine.load(tmp_path / "sub/hf", tokenizer=tmp_path).encode("the") == Tokenizer.load(tmp_path).encode("the")
+
+
+def test_each_kind_of_weights_has_its_tokenizer_where_it_belongs(tmp_path):
+    bundle = Bundle(small_tensors(), SMALL, small_tokenizer())
+    for kind, name in {"hf": "hf", "orbax": "run", "gguf": "x.gguf"}.items():
+        weights.write(tmp_path / name, bundle, kind)
+    weights.write(tmp_path / "hf/x.safetensors", bundle, "safetensors")
+    weights.write(tmp_path / "x.safetensors", bundle, "safetensors")
+    expected = {"hf": "hf", "run": "run", "run/checkpoints/0": "run", "x.gguf": "x.gguf", "hf/x.safetensors": "hf"}
+    assert {name: own_tokenizer(tmp_path / name) for name in expected} == {
+        name: tmp_path / place for name, place in expected.items()
+    }
+    assert own_tokenizer(tmp_path / "x.safetensors") is None
+
+
+def test_what_lies_above_a_folder_called_checkpoints_belongs_to_a_step_only(tmp_path):
+    tokenizer_folder(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(SMALL)))
+    bundle = Bundle(small_tensors(), SMALL)
+    for name, kind in {"500": "hf", "best": "hf", "my-run": "orbax", "7": "orbax"}.items():
+        weights.write(tmp_path / "checkpoints" / name, bundle, kind)
+    for name in ("500", "best", "my-run", "7"):
+        path = tmp_path / "checkpoints" / name
+        assert own_tokenizer(path) is None
+        assert weights.read(path).config == SMALL
+        assert weights.generation_of(path).eos_token_ids == (0,)
+
+
+def test_an_hf_folder_may_hold_a_folder_called_checkpoints(tmp_path):
+    weights.write(tmp_path / "hf", Bundle(small_tensors(), SMALL), "hf")
+    (tmp_path / "hf/checkpoints/checkpoint-500").mkdir(parents=True)
+    assert weights.kind_of(tmp_path / "hf") == "hf"
+    assert weights.read(tmp_path / "hf").config == SMALL
+
+
+def test_a_tokenizer_that_gives_other_ids_than_the_weights_own_is_refused(tmp_path):
+    path = gguf(tmp_path / "x.gguf")
+    other = tokenizer_folder(tmp_path / "other")
+    with pytest.raises(UsageError, match=r"other: .*x\.gguf has a tokenizer of its own, with other ids"):
+        Tokenizer.of_weights(path, other)
+    weights.write(tmp_path / "hf", weights.read(path), "hf")
+    (tmp_path / "hf/chat_template.jinja").write_text("another template")
+    assert Tokenizer.of_weights(path, tmp_path / "hf").path == tmp_path / "hf"  # same ids, another template
+
+
+def test_a_gguf_whose_tokenizer_is_foreign_still_gives_its_weights(tmp_path):
+    path = gguf(tmp_path / "x.gguf", **{"tokenizer.ggml.model": "llama"})
+    assert weights.read(path).tokenizer_files == {}
+    with pytest.raises(InputFileError, match=r"tokenizer\.ggml\.model and \.pre are .llama.*--tokenizer names"):
+        Tokenizer.of_weights(path)
+    other = tokenizer_folder(tmp_path / "other")
+    assert Tokenizer.of_weights(path, other).path == other
+
+
+@pytest.mark.parametrize("pre", ["smollm", "starcoder", "gpt-2"])
+def test_a_gguf_says_whether_digits_are_split(tmp_path, pre):
+    tokens, merges = metadata()["tokenizer.ggml.tokens"], ["Ġ t", "h e", "Ġt he", "1 2"]
+    changed = {"tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": [*tokens, "12"], "tokenizer.ggml.merges": merges}
+    path = gguf(tmp_path / "x.gguf", **changed, **{"tokenizer.ggml.token_type": [3, 4, 4] + [1] * 260})
+    assert len(Tokenizer.load(path).encode("12")) == (1 if pre == "gpt-2" else 2)
+    weights.write(tmp_path / "again.gguf", weights.read(path), "gguf")
+    assert Tokenizer.load(tmp_path / "again.gguf").encode("a12") == Tokenizer.load(path).encode("a12")
+
+
+def test_a_user_defined_token_is_one_id_through_every_conversion(tmp_path):
+    """special: false in a folder, token_type 4 in a GGUF; it is one token even where special ones are plain text."""
+    weights.write(tmp_path / "hf", weights.read(gguf(tmp_path / "x.gguf")), "hf")
+    added = {token["content"]: token["special"] for token in read_added(tmp_path / "hf")}
+    assert added == {"<|endoftext|>": True, "<think>": False, "</think>": False}
+    weights.write(tmp_path / "again.gguf", weights.read(tmp_path / "hf"), "gguf")
+    for name in ("x.gguf", "hf", "again.gguf"):
+        tokenizer = Tokenizer.load(tmp_path / name)
+        assert tokenizer.encode("<think>") == [1]
+        assert len(tokenizer.encode("<|endoftext|>")) > 1
+        assert tokenizer.decode([1]) == "<think>"
+
+
+def read_added(folder: Path) -> list[dict]:
+    return json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+
+
+def test_bos_that_a_gguf_asks_for_stands_before_a_text_and_a_chat_once(tmp_path):
+    changed = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 0}
+    path = gguf(tmp_path / "x.gguf", **changed)
+    engine = Engine.load(path)
+    assert engine.encode("he") == [0, *engine.tokenizer.encode("he")]
+    chat = [{"role": "user", "content": "he"}]
+    assert engine.chat(chat)[0] == 0  # as llama.cpp does
+    written = gguf(tmp_path / "y.gguf", **changed, **{"tokenizer.chat_template": "<|endoftext|>" + TEMPLATE})
+    assert Engine.load(written).chat(chat) == engine.chat(chat)  # the template's own is not doubled
+    weights.write(tmp_path / "hf", weights.read(path), "hf")
+    folder = Engine.load(tmp_path / "hf")
+    assert folder.encode("he") == engine.encode("he")
+    assert folder.chat(chat) == engine.chat(chat)[1:]  # as transformers does: what the template writes
+    weights.write(tmp_path / "again.gguf", weights.read(tmp_path / "hf"), "gguf")
+    assert Engine.load(tmp_path / "again.gguf").encode("he") == engine.encode("he")
+
+
+def test_every_document_of_a_data_set_begins_with_the_bos_that_is_asked_for(tmp_path):
+
+    path = gguf(tmp_path / "x.gguf", **{"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 1})
+    (tmp_path / "x.jsonl").write_text('{"text": "the"}\n{"text": "he 12"}\n')
+    (tmp_path / "y.txt").write_text("a b " * 40_000)  # long enough to be read in pieces
+    tokenizer = Tokenizer.load(path)
+    for name, texts in (("x.jsonl", ["the", "he 12"]), ("y.txt", ["a b " * 40_000])):
+        tokens = np.concatenate(
+            [f.tokens for f in open_mixture(tmp_path / name, path, tmp_path / "cache").sets[0].files]
+        )
+        documents = [[1, *tokenizer.encode(text), 0] for text in texts]
+        assert sorted(np.split(tokens, np.flatnonzero(tokens == 0)[:-1] + 1), key=len)[0].tolist() in documents
+        assert len(tokens) == sum(map(len, documents))
+        assert (tokens == 1).sum() == len(texts)
+
+
+def test_named_chat_templates_survive_every_conversion(tmp_path):
+    named = {"tokenizer.chat_template.tool_use": "{{ tools | length }} tools", "tokenizer.chat_template": TEMPLATE}
+    path = gguf(tmp_path / "x.gguf", **named)
+    weights.write(tmp_path / "hf", weights.read(path), "hf")
+    weights.write(tmp_path / "again.gguf", weights.read(tmp_path / "hf"), "gguf")
+    weights.write(tmp_path / "run", weights.read(tmp_path / "again.gguf"), "orbax")
+    chat = [{"role": "user", "content": "hi"}]
+    for name in ("x.gguf", "hf", "again.gguf", "run"):
+        tokenizer = Tokenizer.load(tmp_path / name)
+        assert tokenizer.decode(tokenizer.apply_chat_template(chat)) == "user:hi<|endoftext|>"
+        assert tokenizer.decode(tokenizer.apply_chat_template(chat, tools=[{"name": "x"}])) == "1 tools"
+
+
+def test_the_converter_takes_a_tokenizer_for_weights_that_have_none(tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "scripts/convert_weights.py"))["main"]
+    weights.write(tmp_path / "x.safetensors", Bundle(small_tensors(), SMALL), "safetensors")
+    with pytest.raises(UsageError, match=r"no tokenizer\.json beside the weights"):
+        main([str(tmp_path / "x.safetensors"), str(tmp_path / "x.gguf")])
+    folder = tokenizer_folder(tmp_path / "tokenizer")
+    main([str(tmp_path / "x.safetensors"), str(tmp_path / "x.gguf"), "--tokenizer", str(folder)])
+    assert Tokenizer.load(tmp_path / "x.gguf").encode("the the") == Tokenizer.load(folder).encode("the the")
+
+
+GENERATION = {"eos_token_id": [0, 7], "do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 99}
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax", "pt", "safetensors", "gguf"])
+@pytest.mark.parametrize("generation", [GENERATION, {"eos_token_id": 5}, None])
+def test_generation_config_survives_every_conversion(tmp_path, kind, generation):
+    if kind == "pt":
+        pytest.importorskip("torch")
+    name = f"x.{kind}" if kind not in ("hf", "orbax") else kind
+    bundle = Bundle(small_tensors(), SMALL, small_tokenizer(), generation_config=generation)
+    weights.write(tmp_path / name, bundle, kind)
+    again = weights.read(tmp_path / name)
+    ids = {"bos_token_id": 0, "eos_token_id": 0}  # what a Hugging Face folder says where nothing else is known
+    assert again.generation_config == (ids if generation is None and kind == "hf" else generation)
+    assert again.config.eos_token_id == SMALL.eos_token_id
+
+
+def test_a_gguf_names_every_token_that_ends_a_text_for_llama_cpp(tmp_path):
+    from gguf import GGUFReader
+
+    bundle = Bundle(small_tensors(), SMALL, small_tokenizer(), generation_config=GENERATION)
+    weights.write(tmp_path / "x.gguf", bundle, "gguf")
+    fields = GGUFReader(tmp_path / "x.gguf").fields
+    named = {key: fields[key].contents() for key in fields if key.startswith(("tokenizer.ggml.e", "general.sampling"))}
+    assert named == {
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.eot_token_id": 7,
+        "general.sampling.temp": np.float32(0.6),
+        "general.sampling.top_p": np.float32(0.9),
+    }
+    several = dataclasses.replace(SMALL, eos_token_id=(0, 3, 7))
+    weights.write(tmp_path / "y.gguf", dataclasses.replace(bundle, config=several), "gguf")
+    assert weights.read(tmp_path / "y.gguf").config.eos_token_id == (0, 3, 7)
+
+
+def test_the_ends_and_the_sampling_of_a_foreign_gguf_are_taken(tmp_path):
+    asked = {"tokenizer.ggml.eot_token_id": 9, "general.sampling.temp": 0.7, "general.sampling.top_k": 20}
+    engine = Engine.load(gguf(tmp_path / "x.gguf", **asked))
+    assert engine.generation.eos_token_ids == (0, 9)
+    assert (engine.defaults.temperature, engine.defaults.top_k, engine.defaults.top_p) == (0.7, 20, 1.0)
+
+
+def chat_gguf(path: Path, **changed) -> Path:
+    """A GGUF as llama.cpp's converter writes it for a chat model whose eos is the base model's."""
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_symbols(), "Ġt", "he", "Ġthe"]
+    types = [3, 3, 3] + [1] * 259
+    return gguf(path, **{"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types} | changed)
+
+
+@pytest.mark.parametrize("types", [[3, 3, 3], [2, 3, 3], [3, 3, 1]])
+def test_a_foreign_gguf_ends_a_text_where_llama_cpp_does(tmp_path, types):
+    """It takes tokens by their text for such that end one, and UNKNOWN (2) for special as CONTROL (3)."""
+    path = chat_gguf(tmp_path / "x.gguf", **{"tokenizer.ggml.token_type": types + [1] * 259})
+    engine = Engine.load(path)
+    assert engine.generation.eos_token_ids == (0, 2) == weights.generation_of(path).eos_token_ids
+    assert engine.config.eos_token_id == 0  # as the file says
+    assert engine.tokenizer.encode("<|im_end|><|endoftext|>", parse_special=True) == [2, 0]
+    for name, kind in {"hf": "hf", "again.gguf": "gguf", "run": "orbax", "last.gguf": "gguf"}.items():
+        weights.write(tmp_path / name, weights.read(path), kind)
+        path = tmp_path / name
+        assert weights.generation_of(path).eos_token_ids == (0, 2)
+
+
+def test_a_gguf_of_ours_ends_a_text_where_the_folder_it_was_made_from_does(tmp_path):
+    files = weights.read(chat_gguf(tmp_path / "x.gguf")).tokenizer_files
+    for generation in (None, {"eos_token_id": 2}):
+        weights.write(tmp_path / f"{generation}.gguf", Bundle(small_tensors(), SMALL, files, "", generation), "gguf")
+        again = weights.read(tmp_path / f"{generation}.gguf")
+        assert (again.generation_config, again.config.eos_token_id) == (generation, 0)
+
+
+@pytest.mark.parametrize("role", ["bos", "eos", "eot", "padding", "unknown"])
+def test_minus_one_as_a_role_of_a_gguf_is_no_token(tmp_path, role):
+    path = gguf(tmp_path / "x.gguf", **{f"tokenizer.ggml.{role}_token_id": 2**32 - 1})
+    expected = None if role == "eos" else 0
+    config = weights.read(path).config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, expected, None)
+    assert len(Tokenizer.load(path).encode("the")) == 2
+
+
+def test_keys_of_a_gguf_that_change_nothing_are_read_and_a_piece_of_one_is_not(tmp_path):
+    neutral = {"llama.attention.layer_norm_epsilon": 1e-5, "llama.logit_scale": 1.0, "llama.residual_scale": 0.0}
+    assert weights.read(gguf(tmp_path / "x.gguf", **neutral)).config.vocab_size == SMALL.vocab_size
+    with pytest.raises(InputFileError, match=r"llama\.logit_scale=2.0 is not supported"):
+        weights.read(gguf(tmp_path / "y.gguf", **{"llama.logit_scale": 2.0}))
+    with pytest.raises(InputFileError, match="is one of 2 pieces of a GGUF; `llama-gguf-split --merge"):
+        weights.read(gguf(tmp_path / "z.gguf", **{"split.count": 2, "split.no": 0}))
+
+
+def test_sampling_defaults_are_the_weights_own_and_flags_come_first(tmp_path):
+    from smollm_jax.generation.flags import SamplingFlags
+
+    bundle = Bundle(small_tensors(), SMALL, small_tokenizer(), generation_config=GENERATION | {"num_beams": 4})
+    weights.write(tmp_path / "hf", bundle, "hf")
+    generation = Engine.load(tmp_path / "hf").generation
+    flags = SamplingFlags(top_p=0.5)
+    assert (flags.over(generation).temperature, flags.over(generation).top_p) == (0.6, 0.5)
+    assert flags.said(generation).startswith("sampling: temperature 0.6, top k 50, top p 0.5 (")
+    assert "num_beams=4" in (generation.note or "")
+    plain = Engine.load(tmp_path / "hf").__class__(Engine.load(tmp_path / "hf").model, Tokenizer.load(tmp_path / "hf"))
+    assert SamplingFlags().over(plain.generation).is_greedy
+    assert SamplingFlags().said(plain.generation) == "sampling: greedy"
+
+
+def test_a_generation_config_that_makes_no_sense_is_named(tmp_path):
+    weights.write(tmp_path / "hf", Bundle(small_tensors(), SMALL, small_tokenizer()), "hf")
+    wrong = {"eos_token_id": "x", "do_sample": 1.5, "top_k": -1, "top_p": 1.5, "min_p": 1, "repetition_penalty": 0}
+    for fault, value in wrong.items():
+        values = {"do_sample": True} | {fault: value}
+        (tmp_path / "hf/generation_config.json").write_text(json.dumps(values))
+        with pytest.raises(InputFileError, match=rf"hf: generation_config: {fault} must be"):
+            Engine.load(tmp_path / "hf")
+    (tmp_path / "hf/generation_config.json").write_text("[]")
+    with pytest.raises(InputFileError, match=r"generation_config\.json: must be a JSON object"):
+        Engine.load(tmp_path / "hf")
+
+
+def test_a_generation_config_means_what_transformers_makes_of_it(tmp_path):
+    weights.write(tmp_path / "hf", Bundle(small_tensors(), SMALL, small_tokenizer()), "hf")
+    values = {"do_sample": True, "top_k": 50.0, "top_p": 0.0, "eos_token_id": [5, -1], "bos_token_id": -1}
+    (tmp_path / "hf/generation_config.json").write_text(json.dumps(values))
+    engine = Engine.load(tmp_path / "hf")
+    assert engine.generation.eos_token_ids == (5,)  # -1 is no token
+    drawn = dataclasses.replace(engine.defaults, seed=3)  # top_p 0 keeps the likeliest token alone
+    texts = [engine.complete([[1, 2]], max_new_tokens=8, sampling=how)[0].text for how in (drawn, Sampling())]
+    assert texts[0] == texts[1]
+
+
+def test_sampling_keys_of_a_gguf_beyond_their_range_mean_what_llama_cpp_makes_of_them(tmp_path):
+    beyond = {"temp": -1.0, "top_k": -1, "top_p": 1.5, "min_p": -0.5}
+    path = gguf(tmp_path / "x.gguf", **{f"general.sampling.{name}": value for name, value in beyond.items()})
+    assert Engine.load(path).defaults == Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)

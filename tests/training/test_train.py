@@ -1,0 +1,387 @@
+"""Training goes on exactly where it stopped, learns, and refuses what would lose a run. Real processes, tiny model."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smollm_jax import weights
+from smollm_jax.config import PRESETS, Recipe
+from smollm_jax.config.hf_config import config_from_hf, config_to_hf
+from smollm_jax.data import batches as data
+from smollm_jax.data.mixture import open_mixture
+from smollm_jax.evaluation.quality import quality
+from smollm_jax.runs.checkpoint import CheckpointStore
+from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.tokenizer import Tokenizer
+from tests.trainer import ENVIRONMENT, ROOT, command, final_state, losses, train
+
+
+def kill_after(run: Path, step: int, *flags: str, **options) -> None:
+    """Starts a training and kills it, without warning, once `step` is in its log."""
+    with subprocess.Popen(
+        command(run, *flags, **options), cwd=run.parent, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    ) as process:
+        metrics, deadline = run / "metrics.jsonl", time.monotonic() + 600
+        while not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
+            assert process.poll() is None, "training ended before it could be killed"
+            assert time.monotonic() < deadline, "training did not get there"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """A run of 40 steps without interruption."""
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    done = train(run, "--steps", "40", "--save-every", "20")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.mark.parametrize(
+    "preset",
+    ["tiny", pytest.param("smollm2-135m-pretrain", marks=pytest.mark.slow)],  # full shape: about 8 minutes
+)
+def test_killed_and_resumed_is_bit_equal_to_straight(tmp_path, straight, preset):
+    if preset != "tiny":
+        straight = tmp_path / "straight"
+        assert train(straight, "--steps", "40", "--save-every", "20", preset=preset).returncode == 0
+    flags = ("--steps", "40", "--save-every", "20")
+    kill_after(tmp_path / "killed", 23, *flags, preset=preset)
+    resumed = train(tmp_path / "killed", *flags, "--resume", preset=preset)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from step 20" in resumed.stdout
+    assert losses(tmp_path / "killed") == losses(straight)
+    assert len(losses(straight)) == 40
+    state = final_state(straight)
+    assert final_state(tmp_path / "killed") == state
+    assert len(state) == 11 + 2 * 11 + 2, "parameters, two moments of each, two step counts"
+    assert not list((tmp_path / "killed/checkpoints").glob("*tmp*"))
+
+
+def test_training_learns(straight):
+    rows = read_metrics(straight)
+    first, last = (row["loss"] for row in (rows[0], [row for row in rows if "loss" in row][-1]))
+    assert last < first - 1
+    assert rows[-1]["validation_loss"] < first - 1
+    assert rows[-1]["validation_perplexity"] == pytest.approx(np.exp(rows[-1]["validation_loss"]))
+
+
+def test_the_run_folder_is_complete_and_loads_as_weights(straight):
+    import jax.numpy as jnp
+
+    from smollm_jax.tokenizer import Tokenizer
+
+    model, config = weights.load(straight)
+    assert model(jnp.asarray([Tokenizer.load(straight).encode("The quick")])).shape[-1] == config.vocab_size
+    assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["20", "40"]
+    meta = json.loads((straight / "checkpoints/40/meta/metadata").read_text())
+    assert meta["tokens_seen"] == 40 * 2 * 64
+
+
+def test_what_training_prints(tmp_path):
+    done = train(tmp_path / "run", "--steps", "2", "--dtype", "float32")
+    for part in ("no GPU found", "5,014,176 parameters", "products    float32", "2 x 64 = 128 tokens a step"):
+        assert part in done.stdout
+    assert "The quick brown fox -> " in done.stdout
+    assert "predicted next token:" in done.stdout
+
+
+def test_a_finished_run_says_so_and_goes_on_when_asked_for_more(tmp_path):
+    assert train(tmp_path / "run", "--steps", "3", "--decay-fraction", "0").returncode == 0
+    again = train(tmp_path / "run", "--resume")
+    assert again.returncode == 0
+    assert "already at step 3 of 3" in again.stdout
+    more = train(tmp_path / "run", "--steps", "5", "--resume")
+    assert more.returncode == 0
+    assert len(losses(tmp_path / "run")) == 5
+
+
+def test_a_run_is_never_written_over(straight):
+    before = (straight / "metrics.jsonl").read_bytes()
+    done = train(straight, "--steps", "40")
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--seed", "1"], "seed: 0 -> 1"),
+        (["--learning-rate", "1e-4"], "learning_rate: 0.003 -> 0.0001"),
+        (["--batch-size", "4"], "batch_size: 2 -> 4"),
+    ],
+)
+def test_resuming_under_another_recipe_is_refused_by_name(straight, flags, named):
+    done = train(straight, "--steps", "60", "--resume", *flags)
+    assert done.returncode == 2
+    assert named in done.stderr
+
+
+def test_resuming_on_other_data_is_refused(straight, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("entirely different words " * 4000)
+    done = train(straight, "--steps", "60", "--resume", data=other)
+    assert done.returncode == 2
+    assert "data: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "named"),
+    [
+        (["--steps", "0"], 2, "steps"),
+        (["--log-every", "0"], 2, "--log-every"),
+        (["--preset", "smollm3"], 2, "smollm2-135m-pretrain"),
+        (["--sequence-length", "1024"], 2, "512 positions"),
+        (["--attention", "cudnn"], 2, "cudnn"),
+        (["--data", "nowhere"], 3, "nowhere"),
+        (["--data", "nowhere/*.txt"], 3, "nowhere/*.txt"),
+        (["--data", "a:0.5", "b"], 2, "weight to every source or to none"),
+        (["--init-from", "nowhere"], 3, "nowhere"),
+        (["--tokenizer", "nowhere"], 3, "nowhere"),
+        (["--reference", "nowhere"], 3, "nowhere"),
+        (["--prompt", "a b " * 300], 2, "--prompt"),
+        (["--track", "trackio"], 2, "pip install trackio"),
+        (["--resume"], 4, "checkpoint"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line_and_an_exit_code(tmp_path, flags, code, named):
+    done = train(tmp_path / "run", *flags)
+    assert done.returncode == code, done.stderr
+    assert named in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == "", "said before anything is announced"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "short.txt", "--sequence-length", "1024"], "512 positions"),
+        (["--data", "short.txt", "--batch-size", "1000000"], "--batch-size"),
+        (["--data", "broken.txt"], "broken.txt: byte 4 is not UTF-8"),  # while text is prepared
+        (["--data", "short.txt", "--track", "wandb"], "--track wandb: no network"),  # once the run's files are written
+    ],
+)
+def test_a_start_that_is_refused_leaves_nothing_behind(tmp_path, flags, named):
+    (tmp_path / "broken.txt").write_bytes(b"abc \xff def")
+    (tmp_path / "short.txt").write_text("a few words " * 400)
+    (tmp_path / "wandb.py").write_text("Settings = dict\ndef init(**_): raise OSError('no network')")
+    there = sorted(tmp_path.iterdir())
+    script = [sys.executable, str(ROOT / "scripts/train_jax.py"), "--preset", "tiny", "--sequence-length", "64"]
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [*script, "--tokenizer", str(ROOT / "assets/tokenizer"), *flags],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert named in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    if "--track" in flags:  # prepared text is good and kept
+        assert [path.name for path in (tmp_path / "data").iterdir()]
+        shutil.rmtree(tmp_path / "data")
+    assert sorted(tmp_path.iterdir()) == there
+
+
+def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    done = train(run, "--steps", "30", "--save-every", "1", "--learning-rate", "1e9", "--warmup-steps", "0")
+    assert done.returncode == 7
+    assert "10 of the last 1,000 updates were not finite" in done.stderr
+    assert "not finite, update left out; windows [" in done.stdout
+    with CheckpointStore(run / "checkpoints", create=False) as store:
+        assert store.steps()
+
+
+def test_what_a_run_left_that_died_before_its_first_checkpoint_is_replaced(tmp_path):
+    """Its config above all: weights trained under one rope_theta and read back under another are wrong in silence."""
+    run = tmp_path / "run"
+    (run / "checkpoints/1.orbax-checkpoint-tmp").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(config_to_hf(PRESETS["smollm2-135m"])))
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert train(run, "--steps", "2").returncode == 2, "a folder without a lock is somebody else's"
+    (run / "lock").write_text("")
+    assert train(run, "--steps", "2", "--resume").returncode == 4
+    replaced = train(run, "--steps", "2")
+    assert replaced.returncode == 0
+    assert f"its metrics are now {run}/metrics.jsonl.1" in replaced.stdout
+    assert (run / "metrics.jsonl.1").read_text() == '{"step": 1, "loss": 1.0}\n'
+    assert config_from_hf(json.loads((run / "config.json").read_text())) == PRESETS["tiny"]
+    assert len(losses(run)) == 2
+
+
+def test_a_folder_of_weights_is_not_written_over(tmp_path, straight):
+    folder = tmp_path / "hf"
+    weights.write(folder, weights.read(straight), "hf")
+    done = train(folder, "--steps", "2")
+    assert done.returncode == 2
+    assert "is no run of this trainer" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["orbax", "hf"])
+def test_init_from_starts_at_the_weights(tmp_path, straight, kind):
+    begin = straight
+    if kind == "hf":
+        weights.write(begin := tmp_path / "hf", weights.read(straight), "hf")
+    done = train(tmp_path / "run", "--steps", "1", "--init-from", str(begin), "--learning-rate", "1e-9")
+    assert done.returncode == 0, done.stderr
+    trained = read_metrics(straight)[-1]["validation_loss"]
+    rows = read_metrics(tmp_path / "run")
+    assert rows[0]["step"] == 0
+    for row in (rows[0], rows[-1]):
+        assert row["validation_loss"] == pytest.approx(trained, rel=1e-5)
+    assert "warm-up by default for trained weights" in done.stdout
+
+
+def greedy(run: Path, prompt: list[int], tokenizer: Tokenizer) -> str:
+    """32 tokens, each the likeliest of a whole forward pass over those before it."""
+    import jax
+
+    model, _ = weights.load(run)
+    forward = jax.jit(lambda tokens: model(tokens))
+    ids = list(prompt)
+    for _ in range(32):
+        tokens = np.zeros((1, 64), np.int32)  # of one shape; nothing looks at what comes later
+        tokens[0, : len(ids)] = ids
+        ids.append(int(forward(tokens)[0, len(ids) - 1].argmax()))
+    return tokenizer.decode(ids[len(prompt) :])
+
+
+@pytest.mark.parametrize(("prompt", "devices"), [("The\nquick", 1), ("", 2)])
+def test_each_validation_prints_what_the_model_writes_after_the_prompt(tmp_path, straight, prompt, devices):
+    """Also where a mesh shares the parameters out, and from the token that begins a document."""
+    flags = ["--steps", "4", "--eval-every", "2", "--prompt", prompt, "--init-from", str(straight)]
+    flags += ["--mesh", f"fsdp={devices}"] if devices > 1 else []
+    prefix = ("env", f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}")
+    done = train(tmp_path / "run", *flags, prefix=prefix)
+    assert done.returncode == 0, done.stderr
+    samples = re.findall(r"^step (\d+)/4  sample: (.*)$", done.stdout, re.MULTILINE)
+    assert [int(step) for step, _ in samples] == [0, 2, 4]
+    tokenizer = Tokenizer.load(straight)
+    start = tokenizer.encode(prompt) or [0]  # <|endoftext|>, the tiny model's bos and eos
+    for run, (_, line) in ((straight, samples[0]), (tmp_path / "run", samples[-1])):
+        assert line == f"{prompt!r} -> {greedy(run, start, tokenizer)!r}"
+
+
+def test_samples_can_be_left_out(tmp_path):
+    done = train(tmp_path / "run", "--steps", "1", "--no-sample")
+    assert done.returncode == 0, done.stderr
+    assert "sample:" not in done.stdout
+    assert "The quick brown fox -> " in done.stdout
+
+
+WHAT_IS_WHEN = """
+import gc
+import sys
+from pathlib import Path
+from scripts import train_jax
+from smollm_jax import weights
+from smollm_jax.data import mixture
+def said(name, function):
+    def wrapped(*given, **options):
+        mapped = "model.safetensors" in Path("/proc/self/maps").read_text()
+        print(name, mapped, gc.isenabled(), file=sys.stderr)
+        return function(*given, **options)
+    return wrapped
+weights.from_bundle = said("from_bundle", weights.from_bundle)
+mixture.open_mixture = said("prepare", mixture.open_mixture)
+train_jax.main(sys.argv[3:])  # after the command it stands for
+"""
+
+
+def test_before_text_is_read_the_file_a_run_begins_with_is_let_go_and_garbage_collected_again(tmp_path, straight):
+    """Reading may take hours, in which whoever writes to the file would change weights that were verified."""
+    weights.write(tmp_path / "hf", weights.read(straight), "hf")
+    prefix = (sys.executable, "-c", WHAT_IS_WHEN)
+    done = train(tmp_path / "run", "--steps", "1", "--init-from", str(tmp_path / "hf"), prefix=prefix)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith(("from_bundle", "prepare"))]
+    assert said == ["from_bundle True False", "prepare False True"]
+
+
+def test_tensorboard_files_are_written_on_request(tmp_path):
+    assert train(tmp_path / "run", "--steps", "2", "--tensorboard").returncode == 0
+    assert list((tmp_path / "run/tensorboard").iterdir())
+
+
+def test_without_instructions_for_bfloat16_a_run_multiplies_float32_and_bfloat16_means_the_same(tmp_path):
+    """As on a CPU with AVX2 alone."""
+    old = ("env", "XLA_FLAGS=--xla_cpu_max_isa=AVX2")
+    done = train(tmp_path / "default", "--steps", "3", prefix=old)
+    assert done.returncode == 0, done.stderr
+    assert "products    float32, attention xla" in done.stdout
+    curves = []
+    for name, prefix in (("old", old), ("own", ())):
+        done = train(tmp_path / name, "--steps", "3", "--dtype", "bfloat16", prefix=prefix)
+        assert done.returncode == 0, done.stderr
+        assert "products    bfloat16 with float32 results, attention xla" in done.stdout
+        curves.append([row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row])
+    assert len(curves[0]) == 3
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0] != [row["loss"] for row in read_metrics(tmp_path / "default") if "loss" in row]
+
+
+def test_the_quality_of_the_run_and_of_a_reference_are_said_in_bits_per_byte(tmp_path, straight, tokenizer_path):
+    """The same bits per byte by the trainer and, of the same windows, by what `scripts/evaluate.py` measures with."""
+    run = tmp_path / "run"
+    done = train(run, "--steps", "2", "--dtype", "float32", "--reference", str(straight))
+    assert done.returncode == 0, done.stderr
+    tokenizer = Tokenizer.load(tokenizer_path)
+    recipe = Recipe(2, batch_size=2, sequence_length=64, learning_rate=1e-3, warmup_steps=0, dtype="float32")
+    batches = data.Batches(open_mixture(ROOT / "assets/sotu", tokenizer_path, tmp_path / "data"), recipe)
+    windows = [window.tolist() for batch in batches.validation(8) for window in batch]
+    documents = [(window, tokenizer.byte_count(window[1:])) for window in windows]
+    said = re.search(rf"for scale: {straight}, (\S+) bits per byte", done.stdout)
+    for weights_, found in [(run, read_metrics(run)[-1]["validation_bits_per_byte"]), (straight, float(said[1]))]:
+        model, _ = weights.load(weights_)
+        expected = quality(model, documents, length=64, stride=64).bits_per_byte
+        assert found == pytest.approx(expected, rel=1e-6 if weights_ == run else 1e-3)
+
+
+def test_a_reference_that_reads_other_tokens_is_refused(tmp_path, straight):
+    other = tmp_path / "other"
+    shutil.copytree(straight, other)
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(text.replace('"<repo_name>"', '"<another>"'), encoding="utf-8")
+    done = train(tmp_path / "run", "--steps", "2", "--reference", str(other))
+    assert done.returncode == 2
+    assert f"--reference {other}: its tokenizer is not that of" in done.stderr
+
+
+COMPILES_WHILE_READING = """
+import sys, threading
+sys.path.insert(0, f"{sys.argv.pop(1)}/scripts")
+import train_jax
+from smollm_jax.data import mixture
+from smollm_jax.training import train_step
+compiling, reading = threading.Event(), threading.Event()
+compile_step, prepare = train_step.compile_step, mixture.open_mixture
+def compiled(*arguments):
+    compiling.set()
+    assert reading.wait(60), "the step is compiled before the data are read"
+    return compile_step(*arguments)
+def prepared(*arguments, **options):
+    reading.set()
+    assert compiling.wait(60), "the data are read before the step is compiled"
+    return prepare(*arguments, **options)
+train_step.compile_step, mixture.open_mixture = compiled, prepared
+train_jax.main(sys.argv[1:])
+"""
+
+
+def test_the_step_is_compiled_once_while_the_data_are_read(tmp_path):
+    python, script, *flags = command(tmp_path / "run", "--steps", "2")
+    program = [python, "-c", COMPILES_WHILE_READING, str(Path(script).parent.parent), *flags]
+    environment = ENVIRONMENT | {"JAX_LOG_COMPILES": "1"}
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("Compiling jit(train_step)") == 1

@@ -1,0 +1,438 @@
+"""What the web page is made of, without HTTP: the shelf of weights, runs read as they are written, checkpoints."""
+
+import html
+import json
+import re
+import shutil
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import gradio
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from scripts import app
+from smollm_jax import weights
+from smollm_jax.errors import SmolLMError, StorageError, UsageError
+from smollm_jax.generation.engine import Token
+from smollm_jax.web import run_curves as reading
+from smollm_jax.web.chat_tab import bubbles
+from smollm_jax.web.markdown import LONGEST, rendered
+from smollm_jax.web.model_store import Shelf
+from smollm_jax.web.page import asked_for, page, within
+from smollm_jax.web.requests import KNOBS
+from smollm_jax.web.responses import Answers
+from smollm_jax.web.run_curves import RunLog, thinned
+from smollm_jax.web.runs_tab import NOTHING_SEEN, RunsTab, spread
+from smollm_jax.web.token_html import span
+from smollm_jax.weights.bundle import Bundle
+from tests.serving import GREEDY, Client, served, tiny_run, tiny_weights
+from tests.small_files import SMALL, small_tensors, small_tokenizer
+from tests.web.test_app import text_of
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, weights_path) -> Path:
+    """A folder with assets/tiny, and runs/grown of three checkpoints with different weights, the second damaged."""
+    folder = tmp_path_factory.mktemp("parts")
+    run = tiny_run(folder, weights_path, "grown", (0, 10, 20))
+    array = next(path for path in (run / "checkpoints/10/params").rglob("d/*") if path.stat().st_size > 1000)
+    content = bytearray(array.read_bytes())
+    content[500] ^= 1
+    array.write_bytes(content)
+    return folder
+
+
+def shelf(place: Path, **changed) -> Shelf:
+    options = {"given": None, "assets": place / "assets", "runs": place / "runs", "fetch": ["false"]}
+    return Shelf(**(options | changed))
+
+
+def opened(shelf: Shelf, name: object):
+    """What was said on the way, and the loaded weights."""
+    said, opening = [], shelf.open(name)
+    while True:
+        try:
+            said.append(next(opening))
+        except StopIteration as done:
+            return said, done.value
+
+
+def test_only_weights_under_assets_and_runs_are_listed_the_given_ones_first(place):
+    (place / "assets/notes").mkdir(exist_ok=True)
+    names = list(shelf(place, given=place / "elsewhere").entries())
+    checkpoints = [f"runs/grown/checkpoints/{step}" for step in (20, 10, 0)]
+    real = "assets/SmolLM2-135M-Instruct"
+    tiny = ["assets/tiny0", "assets/tiny10", "assets/tiny20"]
+    assert names == [str(place / "elsewhere"), real, *tiny, "runs/grown", *checkpoints]
+
+
+@pytest.mark.parametrize("name", ["", "/etc", "../secret", "assets/../assets/tiny0", None, 5, ["assets/tiny0"]])
+def test_a_name_that_is_not_listed_is_not_loaded(place, name):
+    with pytest.raises(UsageError, match="not one of those listed"):
+        opened(shelf(place), name)
+
+
+def test_a_run_is_its_newest_checkpoint_and_no_more_weights_are_kept_than_asked_for(place):
+    few = shelf(place, keep=2)
+    run = opened(few, "runs/grown")[1]
+    assert opened(few, "runs/grown/checkpoints/20") == ([], run)  # the same ones: loaded once
+    first = opened(few, "assets/tiny0")[1]
+    opened(few, "assets/tiny10")
+    assert few.loaded("runs/grown") is None
+    assert few.loaded("assets/tiny0") is first
+
+
+def test_weights_that_are_written_anew_are_loaded_anew(place, weights_path):
+    some = shelf(place)
+    target = tiny_weights(place, weights_path, "again", seed=1)
+    before = opened(some, "assets/again")[1]
+    shutil.rmtree(target)
+    tiny_weights(place, weights_path, "again", seed=2)
+    after = opened(some, "assets/again")[1]
+    shutil.rmtree(target)
+    assert before is not after
+
+
+def test_the_sliders_are_what_the_weights_ask_for_before_and_after_they_are_loaded(tmp_path, weights_path):
+    """Out of a Hugging Face folder, a run and a GGUF, each read without its tensors; and a slider's range holds."""
+    asks = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [0, 2]}
+    bundle = Bundle(small_tensors(), SMALL, small_tokenizer(), generation_config=asks)
+    for kind, name in (("hf", "assets/hf"), ("gguf", "assets/x.gguf"), ("orbax", "runs/run")):
+        weights.write(tmp_path / name, bundle, kind)
+    there = shelf(tmp_path)
+    for name in ("assets/hf", "assets/x.gguf", "runs/run", "runs/run/checkpoints/0"):
+        before = there.generation(name)
+        assert (before.sampling["temperature"], before.sampling["top_k"], before.sampling["top_p"]) == (0.6, 50, 0.9)
+        assert "temperature 0.6, top k 50, top p 0.9" in asked_for(before)
+        assert there.generation(name).eos_token_ids == opened(there, name)[1].engine.generation.eos_token_ids == (0, 2)
+        assert there.generation(name).sampling == before.sampling
+    blocks = page(Answers(there, device="cpu", time_limit=60), queue_size=2)
+    setting = next(function for function in blocks.fns.values() if function.name == "own_sampling")
+    *values, line = setting.fn("assets/hf")
+    assert dict(zip((slider.elem_id for slider in setting.outputs), values, strict=False)) == before.sampling
+    assert "temperature 0.6" in line
+    (tmp_path / "assets/hf/generation_config.json").unlink()
+    assert "greedy" in asked_for(shelf(tmp_path).generation("assets/hf"))
+    assert within(KNOBS["temperature"], 5) == 2
+    with pytest.raises(UsageError, match="not one of those listed"):
+        there.generation("elsewhere")
+
+
+def test_missing_real_weights_are_fetched_when_first_asked_for(place, tmp_path):
+    copy = "import shutil, sys, time; time.sleep(0.5); shutil.copytree(sys.argv[1], sys.argv[2])"
+    target = tmp_path / "assets/SmolLM2-135M-Instruct"
+    fetch = [sys.executable, "-c", copy, str(place / "assets/tiny0"), str(target)]
+    with served(app.Flags(assets=tmp_path / "assets", runs=tmp_path / "runs")) as url, Client(url):
+        assert not target.exists(), "fetched at the start"
+    some = shelf(tmp_path, fetch=fetch)
+    said, loaded = opened(some, "assets/SmolLM2-135M-Instruct")
+    assert said[0].startswith("fetching")
+    assert said[-1] == "loading"
+    assert loaded.engine.config.hidden_size == 96
+    assert opened(some, "assets/SmolLM2-135M-Instruct") == ([], loaded)
+
+
+def test_a_fetch_that_fails_says_why_and_one_that_nobody_waits_for_is_ended(tmp_path):
+    failing = [sys.executable, "-c", "raise SystemExit('error: no network')"]
+    with pytest.raises(StorageError, match="no network"):
+        opened(shelf(tmp_path, fetch=failing), "assets/SmolLM2-135M-Instruct")
+    mark = tmp_path / "mark"
+    slow = [sys.executable, "-c", f"import time; time.sleep(2); open({str(mark)!r}, 'w')"]
+    opening = shelf(tmp_path, fetch=slow).open("assets/SmolLM2-135M-Instruct")
+    next(opening)
+    opening.close()
+    time.sleep(2.5)
+    assert not mark.exists()
+
+
+def test_the_fetching_command_is_one_that_exists(monkeypatch, tmp_path):
+    import scripts.fetch_assets
+
+    seen = []
+    monkeypatch.setattr(scripts.fetch_assets, "fetch_weights", seen.append)
+    flags = app.Flags(assets=tmp_path / "assets", runs=tmp_path)
+    python, script, *arguments = app.fetching(flags)
+    assert Path(python).exists()
+    assert Path(script).samefile(scripts.fetch_assets.__file__)
+    scripts.fetch_assets.main(arguments)
+    assert seen == [tmp_path / "assets/SmolLM2-135M-Instruct"]
+
+
+def cards_of(frame) -> list[str]:
+    return re.findall(r'<div class="card"[^>]*>(.*?)</div>', frame.shown, re.DOTALL)
+
+
+def test_successive_checkpoints_continue_the_same_prompt_and_a_damaged_one_says_so(place):
+    answers = Answers(shelf(place), device="cpu", time_limit=60)
+    *_, last = answers.compare("grown", [20, 0, 10], "Fellow <b>", GREEDY, "")
+    cards = cards_of(last)
+    assert [re.match(r"step (\d+)Fellow", text_of(card))[1] for card in cards] == ["0", "10", "20"]
+    texts = [text_of(card).split("<b>", 1)[1] for card in cards]
+    for step, text in ((0, texts[0]), (20, texts[2])):
+        engine = opened(shelf(place), f"assets/tiny{step}")[1].engine
+        assert text == engine.complete([engine.encode("Fellow <b>")], max_new_tokens=16)[0].text
+    assert "sha256 differs" in texts[1]
+    assert 'class="fault"' in cards[1]
+    assert re.search(r"[\d.]+ tokens/s", answers.status("runs/grown/checkpoints/20")), "the speed is not kept in sight"
+    assert "- tokens/s" in answers.status("assets/tiny10")
+    assert text_of(last.status).startswith("runs/grown, steps 0 and 20"), "the status line tells of those that answered"
+    assert last.weights == "runs/grown/checkpoints/20"
+
+
+@pytest.mark.parametrize("steps", [[], [5], ["0"], [True], list(range(9)), "0", None])
+def test_checkpoints_that_the_run_has_not_are_refused(place, steps):
+    with pytest.raises(SmolLMError):
+        list(Answers(shelf(place), device="cpu", time_limit=60).compare("grown", steps, "a", GREEDY, ""))
+
+
+def test_every_checkpoint_that_the_time_limit_left_out_is_named(place):
+    answers = Answers(shelf(place), device="cpu", time_limit=1e-9)
+    *_, last = answers.compare("grown", [0, 20], "a", GREEDY, "")
+    assert [("time limit" in card) for card in cards_of(last)] == [True, True]
+
+
+def row(step: int, **values: float) -> str:
+    return json.dumps({"step": step} | values) + "\n"
+
+
+def test_a_log_is_read_on_as_it_grows_and_half_a_line_waits(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = RunLog(path)
+    log.look()
+    assert "cannot be read" in log.fault
+    path.write_text(row(1, loss=5.0) + '{"step": 2, "lo')
+    log = RunLog(path)
+    log.look()
+    assert log.curves["loss"] == [(1, 5.0)]
+    with path.open("a") as file:
+        file.write('ss": 4.0}\n' + row(2, validation_loss=4.5) + '{"step": 3, "loss": null}\n')
+    log.look()
+    assert log.curves["loss"] == [(1, 5.0), (2, 4.0)]
+    assert log.curves["validation_loss"] == [(2, 4.5)]
+    assert log.step == 3
+    assert not log.fault
+
+
+def test_steps_that_a_resume_did_again_replace_the_old_ones(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(row(step, loss=float(step)) for step in range(1, 6)) + row(5, validation_loss=1.0))
+    log = RunLog(path)
+    log.look()
+    with path.open("a") as file:
+        file.write(row(3, loss=30.0))
+    log.look()
+    assert log.curves["loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert log.curves["validation_loss"] == []
+    assert log.step == 3
+
+
+def test_a_log_that_is_begun_anew_is_read_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(row(1, loss=1.0) + row(2, loss=2.0))
+    log = RunLog(path)
+    log.look()
+    path.write_text(row(1, loss=9.0))
+    log.look()
+    assert log.curves["loss"] == [(1, 9.0)]
+
+
+@pytest.mark.parametrize("line", ["no", "[]", "5", "{}", '{"step": "1"}', '{"step": 1.5, "loss": 1}', "[" * 100_000])
+def test_a_line_that_is_no_row_is_told_and_what_came_before_is_kept(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(row(1, loss=1.0) + line + "\n")
+    log = RunLog(path)
+    log.look()
+    assert log.fault == "metrics.jsonl: line 2 is not a row of metrics"
+    assert log.curves["loss"] == [(1, 1.0)]
+
+
+def test_a_long_curve_is_thinned_to_means(tmp_path):
+    points = [(step, float(step)) for step in range(1, 1001)]
+    thin = thinned(points, 100)
+    assert len(thin) == 100
+    assert thin[0] == (10, 5.5)
+    assert thin[-1] == (1000, 995.5)
+    assert thinned(points[:100], 100) == points[:100]
+
+
+@pytest.mark.filterwarnings("ignore:The value passed into")  # Gradio: said of an update, its choices beside it
+def test_the_runs_tab_lays_new_runs_over_each_other_and_follows_their_logs(place):
+    with gradio.Blocks():
+        tab = RunsTab(Answers(shelf(place), device="cpu", time_limit=60), gradio.HTML())
+    run = place / "runs/other"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(row(1, loss=5.0))
+
+    def look(drawn, seen):
+        _, drawn, _, _, plot, seen = tab.look(drawn, "Training loss", None, seen)
+        return drawn, plot, seen
+
+    def points(plot) -> dict[str, list]:
+        rows = json.loads(plot.plot)["data"]["values"]
+        return {
+            run: [(row["step"], row["value"]) for row in rows if row["run"] == run] for run in {r["run"] for r in rows}
+        }
+
+    drawn, plot, seen = look([], NOTHING_SEEN)
+    drawn = drawn.value
+    assert sorted(drawn) == ["grown", "other"]
+    assert points(plot) == {"grown": [(step, 9 - step / 20) for step in range(1, 21)], "other": [(1, 5.0)]}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(row(2, loss=4.0))
+    _, plot, seen = look(drawn, seen)
+    assert points(plot)["other"] == [(1, 5.0), (2, 4.0)]
+    assert look(drawn, seen)[1] == gradio.skip()
+    _, plot, _ = look(["other"], seen)
+    assert set(points(plot)) == {"other"}
+    shutil.rmtree(run)
+
+
+def test_a_run_s_name_is_shown_as_text():
+    log = RunLog(Path("nowhere/metrics.jsonl"))
+    shown = reading.table({"<img src=x onerror=alert(1)>": (log, [])})
+    assert "<img" not in shown
+    assert "&lt;img src=x" in shown
+
+
+def test_the_checkpoints_offered_are_spread_from_first_to_last():
+    assert spread(list(range(0, 1000, 100)), 4) == [0, 300, 600, 900]
+    assert spread([5, 10], 4) == [5, 10]
+    assert spread([], 4) == []
+
+
+def test_a_user_s_turn_is_shown_as_it_is_tags_markdown_and_all():
+    said = "<script>x</script> & <b> **not bold**\n\n- no list"
+    shown = bubbles([{"role": "user", "content": said}])
+    assert text_of(shown) == said
+    assert set(re.findall(r"<(\w+)", shown)) == {"div", "p"}
+
+
+def test_an_answer_s_markdown_is_rendered_and_its_code_has_a_copy_button():
+    said = "# Title\n\n**bold** `a < b`\nnext ~~no~~\n\n- one\n- two\n\n"
+    said += "```python\nif a < b:\n    pass\n```\n\n|a|b|\n|-|-|\n|1|2|"
+    shown = bubbles([{"role": "assistant", "content": said}])
+    for part in (
+        "<h1>Title</h1>",
+        "<strong>bold</strong> <code>a &lt; b</code><br />\nnext <s>no</s>",
+        "<li>one</li>\n<li>two</li>",
+        '<span>python</span><button type="button" class="copy">Copy</button>',
+        "<code>if a &lt; b:\n    pass\n</code></pre>",
+        "<td>1</td>\n<td>2</td>",
+    ):
+        assert part in shown
+    unfinished = rendered("```python\nif a")  # as it comes, token by token
+    assert "<code>if a</code></pre>" in unfinished.replace("\n", "")
+
+
+def test_the_longest_text_is_shown_whole_however_it_is_meant():
+    said = "**a** " * (LONGEST // 6 + 1)
+    assert text_of(rendered(said)) == said
+
+
+class Tags(HTMLParser):
+    """Every tag of a text with its attributes, as a browser would see them."""
+
+    def __init__(self, shown: str):
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(shown)
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+
+MARKDOWN_TAGS = set(
+    [
+        "p",
+        "br",
+        "hr",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "strong",
+        "em",
+        "s",
+        "code",
+        "pre",
+        "a",
+        "ul",
+        "ol",
+        "li",
+        "blockquote",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "div",
+        "span",
+        "button",
+    ]
+)
+ATTRIBUTES = {
+    "a": {"href", "title", "target", "rel"},
+    "ol": {"start"},
+    "th": {"style"},
+    "td": {"style"},
+    "div": {"class", "tabindex"},
+    "pre": {"tabindex"},
+    "button": {"type", "class"},
+}
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "a <b onclick=alert(1)>b</b> <!-- c --> <?php d ?> <![CDATA[e]]>",
+    "<div\nonmouseover=alert(1)\n>",
+    "![a](https://elsewhere.example/pixel.png)",
+    "![a][b]\n\n[b]: https://elsewhere.example/pixel.png",
+    "[a](javascript:alert(1)) [a](JaVaScRiPt:alert(1)) [a](java\tscript:alert(1))",
+    "[a](&#x6a;avascript:alert(1)) [a](&#0000106avascript:alert(1)) [a](\\javascript:alert(1))",
+    "[a](<javascript:alert(1)>) <javascript:alert(1)> [a](vbscript:x) [a](data:text/html,<script>1</script>)",
+    "[a][b]\n\n[b]: javascript:alert(1) 'onclick=alert(1)'",
+    "[a](data:image/svg+xml;base64,PHN2Zz4=) [a](file:///etc/passwd) [a](//elsewhere.example) [a](/gradio_api/logout)",
+    '[a](https://x.example/"onclick=alert(1)//) [a](https://x.example "b\\" onclick=\\"alert(1)")',
+    '```"><img/src=x/onerror=alert(1)>\ncode\n```',
+    "```py onclick=alert(1)\n</code></pre><script>alert(1)</script>\n```",
+    "`</code><script>alert(1)</script>`",
+    "    </code></pre><script>alert(1)</script>",
+    "|<script>|b|\n|:-:|-|\n|<img src=x onerror=alert(1)>|`|`|",
+    "<https://x.example/?a=<script>> <a@b.example>",
+    "${alert(1)} {{alert(1)}} @children",
+]
+
+
+@given(
+    st.lists(st.sampled_from([*HOSTILE, "\n", "\n\n", "> ", "- ", "1. ", "```", "`", "**", "[", "](", ")", "<", '"']))
+)
+@example(HOSTILE)
+def test_no_answer_brings_a_script_a_handler_an_image_or_a_link_that_is_none(parts):
+    for tag, attributes in Tags(rendered("".join(parts)) + rendered("\n\n".join(parts))).seen:
+        assert tag in MARKDOWN_TAGS
+        assert set(attributes) <= ATTRIBUTES.get(tag, set())
+        if tag == "a":
+            assert attributes["href"].startswith(("https://", "http://", "mailto:"))
+            assert attributes["rel"] == "noopener noreferrer nofollow"
+        assert attributes.get("style", "text-align:left") in {
+            f"text-align:{side}" for side in ("left", "center", "right")
+        }
+
+
+def test_a_token_and_its_alternatives_are_text_tags_and_quotes_and_all():
+    said = "<img src=x onerror='a'>\"><script>"
+    shown = span(said, [Token(1, said, -0.5, ((1, said, -0.5), (2, "&amp;", -1.0)))])
+    form = r'<span class="token" style="--p:0.607" data-about="([^"<>]*)">([^<>]*)</span>'
+    about, text = map(html.unescape, re.fullmatch(form, shown).groups())
+    assert text == said
+    assert json.loads(about) == {"text": said, "p": 60.7, "others": [[said, 60.7], ["&amp;", 36.8]]}
+    kinds = [
+        re.match(r'<span class="([^"]*)"', span(text, [Token(1, text, -1.0, ())]))[1] for text in ("\n\n", " ", "a\n")
+    ]
+    assert kinds == ["token line", "token", "token"]
