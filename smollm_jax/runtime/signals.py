@@ -26,6 +26,11 @@ class Stop:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def request(self, number: int) -> None:
+        """Asks to stop, as a signal does; the first one counts."""
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+
     def error(self, where: str) -> StoppedError:
         """What to raise once all is safe; `where` says what was saved."""
         assert self.signal is not None
@@ -43,7 +48,7 @@ class Stop:
         writer.setblocking(False)
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-                signal.signal(number, lambda number, _: self._notice(number))
+                signal.signal(number, lambda number, _: self.request(number))
         signal.set_wakeup_fd(writer.fileno())
         self._doing = doing
         self._sockets = (reader, writer)  # closed with the process, not before
@@ -57,13 +62,9 @@ class Stop:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def _notice(self, number: int) -> None:
-        if self.signal is None:
-            self.signal = signal.Signals(number)
-
     def _watch(self) -> None:
         number = self._next_signal()
-        self._notice(number)
+        self.request(number)
         print(f"{number.name}: {self._doing}; again after a second: at once", file=sys.stderr, flush=True)
         time.sleep(ONE_WISH)
         with contextlib.suppress(BlockingIOError):

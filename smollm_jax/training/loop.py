@@ -29,105 +29,125 @@ from smollm_jax.training.state import Progress, TrainState, environment_of
 from smollm_jax.training.train_step import Step, train_step
 from smollm_jax.training.validation import validation_loss
 
-# Updates that were not finite end a run when 1 % of the last 1,000 were: so ten in a row do, too.
 
+class Trainer:
+    """Takes a run from its progress to the recipe's last step.
 
-def train(
-    state: TrainState,
-    progress: Progress,
-    *,
-    provenance: Provenance,
-    batches: Batches,
-    store: CheckpointStore,
-    compute: Compute,
-    cadence: Cadence,
-    stop: Stop,
-    log: RunLog,
-    step: Step | None = None,
-    sample: Callable[[SmolLM], str | None] | None = None,
-) -> TrainState:
-    """The state after the recipe's last step. Checkpoints go to `store`, metrics to `log`; `progress` moves along.
-
-    `step` is `train_step`, compiled by `compile_step`; without it, it is compiled when it is first called. `sample`
-    gives a line that is printed at each validation, or None. A run that starts from weights is validated at step 0.
-
-    Raises `StoppedError` after a save when a signal asked for it, and `DivergedError` when ten of the last 1,000
-    updates were not finite. Such an update is left out whole, with its step of the schedule, and its windows logged.
+    Checkpoints go to `store`, metrics to `log`; `progress` moves along. `step` is `train_step`, compiled by
+    `compile_step`; without it, it is compiled when it is first called. `sample` gives a line that is printed at each
+    validation, or None.
     """
-    recipe = provenance.recipe
-    several = jax.process_count() > 1
-    stopping = AnyProcess()
-    tx, schedule = optimizer.adamw(recipe), optimizer.learning_rate(recipe)
-    if progress.step >= recipe.steps:
-        log.note(f"already at step {progress.step} of {recipe.steps}: nothing to train; --steps sets a higher end")
-        return state
 
-    def record(step: int, metrics: dict[str, Any], input_seconds: float) -> None:
-        values = {name: float(value) for name, value in metrics.items()}
-        finite = all(map(np.isfinite, values.values()))
-        rate = float(np.asarray(schedule(step - 1 - progress.skipped)))
-        skipped = None if finite else batches.windows_of(step - 1)
-        log.step(step, learning_rate=rate, skipped_windows=skipped, **values, input_seconds=input_seconds)
-        if not finite:
-            progress.skip(step)
+    def __init__(
+        self,
+        state: TrainState,
+        progress: Progress,
+        *,
+        provenance: Provenance,
+        batches: Batches,
+        store: CheckpointStore,
+        compute: Compute,
+        cadence: Cadence,
+        stop: Stop,
+        log: RunLog,
+        step: Step | None = None,
+        sample: Callable[[SmolLM], str | None] | None = None,
+    ):
+        self.state, self.progress = state, progress
+        self.recipe, self.provenance, self.batches = provenance.recipe, provenance, batches
+        self.store, self.compute, self.cadence = store, compute, cadence
+        self.stop, self.log, self.sample = stop, log, sample
+        self.schedule = optimizer.learning_rate(self.recipe)
+        self.step = step or functools.partial(train_step, tx=optimizer.adamw(self.recipe), compute=compute)
 
-    def save() -> None:
-        about = {"fingerprints": provenance.fingerprints(), "environment": environment_of(compute)}
-        meta = provenance.meta() | dataclasses.asdict(progress) | about | {"cadence": dataclasses.asdict(cadence)}
-        store.save(progress.step, {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}, meta)
+    def run(self) -> TrainState:
+        """The state after the last step. A run that starts from weights is validated at step 0.
 
-    def read(step: int) -> tuple[Array, float]:
+        Raises `StoppedError` after a save when a signal asked for it, and `DivergedError` when ten of the last 1,000
+        updates were not finite. Such an update is left out whole, with its step of the schedule, and its windows are
+        logged.
+        """
+        recipe, progress, log = self.recipe, self.progress, self.log
+        if progress.step >= recipe.steps:
+            log.note(f"already at step {progress.step} of {recipe.steps}: nothing to train; --steps sets a higher end")
+            return self.state
+        log.start(progress.step, recipe.steps, recipe.tokens_per_step)
+        if progress.step == 0 and self.provenance.start_from and self.cadence.eval_every:
+            self.validate()
+            log.resume_clock()
+        stopping, pending = AnyProcess(), None
+        tokens, input_seconds = self.load_batch(progress.step)
+        while progress.step < recipe.steps and not stopping(bool(self.stop)):
+            self.state, metrics = self.step(self.state, tokens)
+            progress.step += 1
+            progress.tokens_seen += recipe.tokens_per_step
+            done, last = progress.step, progress.step == recipe.steps
+            if pending is not None:
+                self.log_step(*pending)
+            pending = (done, metrics, input_seconds)
+            if not last:
+                tokens, input_seconds = self.load_batch(done)  # while the device works on the step above
+            saving = last or (self.cadence.save_every and done % self.cadence.save_every == 0)
+            validating = last or (self.cadence.eval_every and done % self.cadence.eval_every == 0)
+            # On a CPU a call returns when its step has ended: reading late gains nothing and blurs the throughput.
+            if saving or validating or self.stop or jax.default_backend() == "cpu":
+                self.log_step(*pending)
+                pending = None
+            if saving:
+                self.save()
+                log.note(f"saving step {done} in the background" if self.store.asynchronous else f"saved step {done}")
+            if validating:
+                self.validate()
+            if saving or validating:
+                log.resume_clock()
+        if pending is not None:
+            self.log_step(*pending)
+        self.secure()
+        return self.state
+
+    def load_batch(self, step: int) -> tuple[Array, float]:
         """A step's batch on its devices, and the seconds that took: what the input costs a device that is not busy."""
-        began, shape = time.perf_counter(), (recipe.batch_size, recipe.sequence_length + 1)
-        tokens = sharding.put_rows(lambda rows: batches.batch(step, rows), shape, compute.mesh)
+        began, shape = time.perf_counter(), (self.recipe.batch_size, self.recipe.sequence_length + 1)
+        tokens = sharding.put_rows(lambda rows: self.batches.batch(step, rows), shape, self.compute.mesh)
         return tokens, time.perf_counter() - began
 
-    def validate() -> None:
-        loss = validation_loss(state.model, batches, cadence.eval_batches, compute, None if several else stop)
-        if loss is not None:
-            log.validation(progress.step, loss)
-        if loss is not None and sample is not None and (text := sample(state.model)):
-            log.note(f"step {progress.step}/{recipe.steps}  {text}")
+    def log_step(self, step: int, metrics: dict[str, Any], input_seconds: float) -> None:
+        """Waits for a step's metrics and logs them; raises `DivergedError` when too many updates were not finite."""
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = all(map(np.isfinite, values.values()))
+        rate = float(np.asarray(self.schedule(step - 1 - self.progress.skipped)))
+        skipped = None if finite else self.batches.windows_of(step - 1)
+        self.log.step(step, learning_rate=rate, skipped_windows=skipped, **values, input_seconds=input_seconds)
+        if not finite:
+            self.progress.skip(step)
 
-    log.start(progress.step, recipe.steps, recipe.tokens_per_step)
-    if progress.step == 0 and provenance.start_from and cadence.eval_every:
-        validate()
-        log.resume_clock()
-    step = step or functools.partial(train_step, tx=tx, compute=compute)
-    pending = None
-    tokens, input_seconds = read(progress.step)
-    while progress.step < recipe.steps and not stopping(bool(stop)):
-        state, metrics = step(state, tokens)
-        progress.step += 1
-        progress.tokens_seen += recipe.tokens_per_step
-        done, last = progress.step, progress.step == recipe.steps
-        if pending is not None:
-            record(*pending)
-        pending = (done, metrics, input_seconds)
-        if not last:
-            tokens, input_seconds = read(done)  # while the device works on the step above
-        saving = last or (cadence.save_every and done % cadence.save_every == 0)
-        evaluating = last or (cadence.eval_every and done % cadence.eval_every == 0)
-        # On a CPU a call returns when its step has ended: reading late gains nothing and blurs the throughput.
-        if saving or evaluating or stop or jax.default_backend() == "cpu":
-            record(*pending)
-            pending = None
-        if saving:
-            save()
-            log.note(f"saving step {done} in the background" if store.asynchronous else f"saved step {done}")
-        if evaluating:
-            validate()
-        if saving or evaluating:
-            log.resume_clock()
-    if pending is not None:
-        record(*pending)
-    store.wait()
-    if progress.step not in store.steps():
-        save()
-        store.wait()
-    store.verify(progress.step)
-    if progress.step < recipe.steps and not stop:
-        stop.signal = signal.SIGTERM  # to another process, and so to the run
-    if stop:
-        raise stop.error(f"step {progress.step} of {recipe.steps} is saved and verified; --resume goes on from it")
-    return state
+    def save(self) -> None:
+        """Writes a checkpoint of the state as it is."""
+        about = {"fingerprints": self.provenance.fingerprints(), "environment": environment_of(self.compute)}
+        meta = self.provenance.meta() | dataclasses.asdict(self.progress) | about
+        meta |= {"cadence": dataclasses.asdict(self.cadence)}
+        items = {"params": flatten(self.state.model), "optimizer": flatten(self.state.opt_state)}
+        self.store.save(self.progress.step, items, meta)
+
+    def validate(self) -> None:
+        """Logs the loss on held-out batches and a sample; neither when a signal comes in between."""
+        stop = None if jax.process_count() > 1 else self.stop
+        loss = validation_loss(self.state.model, self.batches, self.cadence.eval_batches, self.compute, stop)
+        if loss is None:
+            return
+        self.log.validation(self.progress.step, loss)
+        if self.sample is not None and (text := self.sample(self.state.model)):
+            self.log.note(f"step {self.progress.step}/{self.recipe.steps}  {text}")
+
+    def secure(self) -> None:
+        """Saves the step the run has come to, if it is not, and verifies it; raises `StoppedError` after a signal."""
+        step, steps = self.progress.step, self.recipe.steps
+        self.store.wait()
+        if step not in self.store.steps():
+            self.save()
+            self.store.wait()
+        self.store.verify(step)
+        if step < steps and not self.stop:
+            self.stop.request(signal.SIGTERM)  # to another process, and so to the run
+        if self.stop:
+            raise self.stop.error(f"step {step} of {steps} is saved and verified; --resume goes on from it")

@@ -17,6 +17,7 @@ from smollm_jax.runs.pytree import flatten, unflatten
 from smollm_jax.training import optimizer
 from smollm_jax.training.execution import Cadence, Compute
 
+# Updates that were not finite end a run when 1 % of the last 1,000 were: so ten in a row do, too.
 SKIP_LIMIT, SKIP_WINDOW = 10, 1000
 
 

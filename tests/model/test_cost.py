@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from scripts.train_jax import announce
 from smollm_jax.config import Recipe, preset
 from smollm_jax.model import cost
+from smollm_jax.training.announce import announce
 from smollm_jax.training.execution import Cadence, Compute
 
 # What drivers call cards: dense bfloat16 with float32 sums in TFLOP/s, memory in GB/s, of NVIDIA's own documents.
@@ -93,5 +93,5 @@ def test_where_mfu_is_left_out_one_line_says_so(tmp_path, capsys, kind, dtype, s
     setup = SimpleNamespace(start=start, recipe_name="demo", compute=Compute(dtype), cadence=Cadence(1, 1))
     setup.limit, setup.planned, setup.without_cudnn = 1 << 30, 1 << 20, ""
     flags: Any = SimpleNamespace(recipe=None, mesh=None, init_from=None, remat=None)
-    announce(tmp_path, flags, setup, SimpleNamespace(platform="gpu", device_kind=kind), False)
+    announce(tmp_path, flags, setup, SimpleNamespace(platform="gpu", device_kind=kind), retained=False)
     assert [line for line in capsys.readouterr().out.splitlines() if "MFU" in line] == said

@@ -24,7 +24,9 @@ from smollm_jax.runs.pytree import flatten
 from smollm_jax.runtime.lock import RunLock
 from smollm_jax.runtime.signals import Stop
 from smollm_jax.training import loop, optimizer, train_step
+from smollm_jax.training import loss as training_loss
 from smollm_jax.training.execution import Cadence, Compute
+from smollm_jax.training.loop import Trainer
 from smollm_jax.training.loss import mean_gradients, mean_loss
 from smollm_jax.training.state import Progress, init_model, init_train_state, restore_run
 from tests.small_files import of_tokens
@@ -51,7 +53,7 @@ class Poisoned(Batches):
 
     def batch(self, step, rows=slice(None)):
         if step == self.stop_before:  # asked for while the step before runs
-            self.stop.signal = signal.SIGTERM
+            self.stop.request(signal.SIGTERM)
         tokens = super().batch(step, rows)
         tokens[0, 0] = POISON if step + 1 in self.poisoned else 1
         return tokens
@@ -73,10 +75,10 @@ def run(folder, config, recipe, *, poisoned_steps=(), stop_before=None, resume=F
         else:
             state = init_train_state(init_model(config, recipe.seed), optimizer.adamw(recipe))
             progress = Progress()
-        state = loop.train(
+        state = Trainer(
             state, progress, provenance=provenance, batches=batches, store=store, compute=compute,
             cadence=Cadence(save_every, 5), stop=stop, log=log,
-        )  # fmt: skip
+        ).run()  # fmt: skip
     return state, progress
 
 
@@ -144,7 +146,7 @@ def poison(monkeypatch):
             # A square root at 0 has value 0 and no derivative.
             return loss + jnp.sqrt(jnp.where(marked, 0.0, 1.0) * jnp.square(model.norm).sum()) * 0
 
-        monkeypatch.setattr(train_step, "mean_loss", mean_loss)
+        monkeypatch.setattr(training_loss, "mean_loss", mean_loss)
         train_step.train_step.clear_cache()
 
     yield use

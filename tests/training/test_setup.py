@@ -9,12 +9,13 @@ import jax
 import pytest
 
 from benchmarks import subjects
-from scripts import benchmark, plan_memory, train_jax
+from scripts import benchmark, plan_memory
 from smollm_jax.config import Recipe, preset
 from smollm_jax.errors import SmolLMError, UsageError
 from smollm_jax.model.attention import beyond_cudnn, lacks_cudnn
 from smollm_jax.training import memory
 from smollm_jax.training import setup as training_setup
+from smollm_jax.training.announce import announce
 from smollm_jax.training.execution import Cadence, Compute
 from smollm_jax.training.flags import TrainingFlags
 
@@ -120,7 +121,7 @@ def announced(capsys, tmp_path, **of_setup: Any) -> list[str]:
         | {"limit": 80 << 30, "planned": 20 << 30, "tokenizer": None, "reference": None}
         | of_setup  # pyright: ignore
     )
-    train_jax.announce(tmp_path, TrainingFlags(), setup, gpu(), kept=False)
+    announce(tmp_path, TrainingFlags(), setup, gpu(), retained=False)
     return capsys.readouterr().out.splitlines()
 
 
@@ -174,8 +175,8 @@ def test_a_plan_asks_for_memory_where_jax_does_not_tell(monkeypatch):
 @pytest.mark.parametrize("unknown", ["before_bytes", "peak_bytes"])
 def test_a_benchmark_of_memory_that_nobody_counts_is_refused(monkeypatch, tmp_path, unknown):
     ready = {"before_bytes": 1, "peak_bytes": 2} | {unknown: None}
-    monkeypatch.setattr(benchmark, "write_weights", lambda *_: tmp_path)
-    monkeypatch.setattr(benchmark, "Side", lambda *_: SimpleNamespace(ready=ready, close=lambda: None))
+    monkeypatch.setattr(subjects, "write_weights", lambda *_: tmp_path)
+    monkeypatch.setattr(subjects, "Side", lambda *_: SimpleNamespace(ready=ready, close=lambda: None))
     with pytest.raises(
         SmolLMError, match=r"^memory: ours does not say how much it takes: its allocator keeps no count$"
     ):
