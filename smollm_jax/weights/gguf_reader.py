@@ -45,8 +45,8 @@ _ENDS = ("eos", "eot", "eom")
 ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in _ENDS)
 # Hugging Face's generation_config.json: whole under a key of ours ("null": there is none), and what llama.cpp has a
 # key for.
-GENERATION = "smollm_jax.config.generation_config"
-CONFIG_ENDS = "smollm_jax.config.model.eos_token_id"  # where config.json itself has a list
+GENERATION = "smollm_jax.generation_config"
+CONFIG_ENDS = "smollm_jax.config.eos_token_id"  # where config.json itself has a list
 SAMPLING = {
     "temperature": "general.sampling.temp",
     "top_k": "general.sampling.top_k",

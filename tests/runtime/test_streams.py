@@ -16,6 +16,7 @@ SCRIPTS = ROOT / "scripts"
 # What a script does before and after its first output, without what it imports.
 SHORT = (
     "import os, sys\n"
+    "from smollm_jax import errors\n"
     "from smollm_jax.runtime import streams\n"
     "from smollm_jax.runtime.program import run_main\n"
     "def main():\n"

@@ -96,6 +96,20 @@ def test_tokens_fill_the_embedding_and_special_ones_are_marked(tmp_path):
     assert fields["tokenizer.ggml.add_bos_token"] is False
 
 
+def test_keys_of_our_own_keep_their_names(tmp_path):
+    """Files that exist already hold them: a module may move, a key of a file format may not."""
+    several = dataclasses.replace(SMALL, eos_token_id=(0, 3))
+    made = bundle(config=several, generation_config={"eos_token_id": [0, 7]})
+    weights.write(tmp_path / "x.gguf", made, "gguf")
+    fields, _ = header(tmp_path / "x.gguf")
+    assert json.loads(fields["smollm_jax.generation_config"]) == {"eos_token_id": [0, 7]}
+    assert list(fields["smollm_jax.config.eos_token_id"]) == [0, 3]
+    weights.write(tmp_path / "x.safetensors", made, "safetensors")
+    size = int.from_bytes((tmp_path / "x.safetensors").read_bytes()[:8], "little")
+    metadata = json.loads((tmp_path / "x.safetensors").read_bytes()[8 : 8 + size])["__metadata__"]
+    assert metadata.keys() == {"config", "generation_config", "origin", "smollm_jax.sha256"}
+
+
 def test_the_real_tokenizer_comes_back_whole(tmp_path, tokenizer, weights_path):
     """All ids, roles and the chat template of SmolLM2-135M-Instruct, on another model of its vocabulary."""
     files = weights.read(weights_path).tokenizer_files
