@@ -107,7 +107,7 @@ def test_keys_of_our_own_keep_their_names(tmp_path):
     weights.write(tmp_path / "x.safetensors", made, "safetensors")
     size = int.from_bytes((tmp_path / "x.safetensors").read_bytes()[:8], "little")
     metadata = json.loads((tmp_path / "x.safetensors").read_bytes()[8 : 8 + size])["__metadata__"]
-    assert metadata.keys() == {"config", "generation_config", "origin", "smollm_jax.sha256"}
+    assert metadata.keys() == {"config", "format", "generation_config", "origin", "smollm_jax.sha256"}
 
 
 def test_the_real_tokenizer_comes_back_whole(tmp_path, tokenizer, weights_path):
