@@ -11,7 +11,7 @@ import smollm_torch.train
 import smollm_torch.weights
 from smollm_jax import weights
 from smollm_jax.config import Recipe, preset
-from smollm_jax.data import batches as data
+from smollm_jax.data.batches import Batches
 from smollm_jax.data.mixture import open_mixture
 from smollm_jax.training import optimizer, train_step
 from smollm_jax.training.execution import Compute
@@ -76,7 +76,7 @@ def both_curves(config, chosen, batches):
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", TRAINING_FLOAT32_SHORT), ("float64", TRAINING_FLOAT64_SHORT)])
 def test_ten_steps(tiny, token_file, dtype, bound, schedule):
     chosen = recipe(dtype, schedule=schedule)
-    ours, theirs = both_curves(tiny, chosen, data.Batches(token_file, chosen))
+    ours, theirs = both_curves(tiny, chosen, Batches(token_file, chosen))
     error = np.abs(ours / theirs - 1)
     within(error[:, 0].max(), bound, f"loss of 10 steps, {dtype}, {schedule}")
     within(error[:, 1].max(), bound, f"gradient norm of 10 steps, {dtype}, {schedule}")
@@ -88,7 +88,7 @@ def test_ten_steps(tiny, token_file, dtype, bound, schedule):
 def truth(tiny, token_file):
     """The losses of 100 steps `[100]` in float64, ours and the twin's."""
     chosen = recipe("float64", **HUNDRED)
-    return [curve[:, 0] for curve in both_curves(tiny, chosen, data.Batches(token_file, chosen))]
+    return [curve[:, 0] for curve in both_curves(tiny, chosen, Batches(token_file, chosen))]
 
 
 def test_a_hundred_steps_in_float64(truth):
@@ -117,7 +117,7 @@ def permute(module, seed):
 
 def test_a_hundred_steps_in_float32_are_as_near_the_truth_as_the_twin(tiny, token_file, truth):
     chosen = recipe("float32", **HUNDRED)
-    batches = data.Batches(token_file, chosen)
+    batches = Batches(token_file, chosen)
     ours, theirs = both_curves(tiny, chosen, batches)
     bundle = weights.to_bundle(init_model(tiny, seed=0))
     others = [torch_curve(permute(smollm_torch.weights.from_bundle(bundle), seed), chosen, batches) for seed in (0, 1)]
@@ -135,7 +135,7 @@ def test_a_hundred_steps_in_float32_are_as_near_the_truth_as_the_twin(tiny, toke
 @pytest.mark.slow
 def test_ten_steps_at_the_full_shape(token_file):
     chosen = recipe("float32", batch_size=1, sequence_length=256, learning_rate=1e-3)
-    ours, theirs = both_curves(preset("smollm2-135m-pretrain"), chosen, data.Batches(token_file, chosen))
+    ours, theirs = both_curves(preset("smollm2-135m-pretrain"), chosen, Batches(token_file, chosen))
     within(np.abs(ours / theirs - 1)[:, 0].max(), TRAINING_FLOAT32_FULL, "loss of 10 steps at 134.5M parameters")
     assert ours[-1, 0] < ours[0, 0] - 1
 
@@ -145,8 +145,8 @@ def test_bfloat16_curves_stay_together_and_losses_are_float32(tiny, token_file, 
     chosen = recipe("bfloat16")
     bundle = weights.to_bundle(init_model(tiny, seed=0))
     compute = {"dtype": results, "operands": "bfloat16"}
-    ours, _ = jax_curve(weights.from_bundle(bundle), chosen, data.Batches(token_file, chosen), **compute)
-    theirs = torch_curve(smollm_torch.weights.from_bundle(bundle), chosen, data.Batches(token_file, chosen))
+    ours, _ = jax_curve(weights.from_bundle(bundle), chosen, Batches(token_file, chosen), **compute)
+    theirs = torch_curve(smollm_torch.weights.from_bundle(bundle), chosen, Batches(token_file, chosen))
     within(np.abs(ours / theirs - 1)[:, 0].max(), TRAINING_BFLOAT16, "loss of 10 steps, bfloat16")
     for losses in (ours[:, 0], theirs[:, 0]):
         rounded = torch.tensor(losses).to(torch.bfloat16).double().numpy()
@@ -155,7 +155,7 @@ def test_bfloat16_curves_stay_together_and_losses_are_float32(tiny, token_file, 
 
 def test_held_out_loss_is_the_same(tiny, token_file):
     chosen = recipe("float32")
-    batches = data.Batches(token_file, dataclasses.replace(chosen, validation_fraction=0.2))
+    batches = Batches(token_file, dataclasses.replace(chosen, validation_fraction=0.2))
     model = init_model(tiny, seed=0)
     module = smollm_torch.weights.from_bundle(weights.to_bundle(model))
     ours = validation_loss(model, batches, 3, Compute("float32"))

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from smollm_jax import weights
-    from smollm_jax.data import batches as data
+    from smollm_jax.data.batches import Batches
     from smollm_jax.model import cost
     from smollm_jax.runs import metrics
     from smollm_jax.runs.checkpoint import CheckpointStore
@@ -99,9 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         flops_per_token=cost.flops_per_token(config, recipe.sequence_length),
         peak_flops=cost.peak_flops(device, recipe.dtype),
     ) as log:
-        train.train(
-            module, recipe, data.Batches(tokens, recipe), eval_every=flags.eval_every, log=log, stop_at=flags.steps
-        )
+        train.train(module, recipe, Batches(tokens, recipe), eval_every=flags.eval_every, log=log, stop_at=flags.steps)
     write_run_files(flags.out, config, read_tokenizer_files(flags.like))
     train.save(module, flags.out / "model.safetensors")
     print(f"wrote {flags.out / 'model.safetensors'}")

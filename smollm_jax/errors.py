@@ -1,4 +1,4 @@
-"""The errors a user can cause, each with its exit code, and the wrapper that prints one as one line.
+"""The errors a user can cause, each with its exit code; `runtime/program.py` prints one as one line.
 
 Exit codes of every script: 0 finished, 1 bug, 2 usage or config, 3 bad input file, 4 no usable checkpoint,
 5 storage, 6 locked by another trainer or preparation, 7 diverged, 8 another process of the run has gone, 75 stopped by

@@ -1,4 +1,4 @@
-"""Orders that are computed instead of stored: a shuffle of any size, and whose turn it is in a mixture. NumPy only."""
+"""A shuffle of any size that is computed instead of stored. NumPy only."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""SmolLM2 as a model of EleutherAI's lm-evaluation-harness: its requests, answered by our engine and `score.py`.
+"""SmolLM2 as a model of EleutherAI's lm-evaluation-harness: its requests, answered by our engine and `loglikelihood`.
 
 Encoding, truncation and what counts as greedy are those of the harness's own `hf` model, so that scores compare with
 published ones. Needs the extra "eval". Source: lm_eval, models/huggingface.py (HFLM) and api/model.py (TemplateLM).

@@ -1,4 +1,4 @@
-"""How likely a model finds given tokens: log-probabilities of continuations, and the quality of a model on a text.
+"""How likely a model finds given tokens: log-probabilities of continuations.
 
 Logits exist for the scored tokens of one chunk at a time. Continuations of one context share its forward pass: they
 lie after it in one row, each seeing the context and itself, at the positions it would have alone.

@@ -21,7 +21,7 @@ def connect(coordinator_address: str | None, num_processes: int | None, process_
     Call before any other use of JAX. Raises `UsageError` where neither says enough, `PeerError` when the others do not
     come within five minutes. A process that is silent for 100 seconds ends all others.
     """
-    # It would take SIGTERM for itself; what a signal means here, `stop.py` and `AnyProcess` say.
+    # It would take SIGTERM for itself; what a signal means here, `runtime/signals.py` and `AnyProcess` say.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)

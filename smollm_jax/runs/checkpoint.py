@@ -1,7 +1,7 @@
 """The one door to checkpoints on disk: Orbax writes and reads the arrays, and no type of its leaves this file.
 
 A checkpoint is a set of named items ("params", "optimizer"), each a flat dict of arrays, and a small JSON `meta`.
-It knows trees and names, not models, so that `weights.py` can read it too.
+It knows trees and names, not models, so that `weights` can read it too.
 """
 
 import logging
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from smollm_jax.errors import CheckpointError, DivergedError, PeerError, StorageError
-from smollm_jax.runs import manifest as integrity
+from smollm_jax.runs import manifest
 from smollm_jax.runs.manifest import DamagedError, NoManifestError
 from smollm_jax.runs.pytree import Arrays
 from smollm_jax.runtime.atomic import sync
@@ -36,7 +36,7 @@ def steps_in(checkpoints: Path) -> list[int]:
 class CheckpointStore:
     """Saves and restores numbered steps under one folder; keeps the newest `keep`.
 
-    A step is written under `.saving/`, sealed with a manifest of every file's sha256 (`integrity.py`), and then moved
+    A step is written under `.saving/`, sealed with a manifest of every file's sha256 (`manifest.py`), and then moved
     to its place by one rename: a step with a number for a name is whole, whenever the process died. So Orbax's
     `CheckpointManager`, which would commit first, is not between. Whoever writes must be the only one (`lock.py`).
     """
@@ -133,7 +133,7 @@ class CheckpointStore:
                 self._clear(quiet)
 
     def _commit(self, step: int, folder: Path, about: dict[str, Any]) -> None:
-        integrity.seal(folder, about)
+        manifest.seal(folder, about)
         folder.rename(self.folder / str(step))
         sync(self.folder)
         for old in self.steps()[: -self._keep] if self._keep else []:
@@ -203,14 +203,14 @@ class CheckpointStore:
         """
         folder = self._folder_of(step)
         try:
-            manifest = integrity.verify(folder, (item, "meta") if item else ())
+            content = manifest.verify(folder, (item, "meta") if item else ())
         except NoManifestError as error:
             if allow_unverified:
                 return {}
             raise DamagedError(f"{error}, so nothing vouches for this step; --allow-unverified takes it") from error
-        if manifest["step"] != step:
-            raise DamagedError(f"{folder}: was saved as step {manifest['step']} and renamed")
-        return manifest
+        if content["step"] != step:
+            raise DamagedError(f"{folder}: was saved as step {content['step']} and renamed")
+        return content
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON saved with a step."""

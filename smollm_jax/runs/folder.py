@@ -1,24 +1,22 @@
-"""A training's folder: which one is meant, and that a start that is refused leaves none behind. Framework-free."""
+"""A run folder: which one is meant, what lies in it beside checkpoints, and that a refused start leaves none behind.
+
+Framework-free.
+"""
 
 import contextlib
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smollm_jax.config import Config
-from smollm_jax.config.generation_config import (
-    generation_text,
-)
+from smollm_jax.config.generation_config import generation_text
 from smollm_jax.config.hf_config import config_to_hf
 from smollm_jax.errors import CheckpointError, StorageError, UsageError
 from smollm_jax.runs.checkpoint import steps_in
 from smollm_jax.runtime.atomic import sync
 from smollm_jax.runtime.lock import FILE as LOCK
-
-if TYPE_CHECKING:
-    pass
 
 
 def newest_run() -> Path:
@@ -77,8 +75,6 @@ def write_run_files(
     generation_config: dict[str, Any] | None = None,
 ) -> None:
     """What lies beside the checkpoints of a run: configs and the tokenizer's files, each whole or as it was."""
-    import json
-
     run.mkdir(parents=True, exist_ok=True)
     texts = {"config.json": json.dumps(config_to_hf(config, dtype), indent=2) + "\n"}
     if generation_config is not None:

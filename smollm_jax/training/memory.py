@@ -2,7 +2,7 @@
 
 The arithmetic chooses; what a compiled step says of itself (`needed`) decides. A step has three heights, of which the
 highest counts: the loss over the last hidden states, the layers' backward pass, and the optimizer's update.
-Letters as in `model.py`; M tokens are computed at once: a device's rows of one part of the batch, times T.
+Letters as in `model/smollm.py`; M tokens are computed at once: a device's rows of one part of the batch, times T.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import jaxlib
 
 from smollm_jax.config import Config, Recipe
 from smollm_jax.errors import UsageError
-from smollm_jax.model import cross_entropy as loss
 from smollm_jax.model import flash_attention
 from smollm_jax.model.cost import count_parameters
+from smollm_jax.model.cross_entropy import CHUNK_TOKENS, CPU_CHUNK_TOKENS
 from smollm_jax.model.smollm import Remat
 from smollm_jax.training import train_step
 from smollm_jax.training.execution import Compute
@@ -93,7 +93,7 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
         block = min(flash_attention.CPU_BLOCK if cpu else flash_attention.BLOCK, recipe.sequence_length)
         n = -(-recipe.sequence_length // block)
         attention = n * (n + 1) // 2 * rows * N * block**2
-    chunks = -(-M // (loss.CPU_CHUNK_TOKENS if cpu else loss.CHUNK_TOKENS))
+    chunks = -(-M // (CPU_CHUNK_TOKENS if cpu else CHUNK_TOKENS))
     # Logits are overwritten by their error where that is as wide.
     logits = -(-M // chunks) * V * (wide if cpu or not cast else wide + narrow)
     head_gradients = wide * head * (2 if chunks > 1 else 1)  # a chunk's, and their sum
@@ -144,7 +144,7 @@ def saved_numbers(config: Config, compute: Compute) -> list[int]:
     if compute.remat == "full":
         return [D]  # its input
     if compute.remat in ("swiglu", "dots"):
-        gate_up = [F, F] if compute.dtype == "float32" else [2 * F]  # see `model.fused`
+        gate_up = [F, F] if compute.dtype == "float32" else [2 * F]  # see `smollm.fused`
         # Its input, queries, keys and values, the attention's output, and what that adds to the residual stream.
         return [D, NH, KH, KH, *gate_up, NH, D] + [F] * (compute.remat == "swiglu")
     # Gate, up, and what SwiGLU makes of them; both norms' inputs and outputs; queries, keys and values, the

@@ -34,7 +34,7 @@ class Start:
 
     config: Config
     recipe: Recipe
-    source: tuple[str, ...]  # of the text, as `data.prepare` takes it
+    source: tuple[str, ...]  # of the text, as `open_mixture` takes it
     start_from: str  # as --init-from named the weights the run began with; "" for the init
     defaults: str = ""  # which peak and warm-up were chosen, and why
     bundle: Bundle | None = None

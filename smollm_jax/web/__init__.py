@@ -1,2 +1,3 @@
-"""The web page of `scripts/app.py`: what may be asked (`ask`), which weights there are (`shelf`), the answers
-(`writing`, `answers`), runs as they are written (`runs`), and how it all is shown (`page`) and guarded (`guard`)."""
+"""The web page of `scripts/app.py`: what may be asked (`requests`), which weights there are (`model_store`), the
+answers (`generation_stream`, `responses`), runs as they are written (`run_curves`), and how it all is shown (`page`)
+and guarded (`middleware`)."""

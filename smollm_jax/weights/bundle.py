@@ -1,8 +1,7 @@
-"""The file formats weights come in: Hugging Face folder, safetensors file, torch `.pt`, GGUF.
+"""Weights between formats: a `Bundle` of tensors, config and tokenizer files.
 
-Every reader gives, and every writer takes, the same `Bundle`: Hugging Face's tensor names and layout as NumPy arrays.
-Framework-free: torch is imported for `.pt` only, gguf for `.gguf` only. What the tensors must be is checked in
-`weights.py`; here only the container is.
+Every reader gives, and every writer takes, one: Hugging Face's tensor names and layout as NumPy arrays. What the
+tensors must be is checked in `mapping.py`. Framework-free.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""Weights by name: one table of rules between our stacked parameters and Hugging Face's tensors, both directions.
+"""Weights of any format: `read` and `write` convert, `kind_of` says what a path holds.
 
-`load` gives a JAX model from any kind of file; `read` and `write` convert between kinds. The table and the checks are
-framework-free, so that the PyTorch twin goes through the same door.
+One file a format: `huggingface`, `safetensors_file`, `torch_file`, `gguf_reader` and `gguf_writer`, `orbax_checkpoint`.
+Framework-free until a format needs one.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Hugging Face's tensors, config and tokenizer as a Llama GGUF, for llama.cpp and what is built on it.
 
-The file is read back by `gguf_file.py`, and what a GGUF cannot hold is refused: nothing is lost in silence. Needs the
+The file is read back by `gguf_reader.py`, and what a GGUF cannot hold is refused: nothing is lost in silence. Needs the
 `gguf` package. Source of keys and layout: llama.cpp, conversion of LlamaModel.
 """
 

@@ -17,9 +17,9 @@ SIZE = 64 << 20
 PROGRAM = """
 import ctypes, json, resource, sys, threading
 from pathlib import Path
-from smollm_jax.runtime import allocator as heap
+from smollm_jax.runtime import allocator
 
-heap.DRIVER = Path("no GPU")
+allocator.DRIVER = Path("no GPU")
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 
@@ -41,7 +41,7 @@ def resident():
 
 said = {}
 for call in sys.argv[1:]:
-    said[call] = [getattr(heap, call)() if call != "nothing" else None, faults(), faults(), resident()]
+    said[call] = [getattr(allocator, call)() if call != "nothing" else None, faults(), faults(), resident()]
 print(json.dumps(said))
 """.replace("SIZE", str(SIZE))
 

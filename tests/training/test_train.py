@@ -15,7 +15,7 @@ import pytest
 from smollm_jax import weights
 from smollm_jax.config import PRESETS, Recipe
 from smollm_jax.config.hf_config import config_from_hf, config_to_hf
-from smollm_jax.data import batches as data
+from smollm_jax.data.batches import Batches
 from smollm_jax.data.mixture import open_mixture
 from smollm_jax.evaluation.quality import quality
 from smollm_jax.runs.checkpoint import CheckpointStore
@@ -337,7 +337,7 @@ def test_the_quality_of_the_run_and_of_a_reference_are_said_in_bits_per_byte(tmp
     assert done.returncode == 0, done.stderr
     tokenizer = Tokenizer.load(tokenizer_path)
     recipe = Recipe(2, batch_size=2, sequence_length=64, learning_rate=1e-3, warmup_steps=0, dtype="float32")
-    batches = data.Batches(open_mixture(ROOT / "assets/sotu", tokenizer_path, tmp_path / "data"), recipe)
+    batches = Batches(open_mixture(ROOT / "assets/sotu", tokenizer_path, tmp_path / "data"), recipe)
     windows = [window.tolist() for batch in batches.validation(8) for window in batch]
     documents = [(window, tokenizer.byte_count(window[1:])) for window in windows]
     said = re.search(rf"for scale: {straight}, (\S+) bits per byte", done.stdout)
