@@ -46,7 +46,7 @@ test: $(VENV)/.test
 parity: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py
 	$(BIN)/python -m pytest parity_tests -rP $(PYTEST)
-	$(BIN)/python scripts/parity_report.py --weights assets/SmolLM2-135M-Instruct --out report --readme README.md
+	$(BIN)/python scripts/parity_report.py --weights assets/SmolLM2-135M-Instruct --out report --readme docs/parity.md
 
 slow: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py

@@ -30,7 +30,7 @@ from smollm_jax.weights.bundle import Bundle
 from smollm_parity.tolerances import LOGLIKELIHOOD, QUALITY, within
 from tests.small_files import SMALL, small_tensors, small_tokenizer
 
-README = Path(__file__).parent.parent / "README.md"
+DOCUMENTED = Path(__file__).parent.parent / "docs/serving.md"
 YAML = {
     "speech_choice": """
 output_type: multiple_choice
@@ -138,7 +138,7 @@ def test_the_harness_puts_around_a_text_what_the_post_processor_puts_there(tmp_p
 
 
 def test_the_command_scores_local_tasks_and_refuses_what_it_cannot(tasks, trained, tmp_path, monkeypatch, capsys):
-    """On a run trained here; every task that the README names is one of the harness."""
+    """On a run trained here; every task that the docs name is one of the harness."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     given = ["--weights", str(trained), "--include", str(tasks), "--out", str(tmp_path / "r.json")]
     run_lm_eval.main([*given, "--tasks", "speech_choice", "--limit", "3"])
@@ -146,8 +146,8 @@ def test_the_command_scores_local_tasks_and_refuses_what_it_cannot(tasks, traine
     assert len(json.loads((tmp_path / "r.json").read_text())["samples"]["speech_choice"]) == 3
     with pytest.raises(UsageError, match=r"r\.json: exists already"):
         run_lm_eval.main([*given, "--tasks", "speech_choice"])
-    readme = README.read_text(encoding="utf-8")
-    shown = re.search(r"run_lm_eval.py --weights PATH --tasks ((?:\w+|\\\n|[ ])+)  #", readme)
+    documented = DOCUMENTED.read_text(encoding="utf-8")
+    shown = re.search(r"run_lm_eval.py --weights PATH --tasks ((?:\w+|\\\n|[ ])+)  #", documented)
     named = shown[1].replace("\\\n", " ").split()
     assert len(named) == 9
     with pytest.raises(UsageError, match=r"no task is called no_such_task$"):

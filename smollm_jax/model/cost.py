@@ -1,6 +1,6 @@
 """What a model costs, by arithmetic from its config alone: parameters, FLOPs and cache bytes.
 
-`python -m smollm_jax.model.cost` prints the README's parameter table.
+`python -m smollm_jax.model.cost` prints the parameter table of docs/quickstart.md.
 """
 
 from smollm_jax.config import Config, preset
