@@ -2,6 +2,7 @@
 # make parity  the whole parity ladder and its report     make slow    every test that takes minutes
 # make gpu-program   what XLA makes of a training step for an H100, and tests of it; no GPU, 4.6 GB of packages
 # make gpu-wheels    packages for scripts/gpu_first.sh on a rented machine      make driver  which JAX fits the GPU's driver
+# make docs    the pages under docs/ as a site in build/docs; a broken link is an error
 # make soak    200 kills, 200 signals, 500 random lives of a checkpoint folder; llama.cpp, built here: over an hour
 # The first two are idempotent. Needs Python >= 3.11, make and a package index; a CUDA GPU is used when nvidia-smi is there.
 #
@@ -32,7 +33,7 @@ TWO := -n 2 --dist loadfile --max-worker-restart 0 -o faulthandler_timeout=900 -
 # Whole checkpoints only: a save that was killed leaves a folder 100.orbax-checkpoint-tmp.
 RESUME = $(shell ls runs/make-train/checkpoints 2>/dev/null | grep -qx '[0-9][0-9]*' && echo --resume)
 
-.PHONY: train test parity slow soak gpu-program gpu-wheels driver lint clean
+.PHONY: train test parity docs slow soak gpu-program gpu-wheels driver lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -56,6 +57,14 @@ soak: $(VENV)/.test
 	$(BIN)/python scripts/fetch_assets.py
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install --quiet --no-binary llama-cpp-python "llama-cpp-python[server]<0.4"
 	SMOLLM_SOAK=1 $(BIN)/python -m pytest tests/training/test_survival.py tests/runs/test_store.py parity_tests/test_llamacpp.py -rP $(PYTEST)
+
+docs: .venv-docs/.docs
+	.venv-docs/bin/mkdocs build
+
+.venv-docs/.docs: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet "mkdocs-material>=9.6,<10"
+	@touch $@
 
 gpu-program: .venv-cuda/.test
 	.venv-cuda/bin/python scripts/compile_for_gpu.py $(ARGS)

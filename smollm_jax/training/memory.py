@@ -201,7 +201,7 @@ def largest_batch(config: Config, recipe: Recipe, compute: Compute, platform: st
 def fastest(config: Config, recipe: Recipe, compute: Compute, platform: str, limit: int) -> Compute:
     """`compute` with the `remat` for whoever names none: on a GPU the most that is planned to take 90 % of `limit`.
 
-    That is "none" or "swiglu", for a GPU moves less than it would to compute it again (docs/performance.md, "What XLA
+    That is "none" or "swiglu", for a GPU moves less than it would to compute it again (docs/gpu.md, "What XLA
     makes of a step"); else, and on a CPU, whose step takes longer then, "dots". Never "full".
     """
     kept: tuple[Remat, ...] = () if platform == "cpu" else ("none", "swiglu")
