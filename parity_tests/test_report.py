@@ -46,12 +46,12 @@ def rungs_of(out):
 @pytest.fixture(scope="module")
 def dry_run():
     """Folder and summary of the GPU suite, run at toy size on the CPU."""
-    for old in ROOT.glob("benchmarks/dry-run-test-*"):
+    for old in ROOT.glob("benchmarks/results/dry-run-test-*"):
         shutil.rmtree(old)
     command = ["bash", "scripts/gpu_suite.sh", "--dry-run", "dry-run-test"]
     environment = os.environ | {"PYTHON": sys.executable}
     subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
-    (folder,) = ROOT.glob("benchmarks/dry-run-test-*")
+    (folder,) = ROOT.glob("benchmarks/results/dry-run-test-*")
     return folder, json.loads((folder / "summary.json").read_text())
 
 

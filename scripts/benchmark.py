@@ -18,8 +18,8 @@
 
 Each side is a process of its own with the same seeded weights, tokens and optimizer (AdamW, clip 1.0, float32 state,
 fused in PyTorch); results that differ are refused before anything is timed. One process runs at a time, the others are
-stopped. Prints a table and writes it, with versions, the CPU's name and the command, to benchmarks/. Only ratios of one
-run mean anything: machines are shared, their speed changes.
+stopped. Prints a table and writes it, with versions, the CPU's name and the command, to benchmarks/results/.
+Only ratios of one run mean anything: machines are shared, their speed changes.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     size = f"-{flags.batch_size}x{flags.new_tokens if flags.what == 'decode' else flags.sequence_length}"
     size = "" if flags.what in ("checkpoint", "prepare", "first-token") else size
     name = f"{flags.what}{size}-{device.lower().replace(' ', '-')}-{time.strftime('%Y-%m-%d')}.json"
-    out = flags.out or unused(Path("benchmarks") / name)
+    out = flags.out or unused(Path("benchmarks/results") / name)
     versions = environment(device, 1) | {"cpu": cpu.name(), "cpu_features": cpu.features()}
     for package in ("torch", "transformers", "llama-cpp-python", "tokenizers", "datasets"):
         with contextlib.suppress(PackageNotFoundError):

@@ -9,9 +9,9 @@
 #
 # Works from the source tree, without installing the package: PYTHON names the interpreter. Needs assets/tokenizer and
 # assets/sotu; weights are seeded random ones of the full shape, so that no large file has to travel. Writes
-# benchmarks/<device>-<date>/: a log a stage, the parity report, summary.json with versions, every exit status and
-# every row, and table.md with the rows to look at, our best batch size over the best of transformers among them. What
-# this GPU has no room for, by arithmetic, is left out; both name it. scripts/gpu_first.sh is for rented minutes.
+# benchmarks/results/<device>-<date>/: a log a stage, the parity report, summary.json with versions, every exit status
+# and every row, and table.md with the rows to look at, our best batch size over the best of transformers among them.
+# What this GPU has no room for, by arithmetic, is left out; both name it. scripts/gpu_first.sh is for rented minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -48,7 +48,7 @@ case $part in all | correctness | speed | kernels | sweep) ;; *)
     ;;
 esac
 end=$((${LIMIT:-1490} * patience)) # seconds
-out="benchmarks/$name-$(date +%Y-%m-%d)${PART:+-$PART}"
+out="benchmarks/results/$name-$(date +%Y-%m-%d)${PART:+-$PART}"
 rm -rf "$out"
 mkdir -p "$out"
 

@@ -48,13 +48,13 @@ def on_a_gpu(tmp_path):
         record = tmp_path / "record"
         record.write_text("")
         suite(tmp_path, PYTHON=str(tmp_path / "recorder"), RECORD=str(record), **variables)
-        (folder,) = ROOT.glob("benchmarks/no-gpu-of-this-world-*")
+        (folder,) = ROOT.glob("benchmarks/results/no-gpu-of-this-world-*")
         summary = json.loads((folder / "summary.json").read_text())
         shutil.rmtree(folder)
         return [json.loads(line) for line in record.read_text().splitlines()], summary
 
     yield run
-    for left in ROOT.glob("benchmarks/no-gpu-of-this-world-*"):
+    for left in ROOT.glob("benchmarks/results/no-gpu-of-this-world-*"):
         shutil.rmtree(left)
 
 
