@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: `benchmarks` is in no wheel
 
-from benchmarks.xla.hlo import instructions
+from benchmarks.xla.hlo import parse
 from benchmarks.xla.profile import at_work, shares
 from smollm_jax import errors
 from smollm_jax.commands import command_line
@@ -101,21 +101,23 @@ def main(argv: list[str] | None = None) -> None:
             state, _ = step(state, tokens)
         jax.block_until_ready(state)
     trace = max(flags.out.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    program = instructions(step.as_text())
+    program = parse(step.as_text())
     seconds, wall = shares(at_work(jax.profiler.ProfileData.from_file(str(trace)), program))
     if not seconds:
         raise errors.SmolLMError(f"{trace}: the trace names no instruction of the step")
+    instructions = program.instructions
     kinds: collections.Counter[str] = collections.Counter()
     for name, spent in seconds.items():
-        kinds[program[name].kind if name in program else name] += spent
+        kinds[program.kind(instructions[name]) if name in instructions else name] += spent
     print("\n| kind of work | ms a step | share |\n|---|---:|---:|")
     for kind, spent in kinds.most_common():
         print(f"| {kind} | {spent / flags.steps * 1e3:.1f} | {spent / wall:.1%} |")
     print(f"| **step** | {wall / flags.steps * 1e3:.1f} | |")
     print("\n| instruction | kind | ms a step | from |\n|---|---|---:|---|")
-    singles = [(name, spent) for name, spent in seconds.most_common() if name in program][: flags.instructions]
+    singles = [(name, spent) for name, spent in seconds.most_common() if name in instructions][: flags.instructions]
     for name, spent in singles:
-        print(f"| {name} | {program[name].kind} | {spent / flags.steps * 1e3:.1f} | {program[name].origin[-70:]} |")
+        milliseconds, origin = spent / flags.steps * 1e3, instructions[name].origin[-70:]
+        print(f"| {name} | {program.kind(instructions[name])} | {milliseconds:.1f} | {origin} |")
     print(f"\ntrace: {trace}", file=sys.stderr)
 
 

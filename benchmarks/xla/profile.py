@@ -5,13 +5,13 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from benchmarks.xla.hlo import Instruction
+from benchmarks.xla.hlo import Program
 
 CONTAINERS = {"while", "conditional", "call", "async-start", "async-done"}
 Interval = tuple[float, float, str]  # nanoseconds, nanoseconds, instruction
 
 
-def at_work(profile: Any, program: dict[str, Instruction]) -> Iterator[Interval]:
+def at_work(profile: Any, program: Program) -> Iterator[Interval]:
     """When each instruction was at work: on a GPU its kernels, on a CPU the calls."""
     planes = list(profile.planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]
@@ -19,7 +19,7 @@ def at_work(profile: Any, program: dict[str, Instruction]) -> Iterator[Interval]
         for line in plane.lines:
             for event in line.events:
                 name = str(dict(event.stats).get("hlo_op", ""))
-                if name in program and program[name].opcode not in CONTAINERS:
+                if name in program.instructions and program.instructions[name].opcode not in CONTAINERS:
                     yield event.start_ns, event.start_ns + event.duration_ns, name
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks.xla.hlo import instructions
+from benchmarks.xla.hlo import parse
 from benchmarks.xla.profile import shares
 from scripts.profile_train import without_command_buffers
 from tests.trainer import ENVIRONMENT, ROOT
@@ -29,7 +29,8 @@ ENTRY %main (x: f32[2,2]) -> f32[2,2] {
 
 
 def test_instructions_are_told_apart_by_what_they_compute_and_for_what():
-    kinds = {name: found.kind for name, found in instructions(PROGRAM).items()}
+    program = parse(PROGRAM)
+    kinds = {name: program.kind(each) for name, each in program.instructions.items()}
     assert {name: kinds[name] for name in "abcde" if name in kinds} | {"b.2": kinds["b.2"]} == {
         "a": "matrix products",
         "b.2": "head and loss",
