@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from smollm_jax.config import Config, Recipe, preset
+from smollm_jax.config.recipe import Remat
 
 PROMPT = 16  # tokens before the decoded ones
 GEMM = 2048  # rows and columns of the matrix product timed beside each round: float32 on a CPU, bfloat16 on a GPU
@@ -30,7 +31,7 @@ class Job:
     new_tokens: int
     document_tokens: int
     dtype: Literal["float32", "bfloat16"]
-    remat: Literal["none", "swiglu", "dots", "full"] | None  # None: as the trainer chooses
+    remat: Remat | None  # None: as the trainer chooses
     unroll: int | None = None
     copies: int = 1
     quantize: Literal["bf16", "int8"] | None = None

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from smollm_jax import errors
 from smollm_jax.commands import command_line
 from smollm_jax.config import named_runs
+from smollm_jax.config.recipe import Remat
 from smollm_jax.runtime.program import run_main
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: `benchmarks` is in no wheel
@@ -41,7 +42,7 @@ class Flags:
     """Parts a batch is computed in, one after another."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of the matrix products."""
-    remat: Literal["none", "swiglu", "dots", "full"] = "dots"
+    remat: Remat = "dots"
     """What a layer keeps for its backward pass."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         print(describe(flags.preset or named.preset, recipe, mesh, flags.remat), flush=True)
 
 
-def describe(name: str, recipe, layout: str, remat: Literal["none", "swiglu", "dots", "full"]) -> str:
+def describe(name: str, recipe, layout: str, remat: Remat) -> str:
     """The memory of each device and the collectives of a step, as text."""
     import collections
 

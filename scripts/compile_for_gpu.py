@@ -26,6 +26,7 @@ from benchmarks.xla.gpu_program import TARGETS, compile_step
 from benchmarks.xla.kernels import Kernel, kernels_of, milliseconds, row
 from smollm_jax import errors
 from smollm_jax.commands import command_line
+from smollm_jax.config.recipe import Remat
 from smollm_jax.runtime.program import run_main
 
 
@@ -39,7 +40,7 @@ class Flags:
     """Tokens a sequence."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the products."""
-    remat: Literal["none", "swiglu", "dots", "full"] | None = None
+    remat: Remat | None = None
     """As in train_jax.py; default: the three it chooses from, one after another."""
     target: Literal["h100", "a100", "rtx4090"] = "h100"
     """GPU to compile for: of compute capability 9.0, 8.0 or 8.9."""

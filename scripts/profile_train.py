@@ -24,6 +24,7 @@ from benchmarks.xla.hlo import parse
 from benchmarks.xla.profile import at_work, shares
 from smollm_jax import errors
 from smollm_jax.commands import command_line
+from smollm_jax.config.recipe import Remat
 from smollm_jax.runtime.program import run_main
 
 
@@ -37,7 +38,7 @@ class Flags:
     """Tokens a sequence."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the products."""
-    remat: Literal["none", "swiglu", "dots", "full"] | None = None
+    remat: Remat | None = None
     """As in train_jax.py."""
     unroll: int | None = None
     """Layers laid out per step of the layer scan; default: as in train_jax.py."""

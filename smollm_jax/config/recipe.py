@@ -10,6 +10,9 @@ from smollm_jax.errors import UsageError
 
 Schedule = Literal["wsd", "cosine"]
 Dtype = Literal["float32", "bfloat16", "float64"]
+# What a layer keeps for its backward pass, the most first: everything; the results of matrix products (queries and keys
+# rotated), of attention and of SwiGLU; those but SwiGLU's, which is computed again as norms are; its input alone.
+Remat = Literal["none", "swiglu", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ B batch, T query tokens, D hidden, N query heads, K KV heads, H head dim, F MLP,
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from smollm_jax.config import Config
+from smollm_jax.config.recipe import Remat
 from smollm_jax.errors import UsageError
 from smollm_jax.model.attention import Attend, causal
 from smollm_jax.model.ops import project, rms_norm, rotary_angles, rotate, swiglu, swiglu_of_both
-
-# What a layer keeps for its backward pass, the most first: everything; the results of matrix products (queries and keys
-# rotated), of attention and of SwiGLU; those but SwiGLU's, which is computed again as norms are; its input alone.
-Remat = Literal["none", "swiglu", "dots", "full"]
 
 
 def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> nnx.Param:

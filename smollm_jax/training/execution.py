@@ -6,9 +6,9 @@ from typing import get_args
 import jax
 
 from smollm_jax.config import Config
+from smollm_jax.config.recipe import Remat
 from smollm_jax.errors import UsageError
 from smollm_jax.model.attention import Implementation
-from smollm_jax.model.smollm import Remat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from smollm_jax.config.recipe import Remat
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFlags:
@@ -86,7 +88,7 @@ class TrainingFlags:
     """Steps between validations on held-out text, 0: after the last step only; default 250 on a GPU, 50 without."""
     log_every: int = 10
     """Steps between lines when the output is no terminal; metrics.jsonl has every step."""
-    remat: Literal["none", "swiglu", "dots", "full"] | None = None
+    remat: Remat | None = None
     """What a layer keeps for its backward pass: all; the results of matrix products, attention and SwiGLU; those but
     SwiGLU's; its input. Default: dots, on a GPU the first of none, swiglu, dots that is planned to fit."""
     unroll: int | None = None

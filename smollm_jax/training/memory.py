@@ -13,11 +13,11 @@ from typing import Any, get_args
 import jaxlib
 
 from smollm_jax.config import Config, Recipe
+from smollm_jax.config.recipe import Remat
 from smollm_jax.errors import UsageError
 from smollm_jax.model import flash_attention
 from smollm_jax.model.cost import count_parameters
 from smollm_jax.model.cross_entropy import CHUNK_TOKENS, CPU_CHUNK_TOKENS
-from smollm_jax.model.smollm import Remat
 from smollm_jax.training import train_step
 from smollm_jax.training.execution import Compute
 from smollm_jax.training.train_step import Step

@@ -10,8 +10,8 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from smollm_jax.config import Recipe, preset
+from smollm_jax.config.recipe import Remat
 from smollm_jax.model.attention import Implementation, attention, beyond_cudnn, causal, packed
-from smollm_jax.model.smollm import Remat
 from smollm_jax.training import optimizer, train_step
 from smollm_jax.training.execution import Compute
 from smollm_jax.training.state import abstract_state

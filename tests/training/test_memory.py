@@ -15,8 +15,8 @@ from typing import Any, get_args
 import pytest
 
 from smollm_jax.config import Config, Recipe, preset
+from smollm_jax.config.recipe import Remat
 from smollm_jax.errors import UsageError
-from smollm_jax.model.smollm import Remat
 from smollm_jax.parallel import sharding
 from smollm_jax.training import memory, train_step
 from smollm_jax.training.execution import Compute
