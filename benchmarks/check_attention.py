@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     import numpy as np
 
     from benchmarks.jax_backend import forward_and_backward
-    from smollm_jax.model.attention import beyond_cudnn, causal, lacks_cudnn, packed
+    from smollm_jax.model.attention import causal, packed
+    from smollm_jax.training.execution import fastest_attention
 
     jax.config.update("jax_default_matmul_precision", "highest")
     cpu = jax.devices("cpu")[0]
@@ -82,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     by_cudnn = packed(jax.device_put(jax.numpy.asarray(segments), device), "cudnn")
     left_out: dict[str, str] = {}  # as the trainer does
     for what, attend in (("causal", causal("cudnn")), ("packed", by_cudnn)):
-        needs = lacks_cudnn(device, "bfloat16")
-        needs = needs or beyond_cudnn(flags.sequence_length, job.config.head_dim, what == "packed")
+        length, packed_documents = flags.sequence_length, what == "packed"
+        _, needs = fastest_attention(device, "bfloat16", length, job.config.head_dim, packed_documents)
         if needs:
             left_out[what] = f"not measured: cudnn {needs}"
             print(f"{what}: {left_out[what]}")

@@ -17,7 +17,7 @@ from smollm_jax.generation.quantized import Quantized
 from smollm_jax.generation.unrolled import Unrolled
 from smollm_jax.model import attention, cross_entropy, precision
 from smollm_jax.training import memory, optimizer, train_step
-from smollm_jax.training.execution import Compute, layers_at_once
+from smollm_jax.training.execution import Compute, fastest_attention, layers_at_once
 from smollm_jax.training.state import init_train_state
 from smollm_jax.training.validation import eval_step
 
@@ -47,9 +47,8 @@ def prepare(name: str, job: Job, folder: Path) -> Prepared:
 
 def implementation(job: Job) -> attention.Implementation:
     """The trainer's choice."""
-    needs = attention.lacks_cudnn(jax.devices()[0], job.dtype)
-    needs = needs or attention.beyond_cudnn(job.sequence_length, job.config.head_dim, job.what == "packed")
-    return "xla" if needs else "cudnn"
+    length, packed = job.sequence_length, job.what == "packed"
+    return fastest_attention(jax.devices()[0], job.dtype, length, job.config.head_dim, packed)[0]
 
 
 def step(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:

@@ -17,10 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from smollm_jax import errors
 from smollm_jax.commands import command_line
 from smollm_jax.config import named_runs
-from smollm_jax.config.recipe import Remat
+from smollm_jax.config.recipe import Remat, check_batch_divides
 from smollm_jax.runtime.program import run_main
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: `benchmarks` is in no wheel
@@ -75,10 +74,7 @@ def describe(name: str, recipe, layout: str, remat: Remat) -> str:
     from smollm_jax.training.execution import Compute
 
     mesh, parts = sharding.make_mesh(layout), recipe.gradient_accumulation_steps
-    if recipe.batch_size % (parts * mesh.size):
-        raise errors.UsageError(
-            f"--batch-size {recipe.batch_size} must divide by {mesh.size} devices x {parts} gradient accumulation steps"
-        )
+    check_batch_divides(recipe.batch_size, mesh.size, parts)
     compute = Compute(recipe.dtype, remat=remat, parts=parts, mesh=mesh)
     compiled: Any = train_step.compile_step(preset(name), recipe, compute)
     memory = compiled.memory_analysis()

@@ -68,22 +68,20 @@ def main(argv: list[str] | None = None) -> None:
 def show(flags: Flags, remat: Any) -> None:
     """Compiles a step and prints what it is made of."""
     from smollm_jax.config import Recipe, preset
-    from smollm_jax.model.attention import beyond_cudnn
     from smollm_jax.training import memory
-    from smollm_jax.training.execution import Compute, layers_at_once
+    from smollm_jax.training.execution import Compute, fastest_attention, layers_at_once
 
     config = preset(flags.preset)
     recipe = Recipe(
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
     )
-    beyond = flags.dtype != "bfloat16" or beyond_cudnn(flags.sequence_length, config.head_dim, flags.mask_documents)
-    attention: Any = "xla" if beyond else "cudnn"
+    target, length = TARGETS[flags.target], flags.sequence_length
+    attention, _ = fastest_attention(target, flags.dtype, length, config.head_dim, flags.mask_documents)
     unroll = layers_at_once(config, attention) if flags.unroll is None else flags.unroll
     document_end = config.eos_token_ids[0] if flags.mask_documents else None
     compute = Compute(flags.dtype, attention, remat, unroll, document_end=document_end)
     print(f"step        {recipe.batch_size} x {recipe.sequence_length} tokens of {flags.preset}, {compute}", flush=True)
     began = time.perf_counter()
-    target = TARGETS[flags.target]
     step = compile_step(config, recipe, compute, target)
     print(f"compiled    in {time.perf_counter() - began:.0f} s, for {target.name}")
     reached = f"{target.bandwidth / 1e12:.2f} TB/s and {target.products / 1e12:.0f} TFLOP/s"

@@ -66,10 +66,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from smollm_jax.config import Recipe, preset
     from smollm_jax.model import precision
-    from smollm_jax.model.attention import beyond_cudnn, lacks_cudnn
     from smollm_jax.runtime import compilation_cache
     from smollm_jax.training import memory, optimizer, train_step
-    from smollm_jax.training.execution import Compute, layers_at_once
+    from smollm_jax.training.execution import Compute, fastest_attention, layers_at_once
     from smollm_jax.training.state import init_model, init_train_state
 
     compilation_cache.enable()
@@ -79,8 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = Recipe(
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
     )
-    beyond = lacks_cudnn(device, flags.dtype) or beyond_cudnn(flags.sequence_length, config.head_dim, documents=False)
-    attention: Any = "xla" if beyond else "cudnn"
+    attention, _ = fastest_attention(device, flags.dtype, flags.sequence_length, config.head_dim, documents=False)
     unroll = layers_at_once(config, attention) if flags.unroll is None else flags.unroll
     dtype, operands = precision.activations_and_operands(flags.dtype, platform)
     compute = Compute(dtype, attention, flags.remat or "dots", unroll, operands=operands)

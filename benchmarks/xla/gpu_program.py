@@ -38,6 +38,16 @@ class Target:
     source: str  # of these two
 
     @property
+    def platform(self) -> str:
+        """As a `jax.Device` says it."""
+        return "gpu"
+
+    @property
+    def compute_capability(self) -> str:
+        """As a `jax.Device` says it, without the letter of features that only this architecture has."""
+        return self.capability.rstrip("a")
+
+    @property
     def config(self) -> str:
         """As XLA's `target_config` takes it."""
         return CARD % {"name": self.name, "capability": self.capability, "numbers": " ".join(self.numbers.split())}

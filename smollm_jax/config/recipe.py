@@ -15,6 +15,14 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 Remat = Literal["none", "swiglu", "dots", "full"]
 
 
+def check_batch_divides(batch_size: int, devices: int, parts: int) -> None:
+    """Raises `UsageError` where devices, each in so many parts, would not all compute the same number of sequences."""
+    if batch_size < 1 or batch_size % (devices * parts):
+        raise UsageError(
+            f"--batch-size {batch_size} must divide by {devices} devices x {parts} gradient accumulation steps"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Everything that decides the numbers of a run: same recipe, data, config and start give the same losses."""

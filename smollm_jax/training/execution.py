@@ -1,14 +1,14 @@
 """How a step is executed (dtypes, attention, remat, micro-batches, mesh), and how often a run saves and validates."""
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 
 from smollm_jax.config import Config
 from smollm_jax.config.recipe import Remat
 from smollm_jax.errors import UsageError
-from smollm_jax.model.attention import Implementation
+from smollm_jax.model.attention import Implementation, beyond_cudnn, lacks_cudnn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,17 @@ class Compute:
     def devices(self) -> int:
         """How many a batch is divided among."""
         return self.mesh.size if self.mesh else 1
+
+
+def fastest_attention(
+    device: Any, dtype: str, sequence_length: int, head_dim: int, documents: bool
+) -> tuple[Implementation, str]:
+    """cuDNN's attention where it runs, else XLA's; and what cuDNN's would need, to follow "cudnn".
+
+    `device` is a `jax.Device`, or anything with the `platform` and `compute_capability` of one.
+    """
+    needs = lacks_cudnn(device, dtype) or beyond_cudnn(sequence_length, head_dim, documents)
+    return ("xla", needs) if needs else ("cudnn", "")
 
 
 def layers_at_once(config: Config, implementation: Implementation) -> int:

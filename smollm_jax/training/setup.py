@@ -10,16 +10,17 @@ import jax
 
 from smollm_jax.config import Config, Recipe, named_runs, preset
 from smollm_jax.config.hf_config import read_config
+from smollm_jax.config.recipe import check_batch_divides
 from smollm_jax.errors import UsageError
 from smollm_jax.model import precision
-from smollm_jax.model.attention import Implementation, beyond_cudnn, lacks_cudnn
+from smollm_jax.model.attention import Implementation
 from smollm_jax.parallel import processes, sharding
 from smollm_jax.runs.checkpoint import CheckpointStore
 from smollm_jax.runtime import cpu
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.tokenizer.source import own_tokenizer
 from smollm_jax.training import inputs, memory
-from smollm_jax.training.execution import Cadence, Compute, layers_at_once
+from smollm_jax.training.execution import Cadence, Compute, fastest_attention, layers_at_once
 from smollm_jax.training.flags import TrainingFlags
 from smollm_jax.training.state import Saved, restore_run
 from smollm_jax.weights.bundle import Bundle
@@ -90,10 +91,7 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
         )
     attention, without_cudnn = _attention(flags, recipe, config, device)
     parts = recipe.gradient_accumulation_steps
-    if recipe.batch_size % (parts * devices):
-        raise UsageError(
-            f"--batch-size {recipe.batch_size} must divide by {devices} devices x {parts} gradient accumulation steps"
-        )
+    check_batch_divides(recipe.batch_size, devices, parts)
     document_end = tokenizer.eos_token_id if recipe.mask_documents else None
     unroll = layers_at_once(config, attention) if flags.unroll is None else flags.unroll
     dtype, operands = precision.activations_and_operands(recipe.dtype, device.platform)
@@ -161,13 +159,13 @@ def _attention(flags: TrainingFlags, recipe: Recipe, config: Config, device: Any
 
     Raises `UsageError` where cuDNN's was asked for and does not run.
     """
-    needs = lacks_cudnn(device, recipe.dtype)
-    needs = needs or beyond_cudnn(recipe.sequence_length, config.head_dim, recipe.mask_documents)
+    length, documents = recipe.sequence_length, recipe.mask_documents
+    fastest, needs = fastest_attention(device, recipe.dtype, length, config.head_dim, documents)
     if flags.attention == "cudnn" and needs:
         raise UsageError(f"--attention cudnn {needs}; leave it out to attend in blocks")
     if flags.attention:
         return flags.attention, ""
-    return ("xla", needs if device.platform == "gpu" else "") if needs else ("cudnn", "")
+    return fastest, needs if device.platform == "gpu" else ""
 
 
 def _reference(flags: TrainingFlags, tokenizer: Tokenizer) -> Path | None:
