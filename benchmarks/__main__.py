@@ -1,6 +1,6 @@
-"""One side of a benchmark in a process of its own: `scripts/benchmark.py` starts it and gives it work by lines.
+"""One backend of a benchmark in a process of its own: `scripts/benchmark.py` starts it and gives it work by lines.
 
-    python -m benchmarks SIDE JOB WEIGHTS
+    python -m benchmarks BACKEND WORKLOAD WEIGHTS
 
 Prepares, says so in a line of JSON, then answers each line of stdin with what one unit of work took, right after
 another: steps of a training follow each other, too.
@@ -13,18 +13,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.job import GEMM, Job
+from benchmarks.workload import GEMM, Workload
 from smollm_jax.runtime import allocator
 from smollm_jax.runtime.program import run_main
 
 
 def main() -> None:
-    name, job, weights = sys.argv[1], Job(**json.loads(sys.argv[2])), Path(sys.argv[3])
+    name, workload, weights = sys.argv[1], Workload(**json.loads(sys.argv[2])), Path(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    if name == "ours" and job.training:
+    if name == "ours" and workload.training:
         allocator.keep()  # as the trainer does, before there are threads
-    if job.what == "prepare":
+    if workload.what == "prepare":
         from benchmarks.prepare_backend import prepare
     elif name in ("ours", "plain", "freed-memory") or name.startswith("remat-"):
         from benchmarks.jax_backend import prepare
@@ -34,11 +34,12 @@ def main() -> None:
         from benchmarks.llamacpp_backend import prepare
     else:
         from benchmarks.torch_backend import prepare
-    unit, gemm, ready = prepare(name, job, weights)
+    unit, gemm, ready = prepare(name, workload, weights)
     print(json.dumps(ready), file=answers, flush=True)
     for _ in sys.stdin:
-        answer = {"gemm": max(timed_gemm(gemm) for _ in range(3)), "tokens": job.batch_size * job.sequence_length}
-        if job.what != "prepare":
+        tokens = workload.batch_size * workload.sequence_length
+        answer = {"gemm": max(timed_gemm(gemm) for _ in range(3)), "tokens": tokens}
+        if workload.what != "prepare":
             unit()  # not timed: since the last turn the caches were another process's, and freed memory the system's
         began, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
         said = unit()

@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.job import Job
+from benchmarks.workload import Workload
 from smollm_jax.runtime.program import run_main
 
 # Measured on a CPU at T = 64 and 2,048: up to 1.1e-6 in float32 and 3.0e-3 in bfloat16, whose rounding is 4e-3.
@@ -48,10 +48,11 @@ def main(argv: list[str] | None = None) -> None:
 
     jax.config.update("jax_default_matmul_precision", "highest")
     cpu = jax.devices("cpu")[0]
-    job = Job("attention", flags.preset, 1, 2, flags.sequence_length, 2, flags.document_tokens, "float32", "none", 1)
+    length, documents = flags.sequence_length, flags.document_tokens
+    workload = Workload("attention", flags.preset, 1, 2, length, 2, documents, "float32", "none", 1)
     # Numbers of bfloat16, so that both dtypes compute from the same ones.
-    inputs = [np.asarray(jax.numpy.asarray(x, "bfloat16"), np.float32) for x in job.heads()]
-    segments = job.segments()
+    inputs = [np.asarray(jax.numpy.asarray(x, "bfloat16"), np.float32) for x in workload.heads()]
+    segments = workload.segments()
 
     def plain(q: Any, k: Any, v: Any, memory: Any) -> tuple[Any, Any]:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla"), memory
@@ -65,9 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     def alone() -> list[np.ndarray]:
         """Every document by itself, put together again."""
         whole = [np.zeros_like(inputs[i]) for i in (0, 0, 1, 2)]
-        for row, documents in enumerate(segments):
-            for document in np.unique(documents):
-                (places,) = np.nonzero(documents == document)
+        for row, numbers in enumerate(segments):
+            for document in np.unique(numbers):
+                (places,) = np.nonzero(numbers == document)
                 part = slice(places[0], places[-1] + 1)
                 for target, found in zip(
                     whole, on(cpu, alone_or_causal, [x[row : row + 1, part] for x in inputs], "float32"), strict=True
@@ -83,8 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     by_cudnn = packed(jax.device_put(jax.numpy.asarray(segments), device), "cudnn")
     left_out: dict[str, str] = {}  # as the trainer does
     for what, attend in (("causal", causal("cudnn")), ("packed", by_cudnn)):
-        length, packed_documents = flags.sequence_length, what == "packed"
-        _, needs = fastest_attention(device, "bfloat16", length, job.config.head_dim, packed_documents)
+        _, needs = fastest_attention(device, "bfloat16", length, workload.config.head_dim, what == "packed")
         if needs:
             left_out[what] = f"not measured: cudnn {needs}"
             print(f"{what}: {left_out[what]}")

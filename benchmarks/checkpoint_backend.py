@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.job import Job, Prepared
+from benchmarks.workload import Prepared, Workload
 from smollm_jax.runs import manifest
 from smollm_jax.runs.checkpoint import CheckpointStore
 from smollm_jax.runs.pytree import flatten
@@ -21,31 +21,31 @@ from smollm_jax.training.loss import mean_gradients
 from smollm_jax.training.state import TrainState, init_model, init_train_state
 
 
-def prepare(_name: str, job: Job, folder: Path) -> Prepared:
-    """No unit of work: what this side says once it is ready is all, seconds by name, round by round."""
-    seconds, states = steps(job)
+def prepare(_name: str, workload: Workload, folder: Path) -> Prepared:
+    """No unit of work: what this backend says once it is ready is all, seconds by name, round by round."""
+    seconds, states = steps(workload)
     state = states.pop("guarded")  # moments that are no longer zero, which would compress to nothing
     states.clear()
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:  # on the disk the parent chose
-        seconds |= saves(job, state, Path(place))
+        seconds |= saves(workload, state, Path(place))
     return dict, lambda: 0, {"device": jax.devices()[0].device_kind, "times": seconds}
 
 
-def alternate(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds each side took in each round, the sides in turn; the first round, which compiles, is left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+def alternate(backends: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds each backend took in each round, the backends in turn; the first round, which compiles, is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in backends}
     for _ in range(rounds + 1):
-        for name, side in sides.items():
+        for name, backend in backends.items():
             began = time.perf_counter()
-            side()
+            backend()
             seconds[name].append(time.perf_counter() - began)
     return {name: times[1:] for name, times in seconds.items()}
 
 
-def steps(job: Job) -> tuple[dict[str, list[float]], dict[str, TrainState]]:
+def steps(workload: Workload) -> tuple[dict[str, list[float]], dict[str, TrainState]]:
     """Seconds of a step with the check for finite numbers and of one without, and the states they leave."""
-    tokens, tx, compute = jnp.asarray(job.tokens()), optimizer.adamw(job.recipe()), Compute("float32")
-    state = init_train_state(init_model(job.config, 0), tx)
+    tokens, tx, compute = jnp.asarray(workload.tokens()), optimizer.adamw(workload.recipe()), Compute("float32")
+    state = init_train_state(init_model(workload.config, 0), tx)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def unguarded(state: TrainState) -> TrainState:
@@ -64,10 +64,10 @@ def steps(job: Job) -> tuple[dict[str, list[float]], dict[str, TrainState]]:
             states[name] = unguarded(states[name])
         jax.block_until_ready(states[name])
 
-    return alternate({name: functools.partial(step, name) for name in states}, job.rounds), states
+    return alternate({name: functools.partial(step, name) for name in states}, workload.rounds), states
 
 
-def saves(job: Job, state: TrainState, folder: Path) -> dict[str, list[float]]:
+def saves(workload: Workload, state: TrainState, folder: Path) -> dict[str, list[float]]:
     """Seconds of a save, of the manifest in it, of verifying and of restoring."""
     items = {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items)
@@ -80,11 +80,11 @@ def saves(job: Job, state: TrainState, folder: Path) -> dict[str, list[float]]:
 
     manifest.seal = timed_seal
     with CheckpointStore(folder / "checkpoints", keep=1) as store:
-        sides = {
+        backends = {
             "save": lambda: store.save(len(sealing) + 1, items, {}),
             "verify": lambda: store.verify(store.latest_step()),
             "restore": lambda: jax.block_until_ready(store.restore(store.latest_step(), like)),
         }
-        seconds = alternate(sides, job.rounds)
+        seconds = alternate(backends, workload.rounds)
     manifest.seal = seal
     return seconds | {"manifest": sealing[1:]}

@@ -1,4 +1,4 @@
-"""The parent's end of the sides: it starts their processes, refuses unequal work, and divides round by round."""
+"""The parent's end of the backends' processes: it starts them, refuses unequal work, and divides round by round."""
 
 import contextlib
 import json
@@ -15,24 +15,24 @@ from typing import Any
 from smollm_jax import errors
 
 ROOT = Path(__file__).resolve().parents[1]
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # between two sides' results, relative
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # between two backends' results, relative
 Rows = dict[str, dict[str, float]]
 
 
-class Side:
-    """One side in a process of its own, ready: torch and JAX in one fight over cuDNN on a GPU (jax#19004).
+class Backend:
+    """A backend in a process of its own, ready: torch and JAX in one fight over cuDNN on a GPU (jax#19004).
 
     While it is not its turn the process is stopped, so that threads that spin while they wait take nobody's core.
     """
 
-    def __init__(self, name: str, job: dict[str, Any], weights: Path, **environment: str):
+    def __init__(self, name: str, workload: dict[str, Any], weights: Path, **environment: str):
         self.name = name
-        command = [sys.executable, "-m", "benchmarks", name, json.dumps(job), str(weights)]
+        command = [sys.executable, "-m", "benchmarks", name, json.dumps(workload), str(weights)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process: Any = subprocess.Popen(command, env=process_environment(**environment), **pipes)
         self.ready = self._answer()
 
-    def go(self) -> dict[str, Any]:
+    def run_once(self) -> dict[str, Any]:
         """What one unit of work took."""
         self.process.send_signal(signal.SIGCONT)
         print("go", file=self.process.stdin, flush=True)
@@ -118,10 +118,10 @@ def held(pid: int) -> int:
 
 
 def check_equal(dtypes: dict[str, str], ready: dict[str, dict[str, Any]]) -> None:
-    """Raises unless every side does what ours does: losses and samples within `TOLERANCE`, on one kind of device.
+    """Raises unless every backend does what ours does: losses and samples within `TOLERANCE`, on one kind of device.
 
-    `dtypes` are the sides'; the less exact of two sets the tolerance. In float32 decoded token ids must be equal too;
-    in bfloat16 rounding decides near-ties.
+    `dtypes` are the backends'; the less exact of two sets the tolerance. In float32 decoded token ids must be equal
+    too; in bfloat16 rounding decides near-ties.
     """
     ours = ready["ours"]
     for name, other in ready.items():
@@ -148,14 +148,14 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def with_ratios(what: str, values: dict[str, list[float]], best: Callable[..., str] = max) -> Rows:
-    """A row a side, one of ours over each other side's, divided round by round, and one over the best of several.
+    """A row a backend, one of ours over each other backend's, divided round by round, and one over the best of several.
 
     `best` is `max` where more is better, else `min`; of medians.
     """
-    rows = {f"{what}, {name}": spread(of_side) for name, of_side in values.items()}
+    rows = {f"{what}, {name}": spread(numbers) for name, numbers in values.items()}
     ratios = {
-        name: spread([a / b for a, b in zip(values["ours"], of_side, strict=True)])
-        for name, of_side in values.items()
+        name: spread([a / b for a, b in zip(values["ours"], numbers, strict=True)])
+        for name, numbers in values.items()
         if name != "ours"
     }
     rows |= {f"{what}, ours / {name}": ratio for name, ratio in ratios.items()}

@@ -1,4 +1,4 @@
-"""The JAX side: this package's trainer, decoder and kernels."""
+"""The JAX backend: this package's trainer, decoder and kernels."""
 
 import functools
 import time
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.job import GEMM, Job, Prepared, Unit, per_call, rates, resident, samples
+from benchmarks.workload import GEMM, Prepared, Unit, Workload, per_call, rates, resident, samples
 from smollm_jax import weights
 from smollm_jax.generation import generate, programs
 from smollm_jax.generation.quantized import Quantized
@@ -22,11 +22,11 @@ from smollm_jax.training.state import init_train_state
 from smollm_jax.training.validation import eval_step
 
 
-def prepare(name: str, job: Job, folder: Path) -> Prepared:
-    """A unit of work, a matrix product, and what this side has to say before."""
+def prepare(name: str, workload: Workload, folder: Path) -> Prepared:
+    """A unit of work, a matrix product, and what this backend has to say before."""
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
-    if job.dtype == "float32":  # as the trainer does: on a GPU JAX's default is TF32
+    if workload.dtype == "float32":  # as the trainer does: on a GPU JAX's default is TF32
         jax.config.update("jax_default_matmul_precision", "float32")
     square = jnp.ones((GEMM, GEMM), jnp.bfloat16 if gpu else jnp.float32)
     product, repeats = jax.jit(jnp.matmul), 200 if gpu else 1
@@ -36,32 +36,32 @@ def prepare(name: str, job: Job, folder: Path) -> Prepared:
         return repeats
 
     kernels = {"loss": head_loss, "attention": attend, "packed": attend, "gemm": products}
-    if job.what in kernels:
-        unit, ready = kernels[job.what](job, name)
-    elif job.training:
-        unit, ready = step(job, folder)
+    if workload.what in kernels:
+        unit, ready = kernels[workload.what](workload, name)
+    elif workload.training:
+        unit, ready = step(workload, folder)
     else:
-        unit, ready = inference(job, folder)
+        unit, ready = inference(workload, folder)
     return unit, gemm, {"device": device.device_kind, "platform": device.platform, "losses": []} | ready
 
 
-def implementation(job: Job) -> attention.Implementation:
+def implementation(workload: Workload) -> attention.Implementation:
     """The trainer's choice."""
-    length, packed = job.sequence_length, job.what == "packed"
-    return fastest_attention(jax.devices()[0], job.dtype, length, job.config.head_dim, packed)[0]
+    length, packed = workload.sequence_length, workload.what == "packed"
+    return fastest_attention(jax.devices()[0], workload.dtype, length, workload.config.head_dim, packed)[0]
 
 
-def step(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
+def step(workload: Workload, folder: Path) -> tuple[Unit, dict[str, Any]]:
     """Optimizer steps, and the most memory they take: None where JAX's allocator keeps no count."""
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
-    tokens, tx = jnp.asarray(job.tokens()), optimizer.adamw(job.recipe())
-    unroll = layers_at_once(job.config, implementation(job)) if job.unroll is None else job.unroll
-    dtype, operands = precision.activations_and_operands(job.dtype, device.platform)
-    options: Any = {"remat": job.remat or "dots", "unroll": unroll, "operands": operands}
-    compute = Compute(dtype, implementation(job), **options)
-    if job.remat is None:
-        compute = memory.fastest(job.config, job.recipe(), compute, device.platform, memory.available(device))
+    tokens, tx = jnp.asarray(workload.tokens()), optimizer.adamw(workload.recipe())
+    unroll = layers_at_once(workload.config, implementation(workload)) if workload.unroll is None else workload.unroll
+    dtype, operands = precision.activations_and_operands(workload.dtype, device.platform)
+    options: Any = {"remat": workload.remat or "dots", "unroll": unroll, "operands": operands}
+    compute = Compute(dtype, implementation(workload), **options)
+    if workload.remat is None:
+        compute = memory.fastest(workload.config, workload.recipe(), compute, device.platform, memory.available(device))
     print(f"ours: {compute}", flush=True)
     state = init_train_state(weights.load(folder, jnp.float32)[0], tx)
     ready: dict[str, Any] = {}
@@ -81,18 +81,19 @@ def step(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
     return unit, ready | {"program_bytes": inputs_and_outputs + sizes.temp_size_in_bytes}
 
 
-def inference(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
+def inference(workload: Workload, folder: Path) -> tuple[Unit, dict[str, Any]]:
     """Greedy decoding, or one forward pass that fills a cache."""
-    model, tokens = weights.load(folder, jnp.dtype(job.dtype))[0], jnp.asarray(job.tokens())
+    model, tokens = weights.load(folder, jnp.dtype(workload.dtype))[0], jnp.asarray(workload.tokens())
     prepared: Any = model
-    if job.what == "decode":  # as the engine does, once
-        prepared = Quantized.of(model, job.quantize) if job.quantize else Unrolled.of(model)
+    if workload.what == "decode":  # as the engine does, once
+        prepared = Quantized.of(model, workload.quantize) if workload.quantize else Unrolled.of(model)
 
     def decode() -> dict[str, Any]:
         # Not from the first tokens to the last: when those are read, the next call is under way already.
         first, _ = timed_text(1)
-        whole, ids = timed_text(job.new_tokens)
-        return {"seconds": whole - first, "tokens": job.batch_size * (job.new_tokens - 1), "ids": ids.tolist()}
+        whole, ids = timed_text(workload.new_tokens)
+        timed = workload.batch_size * (workload.new_tokens - 1)
+        return {"seconds": whole - first, "tokens": timed, "ids": ids.tolist()}
 
     def timed_text(new_tokens: int) -> tuple[float, np.ndarray]:
         began = time.perf_counter()
@@ -100,19 +101,19 @@ def inference(job: Job, folder: Path) -> tuple[Unit, dict[str, Any]]:
         return time.perf_counter() - began, np.concatenate(pieces, axis=1)
 
     def prefill() -> dict[str, Any]:
-        start = jnp.zeros(job.batch_size, jnp.int32)
-        jax.block_until_ready(programs.prefill(model, tokens[:, :-1], start, slots=job.sequence_length))
+        start = jnp.zeros(workload.batch_size, jnp.int32)
+        jax.block_until_ready(programs.prefill(model, tokens[:, :-1], start, slots=workload.sequence_length))
         return {}
 
-    unit = decode if job.what == "decode" else prefill
-    losses = [float(eval_step(model, tokens, Compute(job.dtype)))]
+    unit = decode if workload.what == "decode" else prefill
+    losses = [float(eval_step(model, tokens, Compute(workload.dtype)))]
     return unit, {"losses": losses, "ids": unit().get("ids")}
 
 
-def head_loss(job: Job, _name: str) -> tuple[Unit, dict[str, Any]]:
+def head_loss(workload: Workload, _name: str) -> tuple[Unit, dict[str, Any]]:
     """The loss of hidden states, and its gradients by them and by the head."""
-    hidden, head, targets = map(jnp.asarray, job.head())
-    hidden = hidden.astype(job.dtype)
+    hidden, head, targets = map(jnp.asarray, workload.head())
+    hidden = hidden.astype(workload.dtype)
 
     @jax.jit
     def both(hidden, head, targets):
@@ -124,19 +125,19 @@ def head_loss(job: Job, _name: str) -> tuple[Unit, dict[str, Any]]:
     return timed(both, hidden, head, targets), {
         "losses": [float(value)],
         "samples": found,
-        "flops": 3 * job.flops()["head"],
+        "flops": 3 * workload.flops()["head"],
     }
 
 
-def attend(job: Job, name: str) -> tuple[Unit, dict[str, Any]]:
+def attend(workload: Workload, name: str) -> tuple[Unit, dict[str, Any]]:
     """Causal attention and its gradients; in "packed", ours within documents, "plain" across them."""
-    q, k, v, gradient = (jnp.asarray(x, job.dtype) for x in job.heads())
-    if job.what == "packed" and name == "ours":
-        both = forward_and_backward(attention.packed(jnp.asarray(job.segments()), implementation(job)))
+    q, k, v, gradient = (jnp.asarray(x, workload.dtype) for x in workload.heads())
+    if workload.what == "packed" and name == "ours":
+        both = forward_and_backward(attention.packed(jnp.asarray(workload.segments()), implementation(workload)))
     else:
-        both = forward_and_backward(attention.causal(implementation(job)))
-    ready: dict[str, Any] = {"flops": job.flops()["attention both ways"]}
-    if job.what == "attention":  # packed and plain are to differ
+        both = forward_and_backward(attention.causal(implementation(workload)))
+    ready: dict[str, Any] = {"flops": workload.flops()["attention both ways"]}
+    if workload.what == "attention":  # packed and plain are to differ
         found = zip(("out", "d q", "d k", "d v"), map(samples, both(q, k, v, gradient)), strict=True)
         ready["samples"] = dict(found)
     return timed(both, q, k, v, gradient), ready
@@ -151,18 +152,18 @@ def forward_and_backward(attend: attention.Attend) -> Callable[..., Any]:
     return both
 
 
-def products(job: Job, _name: str) -> tuple[Unit, dict[str, Any]]:
+def products(workload: Workload, _name: str) -> tuple[Unit, dict[str, Any]]:
     """FLOP/s of each product of the model's forward pass, and of its attention."""
     work = {}
-    for name, (rows, inner, columns) in job.products().items():
-        pair = (jnp.ones((rows, inner), job.dtype), jnp.ones((inner, columns), job.dtype))
+    for name, (rows, inner, columns) in workload.products().items():
+        pair = (jnp.ones((rows, inner), workload.dtype), jnp.ones((inner, columns), workload.dtype))
         work[name] = functools.partial(repeat, jax.jit(jnp.matmul), pair)
-    q, k, v, gradient = (jnp.asarray(x, job.dtype) for x in job.heads())
-    attend = attention.causal(implementation(job))
+    q, k, v, gradient = (jnp.asarray(x, workload.dtype) for x in workload.heads())
+    attend = attention.causal(implementation(workload))
     forward = jax.jit(lambda q, k, v: attend(q, k, v, None)[0])
     work["attention"] = functools.partial(repeat, forward, (q, k, v))
     work["attention both ways"] = functools.partial(repeat, forward_and_backward(attend), (q, k, v, gradient))
-    return rates(job, work), {}
+    return rates(workload, work), {}
 
 
 def repeat(function: Callable[..., Any], arguments: tuple[Any, ...], times: int) -> None:

@@ -1,4 +1,4 @@
-"""llama.cpp's side, through llama-cpp-python: one text, as many threads as cores.
+"""llama.cpp's backend, through llama-cpp-python: one text, as many threads as cores.
 
 "llamacpp" has float32 weights and a float32 cache; "llamacpp-q8_0" and the like weights that llama.cpp quantised
 itself, and the cache it takes by default, float16.
@@ -13,21 +13,21 @@ from typing import Any
 import llama_cpp  # pyright: ignore[reportMissingImports]  # no dependency: installed by whoever measures it
 import numpy as np
 
-from benchmarks.job import GEMM, Job, Prepared, decoded
+from benchmarks.workload import GEMM, Prepared, Workload, decoded
 
 FTYPE = {"bf16": 32, "q8_0": 7, "q4_0": 2}  # llama.h's llama_ftype
 
 
-def prepare(name: str, job: Job, folder: Path) -> Prepared:
-    """A unit of work, a matrix product, and what this side has to say before; `folder/model.gguf` are the weights."""
+def prepare(name: str, workload: Workload, folder: Path) -> Prepared:
+    """A unit of work, a matrix product, and what this backend has to say first; `folder/model.gguf` has the weights."""
     file = folder / "model.gguf"
     if kind := name.partition("-")[2]:
         file = quantised(file, kind)
     if crashes(file):
         print(f"{name}: llama.cpp crashes with weights repacked for this CPU; measured without", file=sys.stderr)
         without_repacking()
-    tokens, square = job.tokens()[0], np.ones((GEMM, GEMM), np.float32)
-    prompt, vocabulary = tokens[:-1].tolist(), job.config.vocab_size
+    tokens, square = workload.tokens()[0], np.ones((GEMM, GEMM), np.float32)
+    prompt, vocabulary = tokens[:-1].tolist(), workload.config.vocab_size
     whole = model(file, len(prompt), logits_all=True)
     whole.eval(prompt)
     logits = np.asarray(whole.scores[: len(prompt)], np.float32)
@@ -35,7 +35,7 @@ def prepare(name: str, job: Job, folder: Path) -> Prepared:
     chosen = np.take_along_axis(shifted, tokens[1:, None], axis=1)[:, 0]
     losses = [float(np.mean(np.log(np.exp(shifted).sum(axis=1)) - chosen, dtype=np.float64))]
     del whole, logits, shifted
-    llama = model(file, len(prompt) + (job.new_tokens if job.what == "decode" else 0), logits_all=False)
+    llama = model(file, len(prompt) + (workload.new_tokens if workload.what == "decode" else 0), logits_all=False)
 
     def gemm() -> int:
         np.matmul(square, square)  # NumPy's product: llama.cpp offers none to call
@@ -49,7 +49,7 @@ def prepare(name: str, job: Job, folder: Path) -> Prepared:
             last = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llama.ctx, -1), (vocabulary,))
             pieces.append(np.array([[last.argmax()]]))
             times.append(time.perf_counter())
-            if len(pieces) == job.new_tokens:
+            if len(pieces) == workload.new_tokens:
                 return decoded(pieces, times)
             llama.eval(pieces[-1][0].tolist())
 
@@ -58,7 +58,7 @@ def prepare(name: str, job: Job, folder: Path) -> Prepared:
         llama.eval(prompt)
         return {}
 
-    unit = decode if job.what == "decode" else prefill
+    unit = decode if workload.what == "decode" else prefill
     return unit, gemm, {"device": "cpu", "platform": "cpu", "losses": losses, "ids": unit().get("ids")}
 
 
@@ -76,7 +76,7 @@ def crashes(file: Path) -> bool:
     if (child := os.fork()) == 0:
         try:
             model(file, 64, logits_all=False).eval(list(range(64)))
-        finally:  # an error is the parent's to meet: no second side goes on here
+        finally:  # an error is the parent's to meet: no second backend goes on here
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 

@@ -69,7 +69,7 @@ class Flags:
     preset: str = "smollm2-135m"
     """Model, with seeded random weights."""
     rounds: int = 5
-    """Times each side is measured, after warming up."""
+    """Times each backend is measured, after warming up."""
     batch_size: int = 1
     """Sequences at once."""
     sequence_length: int = 256
@@ -95,18 +95,18 @@ class Flags:
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
-    def job(self, side: str) -> dict[str, Any]:
-        """What of all this reaches a side: the fields of `measure/job.py`'s `Job`."""
+    def workload(self, backend: str) -> dict[str, Any]:
+        """What of all this reaches a backend: the fields of `benchmarks/workload.py`'s `Workload`."""
         ours_alone = ("against", "text", "out", "debug")
         flags = {key: value for key, value in dataclasses.asdict(self).items() if key not in ours_alone}
-        dtype = self.dtype if side == "ours" else self.dtype_of(side)
-        return flags | {"remat": REMAT.get(side, self.remat), "dtype": dtype}
+        dtype = self.dtype if backend == "ours" else self.dtype_of(backend)
+        return flags | {"remat": REMAT.get(backend, self.remat), "dtype": dtype}
 
-    def dtype_of(self, side: str) -> str:
-        """The dtype a side computes in; of quantised weights, what to compare their results as."""
-        if side == "ours" and self.quantize:
+    def dtype_of(self, backend: str) -> str:
+        """The dtype a backend computes in; of quantised weights, what to compare their results as."""
+        if backend == "ours" and self.quantize:
             return "bfloat16"
-        narrow = side.startswith(("hf", "llamacpp-")) and side.endswith(("-bf16", "-q8_0", "-q4_0"))
+        narrow = backend.startswith(("hf", "llamacpp-")) and backend.endswith(("-bf16", "-q8_0", "-q4_0"))
         return "bfloat16" if narrow else self.dtype
 
     @property
@@ -128,10 +128,10 @@ def check_flags(flags: Flags) -> None:
         raise errors.UsageError("--quantize is for decode with --dtype float32")
     if flags.what == "decode" and flags.new_tokens < 2:
         raise errors.UsageError("--new-tokens must be at least 2: the first comes with the prompt and is not timed")
-    for side in flags.others:
-        if side not in AGAINST[flags.what]:
+    for backend in flags.others:
+        if backend not in AGAINST[flags.what]:
             allowed = f"only {', '.join(AGAINST[flags.what])}" if AGAINST[flags.what] else "nothing"
-            raise errors.UsageError(f"{flags.what} cannot be measured --against {side}, {allowed}")
+            raise errors.UsageError(f"{flags.what} cannot be measured --against {backend}, {allowed}")
     if flags.what == "prepare" and not flags.text.exists():
         raise errors.UsageError(f"--text {flags.text}: no such file or folder")
     if "datasets" in flags.others:

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from benchmarks.job import Job, Prepared
+from benchmarks.workload import Prepared, Workload
 from smollm_jax.data.plan import Settings, make_plan
 from smollm_jax.data.prepare import prepare_set
 from smollm_jax.data.text import documents
@@ -22,7 +22,7 @@ TOKENIZER = Path(__file__).resolve().parents[1] / "assets/tokenizer"
 Work = Callable[[Path], int]  # writes to an empty folder; returns the number of tokens
 
 
-def prepare(name: str, _job: Job, source: Path) -> Prepared:
+def prepare(name: str, _workload: Workload, source: Path) -> Prepared:
     """A unit of work is one data set of the files and folders in `source`; it says seconds, CPU seconds and tokens."""
     work = {"ours": ours, "datasets": with_datasets, "tokenizers": tokenizers_alone}[name](source)
 

@@ -1,10 +1,10 @@
-"""Whether all sides of a training benchmark find room on a GPU, by arithmetic: what `scripts/gpu_suite.sh` asks first.
+"""Whether all backends of a training benchmark find room on a GPU, by arithmetic: `scripts/gpu_suite.sh` asks it first.
 
     python -m benchmarks.room 80.0 train --dtype bfloat16 --batch-size 32 --sequence-length 2048
 
-The first argument is the GPU's memory in GB, the rest are `scripts/benchmark.py`'s. Prints what each side needs, and
-the largest batch that has room where this one has none: that is exit status 3. Of "train" all sides are there at once,
-of "memory" one after the other. No GPU was asked yet; transformers' side is meant to err to too much.
+The first argument is the GPU's memory in GB, the rest are `scripts/benchmark.py`'s. Prints what each backend needs, and
+the largest batch that has room where this one has none: that is exit status 3. Of "train" all backends are there at
+once, of "memory" one after the other. No GPU was asked yet; transformers' backend is meant to err to too much.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def main(gigabytes: float, arguments: list[str]) -> int:
         return 0
     smaller = [rows for rows in (1 << n for n in range(flags.batch_size.bit_length())) if rows < flags.batch_size]
     room = [rows for rows in smaller if fits(dataclasses.replace(flags, batch_size=rows), gigabytes)]
-    said = " and ".join(f"{of:.0f} GB for {side}" for side, of in need.items())
+    said = " and ".join(f"{of:.0f} GB for {backend}" for backend, of in need.items())
     instead = f"--batch-size {room[-1]} has room" if room else "no batch size has"
     print(f"no room by arithmetic for {said} in {memory.SHARE:.0%} of {gigabytes:.0f} GB; {instead}")
     return 3
@@ -44,8 +44,8 @@ def fits(flags: Flags, gigabytes: float) -> bool:
 
 
 def needs(flags: Flags, gigabytes: float) -> dict[str, float]:
-    """GB of each side."""
-    others = {side: torchs(flags, side) / 1e9 for side in flags.others}
+    """GB of each backend."""
+    others = {backend: torchs(flags, backend) / 1e9 for backend in flags.others}
     return {"ours": ours(flags, gigabytes) / 1e9} | others
 
 
@@ -62,7 +62,7 @@ def ours(flags: Flags, gigabytes: float) -> int:
     return memory.plan(config, recipe, compute, "gpu").total
 
 
-def torchs(flags: Flags, side: str) -> int:
+def torchs(flags: Flags, backend: str) -> int:
     """PyTorch's, under autocast, in bytes: parameters, gradients and moments; what a layer keeps; transformers' logits.
 
     A layer keeps the residual stream twice in float32, and in the dtype of the products both norms' outputs, queries,
@@ -73,7 +73,7 @@ def torchs(flags: Flags, side: str) -> int:
     D, F, L, H = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.head_dim
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     kept = L * M * (4 * 2 * D + narrow * (2 * D + heads * H + 3 * F))
-    logits = 0 if side.startswith("twin") else M * config.vocab_size * (4 + 4 + 2 * narrow)
+    logits = 0 if backend.startswith("twin") else M * config.vocab_size * (4 + 4 + 2 * narrow)
     return 16 * count_parameters(config) + kept + logits
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.compare import ROOT, Rows, Side, process_environment, with_ratios, write_weights
+from benchmarks.compare import ROOT, Backend, Rows, process_environment, with_ratios, write_weights
 from smollm_jax import errors
 from smollm_jax.data.mixture import open_mixture
 
@@ -22,7 +22,7 @@ DEVICE = "import jax; device = jax.devices()[0]; print(device.platform, device.d
 def startup(flags: "Flags", folder: Path) -> tuple[str, Rows]:
     """Seconds from starting a process to the end of its first training step, with empty compilation caches and again.
 
-    Ours is the trainer itself, on text that was tokenised before; the other sides are this script's.
+    Ours is the trainer itself, on text that was tokenised before; the other backends are this script's.
     """
 
     weights = write_weights(flags.preset, folder)
@@ -30,7 +30,7 @@ def startup(flags: "Flags", folder: Path) -> tuple[str, Rows]:
     open_mixture(text, tokenizer, Path("data"))
     train = [sys.executable, ROOT / "scripts/train_jax.py", "--init-from", weights, "--data", text]
     train += ["--tokenizer", tokenizer, "--steps", "1", "--batch-size", str(flags.batch_size), "--dtype", flags.dtype]
-    train += ["--eval-every", "0"]  # the other sides do not validate before their first step either
+    train += ["--eval-every", "0"]  # the other backends do not validate before their first step either
     train += ["--sequence-length", str(flags.sequence_length)]
     train += [] if flags.remat is None else ["--remat", flags.remat]
     train += [] if flags.unroll is None else ["--unroll", str(flags.unroll)]
@@ -59,15 +59,15 @@ def startup(flags: "Flags", folder: Path) -> tuple[str, Rows]:
                     times[kind][name].append(seconds)
                 else:
                     began = time.perf_counter()
-                    side = Side(
+                    backend = Backend(
                         name,
-                        flags.job(name),
+                        flags.workload(name),
                         weights,
                         TORCHINDUCTOR_CACHE_DIR=cache,
                         TRITON_CACHE_DIR=f"{cache}-triton",
                     )
                     times[kind][name].append(time.perf_counter() - began)
-                    side.close()
+                    backend.close()
     return device, with_ratios("cold seconds", times["cold"], min) | with_ratios("warm seconds", times["warm"], min)
 
 
@@ -123,7 +123,7 @@ def until_token(name: str, command: list[str | Path], variables: dict[str, str])
 
 
 def check_same_token(tokens: dict[str, str]) -> None:
-    """Raises unless every side printed ours' first token, and ours printed some."""
+    """Raises unless every backend printed ours' first token, and ours printed some."""
     for name, token in tokens.items():
         if token != tokens["ours"] or not token:
             raise errors.SmolLMError(

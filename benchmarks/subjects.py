@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare import (
+    Backend,
     Rows,
-    Side,
     check_equal,
     most_memory,
     spread,
@@ -30,18 +30,18 @@ def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
     gguf = any(name in LLAMACPP for name in flags.others)
     weights = folder if kernels else write_weights(flags.preset, folder, gguf=gguf)
     with contextlib.ExitStack() as stack:
-        sides: dict[str, Side] = {}
+        backends: dict[str, Backend] = {}
         for name in ("ours", *flags.others):
             print(f"{name}: preparing", flush=True)
-            sides[name] = Side(name, flags.job(name), weights)
-            stack.callback(sides[name].close)
-        ready = {name: side.ready for name, side in sides.items()}
-        check_equal({name: flags.dtype_of(name) for name in sides}, ready)
-        rounds = [{name: side.go() for name, side in sides.items()} for _ in range(flags.rounds)]
+            backends[name] = Backend(name, flags.workload(name), weights)
+            stack.callback(backends[name].close)
+        ready = {name: backend.ready for name, backend in backends.items()}
+        check_equal({name: flags.dtype_of(name) for name in backends}, ready)
+        rounds = [{name: backend.run_once() for name, backend in backends.items()} for _ in range(flags.rounds)]
     device = ready["ours"]["device"]
 
     def each(value: Callable[[dict[str, Any]], float]) -> dict[str, list[float]]:
-        return {name: [value(answers[name]) for answers in rounds] for name in sides}
+        return {name: [value(answers[name]) for answers in rounds] for name in backends}
 
     if flags.what == "gemm":
         rows: Rows = {}
@@ -62,7 +62,7 @@ def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
         rest[title] = each(lambda x: flops * x["tokens"] / x["seconds"] / (peak or x["gemm"]))
     rest |= {"GEMM GFLOP/s": each(lambda x: x["gemm"] / 1e9), "cores others took": each(lambda x: x["others"])}
     for step in range(len(ready["ours"]["losses"])):
-        rest[f"loss {step + 1}"] = {name: [ready[name]["losses"][step]] for name in sides}
+        rest[f"loss {step + 1}"] = {name: [ready[name]["losses"][step]] for name in backends}
     return device, rows | {f"{what}, {name}": spread(v) for what, of in rest.items() for name, v in of.items()}
 
 
@@ -72,10 +72,10 @@ def memory(flags: Flags, folder: Path) -> tuple[str, Rows]:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(flags.rounds):
         for name in names:
-            side = Side(name, flags.job(name), weights)
-            side.close()  # one at a time: two could be more than the machine has
-            found[name].append(side.ready)
-            if None in (side.ready["before_bytes"], side.ready["peak_bytes"]):
+            backend = Backend(name, flags.workload(name), weights)
+            backend.close()  # one at a time: two could be more than the machine has
+            found[name].append(backend.ready)
+            if None in (backend.ready["before_bytes"], backend.ready["peak_bytes"]):
                 raise errors.SmolLMError(f"memory: {name} does not say how much it takes: its allocator keeps no count")
         check_equal({name: flags.dtype_of(name) for name in names}, {name: found[name][-1] for name in names})
     peaks = {name: [x["peak_bytes"] / 1e9 for x in of] for name, of in found.items()}
@@ -90,9 +90,9 @@ def memory(flags: Flags, folder: Path) -> tuple[str, Rows]:
 
 def checkpoint(flags: Flags, folder: Path) -> tuple[str, Rows]:
     """What the manifest adds to a save and to a restore, and the check for finite numbers to a step."""
-    side = Side("checkpoint", flags.job("ours"), folder / "none")
-    side.close()
-    times = side.ready["times"]
+    backend = Backend("checkpoint", flags.workload("ours"), folder / "none")
+    backend.close()
+    times = backend.ready["times"]
     rows = {f"{name}, seconds": spread(of) for name, of in times.items()}
     for name, a, b in (
         ("manifest / save", "manifest", "save"),
@@ -100,7 +100,7 @@ def checkpoint(flags: Flags, folder: Path) -> tuple[str, Rows]:
         ("step guarded / unguarded", "guarded", "unguarded"),
     ):
         rows[name] = spread([x / y for x, y in zip(times[a], times[b], strict=True)])
-    return side.ready["device"], rows
+    return backend.ready["device"], rows
 
 
 def prepare(flags: Flags, folder: Path) -> tuple[str, Rows]:
@@ -115,28 +115,29 @@ def prepare(flags: Flags, folder: Path) -> tuple[str, Rows]:
     caches = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     more = {"datasets": caches | {"TOKENIZERS_PARALLELISM": "false"}}  # a process a core, and no threads beside it
     with contextlib.ExitStack() as stack:
-        sides: dict[str, Side] = {}
+        backends: dict[str, Backend] = {}
         for name in ("ours", *flags.others):
-            sides[name] = Side(name, flags.job(name), copies, **more.get(name, {}))
-            stack.callback(sides[name].close)
+            backends[name] = Backend(name, flags.workload(name), copies, **more.get(name, {}))
+            stack.callback(backends[name].close)
         peaks: dict[str, list[float]] = {}
         rounds: list[dict[str, Any]] = [{}]
-        for name, side in sides.items():
-            rounds[0][name], peak = most_memory(side.process.pid, side.go)
+        for name, backend in backends.items():
+            rounds[0][name], peak = most_memory(backend.process.pid, backend.run_once)
             peaks |= {name: [peak / 1e9]} if name != "tokenizers" else {}  # which holds all texts
         check_same_tokens(rounds[0])
         for _ in range(flags.rounds):
-            rounds.append({name: side.go() for name, side in sides.items()})
+            rounds.append({name: backend.run_once() for name, backend in backends.items()})
             check_same_tokens(rounds[-1])
-        device = sides["ours"].ready["device"]
+        device = backends["ours"].ready["device"]
     rows = with_ratios("peak GB", peaks, min)
     for what, seconds in (("MB/s", "seconds"), ("MB/s of a core", "cpu")):
-        rows |= with_ratios(what, {name: [size / answers[name][seconds] for answers in rounds[1:]] for name in sides})
+        speeds = {name: [size / answers[name][seconds] for answers in rounds[1:]] for name in backends}
+        rows |= with_ratios(what, speeds)
     return device, rows
 
 
 def check_same_tokens(answers: dict[str, dict[str, Any]]) -> None:
-    """Raises unless every side made as many tokens of the text as ours."""
+    """Raises unless every backend made as many tokens of the text as ours."""
     ours = answers["ours"]["tokens"]
     for name, other in answers.items():
         if (theirs := other["tokens"]) != ours:

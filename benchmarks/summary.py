@@ -53,22 +53,22 @@ def main(folder: Path, command: str) -> int:
 
 
 def best_over_best(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Our best tokens/s of any batch size over another side's best, by side; "hf at its best" takes its best kind.
+    """Our best tokens/s of any batch size over each other backend's best; "hf at its best" takes its best kind.
 
     Each best is a median of one stage's rounds. The two can be of different stages, and so of different minutes.
     """
     medians: dict[str, dict[str, float]] = {}
     for stage, rows in measured.items():
         for name, row in rows.items():
-            what, _, side = name.partition(", ")
-            if what == "tokens/s" and " / " not in side:
-                medians.setdefault(side, {})[stage] = row["median"]
-    hf = {f"{stage}, {side}": x for side, of in medians.items() if side.startswith("hf") for stage, x in of.items()}
-    sides = {side: of for side, of in medians.items() if side != "ours"} | ({"hf at its best": hf} if hf else {})
+            what, _, backend = name.partition(", ")
+            if what == "tokens/s" and " / " not in backend:
+                medians.setdefault(backend, {})[stage] = row["median"]
+    hf = {f"{stage}, {name}": x for name, of in medians.items() if name.startswith("hf") for stage, x in of.items()}
+    backends = {name: of for name, of in medians.items() if name != "ours"} | ({"hf at its best": hf} if hf else {})
     ours = best_of(medians["ours"]) if "ours" in medians else None
     return {
-        side: {"ratio": ours["tokens/s"] / best_of(of)["tokens/s"], "ours": ours, "other": best_of(of)}
-        for side, of in sides.items()
+        backend: {"ratio": ours["tokens/s"] / best_of(of)["tokens/s"], "ours": ours, "other": best_of(of)}
+        for backend, of in backends.items()
         if ours
     }
 
@@ -93,9 +93,9 @@ def table(
             if HEADLINES.match(name):
                 lines.append(f"| {stage} | {name} | {row['median']:.4g} | {row['min']:.4g} to {row['max']:.4g} |")
     lines += ["", "| best of all batch sizes | ratio | ours | other |", "|---|---:|---:|---:|"]
-    for side, of in best.items():
+    for backend, of in best.items():
         both = " | ".join(f"{of[who]['tokens/s']:,.0f} ({of[who]['stage']})" for who in ("ours", "other"))
-        lines.append(f"| tokens/s, ours / {side} | {of['ratio']:.3f} | {both} |")
+        lines.append(f"| tokens/s, ours / {backend} | {of['ratio']:.3f} | {both} |")
     lines += ["", "| parity | measured | bound | |", "|---|---:|---:|---|"]
     for of in rungs:
         verdict = "pass" if of["passed"] else "FAIL"

@@ -1,4 +1,4 @@
-"""PyTorch's side: transformers' LlamaForCausalLM and what it runs, or the twin; eager or under torch.compile."""
+"""PyTorch's backend: transformers' LlamaForCausalLM and what it runs, or the twin; eager or under torch.compile."""
 
 import functools
 import os
@@ -15,16 +15,16 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import smollm_torch.loss
 import smollm_torch.train
-from benchmarks.job import GEMM, Job, Prepared, Unit, decoded, per_call, rates, resident, samples
+from benchmarks.workload import GEMM, Prepared, Unit, Workload, decoded, per_call, rates, resident, samples
 from smollm_torch import weights
 
 GPU = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
 ON = "cuda" if GPU else "cpu"
 
 
-def prepare(name: str, job: Job, folder: Path) -> Prepared:
-    """A unit of work, a matrix product, and what this side has to say before."""
-    if job.dtype == "float32":
+def prepare(name: str, workload: Workload, folder: Path) -> Prepared:
+    """A unit of work, a matrix product, and what this backend has to say before."""
+    if workload.dtype == "float32":
         torch.backends.cuda.matmul.allow_tf32 = False
     square = torch.ones((GEMM, GEMM), dtype=torch.bfloat16 if GPU else torch.float32, device=ON)
     repeats = 200 if GPU else 1
@@ -34,18 +34,18 @@ def prepare(name: str, job: Job, folder: Path) -> Prepared:
         return repeats
 
     kernels = {"loss": head_loss, "attention": attend, "gemm": products}
-    if job.what in kernels:
-        unit, ready = kernels[job.what](job, name)
-    elif job.training:
-        unit, ready = step(job, name, folder)
+    if workload.what in kernels:
+        unit, ready = kernels[workload.what](workload, name)
+    elif workload.training:
+        unit, ready = step(workload, name, folder)
     else:
-        unit, ready = inference(job, name, folder)
+        unit, ready = inference(workload, name, folder)
     device = torch.cuda.get_device_name() if GPU else "cpu"
     return unit, gemm, {"device": device, "platform": "gpu" if GPU else "cpu", "losses": []} | ready
 
 
 def compiled(name: str, function: Callable[..., Any]) -> Any:
-    """`function` as the side's name asks for it."""
+    """`function` as the backend's name asks for it."""
     if "-freeze" in name:  # weights become constants of the program: inference only
         inductor.freezing = True
     if "-max" in name:
@@ -58,28 +58,28 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def transformers_model(job: Job, folder: Path) -> Any:
-    dtype = torch.float32 if job.training else getattr(torch, job.dtype)
+def transformers_model(workload: Workload, folder: Path) -> Any:
+    dtype = torch.float32 if workload.training else getattr(torch, workload.dtype)
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     model.generation_config.eos_token_id = None  # so many tokens, whatever they are
     return model.to(ON)
 
 
-def transformers_loss(forward: Any, tokens: torch.Tensor, job: Job) -> torch.Tensor:
+def transformers_loss(forward: Any, tokens: torch.Tensor, workload: Workload) -> torch.Tensor:
     targets = tokens[:, 1:].contiguous()
-    with torch.autocast(ON, getattr(torch, job.dtype), enabled=job.training and job.dtype == "bfloat16"):
+    with torch.autocast(ON, getattr(torch, workload.dtype), enabled=workload.training and workload.dtype == "bfloat16"):
         # `shift_labels`: transformers' own loss, of T positions as ours, not of T + 1 with the last one masked.
         return forward(input_ids=tokens[:, :-1], labels=targets, shift_labels=targets, use_cache=False).loss
 
 
-def step(job: Job, name: str, folder: Path) -> tuple[Unit, dict[str, Any]]:
+def step(workload: Workload, name: str, folder: Path) -> tuple[Unit, dict[str, Any]]:
     """Optimizer steps, and the most memory they take."""
-    recipe, tokens = job.recipe(), torch.from_numpy(job.tokens()).long().to(ON)
+    recipe, tokens = workload.recipe(), torch.from_numpy(workload.tokens()).long().to(ON)
     if twin := name.startswith("twin"):
         model: Any = weights.load(folder)[0].to(ON)
         smollm_torch.train.mean_loss = forward = compiled(name, smollm_torch.loss.mean_loss)
     else:
-        model = transformers_model(job, folder)
+        model = transformers_model(workload, folder)
         forward = compiled(name, model)
     adamw = torch.optim.AdamW(
         model.train().parameters(),
@@ -92,7 +92,7 @@ def step(job: Job, name: str, folder: Path) -> tuple[Unit, dict[str, Any]]:
 
     def transformers_step() -> float:
         adamw.zero_grad(set_to_none=True)
-        loss = transformers_loss(forward, tokens, job)
+        loss = transformers_loss(forward, tokens, workload)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         adamw.step()
@@ -104,20 +104,20 @@ def step(job: Job, name: str, folder: Path) -> tuple[Unit, dict[str, Any]]:
         return {"loss": taken}
 
     ready: dict[str, Any] = {"before_bytes": torch.cuda.memory_allocated() if GPU else resident("VmRSS")}
-    ready["losses"] = [unit()["loss"] for _ in range(1 if job.what == "startup" else 2)]
+    ready["losses"] = [unit()["loss"] for _ in range(1 if workload.what == "startup" else 2)]
     ready["peak_bytes"] = torch.cuda.max_memory_allocated() if GPU else resident("VmHWM")
     return unit, ready
 
 
-def inference(job: Job, name: str, folder: Path) -> tuple[Unit, dict[str, Any]]:
+def inference(workload: Workload, name: str, folder: Path) -> tuple[Unit, dict[str, Any]]:
     """Greedy decoding, or one forward pass that fills a cache."""
-    model, tokens = transformers_model(job, folder), torch.from_numpy(job.tokens()).long().to(ON)
-    forward = model if job.what == "decode" else compiled(name, model)
+    model, tokens = transformers_model(workload, folder), torch.from_numpy(workload.tokens()).long().to(ON)
+    forward = model if workload.what == "decode" else compiled(name, model)
     prompt = tokens[:, :-1]
 
     def decode() -> dict[str, Any]:
         clock = Clock()
-        options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": job.new_tokens}
+        options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": workload.new_tokens}
         if "-compile" in name:
             how: Any = CompileConfig(mode="max-autotune") if "-max" in name else CompileConfig()
             how._compile_all_devices = True  # by default it compiles on a GPU only
@@ -131,9 +131,9 @@ def inference(job: Job, name: str, folder: Path) -> tuple[Unit, dict[str, Any]]:
         wait()
         return {}
 
-    unit = decode if job.what == "decode" else prefill
+    unit = decode if workload.what == "decode" else prefill
     with torch.inference_mode():
-        losses = [float(transformers_loss(forward, tokens, job))]
+        losses = [float(transformers_loss(forward, tokens, workload))]
     return unit, {"losses": losses, "ids": unit().get("ids")}
 
 
@@ -154,10 +154,10 @@ class Clock:
 # --------------------------------------------------------------------------------------------------------- kernels
 
 
-def head_loss(job: Job, name: str) -> tuple[Unit, dict[str, Any]]:
+def head_loss(workload: Workload, name: str) -> tuple[Unit, dict[str, Any]]:
     """The loss of hidden states as transformers computes it, all logits held, and its two gradients."""
-    hidden, head, targets = (torch.from_numpy(array).to(ON) for array in job.head())
-    hidden, targets = hidden.to(getattr(torch, job.dtype)).requires_grad_(), targets.long()
+    hidden, head, targets = (torch.from_numpy(array).to(ON) for array in workload.head())
+    hidden, targets = hidden.to(getattr(torch, workload.dtype)).requires_grad_(), targets.long()
     head.requires_grad_()
 
     def mean(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ def head_loss(job: Job, name: str) -> tuple[Unit, dict[str, Any]]:
         return loss, torch.autograd.grad(loss, (hidden, head))
 
     loss, gradients = both()
-    ready = {"losses": [float(loss.detach())], "flops": 3 * job.flops()["head"]}
+    ready = {"losses": [float(loss.detach())], "flops": 3 * workload.flops()["head"]}
     found = zip(("d hidden", "d head"), map(numbers, gradients), strict=True)
     return per_call(functools.partial(repeat, both)), ready | {"samples": dict(found)}
 
@@ -181,16 +181,16 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def heads(job: Job) -> list[torch.Tensor]:
+def heads(workload: Workload) -> list[torch.Tensor]:
     """q, k, v and out's gradient `[B, heads, T, H]`, strided as transformers has them: views of `[B, T, heads, H]`."""
-    on_device = (torch.from_numpy(x).to(ON, getattr(torch, job.dtype)) for x in job.heads())
+    on_device = (torch.from_numpy(x).to(ON, getattr(torch, workload.dtype)) for x in workload.heads())
     q, k, v, gradient = (x.transpose(1, 2) for x in on_device)
     return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), gradient]
 
 
-def attend(job: Job, name: str) -> tuple[Unit, dict[str, Any]]:
+def attend(workload: Workload, name: str) -> tuple[Unit, dict[str, Any]]:
     """Causal attention and its gradients."""
-    q, k, v, gradient = heads(job)
+    q, k, v, gradient = heads(workload)
     forward = compiled(name, sdpa)
 
     def both() -> tuple[torch.Tensor, ...]:
@@ -198,19 +198,19 @@ def attend(job: Job, name: str) -> tuple[Unit, dict[str, Any]]:
         return out, *torch.autograd.grad(out, (q, k, v), gradient)
 
     found = zip(("out", "d q", "d k", "d v"), (numbers(x.transpose(1, 2)) for x in both()), strict=True)
-    ready = {"samples": dict(found), "flops": job.flops()["attention both ways"]}
+    ready = {"samples": dict(found), "flops": workload.flops()["attention both ways"]}
     return per_call(functools.partial(repeat, both)), ready
 
 
-def products(job: Job, name: str) -> tuple[Unit, dict[str, Any]]:
+def products(workload: Workload, name: str) -> tuple[Unit, dict[str, Any]]:
     """FLOP/s of each product of the model's forward pass, and of its attention."""
     work: dict[str, Callable[[int], None]] = {}
-    for title, (rows, inner, columns) in job.products().items():
-        dtype = getattr(torch, job.dtype)
+    for title, (rows, inner, columns) in workload.products().items():
+        dtype = getattr(torch, workload.dtype)
         x = torch.ones((rows, inner), dtype=dtype, device=ON)
         weight = torch.ones((columns, inner), dtype=dtype, device=ON)  # a Linear's layout
         work[title] = functools.partial(repeat, functools.partial(compiled(name, functional.linear), x, weight))
-    q, k, v, gradient = heads(job)
+    q, k, v, gradient = heads(workload)
     forward = compiled(name, sdpa)
 
     def once() -> None:
@@ -221,7 +221,7 @@ def products(job: Job, name: str) -> tuple[Unit, dict[str, Any]]:
         torch.autograd.grad(forward(q, k, v), (q, k, v), gradient)
 
     work["attention"], work["attention both ways"] = functools.partial(repeat, once), functools.partial(repeat, both)
-    return rates(job, work), {}
+    return rates(workload, work), {}
 
 
 def repeat(function: Callable[[], Any], times: int) -> None:

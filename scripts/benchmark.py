@@ -1,4 +1,4 @@
-"""Measure one thing on our side and on PyTorch's, in turn in one run, medians with their spread.
+"""Measure one thing on our backend and on PyTorch's, in turn in one run, medians with their spread.
 
     python scripts/benchmark.py train --against pytorch                  # seconds, tokens/s and MFU of optimizer steps
     python scripts/benchmark.py train --against freed-memory             # ours, giving freed memory back
@@ -16,10 +16,10 @@
     python scripts/benchmark.py checkpoint                               # what the manifest and the step's guard cost
     python scripts/benchmark.py prepare --against tokenizers datasets    # text to a data set, over both
 
-Each side is a process of its own with the same seeded weights, tokens and optimizer (AdamW, clip 1.0, float32 state,
+Each backend is a process of its own with the same seeded weights, tokens and optimizer (AdamW, clip 1.0, float32 state,
 fused in PyTorch); results that differ are refused before anything is timed. One process runs at a time, the others are
-stopped. Prints a table and writes it, with versions, the CPU's name and the command, to benchmarks/results/.
-Only ratios of one run mean anything: machines are shared, their speed changes.
+stopped. Prints a table and writes it, with versions, the CPU's name and the command, to benchmarks/results/. Only
+ratios of one run mean anything: machines are shared, their speed changes.
 """
 
 import contextlib

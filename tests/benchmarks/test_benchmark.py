@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 
 from benchmarks import compare, starts
-from benchmarks.compare import Side, check_equal, with_ratios
+from benchmarks.compare import Backend, check_equal, with_ratios
 from benchmarks.options import check_flags
 from benchmarks.subjects import check_same_tokens
 from scripts import benchmark
@@ -164,7 +164,7 @@ def test_prepare_measures_the_tokenizer_alone_by_default():
 def test_every_preparation_makes_the_tokens_of_the_same_documents(tmp_path, monkeypatch, suffix, documents):
     """A plain text is one document, whatever its lines; a special token typed in a text is text; eos ends each."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # read where `datasets` is imported: nothing goes to a home
-    from benchmarks import prepare_backend as prepare_side
+    from benchmarks import prepare_backend
 
     texts = ["the first\n\ntext", "a second <|endoftext|> text", "\u00e9t\u00e9 2024"]
     source = tmp_path / "in" / "text"
@@ -176,7 +176,7 @@ def test_every_preparation_makes_the_tokens_of_the_same_documents(tmp_path, monk
     core.encode_special_tokens = True
     once = sum(len(core.encode(text, add_special_tokens=False).ids) + 1 for text in texts)
     for name in ("ours", "tokenizers", "datasets"):
-        unit, _, _ = prepare_side.prepare(name, None, source)
+        unit, _, _ = prepare_backend.prepare(name, None, source)
         assert unit()["tokens"] == once * documents / 3, name
     assert [path.name for path in source.parent.iterdir()] == ["text"], "something was left"
 
@@ -259,7 +259,7 @@ def test_pytorch_is_measured_in_every_form_that_this_cpu_has(monkeypatch, fast, 
 
 def test_a_side_waits_as_openmp_does_by_default_and_is_stopped_while_it_is_not_its_turn(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    other = Side("hf", benchmark.Flags("loss", preset="tiny", sequence_length=8).job("hf"), tmp_path)
+    other = Backend("hf", benchmark.Flags("loss", preset="tiny", sequence_length=8).workload("hf"), tmp_path)
     try:
         folder = Path(f"/proc/{other.process.pid}")
         assert b"OMP_WAIT_POLICY" not in (folder / "environ").read_bytes()
@@ -267,7 +267,7 @@ def test_a_side_waits_as_openmp_does_by_default_and_is_stopped_while_it_is_not_i
             deadline = time.monotonic() + 60
             while (state := folder.joinpath("stat").read_text().rpartition(")")[2].split()[0]) != "T":
                 assert time.monotonic() < deadline, f"state {state}: a side that waits takes a core"
-            assert other.go()["seconds"] > 0
+            assert other.run_once()["seconds"] > 0
     finally:
         other.close()
 
@@ -281,7 +281,7 @@ def test_ratios_are_taken_round_by_round():
 
 def test_a_side_that_dies_is_named(tmp_path):
     with pytest.raises(SmolLMError, match="side hf ended with status"):
-        Side("hf", benchmark.Flags("train", preset="tiny").job("hf"), tmp_path / "nowhere")
+        Backend("hf", benchmark.Flags("train", preset="tiny").workload("hf"), tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -364,9 +364,9 @@ def test_memory_that_would_not_be_kept_is_not_measured(monkeypatch, why):
 
 def test_the_sides_are_given_the_same_seeded_work(monkeypatch):
     """Documents fill every row and are as long as asked for; a sample is of fixed places."""
-    from benchmarks import job
+    from benchmarks import workload
 
-    made = job.Job("packed", "tiny", 1, 3, 4096, 1, 64, "float32", False, 1)
+    made = workload.Workload("packed", "tiny", 1, 3, 4096, 1, 64, "float32", False, 1)
     segments = made.segments()
     lengths = np.concatenate([np.unique(row, return_counts=True)[1] for row in segments])
     assert (np.diff(segments) >= 0).all()
@@ -374,7 +374,7 @@ def test_the_sides_are_given_the_same_seeded_work(monkeypatch):
     assert lengths.max() < 96 <= 4096
     assert 55 < lengths.mean() < 72
     assert all(np.array_equal(a, b) for a, b in zip(made.heads(), made.heads(), strict=True))
-    assert job.samples(np.arange(1000)) == job.samples(np.arange(1000).reshape(10, 100))
+    assert workload.samples(np.arange(1000)) == workload.samples(np.arange(1000).reshape(10, 100))
     assert made.flops()["qkv"] == 2 * 3 * 4096 * 96 * (6 + 2 * 2) * 16
     assert made.flops()["attention"] == pytest.approx(2 * 2 * 3 * 6 * 16 * 4096 * 4097 / 2)
 

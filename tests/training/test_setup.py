@@ -176,7 +176,7 @@ def test_a_plan_asks_for_memory_where_jax_does_not_tell(monkeypatch):
 def test_a_benchmark_of_memory_that_nobody_counts_is_refused(monkeypatch, tmp_path, unknown):
     ready = {"before_bytes": 1, "peak_bytes": 2} | {unknown: None}
     monkeypatch.setattr(subjects, "write_weights", lambda *_: tmp_path)
-    monkeypatch.setattr(subjects, "Side", lambda *_: SimpleNamespace(ready=ready, close=lambda: None))
+    monkeypatch.setattr(subjects, "Backend", lambda *_: SimpleNamespace(ready=ready, close=lambda: None))
     with pytest.raises(
         SmolLMError, match=r"^memory: ours does not say how much it takes: its allocator keeps no count$"
     ):

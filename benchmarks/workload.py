@@ -1,4 +1,4 @@
-"""What every side of a benchmark is given, and what it makes of it before it computes: imports no framework."""
+"""What every backend of a benchmark is given, and what it makes of it before it computes: imports no framework."""
 
 import dataclasses
 import time
@@ -13,15 +13,15 @@ from smollm_jax.config.recipe import Remat
 
 PROMPT = 16  # tokens before the decoded ones
 GEMM = 2048  # rows and columns of the matrix product timed beside each round: float32 on a CPU, bfloat16 on a GPU
-SAMPLES = 256  # numbers of each result that two sides compare
+SAMPLES = 256  # numbers of each result that two backends compare
 Unit = Callable[[], dict[str, Any]]  # does one unit of work; what it says replaces what the process measured
-# A unit of work, a matrix product of `GEMM` that says how many it did, and what a side says once it is ready.
+# A unit of work, a matrix product of `GEMM` that says how many it did, and what a backend says once it is ready.
 Prepared = tuple[Unit, Callable[[], int], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """The flags of `scripts/benchmark.py` that reach a side."""
+class Workload:
+    """The flags of `scripts/benchmark.py` that reach a backend."""
 
     what: str
     preset: str
@@ -46,7 +46,7 @@ class Job:
         return self.what in ("train", "memory", "startup")
 
     def recipe(self) -> Recipe:
-        """AdamW's numbers, the same for every side."""
+        """AdamW's numbers, the same for every backend."""
         length = PROMPT if self.what == "decode" else self.sequence_length
         return Recipe(100_000, self.batch_size, length, learning_rate=1e-3, warmup_steps=0, dtype=self.dtype)
 
@@ -96,7 +96,7 @@ class Job:
 
 
 def samples(array: Any) -> list[float]:
-    """Numbers from fixed places of a result, for another side to compare."""
+    """Numbers from fixed places of a result, for another backend to compare."""
     flat = np.asarray(array, np.float32).reshape(-1)
     return flat[np.random.default_rng(1).integers(0, flat.size, SAMPLES)].tolist()
 
@@ -128,17 +128,18 @@ def per_call(repeat: Callable[[int], None], least_seconds: float = 0.2) -> Unit:
     return unit
 
 
-def rates(job: Job, work: dict[str, Callable[[int], None]]) -> Unit:
+def rates(workload: Workload, work: dict[str, Callable[[int], None]]) -> Unit:
     """A unit of work that does each of these in turn: FLOP/s, and the tokens/s of a step made of nothing else."""
-    flops = job.flops()
+    flops = workload.flops()
     units = {name: per_call(repeat, 0.1) for name, repeat in work.items()}
     assert units.keys() == flops.keys()
 
     def unit() -> dict[str, Any]:
         seconds = {name: unit()["seconds"] for name, unit in units.items()}
         layer = sum(seconds[name] for name in ("qkv", "o", "gate+up", "down"))
-        once = 3 * (job.config.num_hidden_layers * layer + seconds["head"])  # a product's gradients are two like it
-        once += job.config.num_hidden_layers * seconds["attention both ways"]
+        layers = workload.config.num_hidden_layers
+        once = 3 * (layers * layer + seconds["head"])  # a product's gradients are two like it
+        once += layers * seconds["attention both ways"]
         return {"rates": {name: flops[name] / seconds[name] for name in seconds}, "seconds": once}
 
     return unit
