@@ -82,13 +82,13 @@ def first_token(flags: "Flags", folder: Path) -> tuple[str, Rows]:
     platform, device = found.stdout.strip().split(None, 1)
     if platform != "cpu" and "llamacpp" in flags.others:
         raise errors.UsageError(f"ours is on a {platform}, llamacpp on a cpu: not comparable")
-    ours = ["generate.py", "--weights", weights, "--prompt", TEXT, "--max-new-tokens", "1", "--dtype", flags.dtype]
+    ours = ["--weights", weights, "--prompt", TEXT, "--max-new-tokens", "1", "--dtype", flags.dtype]
     scripts = {
-        "ours": ours,
-        "hf": ["measure/hf_generate.py", weights, TEXT, flags.dtype, "cpu" if platform == "cpu" else "cuda"],
-        "llamacpp": ["measure/llamacpp_generate.py", weights / "model.gguf", TEXT],
+        "ours": ["scripts/generate.py", *ours],
+        "hf": ["benchmarks/hf_generate.py", weights, TEXT, flags.dtype, "cpu" if platform == "cpu" else "cuda"],
+        "llamacpp": ["benchmarks/llamacpp_generate.py", weights / "model.gguf", TEXT],
     }
-    commands = {name: [sys.executable, ROOT / "scripts" / of[0], *of[1:]] for name, of in scripts.items()}
+    commands = {name: [sys.executable, ROOT / script, *arguments] for name, (script, *arguments) in scripts.items()}
     names = ("ours", *flags.others)
 
     def start(name: str, cache: str) -> tuple[float, str]:
