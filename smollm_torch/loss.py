@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smollm_jax.config.recipe import CHUNK_TOKENS, CPU_CHUNK_TOKENS
 from smollm_torch.model import SmolLM
-
-CHUNK_TOKENS, CPU_CHUNK_TOKENS = 4096, 512  # as in smollm_jax/model/cross_entropy.py
 
 
 class LinearCrossEntropy(torch.autograd.Function):

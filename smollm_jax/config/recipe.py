@@ -13,6 +13,9 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 # What a layer keeps for its backward pass, the most first: everything; the results of matrix products (queries and keys
 # rotated), of attention and of SwiGLU; those but SwiGLU's, which is computed again as norms are; its input alone.
 Remat = Literal["none", "swiglu", "dots", "full"]
+# Tokens whose logits the loss has in memory at once, on a GPU and on a CPU. A chunk's are 0.8 GB in float32 on a GPU,
+# where fewer and larger products pay; 0.1 GB on a CPU.
+CHUNK_TOKENS, CPU_CHUNK_TOKENS = 4096, 512
 
 
 def check_batch_divides(batch_size: int, devices: int, parts: int) -> None:

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from smollm_jax.config.recipe import CHUNK_TOKENS, CPU_CHUNK_TOKENS
 from smollm_jax.model.precision import exactly, in_blocks
 
-# A chunk's logits are 0.8 GB in float32 on a GPU, where fewer and larger products pay; 0.1 GB on a CPU.
-CHUNK_TOKENS, CPU_CHUNK_TOKENS = 4096, 512
 EXACT_BLOCK = 1536  # vocabulary entries summed at once where products must be exact
 
 
