@@ -23,7 +23,7 @@ READ_BYTES = 16 << 20  # at one look
 Point = tuple[int, float]
 
 
-class RunLog:
+class RunCurves:
     """One run's log so far. A line that is still being written waits for its end; a resume takes steps back."""
 
     def __init__(self, path: Path):
@@ -80,17 +80,17 @@ class RunLog:
         return points[-1][1] if points else None
 
 
-class RunLogs:
-    """The logs of all runs looked at so far."""
+class CurvesByRun:
+    """The curves of all runs looked at so far."""
 
     def __init__(self) -> None:
-        self._logs: dict[Path, RunLog] = {}
+        self._logs: dict[Path, RunCurves] = {}
         self._lock = threading.Lock()
 
-    def of(self, run: Path) -> RunLog:
-        """A run's log, read up to now."""
+    def of(self, run: Path) -> RunCurves:
+        """A run's curves, read up to now."""
         with self._lock:
-            log = self._logs.setdefault(run, RunLog(run / "metrics.jsonl"))
+            log = self._logs.setdefault(run, RunCurves(run / "metrics.jsonl"))
             log.look()
             return log
 
@@ -102,7 +102,7 @@ def thinned(points: list[Point], most: int = POINTS) -> list[Point]:
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def table(logs: dict[str, tuple[RunLog, list[int]]]) -> str:
+def table(logs: dict[str, tuple[RunCurves, list[int]]]) -> str:
     """The runs as an HTML table: name, whether it is being written, where it stands, its checkpoints."""
     if not logs:
         return '<p class="empty">No run yet: <code>python scripts/train_jax.py</code> trains one.</p>'

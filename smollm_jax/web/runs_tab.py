@@ -11,7 +11,7 @@ from smollm_jax.runs.checkpoint import steps_in
 from smollm_jax.web.events import LIGHT, WRITING, note, numbered, refusing, waiting, writing
 from smollm_jax.web.requests import choice
 from smollm_jax.web.responses import MOST_COMPARED, Answers
-from smollm_jax.web.run_curves import CURVES, Point, RunLogs, table, thinned
+from smollm_jax.web.run_curves import CURVES, CurvesByRun, Point, table, thinned
 
 TICK_SECONDS = 2.0
 MOST_DRAWN = 4  # by themselves; any number by choice
@@ -23,7 +23,7 @@ class RunsTab:
     """The tab's fields; `wire` binds them once the rest of the page is there."""
 
     def __init__(self, answers: Answers, status: gr.HTML):
-        self.answers, self.status, self.logs = answers, status, RunLogs()
+        self.answers, self.status, self.logs = answers, status, CurvesByRun()
         with gr.Tab("Runs") as self.tab:
             self.listing = gr.HTML(elem_id="runs-table", padding=False)
             with gr.Row():

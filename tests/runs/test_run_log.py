@@ -9,7 +9,7 @@ import pytest
 from smollm_jax.errors import StoppedError, UsageError
 from smollm_jax.runs import tracking
 from smollm_jax.runs.metrics import RunLog, read_metrics
-from smollm_jax.web.run_curves import RunLog as PageLog
+from smollm_jax.web.run_curves import RunCurves
 
 # Stands for a service's package: it writes down each call, in the order it came.
 RECORDING = """
@@ -94,7 +94,7 @@ def test_step_0_is_read_by_the_plots_and_by_the_page(tmp_path):
     with log_of(tmp_path) as log:
         write(log, {0: 3.0, 1: 2.9})
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 1]
-    page = PageLog(tmp_path / "metrics.jsonl")
+    page = RunCurves(tmp_path / "metrics.jsonl")
     page.look()
     assert page.fault == ""
     assert page.curves["validation_loss"] == [(0, 3.0), (1, 2.9)]

@@ -25,7 +25,7 @@ from smollm_jax.web.model_store import Shelf
 from smollm_jax.web.page import asked_for, page, within
 from smollm_jax.web.requests import KNOBS
 from smollm_jax.web.responses import Answers
-from smollm_jax.web.run_curves import RunLog, thinned
+from smollm_jax.web.run_curves import RunCurves, thinned
 from smollm_jax.web.runs_tab import NOTHING_SEEN, RunsTab, spread
 from smollm_jax.web.token_html import span
 from smollm_jax.weights.bundle import Bundle
@@ -201,11 +201,11 @@ def row(step: int, **values: float) -> str:
 
 def test_a_log_is_read_on_as_it_grows_and_half_a_line_waits(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = RunLog(path)
+    log = RunCurves(path)
     log.look()
     assert "cannot be read" in log.fault
     path.write_text(row(1, loss=5.0) + '{"step": 2, "lo')
-    log = RunLog(path)
+    log = RunCurves(path)
     log.look()
     assert log.curves["loss"] == [(1, 5.0)]
     with path.open("a") as file:
@@ -220,7 +220,7 @@ def test_a_log_is_read_on_as_it_grows_and_half_a_line_waits(tmp_path):
 def test_steps_that_a_resume_did_again_replace_the_old_ones(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(row(step, loss=float(step)) for step in range(1, 6)) + row(5, validation_loss=1.0))
-    log = RunLog(path)
+    log = RunCurves(path)
     log.look()
     with path.open("a") as file:
         file.write(row(3, loss=30.0))
@@ -233,7 +233,7 @@ def test_steps_that_a_resume_did_again_replace_the_old_ones(tmp_path):
 def test_a_log_that_is_begun_anew_is_read_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(row(1, loss=1.0) + row(2, loss=2.0))
-    log = RunLog(path)
+    log = RunCurves(path)
     log.look()
     path.write_text(row(1, loss=9.0))
     log.look()
@@ -244,7 +244,7 @@ def test_a_log_that_is_begun_anew_is_read_anew(tmp_path):
 def test_a_line_that_is_no_row_is_told_and_what_came_before_is_kept(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(row(1, loss=1.0) + line + "\n")
-    log = RunLog(path)
+    log = RunCurves(path)
     log.look()
     assert log.fault == "metrics.jsonl: line 2 is not a row of metrics"
     assert log.curves["loss"] == [(1, 1.0)]
@@ -292,7 +292,7 @@ def test_the_runs_tab_lays_new_runs_over_each_other_and_follows_their_logs(place
 
 
 def test_a_run_s_name_is_shown_as_text():
-    log = RunLog(Path("nowhere/metrics.jsonl"))
+    log = RunCurves(Path("nowhere/metrics.jsonl"))
     shown = reading.table({"<img src=x onerror=alert(1)>": (log, [])})
     assert "<img" not in shown
     assert "&lt;img src=x" in shown
