@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from smollm_jax.config.recipe import Remat
+from smollm_jax.config.recipe import Recipe, Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,18 +117,6 @@ class TrainingFlags:
         return {name: value for name in CADENCE if (value := getattr(self, name)) is not None}
 
 
-RECIPE = (
-    "steps",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "sequence_length",
-    "learning_rate",
-    "schedule",
-    "warmup_steps",
-    "decay_fraction",
-    "weight_decay",
-    "mask_documents",
-    "dtype",
-    "seed",
-)
+_NAMES = {field.name for field in dataclasses.fields(TrainingFlags)}
+RECIPE = tuple(field.name for field in dataclasses.fields(Recipe) if field.name in _NAMES)
 CADENCE = ("save_every", "eval_every")
