@@ -7,15 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import (
-    Backend,
-    Rows,
-    check_equal,
-    most_memory,
-    spread,
-    with_ratios,
-    write_weights,
-)
+from benchmarks.compare import Backend, Rows, check_equal, most_memory, spread, with_ratios, write_weights
 from benchmarks.options import LLAMACPP, Flags
 from smollm_jax import errors
 from smollm_jax.config import preset

@@ -34,9 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: `benchmarks` is in no wheel
 
-from benchmarks.compare import (
-    process_environment,
-)
+from benchmarks.compare import process_environment
 from benchmarks.options import Flags, check_flags
 from benchmarks.starts import first_token, startup
 from benchmarks.subjects import checkpoint, memory, prepare, speed
@@ -45,7 +43,6 @@ from smollm_jax.runs.provenance import environment
 from smollm_jax.runtime import cpu
 from smollm_jax.runtime.program import run_main
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = (
     "JAX_PLATFORMS",
     "XLA_FLAGS",
