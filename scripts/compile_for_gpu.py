@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: `benchmarks` is in no wheel
 
-from benchmarks.xla.gpu_program import TARGETS, compile_step
+from benchmarks.xla.gpu_program import TARGETS, Target, compile_step
 from benchmarks.xla.kernels import Kernel, kernels_of, milliseconds, row
 from smollm_jax import errors
 from smollm_jax.commands import command_line
@@ -93,7 +93,11 @@ def show(flags: Flags, remat: Any) -> None:
     text = step.as_text()
     if flags.hlo:
         flags.hlo.write_text(text, encoding="utf-8")
-    kernels = [*kernels_of(text)]
+    print_tables([*kernels_of(text)], target, flags.kernels)
+
+
+def print_tables(kernels: list[Kernel], target: Target, most: int) -> None:
+    """What a step's kernels move and compute, by kind of work, and of the kinds of kernels that take longest."""
     print("\n| kind of work | kernels a step | GB moved | TFLOP | ms at the ceilings |\n|---|---:|---:|---:|---:|")
     kinds = sorted({kernel.kind for kernel in kernels})
     for kind in [*kinds, "**step**"]:
@@ -106,7 +110,7 @@ def show(flags: Flags, remat: Any) -> None:
     print("\n| kind | result | from | kernels a step | GB moved | TFLOP | ms at the ceilings |")
     print("|---|---|---|---:|---:|---:|---:|")
     longest = sorted(groups.items(), key=lambda group: -milliseconds(group[1], target))
-    for (kind, results, origin), same in longest[: flags.kernels]:
+    for (kind, results, origin), same in longest[:most]:
         print(f"| {kind} | {results[:60]} | {origin} | {row(same, target)} |")
 
 

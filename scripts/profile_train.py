@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: `benchmarks` is in no wheel
 
-from benchmarks.xla.hlo import parse
+from benchmarks.xla.hlo import Program, parse
 from benchmarks.xla.profile import at_work, shares
 from smollm_jax import errors
 from smollm_jax.commands import command_line
@@ -104,6 +104,12 @@ def main(argv: list[str] | None = None) -> None:
     seconds, wall = shares(at_work(jax.profiler.ProfileData.from_file(str(trace)), program))
     if not seconds:
         raise errors.SmolLMError(f"{trace}: the trace names no instruction of the step")
+    print_tables(flags, program, seconds, wall)
+    print(f"\ntrace: {trace}", file=sys.stderr)
+
+
+def print_tables(flags: Flags, program: Program, seconds: collections.Counter[str], wall: float) -> None:
+    """Milliseconds a step by kind of work, which add up to the whole, and of the longest instructions."""
     instructions = program.instructions
     kinds: collections.Counter[str] = collections.Counter()
     for name, spent in seconds.items():
@@ -113,11 +119,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"| {kind} | {spent / flags.steps * 1e3:.1f} | {spent / wall:.1%} |")
     print(f"| **step** | {wall / flags.steps * 1e3:.1f} | |")
     print("\n| instruction | kind | ms a step | from |\n|---|---|---:|---|")
-    singles = [(name, spent) for name, spent in seconds.most_common() if name in instructions][: flags.instructions]
-    for name, spent in singles:
-        milliseconds, origin = spent / flags.steps * 1e3, instructions[name].origin[-70:]
-        print(f"| {name} | {program.kind(instructions[name])} | {milliseconds:.1f} | {origin} |")
-    print(f"\ntrace: {trace}", file=sys.stderr)
+    longest = [(name, spent) for name, spent in seconds.most_common() if name in instructions][: flags.instructions]
+    for name, spent in longest:
+        each = instructions[name]
+        print(f"| {name} | {program.kind(each)} | {spent / flags.steps * 1e3:.1f} | {each.origin[-70:]} |")
 
 
 def without_command_buffers() -> str:
