@@ -19,8 +19,9 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parity_tests.conftest import load_hf
-from scripts import evaluate, run_lm_eval
 from smollm_jax import weights
+from smollm_jax.commands import evaluate
+from smollm_jax.commands import lm_eval as run_lm_eval
 from smollm_jax.data.text import documents
 from smollm_jax.data.text_sources import text_files
 from smollm_jax.errors import UsageError

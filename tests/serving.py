@@ -14,9 +14,10 @@ import httpx
 import pytest
 import uvicorn
 
-from scripts import app
 from smollm_jax import weights
+from smollm_jax.commands import app
 from smollm_jax.runs.checkpoint import CheckpointStore
+from smollm_jax.web import server
 from smollm_jax.web.requests import KNOBS
 from smollm_jax.weights import mapping
 from tests import trainer
@@ -31,19 +32,19 @@ GREEDY = {name: knob.default for name, knob in KNOBS.items()} | {
 @contextlib.contextmanager
 def served(flags: app.Flags) -> Iterator[str]:
     """The address of a page in a thread of this process."""
-    listener = app.listen(flags.host, 0)
+    listener = server.listen(flags.host, 0)
     with pytest.MonkeyPatch.context() as patch:  # nothing in the home of whoever runs the tests
         patch.setenv("JAX_COMPILATION_CACHE_DIR", trainer.CACHE)
         page = app.build(flags)
-    server = uvicorn.Server(uvicorn.Config(page, log_level="error", ws="none"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    running = uvicorn.Server(uvicorn.Config(page, log_level="error", ws="none"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        while not server.started:
+        while not running.started:
             time.sleep(0.01)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        server.should_exit = True
+        running.should_exit = True
         thread.join()
 
 

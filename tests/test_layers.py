@@ -11,7 +11,8 @@ FLOORS = (
     "runs model data",
     "weights",
     "generation smollm_torch",
-    "training evaluation web commands",
+    "training evaluation web",
+    "commands",
     "smollm_parity benchmarks",
     "scripts",
 )

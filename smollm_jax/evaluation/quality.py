@@ -2,12 +2,27 @@
 
 import dataclasses
 import math
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
-from smollm_jax.errors import UsageError
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import Progress
+
+from smollm_jax import weights
+from smollm_jax.config import Config
+from smollm_jax.data.bad_text import BadText
+from smollm_jax.data.text import documents
+from smollm_jax.data.text_counts import SpecialTokens, counts_of, sentences
+from smollm_jax.data.text_sources import choose
+from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.evaluation.loglikelihood import Request, score
 from smollm_jax.model.smollm import SmolLM
 from smollm_jax.runs.metrics import bits_per_byte
+from smollm_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +47,16 @@ class Quality:
     def bits_per_byte(self) -> float:
         """Bits per byte of UTF-8: the same scale for every tokenizer (Gao et al. 2020, The Pile, section 3.1)."""
         return bits_per_byte(self.loss, self.bytes / self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The documents to measure on, and how they are read: see the flags of `evaluate`."""
+
+    data: Path
+    text_column: str = "text"
+    on_bad_text: Literal["stop", "skip", "replace"] = "stop"
+    special_tokens: bool = False
 
 
 def windows(tokens: Sequence[int], length: int, stride: int) -> Iterator[Request]:
@@ -79,3 +104,62 @@ def quality(
         raise UsageError("the text has no token to score")
     nats = -math.fsum(one.logprob for one in score(model, requests, progress=progress))
     return Quality(nats, tokens, size, count)
+
+
+def measure(
+    path: Path,
+    texts: Texts,
+    *,
+    length: int | None,
+    stride: int | None,
+    dtype: str,
+    tokenizer_path: Path | None,
+    printed: dict[str, None],
+) -> dict[str, Any]:
+    """What one set of weights makes of the texts, as a row of a table.
+
+    `length` and `stride` are tokens (None: the context, at most 2,048, and half of the length). Prints on stderr what
+    of the text is left out, unless it was `printed` for weights before.
+    """
+    tokenizer = Tokenizer.of_weights(path, tokenizer_path)
+    model, config = weights.load(path, jnp.dtype(dtype))
+    length = length or min(2048, config.max_position_embeddings)
+    stride = stride or max(1, length // 2)
+    documents, lines = encoded(texts, tokenizer, config)
+    for line in lines:
+        if line not in printed:
+            print(line, file=sys.stderr)
+    printed.update(dict.fromkeys(lines))
+    total = sum(len(ids) - 1 for ids, _ in documents)
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(str(path), total=total)
+        began = time.perf_counter()
+        result = quality(
+            model, documents, length=length, stride=stride, progress=lambda tokens: bar.advance(task, tokens)
+        )
+        seconds = time.perf_counter() - began
+    step = int(path.name) if path.parent.name == "checkpoints" and path.name.isdigit() else None
+    settings = {"weights": str(path), "step": step, "length": length, "stride": stride, "dtype": dtype}
+    sizes = {"documents": result.documents, "bytes": result.bytes, "tokens": result.tokens}
+    numbers = {"loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
+    return settings | {"data": str(texts.data)} | sizes | numbers | {"tokens_per_second": result.tokens / seconds}
+
+
+def encoded(texts: Texts, tokenizer: Tokenizer, config: Config) -> tuple[list[tuple[list[int], int]], list[str]]:
+    """Each document's token ids behind the one that begins a text, and its bytes; and what is left out, a line each."""
+    begin = config.bos_token_id if config.bos_token_id is not None else tokenizer.eos_token_id
+    opening = tokenizer.prefix_ids or [i for i in (begin,) if i is not None]
+    if not opening:
+        raise UsageError("neither the config nor the tokenizer names a token that begins a text")
+    bad, special = BadText(texts.on_bad_text, tokenizer.unencodable), SpecialTokens(tokenizer)
+    chosen, rows = choose(texts.data, texts.text_column, splits=("test", "validation")), []
+    for file in chosen.files:
+        for text in filter(None, documents(file, texts.text_column, bad=bad)):
+            if not texts.special_tokens:
+                special.see(text)
+            ids = tokenizer.encode(text, parse_special=texts.special_tokens)
+            rows.append(([*opening, *ids], len(text.encode())))
+    counted = sentences(counts_of(bad, special))
+    if not rows:
+        raise InputFileError(f"{texts.data}: {'; '.join(['holds no text', *counted])}")
+    return rows, chosen.notes + [f"{texts.data}: {sentence}" for sentence in counted]

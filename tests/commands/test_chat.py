@@ -63,7 +63,7 @@ def answer(engine: Engine, messages: list[dict[str, str]], count: int = 12) -> s
 
 def in_process(script: str, folder: Path, *flags: str) -> None:
     """In this process, which has JAX already."""
-    importlib.import_module(f"scripts.{script}").main(["--weights", str(folder), *flags])
+    importlib.import_module(f"smollm_jax.commands.{script}").main(["--weights", str(folder), *flags])
 
 
 def refused(script: str, folder: Path, flags: Sequence[str], code: int, named: str) -> None:
@@ -225,7 +225,7 @@ def test_flags_go_by_mlx_lm_s_names_and_by_ours(script, ours):
     names = ["--max-new-tokens", "--temperature"] if ours else ["--max-tokens", "--temp"]
     names += ["--top-p", "--top-k", "--min-p", "--seed"]
     words = [word for pair in zip(names, ["12", "1.5", "0.9", "40", "0.02", "7"], strict=True) for word in pair]
-    flags = tyro.cli(importlib.import_module(f"scripts.{script}").Flags, args=["--weights", "w", *words])
+    flags = tyro.cli(importlib.import_module(f"smollm_jax.commands.{script}").Flags, args=["--weights", "w", *words])
     assert flags.max_new_tokens == 12
     assert flags.sampling.checked() == Sampling(temperature=1.5, top_p=0.9, top_k=40, min_p=0.02, seed=7)
 

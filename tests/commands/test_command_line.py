@@ -12,13 +12,16 @@ from smollm_jax.commands import command_line
 from smollm_jax.commands.flag_names import ABSENT, SAME
 from smollm_jax.errors import UsageError
 from smollm_jax.runtime import install
-from smollm_jax.training.flags import TrainingFlags
 from tests.commands.test_scripts import SCRIPTS
 
-KINDS = {
-    path.stem: TrainingFlags if path.stem == "train_jax" else importlib.import_module(f"scripts.{path.stem}").Flags
-    for path in SCRIPTS
-}
+
+def flags_of(script: str) -> type:
+    """The dataclass of a script's flags, in the module its `main` is from."""
+    module = sys.modules[importlib.import_module(f"scripts.{script}").main.__module__]
+    return module.TrainingFlags if script == "train_jax" else module.Flags
+
+
+KINDS = {path.stem: flags_of(path.stem) for path in SCRIPTS}
 THEIRS = {name for row in SAME for name in row.theirs.split()} | {name for row in ABSENT for name in row.theirs.split()}
 
 

@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from scripts import fetch_assets
+from smollm_jax.commands import fetch as fetch_assets
 from smollm_jax.errors import InputFileError, StorageError
 
 

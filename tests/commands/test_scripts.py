@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from scripts import generate
 from smollm_jax import weights
+from smollm_jax.commands import generate
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "run_main(main)" in path.read_text("utf-8"))

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 import smollm_jax.data.text
-from scripts import prepare_data
+from smollm_jax.commands import prepare as prepare_data
 from smollm_jax.data.bad_text import BadText
 from smollm_jax.data.mixture import open_mixture
 from smollm_jax.data.plan import Settings, make_plan, may_cut

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from scripts import prepare_data
+from smollm_jax.commands import prepare as prepare_data
 from smollm_jax.data.plan import Settings, make_plan
 from smollm_jax.data.prepare import prepare_set
 from smollm_jax.data.token_file import TokenSet

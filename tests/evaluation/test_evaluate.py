@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from scripts import evaluate
 from smollm_jax import weights
+from smollm_jax.commands import evaluate
 from smollm_jax.errors import CheckpointError, InputFileError, UsageError
 from smollm_jax.evaluation.quality import quality
 from smollm_jax.tokenizer import Tokenizer

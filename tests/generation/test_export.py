@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scripts import export as script
 from smollm_jax import weights
+from smollm_jax.commands import export as script
 from smollm_jax.errors import UsageError
 from smollm_jax.generation import export
 from smollm_jax.generation.generate import generate

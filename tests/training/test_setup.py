@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from benchmarks import subjects
-from scripts import benchmark, plan_memory
+from scripts import benchmark
+from smollm_jax.commands import plan_memory
 from smollm_jax.config import Recipe, preset
 from smollm_jax.errors import SmolLMError, UsageError
 from smollm_jax.model.attention import beyond_cudnn, lacks_cudnn

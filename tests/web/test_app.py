@@ -15,7 +15,7 @@ from types import GeneratorType
 import jax
 import pytest
 
-from scripts import app
+from smollm_jax.commands import app
 from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.web.chat_tab import bubbles

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import app
+from smollm_jax.web import server
 from tests import trainer
 from tests.serving import Client, tiny_weights
 
@@ -83,8 +83,8 @@ def test_what_cannot_be_started_says_so_in_one_line(place):
 
 
 def test_another_host_is_warned_of(place):
-    assert not app.is_loopback("0.0.0.0")
-    assert app.is_loopback("127.0.0.1")
+    assert not server.is_loopback("0.0.0.0")
+    assert server.is_loopback("127.0.0.1")
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "scripts/app.py"), "--host", "0.0.0.0", "--port", "0"],
         cwd=place,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import app
+from smollm_jax.commands import app
 from smollm_jax.errors import UsageError
 from smollm_jax.web.chat_tab import bubbles
 from smollm_jax.web.events import fault, waiting

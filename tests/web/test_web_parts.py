@@ -14,11 +14,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scripts import app
 from smollm_jax import weights
+from smollm_jax.commands import app, fetch
 from smollm_jax.errors import SmolLMError, StorageError, UsageError
 from smollm_jax.generation.engine import Token
 from smollm_jax.web import run_curves as reading
+from smollm_jax.web import server
 from smollm_jax.web.chat_tab import bubbles
 from smollm_jax.web.markdown import LONGEST, rendered
 from smollm_jax.web.model_store import Shelf
@@ -150,15 +151,12 @@ def test_a_fetch_that_fails_says_why_and_one_that_nobody_waits_for_is_ended(tmp_
 
 
 def test_the_fetching_command_is_one_that_exists(monkeypatch, tmp_path):
-    import scripts.fetch_assets
-
     seen = []
-    monkeypatch.setattr(scripts.fetch_assets, "fetch_weights", seen.append)
-    flags = app.Flags(assets=tmp_path / "assets", runs=tmp_path)
-    python, script, *arguments = app.fetching(flags)
+    monkeypatch.setattr(fetch, "fetch_weights", seen.append)
+    python, *options, module, what, assets, folder = server.fetching(tmp_path / "assets")
     assert Path(python).exists()
-    assert Path(script).samefile(scripts.fetch_assets.__file__)
-    scripts.fetch_assets.main(arguments)
+    assert (options, module) == (["-P", "-m"], fetch.__name__)
+    fetch.main([what, assets, folder])
     assert seen == [tmp_path / "assets/SmolLM2-135M-Instruct"]
 
 

