@@ -43,6 +43,14 @@ class Flags:
     """Show a traceback instead of one line when something goes wrong."""
 
 
+GROUPS = {
+    "model": ("preset", "attention", "dtype"),
+    "batch": ("batch_size", "sequence_length", "gradient_accumulation_steps"),
+    "devices": ("mesh", "platform", "memory"),
+    "other": ("check", "debug"),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__)
     if flags.sequence_length < 1 or not 0 < (flags.memory or 1) < math.inf:

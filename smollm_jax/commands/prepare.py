@@ -20,6 +20,7 @@ import tyro
 
 from smollm_jax import errors
 from smollm_jax.commands import command_line
+from smollm_jax.runtime.invocation import as_typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,13 @@ class Flags:
     """Check every byte of prepared sets instead."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
+
+
+GROUPS = {
+    "data": ("sources", "text_column", "on_bad_text", "special_tokens", "tokenizer"),
+    "output": ("out", "shard_tokens"),
+    "running": ("workers", "verify", "debug"),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{flags.out}: {_counts(TokenSet.open(flags.out))}")
     for line in report_of(flags.out):
         print(line)
-    print(f"\nnext: python scripts/train_jax.py --data {flags.out}")
+    print(f"\nnext: {as_typed('python scripts/train_jax.py')} --data {flags.out}")
 
 
 def _counts(found) -> str:

@@ -6,6 +6,8 @@ import shlex
 from importlib import metadata
 from pathlib import Path
 
+from smollm_jax.runtime.invocation import names_as_typed
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -33,4 +35,4 @@ def _quoted(text: str) -> str:
 
 def needs(what: str | os.PathLike, extra: str) -> str:
     """The message for something that cannot be done without an extra."""
-    return f"{what} needs the extra {extra!r}: {command(extra)}"
+    return f"{names_as_typed(os.fspath(what))} needs the extra {extra!r}: {command(extra)}"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from smollm_jax.errors import SmolLMError, StoppedError, StorageError, UsageError
 from smollm_jax.runtime import install, streams
+from smollm_jax.runtime.invocation import as_typed
 
 READER_GONE = 141  # 128 + SIGPIPE
 
@@ -28,7 +29,7 @@ def run_main(main: Callable[[], None]) -> None:
         expected = _expected(error)
         if expected is None or "--debug" in sys.argv:
             raise
-        _leave(f"error: {expected}", getattr(expected, "exit_code", StorageError.exit_code))
+        _leave(f"error: {as_typed(str(expected))}", getattr(expected, "exit_code", StorageError.exit_code))
     except KeyboardInterrupt:
         sys.exit(130)
 
