@@ -51,6 +51,14 @@ class Flags:
         return 8 * self.queue + 64
 
 
+GROUPS = {
+    "page": ("host", "port", "queue", "time_limit"),
+    "model": ("weights", "dtype", "quantize", "tokenizer", "loaded"),
+    "folders": ("runs", "assets"),
+    "other": ("debug",),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
     if flags.queue < 1 or flags.loaded < 1 or not 0 < flags.time_limit < float("inf"):

@@ -58,6 +58,14 @@ class Flags:
     """Show a traceback instead of one line when something goes wrong."""
 
 
+GROUPS = {
+    "conversation": ("system", "history", "max_new_tokens", "context"),
+    "sampling": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
+    "model": ("weights", "dtype", "quantize", "tokenizer"),
+    "other": ("debug",),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
     if flags.history and flags.system is not None:

@@ -1,21 +1,28 @@
-"""A script's flags, read by tyro; a line that cannot be understood is refused in one line that says what can."""
+"""A script's flags, read by tyro; a line that cannot be understood is refused in one line that says what can.
 
+Flags are the fields of a dataclass, flat for its user and in code. A table GROUPS beside it, title to field names, says
+under which titles --help shows them.
+"""
+
+import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import os
 import re
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from smollm_jax.commands.flag_names import ABSENT, SAME
 from smollm_jax.errors import UsageError
+from smollm_jax.runtime.invocation import names_as_typed, this_command
 
 F = TypeVar("F")
 POSITIONAL = typing.get_args(tyro.conf.Positional[int])[1]
@@ -32,12 +39,13 @@ def parse(kind: type[F], argv: list[str] | None, description: str | None, *, wei
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            flags = tyro.cli(kind, args=arguments, description=description)
+            form = _grouped(kind, groups_of(kind))
+            flags = _ungrouped(kind, tyro.cli(form, args=arguments, description=names_as_typed(description or "")))
     except SystemExit as end:
         if not end.code:  # --help
             raise
         message = _unknown_flags(kind, arguments) or _one_line(said.getvalue())
-        raise UsageError(f"{message} (all flags: python {sys.argv[0]} --help)") from None
+        raise UsageError(f"{message} (all flags: {this_command()} --help)") from None
     flags = _with_texts(flags)
     if any(getattr(flags, name) for name in weights):
         from smollm_jax.weights.hub import locate
@@ -74,10 +82,72 @@ def suggestion(kind: type, name: str) -> str:
     return f"perhaps {' or '.join(f'--{flag}' for flag in close[:3])}" if close else ""
 
 
+def groups_of(kind: type) -> Mapping[str, Sequence[str]]:
+    """The titles under which --help shows a dataclass's flags, each with its fields; none for a short list."""
+    return getattr(sys.modules[kind.__module__], "GROUPS", {})
+
+
+def _grouped(kind: type, groups: Mapping[str, Sequence[str]]) -> type:
+    """A dataclass for tyro: of `kind`'s fields, or of one dataclass a group, whose name tyro shows as its title."""
+    fields = dict(_shown_fields(kind))
+    if not groups:
+        return dataclasses.make_dataclass(kind.__name__, fields.values(), kw_only=True)
+    kinds = {title: dataclasses.make_dataclass(title, map(fields.get, names)) for title, names in groups.items()}
+    hints = [(title, tyro.conf.OmitArgPrefixes[group]) for title, group in kinds.items()]
+    return dataclasses.make_dataclass(kind.__name__, hints)
+
+
+def _ungrouped(kind: type[F], form: Any) -> F:
+    """The flags in the dataclass they belong to; `form` is one that `_grouped` made."""
+    values: dict[str, Any] = {}
+    for name, value in vars(form).items():
+        values |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
+
+    def of(part: Any) -> Any:
+        inner = {field.name: _inner(field.type) for field in dataclasses.fields(part)}
+        return part(**{name: of(i) if dataclasses.is_dataclass(i) else values[name] for name, i in inner.items()})
+
+    return of(kind)
+
+
+def _shown_fields(kind: Any) -> Iterator[tuple[str, tuple[str, Any, Any]]]:
+    """The fields of a dataclass of flags and of those in it, by name, as `make_dataclass` takes them."""
+    texts = _docstrings(kind)
+    for field in dataclasses.fields(kind):
+        inner = _inner(field.type)
+        if dataclasses.is_dataclass(inner):
+            yield from _shown_fields(inner)
+            continue
+        # A default that stands for leaving the flag out says nothing to its reader.
+        silent = field.default is None or (field.default == () and tyro.conf.UseAppendAction not in _marks(field.type))
+        help_of = tyro.conf.arg(help=names_as_typed(texts[field.name]), help_behavior_hint="" if silent else None)
+        default = {"default": field.default} if field.default is not dataclasses.MISSING else {}
+        made = dataclasses.field(**default, kw_only=True)
+        yield field.name, (field.name, Annotated[field.type, help_of], made)
+
+
+def _docstrings(kind: type) -> dict[str, str]:
+    """The text under each field of a dataclass, on one line."""
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(definition, ast.ClassDef)
+    texts, name = {}, ""
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
+            texts[name] = " ".join(str(node.value.value).split())
+    return texts
+
+
+def _inner(hint: Any) -> Any:
+    """A field's type without what is noted on it."""
+    return typing.get_args(hint)[0] if _marks(hint) else hint
+
+
 def _fields(kind: Any) -> Iterator[tuple[Any, Any]]:
     """The fields of a dataclass of flags and of those in it, each with its annotation."""
     for field in dataclasses.fields(kind):
-        inner = typing.get_args(field.type)[0] if _marks(field.type) else field.type
+        inner = _inner(field.type)
         if dataclasses.is_dataclass(inner):
             yield from _fields(inner)
         else:

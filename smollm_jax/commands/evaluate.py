@@ -49,6 +49,12 @@ class Flags:
     """Show a traceback instead of one line when something goes wrong."""
 
 
+GROUPS = {
+    "model": ("weights", "every_checkpoint", "dtype", "tokenizer"),
+    "data": ("data", "text_column", "on_bad_text", "special_tokens"),
+    "measuring": ("length", "stride"),
+    "output": ("out", "debug"),
+}
 COLUMNS = ("documents", "bytes", "tokens", "loss", "perplexity", "bits_per_byte", "tokens_per_second")
 FORMS = {"loss": ",.4f", "perplexity": ",.2f", "bits_per_byte": ".4f", "tokens_per_second": ",.0f"}
 

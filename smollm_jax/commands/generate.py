@@ -69,6 +69,15 @@ class Flags:
     """Show a traceback instead of one line when something goes wrong."""
 
 
+GROUPS = {
+    "prompt": ("prompt", "prompt_file", "chat", "system", "special_tokens"),
+    "text": ("max_new_tokens", "stop", "context", "json", "logprobs"),
+    "sampling": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
+    "model": ("weights", "dtype", "quantize", "tokenizer"),
+    "other": ("debug",),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     gc.disable()  # until the weights are loaded: see `train_jax.main`
     flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))

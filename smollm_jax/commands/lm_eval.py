@@ -48,6 +48,13 @@ class Flags:
     """Show a traceback instead of one line when something goes wrong."""
 
 
+GROUPS = {
+    "tasks": ("tasks", "include", "num_fewshot", "limit", "chat", "on_bad_text", "seed"),
+    "model": ("weights", "dtype", "tokenizer"),
+    "output": ("out", "debug"),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
     if not flags.tasks:

@@ -120,3 +120,15 @@ class TrainingFlags:
 _NAMES = {field.name for field in dataclasses.fields(TrainingFlags)}
 RECIPE = tuple(field.name for field in dataclasses.fields(Recipe) if field.name in _NAMES)
 CADENCE = ("save_every", "eval_every")
+GROUPS = {  # the titles under which --help shows the flags
+    "run": ("recipe", "out", "resume", "allow_change", "allow_unverified", "debug"),
+    "model": ("preset", "init_from", "tokenizer"),
+    "data": ("data", "on_bad_text", "special_tokens", "mask_documents"),
+    "batch": ("steps", "batch_size", "gradient_accumulation_steps", "sequence_length", "seed"),
+    "optimizer": ("learning_rate", "schedule", "warmup_steps", "decay_fraction", "weight_decay"),
+    "precision": ("dtype", "attention", "remat"),
+    "devices": ("mesh", "distributed", "coordinator_address", "num_processes", "process_id"),
+    "saving": ("save_every", "keep", "async_save"),
+    "logging": ("log_every", "tensorboard", "track"),
+    "validation": ("eval_every", "reference", "prompt", "sample"),
+}

@@ -12,6 +12,7 @@ from smollm_jax.commands import command_line
 from smollm_jax.commands.flag_names import ABSENT, SAME
 from smollm_jax.errors import UsageError
 from smollm_jax.runtime import install
+from smollm_jax.runtime.invocation import VERBS
 from tests.commands.test_scripts import SCRIPTS
 
 
@@ -131,3 +132,58 @@ def test_no_message_names_a_package_that_no_registry_has():
         for name in re.findall(r"install\.(?:needs|command)\(.*?['\"](\w+)['\"]\)", path.read_text())
     }
     assert named >= {"web", "plot", "export", "eval"}
+
+
+def leaves(kind: type) -> list[str]:
+    return [field.name for field, _ in command_line._fields(kind)]
+
+
+@pytest.mark.parametrize("script", KINDS)
+def test_the_help_shows_every_flag_once_under_its_title_and_no_default_of_none(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"scripts/{script}.py"])
+    kind = KINDS[script]
+    groups = command_line.groups_of(kind)
+    if groups:
+        assert sorted(name for names in groups.values() for name in names) == sorted(leaves(kind))
+    else:
+        assert len(leaves(kind)) <= 7 or script not in VERBS.values(), "a long list of flags is shown in groups"
+    with pytest.raises(SystemExit):
+        command_line.parse(kind, ["--help"], "Text.")
+    shown = capsys.readouterr().out
+    assert "default: None" not in shown
+    titles: dict[str, list[str]] = {}
+    for line in shown.splitlines():
+        if title := re.match(r"[╭+][─-] (\w[\w ]*?) [─-]+", line):
+            box = titles.setdefault(title[1], [])
+        elif flags := re.match(r"[│|] (--?\w.*?)(?:  |$)", line):
+            box += re.findall(r"--([a-z][\w-]*)", flags[1])
+    positional = {name for name, without in command_line.names(kind).items() if without}
+    expected = {title: {name.replace("_", "-") for name in names} for title, names in groups.items()}
+    for title, names in expected.items():
+        assert names - positional <= set(titles.get(f"{title} options", ())), title
+    flags = sorted(flag for box in titles.values() for flag in box)
+    assert len(flags) == len(set(flags))
+    assert set(flags) | positional >= {name.replace("_", "-") for name in leaves(kind)}
+    if groups:
+        assert titles["options"] == ["help"]
+
+
+def test_grouped_flags_are_read_into_the_dataclass_they_belong_to():
+    line = ["--weights", "w", "--temp", "0.5", "--prompt", "a", "--prompt", "b", "--seed", "3"]
+    flags = command_line.parse(KINDS["generate"], line, None)
+    assert type(flags) is KINDS["generate"]
+    assert (flags.prompt, flags.sampling.temperature, flags.sampling.seed) == (("a", "b"), 0.5, 3)
+    assert flags.sampling.given() == {"temperature": 0.5, "seed": 3}
+    assert command_line.parse(KINDS["train_jax"], [], None) == KINDS["train_jax"]()
+
+
+@pytest.mark.parametrize("script", KINDS)
+def test_the_examples_keep_their_lines(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"scripts/{script}.py"])
+    docstring = sys.modules[importlib.import_module(f"scripts.{script}").main.__module__].__doc__
+    assert docstring
+    with pytest.raises(SystemExit):
+        command_line.parse(KINDS[script], ["--help"], docstring)
+    examples = [line for line in docstring.splitlines() if re.match(r"    \S", line)]
+    assert any("python scripts/" in line for line in examples)
+    assert set(examples) <= set(capsys.readouterr().out.splitlines())
