@@ -1,7 +1,9 @@
 """Draw a run's loss, learning rate and throughput to a PNG.
 
-python scripts/plot_run.py runs/my-run                           # writes runs/my-run/curves.png
-python scripts/plot_run.py runs/jax runs/torch --out both.png    # two runs laid over each other
+    python scripts/plot_run.py runs/my-run                           # writes runs/my-run/curves.png
+    python scripts/plot_run.py runs/jax runs/torch --out both.png    # two runs laid over each other
+
+Needs the extra "plot".
 """
 
 import dataclasses
