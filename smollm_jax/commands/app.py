@@ -15,6 +15,7 @@ from typing import Literal
 
 from smollm_jax import errors
 from smollm_jax.commands import command_line
+from smollm_jax.runtime.assets import folder
 from smollm_jax.web import server
 
 
@@ -28,8 +29,8 @@ class Flags:
     """0 takes a free one."""
     runs: Path = Path("runs")
     """Folder of run folders."""
-    assets: Path = Path("assets")
-    """Folder of weights."""
+    assets: Path = dataclasses.field(default_factory=folder)
+    """Folder of weights; outside of a checkout one in the user's cache."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and the cache."""
     quantize: Literal["bf16", "int8"] | None = None

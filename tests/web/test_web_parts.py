@@ -18,8 +18,8 @@ from smollm_jax import weights
 from smollm_jax.commands import app, fetch
 from smollm_jax.errors import SmolLMError, StorageError, UsageError
 from smollm_jax.generation.engine import Token
+from smollm_jax.runtime.assets import fetching
 from smollm_jax.web import run_curves as reading
-from smollm_jax.web import server
 from smollm_jax.web.chat_tab import bubbles
 from smollm_jax.web.markdown import LONGEST, rendered
 from smollm_jax.web.model_store import Shelf
@@ -153,7 +153,7 @@ def test_a_fetch_that_fails_says_why_and_one_that_nobody_waits_for_is_ended(tmp_
 def test_the_fetching_command_is_one_that_exists(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(fetch, "fetch_weights", seen.append)
-    python, *options, module, what, assets, folder = server.fetching(tmp_path / "assets")
+    python, *options, module, what, assets, folder = fetching("weights", tmp_path / "assets")
     assert Path(python).exists()
     assert (options, module) == (["-P", "-m"], fetch.__name__)
     fetch.main([what, assets, folder])
