@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from smollm_jax.runtime.invocation import as_typed
+
 CURVES = {
     "Training loss": "loss",
     "Validation loss": "validation_loss",
@@ -105,7 +107,8 @@ def thinned(points: list[Point], most: int = POINTS) -> list[Point]:
 def table(logs: dict[str, tuple[RunCurves, list[int]]]) -> str:
     """The runs as an HTML table: name, whether it is being written, where it stands, its checkpoints."""
     if not logs:
-        return '<p class="empty">No run yet: <code>python scripts/train_jax.py</code> trains one.</p>'
+        train = as_typed("python scripts/train_jax.py")
+        return f'<p class="empty">No run yet: <code>{train}</code> trains one.</p>'
     rows = []
     for name, (log, steps) in logs.items():
         ago = time.time() - log.written
