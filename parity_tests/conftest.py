@@ -7,7 +7,7 @@ import torch
 import smollm_torch.weights
 from smollm_jax import weights
 from smollm_parity import ladder
-from smollm_parity.measure import load_transformers
+from smollm_parity.torch_backend import load_transformers
 from tests.trainer import train
 
 LENGTH = 512  # tokens of the fast rungs

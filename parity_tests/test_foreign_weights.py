@@ -20,8 +20,8 @@ from smollm_jax.config.keys import generation_defaults
 from smollm_jax.errors import InputFileError
 from smollm_jax.weights import tensor_names
 from smollm_jax.weights.torch_file import from_torch
-from smollm_parity.measure import load_transformers
 from smollm_parity.tolerances import FLOAT32_LOGITS
+from smollm_parity.torch_backend import load_transformers
 from tests.small_files import SMALL
 from tests.weights.test_gguf_read import written
 

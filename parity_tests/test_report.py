@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from smollm_jax import weights
-from smollm_parity.page import TESTS_ONLY, Rung, compared, page, write_readme
+from smollm_parity.page import TESTS_ONLY, page, write_readme
+from smollm_parity.rungs import Rung, compared
 
 ROOT = Path(__file__).parent.parent
 HIDE_TRANSFORMERS = """

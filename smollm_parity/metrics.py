@@ -1,4 +1,4 @@
-"""How far two sides of the ladder are apart. NumPy only: the report compares what other processes measured."""
+"""How far two backends of the ladder are apart. NumPy only: the report compares what other processes measured."""
 
 from collections.abc import Mapping
 

@@ -1,18 +1,17 @@
-"""The parity report as a page, as plots and as a table of a Markdown file; `parity_report.py` measures what they show.
+"""The parity report as a page, as plots and as a table of a Markdown file.
 
-A file of its own, so that a page can be made of a stored report.json without measuring anything.
+A page can be made of a stored report.json without measuring anything; `command.py` measures.
 """
 
 import base64
-import dataclasses
 import html
 import io
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from smollm_jax import errors
+from smollm_parity.rungs import Rung, compared
 
 # The rungs that the report does not measure.
 TESTS_ONLY = {"4 modules": "each module by itself", "6 optimizer": "AdamW and the schedule"}
@@ -33,39 +32,6 @@ code, li { overflow-wrap: anywhere }
   td { border: 0; padding: 0 } .rung, .claim, .noise { grid-column: 1 / -1 } .rung, .noise { font-size: .85rem }
 }
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Rung:
-    """One claim: a measured number, the noise it is to be read against, and the bound it must not exceed."""
-
-    rung: str
-    claim: str
-    measured: float
-    bound: float
-    noise: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return bool(self.measured <= self.bound)  # False for NaN
-
-
-def number(value: float, digits: int = 2) -> str:
-    """A number in so many digits: 0.84, 12, or 7.5e-15 where a decimal would be mostly zeros."""
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        short = f"{value:.{digits}g}"
-        return short if "e" not in short else f"{value:.0f}"
-    mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
-
-
-def compared(rung: Rung) -> str:
-    """The measured number against its bound, as 0.84 <= 1.5, in as many digits as it takes to see which is larger."""
-    if not math.isfinite(rung.measured):
-        return f"{rung.measured}, bound {number(rung.bound)}"
-    pairs = [(number(rung.measured, digits), number(rung.bound, digits)) for digits in range(2, 18)]
-    measured, bound = next((m, b) for m, b in pairs if (float(m) <= float(b)) == rung.passed)
-    return f"{measured} {'<=' if rung.passed else '>'} {bound}"
 
 
 def verdict(rungs: list[Rung]) -> str:
@@ -101,7 +67,7 @@ def page(report: dict[str, Any], rungs: list[Rung]) -> str:
     missing = (
         "" if "transformers" in report["versions"] else "<p>transformers is not installed: its columns are absent.</p>"
     )
-    versions = "".join(f"<li>{s}: {html.escape(json.dumps(v))}</li>" for s, v in report["versions"].items())
+    versions = "".join(f"<li>{backend}: {html.escape(json.dumps(v))}</li>" for backend, v in report["versions"].items())
     images = "".join(
         f'<img alt="{name}" src="data:image/png;base64,{png}">' for name, png in plots(report["curves"]).items()
     )
@@ -140,20 +106,20 @@ def plots(curves: dict[str, Any]) -> dict[str, str]:
 
     figure, axes = pyplot.subplots(**size)
     for name, values in curves["layers"].items():
-        side, dtype = name.split(", ")
-        axes.semilogy(values, color=colors[side], linestyle="-" if dtype == "float32" else "--", label=name)
+        backend, dtype = name.split(", ")
+        axes.semilogy(values, color=colors[backend], linestyle="-" if dtype == "float32" else "--", label=name)
     axes.set(xlabel="layer", ylabel="RMS error of the residual stream", title="Error against float64, per layer")
     keep("error per layer", figure, axes)
 
     figure, axes = pyplot.subplots(**size)
-    for side, values in curves["positions"].items():
-        axes.semilogy(values, color=colors[side], label=f"{side}, float32", linewidth=1)
+    for backend, values in curves["positions"].items():
+        axes.semilogy(values, color=colors[backend], label=f"{backend}, float32", linewidth=1)
     axes.set(xlabel="position", ylabel="largest error of a logit", title="Error against position")
     keep("error against position", figure, axes)
 
     figure, axes = pyplot.subplots(**size)
-    for (side, values), (line, width) in zip(curves["training"].items(), (("-", 4), ("--", 1.5)), strict=True):
-        axes.plot(range(1, len(values) + 1), values, line, linewidth=width, color=colors[side], label=side)
+    for (backend, values), (line, width) in zip(curves["training"].items(), (("-", 4), ("--", 1.5)), strict=True):
+        axes.plot(range(1, len(values) + 1), values, line, linewidth=width, color=colors[backend], label=backend)
     axes.set(xlabel="step", ylabel="loss, nats per token", title="Ten training steps from these weights, float32")
     keep("training curves", figure, axes)
     return images

@@ -14,8 +14,8 @@ from smollm_jax.commands import app
 from smollm_jax.errors import UsageError
 from smollm_jax.web.chat_tab import bubbles
 from smollm_jax.web.events import fault, waiting
-from smollm_parity.page import Rung
 from smollm_parity.page import page as parity_page
+from smollm_parity.rungs import Rung
 from tests import trainer
 from tests.serving import served, tiny_run, tiny_weights
 
