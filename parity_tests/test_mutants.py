@@ -1,17 +1,17 @@
-"""The tests notice bugs: each mutant is caught by its named test. A few here, all of them in `make parity`."""
+"""The tests notice bugs: each mutant is caught by its named test. A few here, all of them in `make parity`.
+
+`tests/test_mutants.py` sees that each can be planted.
+"""
 
 import pytest
 
-from smollm_parity.mutants import MUTANTS, ROOT, hunt
+from smollm_parity.mutants import MUTANTS, hunt
 
 FEW = {"rotary interleaved", "k and v swapped", "cache written one slot late", "labels shifted twice", "beta2 0.999"}
 
 
-def test_there_are_enough_of_them_and_each_can_be_planted():
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 25
+def test_the_few_are_among_them():
     assert {mutant.name for mutant in MUTANTS} > FEW
-    sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "smollm_jax").glob("*.py")}
-    assert [mutant.name for mutant in MUTANTS if sources[mutant.module].count(mutant.old) != 1] == []
 
 
 @pytest.mark.parametrize(

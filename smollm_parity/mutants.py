@@ -4,13 +4,16 @@
     python -m smollm_parity.mutants gelu       # those whose name contains a word
 
 A mutant is one replacement in one module's source, made when the module is imported (`conftest.py`), in a process of
-its own. The text to replace must occur exactly once, so that a mutant cannot rot.
+its own. The text to replace must occur exactly once, so that a mutant cannot rot. The tests are in the checkout: an
+installed package has none.
 """
 
 # ruff: noqa: E501  # one mutant a line reads best
 import concurrent.futures
 import dataclasses
-import importlib.util
+import importlib
+import importlib.abc
+import importlib.machinery
 import json
 import os
 import re
@@ -18,6 +21,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import CodeType
+
+from smollm_jax.errors import UsageError
+from smollm_jax.runtime.program import run_main
 
 ROOT = Path(__file__).parent.parent
 FAMILY = "parity_tests/test_10_family.py::test_a_small_model"
@@ -42,6 +49,10 @@ class Mutant:
     old: str
     new: str
     test: str  # the test that catches it
+
+    @property
+    def qualified(self) -> str:
+        return f"smollm_jax.{self.module}"
 
 
 MUTANTS = [
@@ -183,20 +194,50 @@ MUTANTS = [
 ]  # fmt: skip
 
 
+class _MutatedLoader(importlib.machinery.SourceFileLoader):
+    """Compiles a module's source with the replacement made; neither reads nor writes bytecode."""
+
+    def __init__(self, fullname: str, path: str, mutant: Mutant) -> None:
+        super().__init__(fullname, path)
+        self.mutant = mutant
+
+    def get_code(self, fullname: str) -> CodeType:
+        source = self.get_data(self.path).decode("utf-8")
+        count = source.count(self.mutant.old)
+        assert count == 1, f"mutant {self.mutant.name!r}: its text occurs {count} times"
+        return self.source_to_code(source.replace(self.mutant.old, self.mutant.new).encode("utf-8"), self.path)
+
+
+class _MutatedFinder(importlib.abc.MetaPathFinder):
+    """Finds one module, and gives it the loader that changes its source."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.mutant = mutant
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname != self.mutant.qualified:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        assert spec is not None
+        assert spec.origin is not None
+        spec.loader = _MutatedLoader(fullname, spec.origin, self.mutant)
+        return spec
+
+
 def apply(name: str) -> None:
-    """Imports the mutated module in place of the real one; for `conftest.py`, before anything else imports it."""
+    """Imports the mutated module in place of the real one; for `conftest.py`, before anything else imports it.
+
+    The import goes through a finder because importing `smollm_jax.config.model` first imports `smollm_jax.config`, whose
+    face imports `Config` from that same module: the face, too, must get the mutant's.
+    """
     (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
-    qualified = f"smollm_jax.{mutant.module}"
-    spec = importlib.util.find_spec(qualified)
-    assert spec is not None
-    assert spec.origin is not None
-    source = Path(spec.origin).read_text(encoding="utf-8")
-    assert source.count(mutant.old) == 1, f"mutant {name!r}: its text occurs {source.count(mutant.old)} times"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[qualified] = module
-    exec(compile(source.replace(mutant.old, mutant.new), spec.origin, "exec"), module.__dict__)
-    parent, _, leaf = qualified.rpartition(".")
-    setattr(sys.modules[parent], leaf, module)
+    assert mutant.qualified not in sys.modules, f"{mutant.qualified} is imported already"
+    finder = _MutatedFinder(mutant)
+    sys.meta_path.insert(0, finder)
+    try:
+        importlib.import_module(mutant.qualified)
+    finally:
+        sys.meta_path.remove(finder)
 
 
 def hunt(mutant: Mutant) -> tuple[bool, str]:
@@ -220,6 +261,8 @@ def hunt(mutant: Mutant) -> tuple[bool, str]:
 
 
 def main() -> None:
+    if not (ROOT / "parity_tests").is_dir():
+        raise UsageError(f"the mutants run the tests of the checkout, and {ROOT} has none")
     chosen = [mutant for mutant in MUTANTS if all(word in mutant.name for word in sys.argv[1:])]
     survivors = []
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -231,4 +274,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
