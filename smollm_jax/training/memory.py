@@ -47,8 +47,64 @@ class Plan:
     def total(self) -> int:
         """The most bytes a device holds during a step."""
         computing = max(self.loss, self.gradients + self.layer + self.attention + self.workspace)
-        computing += self.gathered + self.summed + self.casts + self.saved
+        computing += self.gathered + self.summed + self.is_cast + self.saved
         return self.parameters + self.moments + max(computing, self.update)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """The sizes and widths that the terms of a plan share."""
+
+    config: Config
+    recipe: Recipe
+    compute: Compute
+    cpu: bool
+
+    @property
+    def narrow(self) -> int:
+        """Bytes of a number of the activations."""
+        return BYTES[self.compute.dtype]
+
+    @property
+    def wide(self) -> int:
+        """Bytes of what is computed in at least float32."""
+        return max(self.narrow, 4)
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether activations are not float32, as the parameters are."""
+        return self.narrow != 4
+
+    @property
+    def is_widened(self) -> bool:
+        """Whether XLA:CPU computes bfloat16 in float32, and widens all that was saved before the backward pass begins:
+        before jaxlib 0.11."""
+        return self.cpu and self.is_cast and jaxlib.version.__version_info__ < (0, 11)
+
+    @property
+    def rows(self) -> int:
+        """Rows computed at once."""
+        return self.recipe.batch_size // (self.compute.devices * self.compute.parts)
+
+    @property
+    def M(self) -> int:
+        """Tokens computed at once."""
+        return self.rows * self.recipe.sequence_length
+
+    @property
+    def parameters(self) -> int:
+        """Bytes of all float32 parameters."""
+        return 4 * count_parameters(self.config)
+
+    @property
+    def head(self) -> int:
+        """Numbers of the head, V D."""
+        return self.config.vocab_size * self.config.hidden_size
+
+    @property
+    def layers(self) -> int:
+        """Numbers of all parameters but the embedding and the head."""
+        return self.parameters // 4 - self.head * (1 if self.config.tie_word_embeddings else 2)
 
 
 def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu") -> Plan:
@@ -57,66 +113,101 @@ def plan(config: Config, recipe: Recipe, compute: Compute, platform: str = "cpu"
     Where XLA:CPU differs from first principles a comment says so. A GPU's is the same arithmetic without that; what XLA
     compiles for one needs as much, without cuDNN's workspace (`scripts/compile_for_gpu.py`), and no GPU was asked yet.
     """
-    cpu, narrow, wide = platform == "cpu", BYTES[compute.dtype], max(BYTES[compute.dtype], 4)
-    cast = narrow != 4
-    # Before jaxlib 0.11 XLA:CPU computes bfloat16 in float32, and widens all that was saved before the backward pass
-    # begins.
-    widens = cpu and cast and jaxlib.version.__version_info__ < (0, 11)
-    D, F, L, V = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
-    N, NH, KH = _heads(config)
-    devices, fsdp = compute.devices, compute.mesh.shape["fsdp"] if compute.mesh else 1
-    rows = recipe.batch_size // (devices * compute.parts)
-    M = rows * recipe.sequence_length
-    whole, head = 4 * count_parameters(config), V * D
-    layers = whole // 4 - head * (1 if config.tie_word_embeddings else 2)
-
-    pieces = saved_numbers(config, compute)
-    saved = L * M * (sum(pieces) * (wide if widens else narrow) + (wide * N if compute.remat != "full" else 0))
-    if compute.remat == "none" and not cast:
-        saved += L * narrow * 2 * D * (NH + KH)  # the attention's weights, laid flat, once more
-    if compute.remat == "none" and widens:
-        saved += L * M * wide * 2 * D  # two more as wide as the residual stream, by what XLA says
-    # The gradients of gate, up and their product, of q, k and v and of the residual stream, each before and after a
-    # product or norm; with "full", gate, up, q, k, v and the rest of the layer's own values too.
-    layer = M * (wide if cpu else narrow) * (6 * F + 12 * D if compute.remat == "full" else 5 * F + 7 * D)
-    if compute.implementation == "cudnn" and compute.document_end is not None:
-        # Which tokens see each other, once for all layers; with "full" made again, beside less than an MLP's gradients.
-        bias = rows * recipe.sequence_length**2 * narrow
-        saved, layer = (saved, max(layer, bias)) if compute.remat == "full" else (saved + bias, layer)
-    if widens and compute.remat != "none":
-        # The largest thing saved is widened last: where it lay stays a hole, in which a layer's values find room.
-        layer = max(layer, L * M * narrow * max(pieces))
-    attention = 0
-    if compute.implementation == "xla" and not (cpu and cast):  # where XLA:CPU does without, as counted
-        # The causal mask of every pair of blocks, as wide as their scores, a byte each: XLA computes it once for all
-        # layers.
-        block = min(flash_attention.CPU_BLOCK if cpu else flash_attention.BLOCK, recipe.sequence_length)
-        n = -(-recipe.sequence_length // block)
-        attention = n * (n + 1) // 2 * rows * N * block**2
-    chunks = -(-M // (CPU_CHUNK_TOKENS if cpu else CHUNK_TOKENS))
-    # Logits are overwritten by their error where that is as wide.
-    logits = -(-M // chunks) * V * (wide if cpu or not cast else wide + narrow)
-    head_gradients = wide * head * (2 if chunks > 1 else 1)  # a chunk's, and their sum
-    casts = narrow * (layers + head) if cast else 0
-    if cpu and cast:
-        casts = (wide if widens else narrow) * layers + (narrow + wide) * head  # the head is widened by any jaxlib
-    if compute.operands != compute.dtype:  # one layer's at a time
-        casts = BYTES[compute.operands] * (layers // L + head)
+    shape = _Shape(config, recipe, compute, platform == "cpu")
+    whole, fsdp = shape.parameters, compute.mesh.shape["fsdp"] if compute.mesh else 1
     return Plan(
         parameters=whole // fsdp,
         moments=2 * whole // fsdp,
-        # Weights that were cast are needed no longer; the embedding is, for the next part's tokens.
-        gathered=0 if fsdp == 1 else whole if not cast else 4 * head if compute.parts > 1 else 0,
+        gathered=_gathered(shape) if fsdp > 1 else 0,
         summed=whole if compute.parts > 1 else 0,
-        casts=casts,
-        saved=saved,
-        loss=logits + head_gradients + 2 * narrow * M * D,
-        gradients=narrow * layers + wide * head,
-        layer=layer,
-        attention=attention,
-        workspace=cudnn_workspace(config, rows, recipe.sequence_length) if compute.implementation == "cudnn" else 0,
-        update=whole + (whole // fsdp if devices > 1 else 0),
+        casts=_casts(shape),
+        saved=_saved(shape),
+        loss=_loss(shape),
+        gradients=shape.narrow * shape.layers + shape.wide * shape.head,
+        layer=_layer(shape),
+        attention=_attention(shape),
+        workspace=_workspace(shape),
+        update=whole + (whole // fsdp if compute.devices > 1 else 0),
     )
+
+
+def _gathered(shape: _Shape) -> int:
+    if not shape.is_cast:
+        return shape.parameters
+    # Weights that were cast are needed no longer; the embedding is, for the next part's tokens.
+    return 4 * shape.head if shape.compute.parts > 1 else 0
+
+
+def _casts(shape: _Shape) -> int:
+    compute, layers, head = shape.compute, shape.layers, shape.head
+    if compute.operands != compute.dtype:  # one layer's at a time
+        return BYTES[compute.operands] * (layers // shape.config.num_hidden_layers + head)
+    if not shape.is_cast:
+        return 0
+    if shape.cpu:  # the head is widened by any jaxlib
+        return (shape.wide if shape.is_widened else shape.narrow) * layers + (shape.narrow + shape.wide) * head
+    return shape.narrow * (layers + head)
+
+
+def _saved(shape: _Shape) -> int:
+    compute, narrow, wide, M = shape.compute, shape.narrow, shape.wide, shape.M
+    L, D = shape.config.num_hidden_layers, shape.config.hidden_size
+    N, NH, KH = _heads(shape.config)
+    numbers = sum(saved_numbers(shape.config, compute))
+    saved = L * M * (numbers * (wide if shape.is_widened else narrow) + (wide * N if compute.remat != "full" else 0))
+    if compute.remat == "none" and not shape.is_cast:
+        saved += L * narrow * 2 * D * (NH + KH)  # the attention's weights, laid flat, once more
+    if compute.remat == "none" and shape.is_widened:
+        saved += L * M * wide * 2 * D  # two more as wide as the residual stream, by what XLA says
+    return saved + (_document_mask(shape) if compute.remat != "full" else 0)
+
+
+def _layer(shape: _Shape) -> int:
+    D, F, remat = shape.config.hidden_size, shape.config.intermediate_size, shape.compute.remat
+    # The gradients of gate, up and their product, of q, k and v and of the residual stream, each before and after a
+    # product or norm; with "full", gate, up, q, k, v and the rest of the layer's own values too.
+    numbers = 6 * F + 12 * D if remat == "full" else 5 * F + 7 * D
+    layer = shape.M * (shape.wide if shape.cpu else shape.narrow) * numbers
+    if remat == "full":  # the mask is made again, beside less than an MLP's gradients
+        layer = max(layer, _document_mask(shape))
+    if shape.is_widened and remat != "none":
+        # The largest thing saved is widened last: where it lay stays a hole, in which a layer's values find room.
+        largest = max(saved_numbers(shape.config, shape.compute))
+        layer = max(layer, shape.config.num_hidden_layers * shape.M * shape.narrow * largest)
+    return layer
+
+
+def _document_mask(shape: _Shape) -> int:
+    """Which tokens see each other, where cuDNN is told: once for all layers."""
+    if shape.compute.implementation != "cudnn" or shape.compute.document_end is None:
+        return 0
+    return shape.rows * shape.recipe.sequence_length**2 * shape.narrow
+
+
+def _attention(shape: _Shape) -> int:
+    if shape.compute.implementation != "xla" or (shape.cpu and shape.is_cast):  # there XLA:CPU does without, as counted
+        return 0
+    # The causal mask of every pair of blocks, as wide as their scores, a byte each: XLA computes it once for all
+    # layers.
+    length = shape.recipe.sequence_length
+    block = min(flash_attention.CPU_BLOCK if shape.cpu else flash_attention.BLOCK, length)
+    n = -(-length // block)
+    return n * (n + 1) // 2 * shape.rows * shape.config.num_attention_heads * block**2
+
+
+def _loss(shape: _Shape) -> int:
+    narrow, wide, M = shape.narrow, shape.wide, shape.M
+    chunks = -(-M // (CPU_CHUNK_TOKENS if shape.cpu else CHUNK_TOKENS))
+    # Logits are overwritten by their error where that is as wide.
+    logits = -(-M // chunks) * shape.config.vocab_size * (wide if shape.cpu or not shape.is_cast else wide + narrow)
+    head_gradients = wide * shape.head * (2 if chunks > 1 else 1)  # a chunk's, and their sum
+    return logits + head_gradients + 2 * narrow * M * shape.config.hidden_size
+
+
+def _workspace(shape: _Shape) -> int:
+    if shape.compute.implementation != "cudnn":
+        return 0
+    return cudnn_workspace(shape.config, shape.rows, shape.recipe.sequence_length)
 
 
 def _heads(config: Config) -> tuple[int, int, int]:
