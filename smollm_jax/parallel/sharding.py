@@ -47,16 +47,16 @@ def make_mesh(text: str) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto, AxisType.Auto), devices=devices)
 
 
-def spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec(shape: tuple[int, ...], mesh: Mesh | None) -> PartitionSpec:
     """Which dimension of a parameter or moment is cut over `fsdp`: the largest that can be, or none."""
-    ways = mesh.shape["fsdp"]
+    ways = 1 if mesh is None else mesh.shape["fsdp"]
     sizes = [size if ways > 1 and size % ways == 0 else 0 for size in shape]
     if not any(sizes):
         return PartitionSpec()
     return PartitionSpec(*[None] * int(np.argmax(sizes)), "fsdp")
 
 
-def specs(tree: Any, mesh: Mesh) -> Any:
+def specs(tree: Any, mesh: Mesh | None) -> Any:
     """`spec` of every leaf, in the tree's structure."""
     return jax.tree.map(lambda x: spec(x.shape, mesh), tree)
 

@@ -71,13 +71,14 @@ def mean_gradients(
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)[0]
 
 
-def over_devices(of_rows: Callable[..., Any], model: SmolLM, tokens: Int[Array, "B window"], compute: Compute) -> Any:
-    """`mean_loss` or `mean_gradients` of the rows of all devices."""
+def over_devices(
+    of_rows: Callable[..., Any], model: SmolLM, tokens: Int[Array, "B window"], compute: Compute, *, out_specs: Any
+) -> Any:
+    """`mean_loss` or `mean_gradients` of the rows of all devices, each result as its `out_specs` says."""
     mesh = compute.mesh
     if mesh is None:
         return of_rows(model, tokens, compute)
     specs = sharding.specs(model, mesh)
-    out_specs = sharding.ONCE if of_rows is mean_loss else (sharding.ONCE, specs)
 
     # Unchecked: each device computes for itself, and every sum over devices is written out here.
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, sharding.ROWS), out_specs=out_specs, check_vma=False)

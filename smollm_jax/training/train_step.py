@@ -28,7 +28,8 @@ def train_step(
     When either is not finite the state comes back as it was, to the last bit, its step count too.
     """
     gradients: Any
-    loss, gradients = over_devices(mean_gradients, state.model, tokens, compute)
+    out_specs = (sharding.ONCE, sharding.specs(state.model, compute.mesh))
+    loss, gradients = over_devices(mean_gradients, state.model, tokens, compute, out_specs=out_specs)
     with jax.named_scope("optimizer"):  # names for `scripts/profile_train.py`
         norm = optax.tree.norm(gradients)
 

@@ -17,7 +17,7 @@ from smollm_jax.training.loss import mean_loss, over_devices
 @functools.partial(jax.jit, static_argnames="compute")
 def eval_step(model: SmolLM, tokens: Int[Array, "B window"], compute: Compute) -> Float[Array, ""]:
     """The mean loss over windows, on all devices."""
-    return over_devices(mean_loss, model, tokens, compute)
+    return over_devices(mean_loss, model, tokens, compute, out_specs=sharding.ONCE)
 
 
 def put_padded(tokens: np.ndarray, mesh: jax.sharding.Mesh | None) -> Array:
