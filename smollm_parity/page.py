@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from smollm_jax import errors
+from smollm_jax.runs.plots import style
 from smollm_parity.rungs import Rung, compared
 
 # The rungs that the report does not measure.
@@ -97,8 +98,7 @@ def plots(curves: dict[str, Any]) -> dict[str, str]:
 
     def keep(name: str, figure: Any, axes: Any) -> None:
         axes.legend(frameon=False, fontsize=8)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        style(axes)
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=160)
         pyplot.close(figure)

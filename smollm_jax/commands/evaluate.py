@@ -115,6 +115,8 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    from smollm_jax.runs import plots
+
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     runs: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -130,6 +132,5 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> None:
         axes.legend(frameon=False)
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    plots.style(axes)
     figure.savefig(folder / "quality.png", dpi=150)

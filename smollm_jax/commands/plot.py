@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    from smollm_jax.runs import plots
     from smollm_jax.runs.metrics import read_metrics
 
     figure, (loss, rate, speed) = pyplot.subplots(
@@ -68,8 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     speed.set_ylim(bottom=0)
     speed.set_xlabel("step")
     for axes in (loss, rate, speed):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        plots.style(axes)
     out = flags.out or flags.runs[0] / "curves.png"
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
