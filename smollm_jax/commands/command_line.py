@@ -40,8 +40,9 @@ def parse(kind: type[F], argv: list[str] | None, description: str | None, *, wei
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            form = _grouped(kind, groups_of(kind))
-            flags = _ungrouped(kind, tyro.cli(form, args=arguments, description=names_as_typed(description or "")))
+            if {"-h", "--help"} & {*arguments}:  # the groups are for its reader, and take time at every start
+                tyro.cli(_grouped(kind, groups_of(kind)), args=arguments, description=names_as_typed(description or ""))
+            flags = tyro.cli(kind, args=arguments, description=description)
     except SystemExit as end:
         if not end.code:  # --help
             raise
@@ -93,22 +94,11 @@ def _grouped(kind: type, groups: Mapping[str, Sequence[str]]) -> type:
     fields = dict(_shown_fields(kind))
     if not groups:
         return dataclasses.make_dataclass(kind.__name__, fields.values(), kw_only=True)
-    kinds = {title: dataclasses.make_dataclass(title, map(fields.get, names)) for title, names in groups.items()}
+    kinds = {
+        title: dataclasses.make_dataclass(title, [fields[name] for name in names]) for title, names in groups.items()
+    }
     hints = [(title, tyro.conf.OmitArgPrefixes[group]) for title, group in kinds.items()]
     return dataclasses.make_dataclass(kind.__name__, hints)
-
-
-def _ungrouped(kind: type[F], form: Any) -> F:
-    """The flags in the dataclass they belong to; `form` is one that `_grouped` made."""
-    values: dict[str, Any] = {}
-    for name, value in vars(form).items():
-        values |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
-
-    def of(part: Any) -> Any:
-        inner = {field.name: _inner(field.type) for field in dataclasses.fields(part)}
-        return part(**{name: of(i) if dataclasses.is_dataclass(i) else values[name] for name, i in inner.items()})
-
-    return of(kind)
 
 
 def _shown_fields(kind: Any) -> Iterator[tuple[str, tuple[str, Any, Any]]]:
@@ -175,7 +165,7 @@ def _unknown_flags(kind: type, arguments: list[str]) -> str:
         dashes, name = match[1], match[2].replace("_", "-")
         if dashes == "--" and name in ours and not ours[name]:
             continue
-        advice = suggestion(kind, name)
+        advice = names_as_typed(suggestion(kind, name))
         if name in ours:  # with one dash, or written without a name
             advice = f"give {name.upper()} without a flag" if ours[name] else f"use --{name}"
         said.append(f"{dashes}{match[2]}: no such flag{advice and f'; {advice}'}")

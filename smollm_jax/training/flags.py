@@ -126,7 +126,7 @@ GROUPS = {  # the titles under which --help shows the flags
     "data": ("data", "on_bad_text", "special_tokens", "mask_documents"),
     "batch": ("steps", "batch_size", "gradient_accumulation_steps", "sequence_length", "seed"),
     "optimizer": ("learning_rate", "schedule", "warmup_steps", "decay_fraction", "weight_decay"),
-    "precision": ("dtype", "attention", "remat"),
+    "computing": ("dtype", "attention", "remat", "unroll"),
     "devices": ("mesh", "distributed", "coordinator_address", "num_processes", "process_id"),
     "saving": ("save_every", "keep", "async_save"),
     "logging": ("log_every", "tensorboard", "track"),

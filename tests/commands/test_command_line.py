@@ -168,13 +168,9 @@ def test_the_help_shows_every_flag_once_under_its_title_and_no_default_of_none(s
         assert titles["options"] == ["help"]
 
 
-def test_grouped_flags_are_read_into_the_dataclass_they_belong_to():
-    line = ["--weights", "w", "--temp", "0.5", "--prompt", "a", "--prompt", "b", "--seed", "3"]
-    flags = command_line.parse(KINDS["generate"], line, None)
-    assert type(flags) is KINDS["generate"]
-    assert (flags.prompt, flags.sampling.temperature, flags.sampling.seed) == (("a", "b"), 0.5, 3)
-    assert flags.sampling.given() == {"temperature": 0.5, "seed": 3}
-    assert command_line.parse(KINDS["train_jax"], [], None) == KINDS["train_jax"]()
+def test_help_as_a_value_is_a_value():
+    flags = command_line.parse(KINDS["prepare_data"], ["--out", "x", "--", "--help"], None)
+    assert flags.sources == ("--help",)
 
 
 @pytest.mark.parametrize("script", KINDS)
