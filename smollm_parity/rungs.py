@@ -174,7 +174,7 @@ def gguf(results: Results) -> list[Rung]:
         if not results.has("jax", f"lost-{kind}"):  # no file of this type can be written
             continue
         claim, noise = f"what {kind} loses of the weights, RMS", _loss_of_text(results, f"logits-{kind}")
-        rungs.append(Rung("GGUF", claim, results.load("jax", f"lost-{kind}"), bound, noise))
+        rungs.append(Rung("GGUF", claim, float(results.load("jax", f"lost-{kind}")), bound, noise))
         if results.has("jax", f"decoded-{kind}"):
             rungs.append(_decoding(results, kind))
     return rungs

@@ -47,7 +47,7 @@ class Plan:
     def total(self) -> int:
         """The most bytes a device holds during a step."""
         computing = max(self.loss, self.gradients + self.layer + self.attention + self.workspace)
-        computing += self.gathered + self.summed + self.is_cast + self.saved
+        computing += self.gathered + self.summed + self.casts + self.saved
         return self.parameters + self.moments + max(computing, self.update)
 
 
