@@ -20,20 +20,8 @@ from jaxtyping import Array
 
 from smollm_jax.config import Config
 from smollm_jax.errors import UsageError, shown
-from smollm_jax.generation.programs import (
-    NO_TOKEN,
-    SMALLEST_CACHE,
-    SMALLEST_QUANTIZED_CACHE,
-    Chosen,
-    Decoding,
-    begin,
-    buckets,
-    decode,
-    decode_quantized,
-    grow,
-    prefill,
-    taken_apart,
-)
+from smollm_jax.generation import programs
+from smollm_jax.generation.programs import NO_TOKEN, Chosen, Decoding
 from smollm_jax.generation.quantized import Quantized
 from smollm_jax.generation.sampling import GREEDY, Knobs, Sampling
 from smollm_jax.generation.unrolled import Unrolled
@@ -110,70 +98,120 @@ def run(
     The next call is under way before the last one's tokens are read, so closing the iterator leaves at most one call
     to end. With `slide` a row whose context is full goes on from the last half of its tokens, as from a fresh prompt.
     """
-    config = model.config
-    context, B = config.max_position_embeddings, len(prompts)
-    rows = 1 << (B - 1).bit_length()
-    texts = [list(map(int, prompt)) for prompt in prompts]  # all tokens of a row
-    windows = [_window(text, context) for text in texts]  # those that the row still sees
-    knobs = Knobs.of([*samplings, *[GREEDY] * (rows - B)])
-    options: dict[str, Any] = {
-        "greedy": all(sampling.is_greedy for sampling in samplings),
-        "eos": tuple(map(int, eos_token_ids)),
-        "report": report,
-    }
-    least = SMALLEST_QUANTIZED_CACHE if isinstance(model, Quantized) else SMALLEST_CACHE
-    done = np.arange(rows) >= B
-    left = max_new_tokens
-    state, slots, used = None, 0, 0
-    pending: collections.deque[Chosen] = collections.deque()
+    session = Session(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        samplings=samplings,
+        eos_token_ids=eos_token_ids,
+        tokens_per_call=tokens_per_call,
+        report=report,
+    )
+    while session.remaining > 0:
+        if session.needs_prefill:
+            while session.pending:  # a prefill needs every token that was chosen before it
+                yield session.collect()
+            if session.done.all():
+                return
+            session.prefill()
+        else:
+            session.decode()
+        if len(session.pending) > 1:
+            yield session.collect()
+            if session.done.all():
+                return
+    while session.pending and not session.done.all():
+        yield session.collect()
 
-    def read() -> Chosen:
-        """The oldest call's tokens, put down in `texts` and `windows`."""
-        nonlocal done
-        chosen = jax.tree.map(lambda x: np.asarray(x)[:B], pending.popleft())
-        for text, window, ids in zip(texts, windows, chosen.ids, strict=True):
+
+class Session:
+    """The rows' tokens on the host, their state on the device, and the device calls whose tokens nobody has read yet.
+
+    `prefill` and `decode` start a device call each; `collect` waits for the oldest one and reads it.
+    """
+
+    def __init__(
+        self,
+        model: SmolLM | Unrolled | Quantized,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        samplings: Sequence[Sampling],
+        eos_token_ids: Sequence[int],
+        tokens_per_call: int,
+        report: bool,
+    ) -> None:
+        self.model = model
+        self.config = model.config
+        self.context = model.config.max_position_embeddings
+        self.max_new_tokens = self.remaining = max_new_tokens
+        self.tokens_per_call = tokens_per_call
+        self.texts = [list(map(int, prompt)) for prompt in prompts]  # all tokens of a row
+        self.windows = [_window(text, self.context) for text in self.texts]  # those that the row still sees
+        self.rows = 1 << (len(prompts) - 1).bit_length()  # on the device; those that fill up are done
+        self.done = np.arange(self.rows) >= len(prompts)
+        self.knobs = Knobs.of([*samplings, *[GREEDY] * (self.rows - len(prompts))])
+        self.options: dict[str, Any] = {
+            "greedy": all(sampling.is_greedy for sampling in samplings),
+            "eos": tuple(map(int, eos_token_ids)),
+            "report": report,
+        }
+        self.state: Decoding | None = None
+        self.slots = self.used = 0  # of the cache
+        self.pending: collections.deque[Chosen] = collections.deque()
+
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether nothing is in the cache yet, or nothing more fits into the context."""
+        return self.state is None or self.used == self.context
+
+    def prefill(self) -> None:
+        """Fills a new cache with the rows' windows and chooses the next token; no call may be pending."""
+        quantized = isinstance(self.model, Quantized)
+        # A row that has ended keeps one token: a longer one would take context from the others.
+        self.windows = [
+            window[-1:] if done else _window(window, self.context)
+            for window, done in zip(self.windows, self.done[: len(self.texts)], strict=True)
+        ]
+        tokens, start, self.used = _left_padded(self.windows, self.rows, self.config)
+        seen = np.zeros((self.rows, self.config.vocab_size), bool)
+        for row, text in zip(seen, self.texts, strict=False):
+            row[text] = True
+        least = programs.SMALLEST_QUANTIZED_CACHE if quantized else programs.SMALLEST_CACHE
+        self.slots = min(max(tokens.shape[1], least), self.context)
+        stacked = self.model if isinstance(self.model, SmolLM) else self.model.model
+        cache, logits = programs.prefill(stacked, tokens, start, self.used, slots=self.slots)
+        cache = programs.taken_apart(cache) if quantized else cache
+        count = jnp.full(self.rows, self.max_new_tokens - self.remaining, jnp.int32)
+        state = Decoding(cache, start, jnp.zeros_like(start), jnp.array(self.done), count, jnp.array(seen))
+        self.state, chosen = programs.begin(state, logits, self.knobs, **self.options)
+        self.remaining -= 1
+        self.pending.append(chosen)
+
+    def decode(self) -> None:
+        """Chooses up to `tokens_per_call` tokens a row; a full cache grows to the next bucket before."""
+        if self.used == self.slots:
+            self.slots = next(size for size in programs.buckets(self.config) if size > self.slots)
+            self.state = programs.grow(self.state, slots=self.slots)
+        steps = min(self.tokens_per_call, self.remaining, self.slots - self.used)
+        decode = programs.decode_quantized if isinstance(self.model, Quantized) else programs.decode
+        self.state, chosen = decode(
+            self.model, self.state, self.knobs, steps, most=self.tokens_per_call, **self.options
+        )
+        self.used += steps
+        self.remaining -= steps
+        self.pending.append(jax.tree.map(lambda x: x if x.ndim == 1 else x[:, :steps], chosen))
+
+    def collect(self) -> Chosen:
+        """The oldest pending call's choice as NumPy arrays, its tokens added to `texts` and `windows`."""
+        rows = len(self.texts)
+        chosen = jax.tree.map(lambda x: np.asarray(x)[:rows], self.pending.popleft())
+        for text, window, ids in zip(self.texts, self.windows, chosen.ids, strict=True):
             new = [int(i) for i in ids if i != NO_TOKEN]
             text += new
             window += new
-        done[:B] = chosen.done
+        self.done[:rows] = chosen.done
         return chosen
-
-    while left > 0:
-        if state is None or used == context:
-            while pending:  # what is prefilled must be known
-                yield read()
-            if done.all():
-                return
-            windows = [w[-1:] if over else _window(w, context) for w, over in zip(windows, done[:B], strict=True)]
-            tokens, start, used = _left_padded(windows, rows, config)
-            seen = np.zeros((rows, config.vocab_size), bool)
-            for row, text in zip(seen, texts, strict=False):
-                row[text] = True
-            slots = min(max(tokens.shape[1], least), context)
-            stacked = model if isinstance(model, SmolLM) else model.model
-            cache, logits = prefill(stacked, tokens, start, used, slots=slots)
-            cache = taken_apart(cache) if isinstance(model, Quantized) else cache
-            count = jnp.full(rows, max_new_tokens - left, jnp.int32)
-            state = Decoding(cache, start, jnp.zeros_like(start), jnp.array(done), count, jnp.array(seen))
-            state, chosen = begin(state, logits, knobs, **options)
-            steps = 1
-        else:
-            if used == slots:
-                slots = next(size for size in buckets(config) if size > slots)
-                state = grow(state, slots=slots)
-            steps = min(tokens_per_call, left, slots - used)
-            tokens_of = decode_quantized if isinstance(model, Quantized) else decode
-            state, chosen = tokens_of(model, state, knobs, steps, most=tokens_per_call, **options)
-            chosen = jax.tree.map(lambda x, n=steps: x if x.ndim == 1 else x[:, :n], chosen)
-            used += steps
-        left -= steps
-        pending.append(chosen)
-        if len(pending) > 1:
-            yield read()
-            if done.all():
-                return
-    while pending and not done.all():
-        yield read()
 
 
 def _window(tokens: list[int], context: int) -> list[int]:
@@ -184,7 +222,7 @@ def _window(tokens: list[int], context: int) -> list[int]:
 def _left_padded(windows: list[list[int]], rows: int, config: Config) -> tuple[Array, Array, int]:
     """Tokens `[rows, bucket]`, each row's first slot, and the slots in use: nothing looks beyond them."""
     used = max(map(len, windows))
-    bucket = next(size for size in buckets(config) if size >= used)
+    bucket = next(size for size in programs.buckets(config) if size >= used)
     tokens, start = np.zeros((rows, bucket), np.int32), np.full(rows, used - 1, np.int32)
     for row, window in enumerate(windows):
         start[row] = used - len(window)

@@ -180,7 +180,7 @@ def test_streams_of_several_threads_do_not_touch_each_other(engine):
 def test_closing_a_stream_ends_its_computing_within_one_token(engine, monkeypatch):
     steps = []
     decode = programs.decode
-    monkeypatch.setattr(generate, "decode", lambda m, s, k, n, **o: steps.append(n) or decode(m, s, k, n, **o))
+    monkeypatch.setattr(programs, "decode", lambda m, s, k, n, **o: steps.append(n) or decode(m, s, k, n, **o))
     pieces = engine.stream([[5, 17]], max_new_tokens=300)
     seen = [next(pieces) for _ in range(4)]
     pieces.close()
