@@ -23,11 +23,12 @@ from smollm_jax.web import run_curves as reading
 from smollm_jax.web.chat_tab import bubbles
 from smollm_jax.web.markdown import LONGEST, rendered
 from smollm_jax.web.model_store import Shelf
-from smollm_jax.web.page import asked_for, page, within
+from smollm_jax.web.page import page
 from smollm_jax.web.requests import KNOBS
 from smollm_jax.web.responses import Answers
 from smollm_jax.web.run_curves import RunCurves, thinned
 from smollm_jax.web.runs_tab import NOTHING_SEEN, RunsTab, spread
+from smollm_jax.web.sampling_panel import asked_for, within
 from smollm_jax.web.token_html import span
 from smollm_jax.weights.bundle import Bundle
 from tests.serving import GREEDY, Client, served, tiny_run, tiny_weights
