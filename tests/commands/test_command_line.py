@@ -1,6 +1,8 @@
 """A wrong command line is one line that names a flag the script has; a missing package is named by what gets it."""
 
+import contextlib
 import importlib
+import io
 import re
 import shlex
 import sys
@@ -139,17 +141,19 @@ def leaves(kind: type) -> list[str]:
 
 
 @pytest.mark.parametrize("script", KINDS)
-def test_the_help_shows_every_flag_once_under_its_title_and_no_default_of_none(script, capsys, monkeypatch):
+def test_the_help_shows_every_flag_once_under_its_title_and_no_default_of_none(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"scripts/{script}.py"])
+    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # boxes are drawn with lines
     kind = KINDS[script]
     groups = command_line.groups_of(kind)
     if groups:
         assert sorted(name for names in groups.values() for name in names) == sorted(leaves(kind))
     else:
         assert len(leaves(kind)) <= 7 or script not in VERBS.values(), "a long list of flags is shown in groups"
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(output):
         command_line.parse(kind, ["--help"], "Text.")
-    shown = capsys.readouterr().out
+    output.seek(0)
+    shown = output.read()
     assert "default: None" not in shown
     titles: dict[str, list[str]] = {}
     for line in shown.splitlines():
