@@ -11,6 +11,7 @@ of what scripts/compile_for_gpu.py compiles for an H100, and an allowance for cu
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 from smollm_jax import errors
@@ -58,12 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     import jax
 
     from smollm_jax.config import Recipe, preset
+    from smollm_jax.config.recipe import Remat, check_batch_divides
     from smollm_jax.model import precision
-    from smollm_jax.model.attention import beyond_cudnn
-    from smollm_jax.model.smollm import Remat
     from smollm_jax.parallel import sharding
     from smollm_jax.training import memory, train_step
-    from smollm_jax.training.execution import Compute
+    from smollm_jax.training.execution import Compute, fastest_attention
 
     config, parts = preset(flags.preset), flags.gradient_accumulation_steps
     if flags.sequence_length > config.max_position_embeddings:
@@ -71,17 +71,15 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError(f"{length} exceeds the model's {config.max_position_embeddings} positions")
     sizes = sharding.sizes_of(flags.mesh or "data=1")
     devices = math.prod(sizes.values())
-    if flags.batch_size < 1 or flags.batch_size % (parts * devices):
-        divisor = f"{devices} devices x {parts} gradient accumulation steps"
-        raise errors.UsageError(f"--batch-size {flags.batch_size} must divide by {divisor}")
+    check_batch_divides(flags.batch_size, devices, parts)
     jax.config.update("jax_num_cpu_devices", devices)
     here = jax.devices()[0].platform
     platform = flags.platform or here
     if platform != here and (flags.check or flags.memory is None):
         raise errors.UsageError(f"--platform {platform}: this machine has none; give --memory, and no --check")
-    fused = platform == "gpu" and flags.dtype == "bfloat16"
-    fused = fused and not beyond_cudnn(flags.sequence_length, config.head_dim, False)
-    attention: Any = flags.attention or ("cudnn" if fused else "xla")
+    card = SimpleNamespace(platform=platform, compute_capability="8.0")  # a GPU that has cuDNN's attention
+    fastest, _ = fastest_attention(card, flags.dtype, flags.sequence_length, config.head_dim, documents=False)
+    attention: Any = flags.attention or fastest
     mesh: Any = None
     if flags.mesh:  # an abstract one is enough to plan
         mesh = (
