@@ -30,7 +30,7 @@ TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)t
 # Two at a time, file by file. One that dies or hangs ends the run and is named; xdist's second try can wait for ever.
 TWO := -n 2 --dist loadfile --max-worker-restart 0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
-# Whole checkpoints only: a save that was killed leaves a folder 100.orbax-checkpoint-tmp.
+# Whole checkpoints only: a save that was killed leaves a folder with another name.
 RESUME = $(shell ls runs/make-train/checkpoints 2>/dev/null | grep -qx '[0-9][0-9]*' && echo --resume)
 
 .PHONY: train test parity docs slow soak gpu-program gpu-wheels driver lint clean

@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 import tyro
 
 from benchmarks.compare import ROOT
+from benchmarks.workload import PROMPT
 from smollm_jax import errors
 from smollm_jax.config import preset
 from smollm_jax.config.recipe import Remat
 from smollm_jax.data.text_sources import text_files
 from smollm_jax.runtime import cpu
 
-PROMPT = 16  # tokens before the decoded ones
 Other = Literal[
     "pytorch", "hf", "hf-compile", "hf-compile-max", "hf-compile-freeze",
     "hf-bf16", "hf-compile-bf16", "hf-compile-max-bf16", "hf-compile-freeze-bf16",

@@ -99,7 +99,7 @@ def answer(address: str, chat: list, model: str) -> str:
 
 
 def test_transformers_serve_answers_as_our_engine_does(instruct_export, tmp_path):
-    """The README's command, asked over HTTP."""
+    """docs/serving.md's command, asked over HTTP."""
     program = Path(sys.executable).parent / "transformers"
     chat = [{"role": "user", "content": "Name the capital of France."}]
     with served(tmp_path, program, "serve", instruct_export, "--device", "cpu", "--dtype", "float32") as address:

@@ -96,7 +96,7 @@ def test_every_smaller_type_computes_what_its_numbers_say(tmp_path, weights_path
 
 
 def test_its_server_answers_as_our_engine_does(instruct_export, tmp_path):
-    """The README's command, asked over HTTP: the chat template is the one in the file."""
+    """docs/serving.md's command, asked over HTTP: the chat template is the one in the file."""
     weights.write(tmp_path / "x.gguf", weights.read(instruct_export), "gguf")
     chat = [{"role": "user", "content": "Name the capital of France."}]
     with served(tmp_path, sys.executable, "-m", "llama_cpp.server", "--model", tmp_path / "x.gguf") as address:

@@ -15,7 +15,7 @@ from smollm_jax.runtime.program import run_main
 @dataclasses.dataclass(frozen=True)
 class Flags:
     preset: str
-    """Model shape: see smollm_jax/config/model.py."""
+    """Model shape: see smollm_jax/config/presets.py."""
     out: Path
     """Hugging Face folder to write; must not exist."""
     tokenizer: Path | None = None

@@ -17,7 +17,7 @@
 set -u
 run=$1
 shift
-# Whole checkpoints only: a save that was killed leaves a folder 100.orbax-checkpoint-tmp.
+# Whole checkpoints only: a save that was killed leaves a folder with another name.
 resume=$(ls "$run/checkpoints" 2>/dev/null | grep -qx '[0-9][0-9]*' && echo --resume)
 # Not killed on the first exit: each process saves its part, or says in its own way that another has gone.
 srun --kill-on-bad-exit=0 "${PYTHON:-.venv/bin/python}" scripts/train_jax.py --distributed --out "$run" $resume "$@"

@@ -44,7 +44,7 @@ class StorageError(SmolLMError):
 
 
 class LockedError(SmolLMError):
-    """Another trainer is at work in the run folder."""
+    """Another trainer has the run folder, or another preparation the data set."""
 
     exit_code = 6
 

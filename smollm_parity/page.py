@@ -136,7 +136,7 @@ def write_readme(path: Path, report: dict[str, Any], rungs: list[Rung]) -> None:
     tests, command = absent(rungs)
     versions = report["versions"]["jax"] | report["versions"]["twin"] | report["versions"].get("transformers", {})
     source = (
-        f"{tests} `{command}` runs them. Written by `{report['command']} --readme {path.name}` on {report['date']}: "
+        f"{tests} `{command}` runs them. Written by `{report['command']} --readme {path}` on {report['date']}: "
         f"{report['origin']}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
     )
     before, after = text.split(begin)[0], text.split(end)[1]

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 # Rung 1, float64, JAX against the twin. float64 rounding is 1.1e-16; measured 1.4e-14 (logits) and 1.1e-13
-# (gradients) at T = 512. The bars.
+# (gradients) at T = 512.
 FLOAT64_LOGITS = 1e-10
 FLOAT64_GRADIENTS = 1e-9  # per tensor, norm of the difference over the norm
 
@@ -75,7 +75,7 @@ PACKED_LOGITS = 1e-5
 # each 32 numbers (32**0.5 / 254). Measured 1.9e-4, 1.4e-3 and 5.2e-3.
 GGUF_LOSS = {"f16": 2**-11, "bf16": 2**-8, "q8_0": 2.3e-2}
 
-# Rung 11, against transformers in float32, relative: a text's loss (the bar) and sums over a few tokens.
+# Rung 11, against transformers in float32, relative: a text's loss and sums over a few tokens.
 QUALITY = 1e-5
 LOGLIKELIHOOD = 1e-5
 

@@ -1,4 +1,4 @@
-"""The twin's training: the recipe of `smollm_jax/training/loop.py` in plain PyTorch, the reference for its curve."""
+"""The twin's training: `train_step.py` and `optimizer.py` of `smollm_jax/training` in PyTorch, for its curve."""
 
 import math
 from pathlib import Path

@@ -25,7 +25,7 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__)
-    from smollm_jax.runs import manifest as integrity
+    from smollm_jax.runs import manifest
     from smollm_jax.runs.checkpoint import steps_in
 
     folder = flags.run / "checkpoints"
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     steps, bad = steps_in(folder), 0
     for step in steps:
         try:
-            manifest = integrity.verify(folder / str(step))
+            content = manifest.verify(folder / str(step))
         except (errors.CheckpointError, errors.StorageError) as error:
             if step not in steps_in(folder):
                 print(f"step {step}: removed by the trainer meanwhile")
@@ -42,11 +42,11 @@ def main(argv: list[str] | None = None) -> None:
             bad += 1
             print(f"step {step}: BAD: {error}")
             continue
-        files, where = manifest["files"], manifest["environment"]
+        files, where = content["files"], content["environment"]
         size = sum(size for size, _ in files.values()) / 1e6
         told = ", ".join(f"{name} {where[name]}" for name in ("jax", "device", "cores") if name in where)
         print(f"step {step}: verified, {len(files)} files, {size:,.1f} MB{', saved with ' if told else ''}{told}")
-    for aside in sorted(path for path in folder.glob("*.bad*") if not integrity.is_stray(path.name)):
+    for aside in sorted(path for path in folder.glob("*.bad*") if not manifest.is_stray(path.name)):
         print(f"{aside}: set aside by a resume")
     if bad or not steps:
         raise errors.CheckpointError(f"{folder}: {bad} of {len(steps)} checkpoints are bad")

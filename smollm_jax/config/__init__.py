@@ -1,4 +1,7 @@
-"""The model's numbers, its presets, Hugging Face's config files, and training recipes. Imports no framework."""
+"""The model's numbers, its presets and training recipes; `hf_config` and `generation_config` are the files.
+
+Imports no framework.
+"""
 
 from smollm_jax.config.model import Config
 from smollm_jax.config.presets import PRESETS, preset

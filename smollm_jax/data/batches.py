@@ -1,4 +1,4 @@
-"""Prepared data to batches. NumPy only.
+"""Prepared data to batches. Imports no framework.
 
 A batch is a pure function of (recipe, data, step), and of the rows of it that are asked for: there is no reader state
 to save or to lose, and each of several processes reads its own rows alone.

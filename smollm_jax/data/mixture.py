@@ -1,4 +1,4 @@
-"""Prepared data sets, alone or mixed by weight, and which of them each window comes from. NumPy only."""
+"""Prepared data sets, alone or mixed by weight, and which of them each window comes from. Imports no framework."""
 
 import dataclasses
 import functools

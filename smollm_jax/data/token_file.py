@@ -1,4 +1,4 @@
-"""Prepared data on the disk: token files, and sets of them. NumPy only.
+"""Prepared data on the disk: token files, and sets of them. Imports no framework.
 
 A token file is a folder with `tokens.bin` (uint16, documents one after another, each ended by eos), `documents.bin`
 (uint64, where each document ends) and `tokens.json` (the counts, the sha256 of both, the tokenizer's). A set is a

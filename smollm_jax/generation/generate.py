@@ -4,8 +4,6 @@ Prompts of different lengths are padded on the left; padding is masked by positi
 base model has no pad token. Programs are compiled per bucket: prompts are filled up (on the right, where nothing
 looks) to 64, 128, ... slots, the cache has as many as a bucket and doubles when it is full, and the rows of a batch
 are filled up to a power of two. So a context of 8,192 needs at most 8 prefill programs a batch size.
-
-B rows, T prompt slots, V vocab.
 """
 
 import collections

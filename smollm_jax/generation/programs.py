@@ -1,4 +1,7 @@
-"""The device programs of generation: prefill, the decode loop, and the state between two calls."""
+"""The device programs of generation: prefill, the decode loop, and the state between two calls.
+
+B rows, T prompt slots, V vocab.
+"""
 
 import dataclasses
 import functools

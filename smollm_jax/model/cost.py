@@ -1,4 +1,4 @@
-"""What a model costs, by arithmetic from its config alone: parameters, FLOPs and cache bytes.
+"""What a model costs, by arithmetic from its config (parameters, FLOPs, cache bytes), and what a GPU can do.
 
 `python -m smollm_jax.model.cost` prints the parameter table of docs/quickstart.md.
 """

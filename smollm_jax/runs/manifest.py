@@ -1,4 +1,4 @@
-"""A folder and its manifest, `integrity.json`: every file's size and sha256. Standard library only.
+"""A folder and its manifest, `integrity.json`: every file's size and sha256. Imports no framework.
 
 Neither Orbax nor tensorstore checks what it reads: a flipped bit in an array file restores as another weight.
 """

@@ -1,4 +1,4 @@
-"""Files that are complete or not there: written beside the target, synced, then renamed. Standard library only."""
+"""Files that are complete or not there: written beside the target, synced, then renamed. Imports no framework."""
 
 import hashlib
 import os

@@ -1,4 +1,7 @@
-"""One trainer a run folder. Standard library only: the second one is told before anything heavy is imported."""
+"""One writer a folder: a trainer's run, a preparation's data set.
+
+Standard library only: the second one is told before anything heavy is imported.
+"""
 
 import contextlib
 import fcntl

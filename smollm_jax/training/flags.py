@@ -15,7 +15,7 @@ class TrainingFlags:
     """A whole run's preset and numbers, which the flags below override: demo, gpu-demo, one-gpu-day, smollm2-135m or
     smollm2-135m-long (smollm_jax/config/named_runs.py). Default: demo, or on a GPU gpu-demo."""
     preset: str | None = None
-    """Model to train from scratch: see smollm_jax/config/model.py; default the recipe's, smollm2-135m-pretrain."""
+    """Model to train from scratch: see smollm_jax/config/presets.py; default the recipe's, smollm2-135m-pretrain."""
     data: tuple[str, ...] | None = None
     """Prepared data sets (prepare_data.py), or text as it takes it, which is prepared under data/. Several are read as
     one, or in the proportion of weights: --data data/web:0.6 data/code:0.4. Default: assets/sotu."""

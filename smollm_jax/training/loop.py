@@ -1,4 +1,4 @@
-"""Training: the loop around `train_step`, what it saves and what it goes on from.
+"""The loop around `train_step`: batches, metrics, checkpoints, validation, and the end that a signal asks for.
 
 A batch's way is one straight line: token file -> `batch(step)` -> `train_step` -> metrics.
 """

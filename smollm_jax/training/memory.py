@@ -1,4 +1,4 @@
-"""What a training step needs of a device's memory, by arithmetic alone: nothing is compiled or allocated.
+"""What a training step needs of a device's memory: planned by arithmetic, checked against the compiled step.
 
 The arithmetic chooses; what a compiled step says of itself (`needed`) decides. A step has three heights, of which the
 highest counts: the loss over the last hidden states, the layers' backward pass, and the optimizer's update.

@@ -1,4 +1,4 @@
-"""The commands of the README work, start light, and fail in one line."""
+"""The commands of README and docs work, start light, and fail in one line."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """The web page in a real browser: type, stream, stop, chat, switch checkpoints, watch a run learn, on a phone too.
 
-`SMOLLM_SCREENSHOTS=docs pytest tests/web/test_browser.py` also writes the screenshots of the README.
+`SMOLLM_SCREENSHOTS=docs pytest tests/web/test_browser.py` also writes the screenshots of README and docs.
 """
 
 import os
