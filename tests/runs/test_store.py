@@ -367,7 +367,7 @@ class Store(RuleBasedStateMachine):
             elif stage == "before the manifest":
                 patch.setattr(manifest, "seal", kill)
             elif stage == "after it":
-                patch.setattr(manifest, "sync", lambda path: kill() if path == self.store.folder else None)
+                patch.setattr(checkpoint, "sync", lambda path: kill() if path == self.store.folder else None)
             else:
                 rename, last = Path.rename, {"before the rename": str(self.step), "pruning": ".removed"}[stage]
                 patch.setattr(Path, "rename", lambda a, b: kill() if str(b).endswith(last) else rename(a, b))
