@@ -14,6 +14,7 @@ from typing import Any
 
 from smollm_jax import errors
 
+PROMPT = 16  # tokens before the decoded ones
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # between two backends' results, relative
 Rows = dict[str, dict[str, float]]

@@ -10,8 +10,7 @@ from typing import Any, Literal, get_args
 
 import tyro
 
-from benchmarks.compare import ROOT
-from benchmarks.workload import PROMPT
+from benchmarks.compare import PROMPT, ROOT
 from smollm_jax import errors
 from smollm_jax.config import preset
 from smollm_jax.config.recipe import Remat

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.compare import PROMPT
 from smollm_jax.config import Config, Recipe, preset
 from smollm_jax.config.recipe import Remat
 
-PROMPT = 16  # tokens before the decoded ones
 GEMM = 2048  # rows and columns of the matrix product timed beside each round: float32 on a CPU, bfloat16 on a GPU
 SAMPLES = 256  # numbers of each result that two backends compare
 Unit = Callable[[], dict[str, Any]]  # does one unit of work; what it says replaces what the process measured
