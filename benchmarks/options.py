@@ -84,7 +84,7 @@ class Flags:
     remat: Remat | None = None
     """Ours only: what a layer keeps for its backward pass; default: as in train_jax.py."""
     unroll: int | None = None
-    """Ours only: layers laid out per step of the layer scan; default: as in train_jax.py."""
+    """Ours only: layers unrolled per step of the layer scan; default: as in train_jax.py."""
     text: Path = ROOT / "assets/sotu"
     """Text, to prepare."""
     copies: int = 6

@@ -1,10 +1,10 @@
-"""Whether all backends of a training benchmark find room on a GPU, by arithmetic: `scripts/gpu_suite.sh` asks it first.
+"""Estimates whether the backends of a training benchmark fit into a GPU's memory; `scripts/gpu_suite.sh` runs it first.
 
     python -m benchmarks.room 80.0 train --dtype bfloat16 --batch-size 32 --sequence-length 2048
 
-The first argument is the GPU's memory in GB, the rest are `scripts/benchmark.py`'s. Prints what each backend needs, and
-the largest batch that has room where this one has none: that is exit status 3. Of "train" all backends are there at
-once, of "memory" one after the other. No GPU was asked yet; transformers' backend is meant to err to too much.
+The first argument is the GPU's memory in GB, the rest are `scripts/benchmark.py`'s. Prints what each backend needs. If
+the batch does not fit, it also prints the largest one that does, and exits with 3. "train" holds all backends at once,
+"memory" one at a time. No estimate was checked on a GPU yet; that of transformers' backend errs on the high side.
 """
 
 import dataclasses

@@ -45,7 +45,7 @@ class Flags:
     target: Literal["h100", "a100", "rtx4090"] = "h100"
     """GPU to compile for: of compute capability 9.0, 8.0 or 8.9."""
     unroll: int | None = None
-    """Layers laid out per step of the layer scan; default: as in train_jax.py."""
+    """Layers unrolled per step of the layer scan; default: as in train_jax.py."""
     mask_documents: bool = False
     """Documents that do not see each other, as in train_jax.py."""
     kernels: int = 20

@@ -41,7 +41,7 @@ class Flags:
     remat: Remat | None = None
     """As in train_jax.py."""
     unroll: int | None = None
-    """Layers laid out per step of the layer scan; default: as in train_jax.py."""
+    """Layers unrolled per step of the layer scan; default: as in train_jax.py."""
     steps: int = 3
     """Steps to trace, after two that are not."""
     instructions: int = 15

@@ -61,6 +61,6 @@ def main(argv: list[str] | None = None) -> None:
     arrays = export.archive(model)
     arrays["config"] = np.frombuffer(json.dumps(config_to_hf(config, flags.dtype)).encode(), np.uint8)
     with replacing(flags.dst) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes an array for `allow_pickle`
     size = flags.dst.stat().st_size
     print(f"{flags.dst}: forward and decode for {', '.join(export.PLATFORMS)}, {flags.dtype}, {size / 1e6:,.1f} MB")

@@ -15,7 +15,6 @@ end on stderr. --json prints one object: text, token ids, log-probabilities and 
 
 import codecs
 import dataclasses
-import gc
 import json
 import sys
 import time
@@ -29,6 +28,7 @@ from smollm_jax import errors
 from smollm_jax.commands import command_line
 from smollm_jax.generation.flags import SamplingFlags
 from smollm_jax.runtime import streams
+from smollm_jax.runtime.startup import QuickStart
 
 if TYPE_CHECKING:
     from smollm_jax.generation.engine import Engine, Piece
@@ -79,7 +79,7 @@ GROUPS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    gc.disable()  # until the weights are loaded: see `train_jax.main`
+    startup = QuickStart()  # until the weights are loaded
     flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
     if flags.logprobs and not flags.json:
         raise errors.UsageError("--logprobs: only --json shows them")
@@ -98,8 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     for line in filter(None, [flags.sampling.said(engine.generation), engine.generation.note]):
         print(line, file=sys.stderr)
     ids = [encode(engine, prompt, flags) for prompt in prompts]
-    gc.freeze()
-    gc.enable()
+    startup.end()
     options = {"max_new_tokens": flags.max_new_tokens, "sampling": sampling, "stop": flags.stop}
     options |= {"context": flags.context, "alternatives": flags.logprobs if flags.json else None}
     timings: dict[str, float] = {"load_seconds": time.perf_counter() - began}

@@ -89,7 +89,7 @@ def begin(flags: TrainingFlags, stop: "Stop", startup: QuickStart, *, first: boo
             stack.enter_context(emptied_unless_trained(run))
         if not flags.resume:
             refuse_used(run)  # another trainer may have had it in between
-        retained = allocator.keep()  # before there are threads
+        retained = allocator.keep()  # before there are threads that allocate
         read = read_weights(flags)
         from smollm_jax.training.run import train_in
 

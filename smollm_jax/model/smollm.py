@@ -162,7 +162,7 @@ class SmolLM(nnx.Module):
         """The last norm's output in `dtype` (default: the parameters'), and what `attend` left in `memory`.
 
         Matrix products multiply numbers rounded to `operands` (default: `dtype`) and give `dtype`. `remat` says what
-        each layer keeps for the backward pass; `unroll` layers are laid out per step of the scan. A token id outside
+        each layer keeps for the backward pass; `unroll` layers are unrolled per step of the scan. A token id outside
         the vocabulary gives NaN (indexing alone would clamp it).
         """
         dtype = jnp.dtype(self.embed_tokens.dtype if dtype is None else dtype)

@@ -92,7 +92,7 @@ class TrainingFlags:
     """What a layer keeps for its backward pass: all; the results of matrix products, attention and SwiGLU; those but
     SwiGLU's; its input. Default: dots, on a GPU the first of none, swiglu, dots that is planned to fit."""
     unroll: int | None = None
-    """Layers laid out per step of the layer scan; default: all with cudnn, else 1."""
+    """Layers unrolled per step of the layer scan; default: all with cudnn, else 1."""
     tensorboard: bool = False
     """Also write TensorBoard files into the run folder."""
     track: Literal["wandb", "trackio"] | None = None
