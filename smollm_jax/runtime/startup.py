@@ -13,7 +13,7 @@ SWITCH_INTERVAL = 1e-4  # seconds a thread waits for Python's lock; Python's own
 class QuickStart:
     """Makes what follows quick until `end`: nearly all objects that a start makes stay, so nothing is collected.
 
-    Measured in docs/lab-notes.md, "What helped, and why".
+    Measured in docs/lab-notes.md, "What helped the start".
     """
 
     def __init__(self, *, threads: bool = False):
