@@ -1,12 +1,12 @@
-"""The errors a user can cause, each with its exit code; `runtime/program.py` prints one as one line.
+"""The errors a user can cause, each with its exit code. `runtime/program.py` prints such an error as one line.
 
-Exit codes of every script: 0 finished, 1 bug, 2 usage or config, 3 bad input file, 4 no usable checkpoint,
-5 storage, 6 locked by another trainer or preparation, 7 diverged, 8 another process of the run has gone, 75 stopped by
-a signal after a verified save, 128 + n ended at once by signal n (a second one, or one before the trainer listens).
+Exit codes of every script: 0 finished, 1 bug, 2 usage or config, 3 bad input file, 4 no usable checkpoint, 5 storage,
+6 locked by another process, 7 diverged, 8 another process of the run is gone, 75 stopped by a signal after a verified
+save, 128 + n killed by signal n (a second one, or one that arrives before the trainer installs its handlers).
 
-A closed stdin, stdout or stderr counts as /dev/null and changes no code, and neither does a stderr that cannot be
-written. A full stdout is 5; one whose reader has gone (`| head -1`) ends the script without a word with 141, as SIGPIPE
-does. The trainers and prepare_data.py go on without their stdout: what they are asked for is a file.
+A closed stdin, stdout or stderr is replaced by /dev/null and does not change the exit code; neither does a stderr that
+cannot be written. A full stdout exits with 5. A stdout whose reader is gone (`| head -1`) exits silently with 141, as
+SIGPIPE does. The trainers and prepare_data.py go on without stdout, because their output is a file.
 """
 
 import reprlib
@@ -20,13 +20,13 @@ class SmolLMError(ValueError):
 
 
 class UsageError(SmolLMError):
-    """A flag, a config field or a combination of them that cannot be honoured."""
+    """A flag, a config field or a combination of them is invalid or not supported."""
 
     exit_code = 2
 
 
 class InputFileError(SmolLMError):
-    """A file that was given to us is missing, malformed or not what its name says."""
+    """An input file is missing, malformed or not of the type its name says."""
 
     exit_code = 3
 
@@ -38,42 +38,42 @@ class CheckpointError(SmolLMError):
 
 
 class StorageError(SmolLMError):
-    """Something could not be written."""
+    """A file or stream could not be written."""
 
     exit_code = 5
 
 
 class LockedError(SmolLMError):
-    """Another trainer has the run folder, or another preparation the data set."""
+    """Another process holds the lock of the run folder or of the data set."""
 
     exit_code = 6
 
 
 class DivergedError(SmolLMError):
-    """Too many updates were not finite, or the parameters are not."""
+    """Too many updates were not finite, or the parameters are no longer finite."""
 
     exit_code = 7
 
 
 class PeerError(SmolLMError):
-    """Another process of a run of several has gone or could not be reached."""
+    """Another process of a distributed run is gone or could not be reached."""
 
     exit_code = 8
 
 
 class StoppedError(SmolLMError):
-    """A signal asked to stop, and everything is saved: not a fault, and to be resumed (sysexits.h, EX_TEMPFAIL)."""
+    """A signal stopped the run after a save: not a failure, the run can be resumed (sysexits.h, EX_TEMPFAIL)."""
 
     exit_code = 75
 
 
-_SHOWN = reprlib.Repr()
-_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 80, 80
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 80, 80
 
 
-def shown(value: Any) -> str:
-    """A foreign value for a message: one printable line of bounded length, whatever the value is."""
+def short_repr(value: Any) -> str:
+    """`repr` of any value for an error message: one printable line of at most 120 characters."""
     try:
-        return " ".join(_SHOWN.repr(value).split())[:120]
-    except ValueError:  # Python writes no integer of over 4,300 digits
+        return " ".join(_REPR.repr(value).split())[:120]
+    except ValueError:  # Python refuses to print an integer of more than 4,300 digits
         return f"{type(value).__name__} of thousands of digits"

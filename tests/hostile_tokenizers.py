@@ -175,7 +175,7 @@ TOKENIZER_CONFIG: Cases = {
     ),
     "an added token of another id": (
         settings(added_tokens_decoder={"999": {"content": "<x>"}}),
-        "added token '<x>' has id 999, the vocabulary says 260",
+        "added token '<x>' has id 999, but its id in the vocabulary is 260",
     ),
     "an added token of 10,000 digits": (settings(added_tokens_decoder={"1" * 10_000: {"content": "<x>"}}), "has id -1"),
     "an added token of no id": (settings(added_tokens_decoder={"x": {"content": "<x>"}}), "has id -1"),
@@ -216,10 +216,13 @@ VOCABULARY: Cases = {
     "an id in words": (pieces(**{"vocab.json": {"a": "0"}, "merges.txt": ""}), UNREADABLE),
     "two entries of one id": (pieces(**{"vocab.json": {"a": 0, "b": 0}}), r"vocab\.json: has two entries of one id"),
     "no entry": (pieces(**{"vocab.json": {}, "merges.txt": ""}), r"tokenizer_config\.json: eos_token"),
-    "a merge of one": (pieces(**{"merges.txt": "#version: 0.2\nh\n"}), r"merges\.txt, line 2: 'h' is no merge"),
-    "a merge of three": (pieces(**{"merges.txt": "h e e"}), r"merges\.txt, line 1: 'h e e' is no merge"),
-    "a merge of unknown tokens": (pieces(**{"merges.txt": "no where"}), "'no where' is no merge of vocab"),
-    "a merge to an unknown token": (pieces(**{"merges.txt": "a b"}), "'a b' is no merge of vocab"),
+    "a merge of one": (pieces(**{"merges.txt": "#version: 0.2\nh\n"}), r"merges\.txt, line 2: 'h' does not join"),
+    "a merge of three": (pieces(**{"merges.txt": "h e e"}), r"merges\.txt, line 1: 'h e e' does not join"),
+    "a merge of unknown tokens": (
+        pieces(**{"merges.txt": "no where"}),
+        "'no where' does not join two entries of vocab",
+    ),
+    "a merge to an unknown token": (pieces(**{"merges.txt": "a b"}), "'a b' does not join two entries of vocab"),
     "another class": (
         pieces(**{"tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer"}}),
         "tokenizer_class 'CLIPTokenizer' cannot be read from vocab.json",

@@ -118,13 +118,13 @@ def fetch_text(target: Path) -> None:
 def fetch_from_hub(model: str, target: Path) -> None:
     """A model of the hub, as it is, checked before it is kept."""
     from smollm_jax import weights
-    from smollm_jax.runtime.files import need
+    from smollm_jax.runtime.files import import_optional
     from smollm_jax.weights import hub
 
     if target.exists():
         print(f"{target}: there already")
         return
-    need("huggingface_hub", "--source hub", extra="hf")
+    import_optional("huggingface_hub", "--source hub", extra="hf")
     with replacing(target) as temporary:
         hub.fetch(model, local_dir=temporary)
         shutil.rmtree(temporary / ".cache", ignore_errors=True)

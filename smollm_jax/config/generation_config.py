@@ -12,7 +12,7 @@ from typing import Any
 
 from smollm_jax.config.keys import generation_defaults
 from smollm_jax.config.model import Config
-from smollm_jax.errors import InputFileError, shown
+from smollm_jax.errors import InputFileError, short_repr
 from smollm_jax.runtime.files import read_json
 
 # Fields of `Sampling`, and what transformers takes where a file that samples leaves one out.
@@ -85,7 +85,7 @@ class GenerationConfig:
                 continue
             sampling[name] = _number(name, value, source)
         not_done = [
-            f"{name}={shown(values[name])}"
+            f"{name}={short_repr(values[name])}"
             for name, neutral in NEUTRAL.items()
             if name in values and values[name] not in neutral
         ]
@@ -116,15 +116,16 @@ def _number(name: str, value: Any, source: str) -> float:
         value = int(value)
     kinds = (int,) if whole else (int, float)
     if type(value) not in kinds:
-        raise InputFileError(f"{source}: {name} must be {'an integer' if whole else 'a number'}, got {shown(value)}")
+        kind = "an integer" if whole else "a number"
+        raise InputFileError(f"{source}: {name} must be {kind}, got {short_repr(value)}")
     if not allowed(value):
-        raise InputFileError(f"{source}: {name} must be {words}, got {shown(value)}")
+        raise InputFileError(f"{source}: {name} must be {words}, got {short_repr(value)}")
     return SMALLEST if name == "top_p" and value == 0 else value
 
 
 def _flag(values: dict[str, Any], name: str, source: str) -> bool:
     if (value := values.get(name)) not in (None, True, False):
-        raise InputFileError(f"{source}: {name} must be true or false, got {shown(value)}")
+        raise InputFileError(f"{source}: {name} must be true or false, got {short_repr(value)}")
     return bool(value)
 
 
@@ -133,7 +134,7 @@ def _ids(values: dict[str, Any], name: str, source: str) -> tuple[int, ...]:
     value = values.get(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int and -1 <= i < 2**31 for i in ids):
-        raise InputFileError(f"{source}: {name} must be a token id or a list of them, got {shown(value)}")
+        raise InputFileError(f"{source}: {name} must be a token id or a list of them, got {short_repr(value)}")
     return tuple(dict.fromkeys(i for i in ids if i != -1))
 
 
@@ -145,7 +146,7 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
 
 def json_object(values: Any, where: object) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise InputFileError(f"{where}: must be a JSON object, got {shown(values)}")
+        raise InputFileError(f"{where}: must be a JSON object, got {short_repr(values)}")
     return values
 
 

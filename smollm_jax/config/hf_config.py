@@ -6,7 +6,7 @@ from typing import Any
 
 from smollm_jax.config import keys
 from smollm_jax.config.model import Config
-from smollm_jax.errors import InputFileError, UsageError, shown
+from smollm_jax.errors import InputFileError, UsageError, short_repr
 from smollm_jax.runtime.files import read_json
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -24,7 +24,7 @@ def config_from_hf(config: dict[str, Any]) -> Config:
         raise UsageError(f"config must be a JSON object, got {type(config).__name__}")
     for key, value in config.items():
         if type(key) is not str or type(value) not in (str, int, float, bool, list, tuple, dict, type(None)):
-            raise UsageError(f"config key {shown(key)}={shown(value)} is not JSON")
+            raise UsageError(f"config key {short_repr(key)}={short_repr(value)} is not JSON")
     values = dict(config)
     _drop_what_changes_nothing(values)
     dtypes = {key: _dtype(key, values.pop(key)) for key in ("dtype", "torch_dtype") if values.get(key) is not None}
@@ -34,15 +34,15 @@ def config_from_hf(config: dict[str, Any]) -> Config:
     thetas = {key: theta for key, theta in thetas.items() if theta is not None}
     for key, theta in thetas.items():
         if type(theta) not in (int, float):
-            raise UsageError(f"config key {key} must be a number, got {shown(theta)}")
+            raise UsageError(f"config key {key} must be a number, got {short_repr(theta)}")
     for same in (dtypes, thetas):
         if len(set(same.values())) > 1:
-            raise UsageError("config keys disagree: " + ", ".join(f"{k}={shown(v)}" for k, v in same.items()))
+            raise UsageError("config keys disagree: " + ", ".join(f"{k}={short_repr(v)}" for k, v in same.items()))
     values |= {"rope_theta": theta for theta in thetas.values()}  # noqa: B035  # they agree
     _fill_in(values)
     names = {field.name for field in dataclasses.fields(Config)}
     if unknown := sorted(key for key in set(values) - names if values[key] is not None):
-        raise UsageError(f"config has keys this model cannot honour: {shown(', '.join(unknown))}")
+        raise UsageError(f"config has keys this model cannot honour: {short_repr(', '.join(unknown))}")
     if missing := sorted(names - set(values)):
         raise UsageError(f"config lacks {', '.join(missing)}: no model constant is guessed")
     return Config(**{name: values[name] for name in names})
@@ -78,14 +78,14 @@ def _drop_what_changes_nothing(values: dict[str, Any]) -> None:
         if value is None and key not in ("model_type", "hidden_act"):
             continue
         if not any(type(value) is type(good) and value == good for good in allowed):  # 0 == False in Python
-            raise UsageError(f"config key {key}={shown(value)} is not supported, only {allowed[0]!r} is")
+            raise UsageError(f"config key {key}={short_repr(value)} is not supported, only {allowed[0]!r} is")
     for key, allowed in keys.FIXED_LISTS.items():
         value = values.pop(key, None)
         if value is not None and (type(value) is not list or any(item not in allowed for item in value)):
-            raise UsageError(f"config key {key}={shown(value)} is not supported, only {[allowed[0]]} is")
+            raise UsageError(f"config key {key}={short_repr(value)} is not supported, only {[allowed[0]]} is")
     if code := values.pop("auto_map", None):
         raise UsageError(
-            f"config key auto_map={shown(code)} names Python code that comes with the weights: it may "
+            f"config key auto_map={short_repr(code)} names Python code that comes with the weights: it may "
             "compute something else and is never run; remove the key if the weights are a plain Llama's"
         )
     for key in list(values):
@@ -99,7 +99,7 @@ def _dtype(key: str, dtype: Any) -> str:
     name = dtype.removeprefix("torch.") if type(dtype) is str else dtype
     name = DTYPE_ALIASES.get(name, name) if type(name) is str else name
     if name not in (*DTYPES, "auto"):  # "auto": as the tensors are, which is what a reader does anyway
-        raise UsageError(f"config key {key} must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
+        raise UsageError(f"config key {key} must be one of {', '.join(DTYPES)}, got {short_repr(dtype)}")
     return name
 
 
@@ -111,7 +111,7 @@ def _plain_theta(key: str, parameters: Any) -> Any:
     if parameters is None:
         return None
     if type(parameters) is not dict:
-        raise UsageError(f"config key {key} must be an object, got {shown(parameters)}")
+        raise UsageError(f"config key {key} must be an object, got {short_repr(parameters)}")
     values = dict(parameters)
     theta = values.pop("rope_theta", None)
     kinds = [kind for kind in (values.pop("rope_type", None), values.pop("type", None)) if kind is not None]
@@ -122,7 +122,7 @@ def _plain_theta(key: str, parameters: Any) -> Any:
     ones = all(factor is None or (type(factor) in (int, float) and factor == 1) for factor in factors)
     plain = ones and all(kind in allowed and kind == kinds[0] for kind in kinds)
     if not plain or any(value is not None for value in values.values()):
-        raise UsageError(f"config key {key}={shown(parameters)} is not supported, only plain rotary embeddings are")
+        raise UsageError(f"config key {key}={short_repr(parameters)} is not supported: only plain rotary embeddings")
     return theta
 
 

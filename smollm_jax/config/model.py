@@ -9,7 +9,7 @@ import dataclasses
 import struct
 from typing import Any
 
-from smollm_jax.errors import UsageError, shown
+from smollm_jax.errors import UsageError, short_repr
 
 # The least and the most of each size and constant, so that a config alone cannot ask for all memory or divide by zero.
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -55,11 +55,11 @@ class Config:
             kinds, kind = ((int,), "an integer") if field.type is int else ((int, float), "a number")
             if type(value) not in kinds or not least <= value <= most:
                 allowed = f"{kind} from {least:g} to {most:.8g}"
-                raise UsageError(f"config field {field.name} must be {allowed}, got {shown(value)}")
+                raise UsageError(f"config field {field.name} must be {allowed}, got {short_repr(value)}")
             object.__setattr__(self, field.name, value if field.type is int else float(value))
         if type(self.tie_word_embeddings) is not bool:
             raise UsageError(
-                f"config field tie_word_embeddings must be true or false, got {shown(self.tie_word_embeddings)}"
+                f"config field tie_word_embeddings must be true or false, got {short_repr(self.tie_word_embeddings)}"
             )
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
@@ -68,7 +68,7 @@ class Config:
             for token in value if isinstance(value, tuple) else (value,):
                 if token is not None and (type(token) is not int or not 0 <= token < self.vocab_size):
                     raise UsageError(
-                        f"config field {name} must be a token id below {self.vocab_size}, got {shown(token)}"
+                        f"config field {name} must be a token id below {self.vocab_size}, got {short_repr(token)}"
                     )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(

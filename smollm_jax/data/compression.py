@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from smollm_jax.errors import InputFileError
-from smollm_jax.runtime.files import need, one_line
+from smollm_jax.runtime.files import import_optional, one_line
 
 PACKINGS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 PACKING_MAGIC = {
@@ -37,7 +37,7 @@ def opened(file: Path, packing: str | None) -> Iterator[tuple[io.BufferedReader,
             if packing == "gzip":
                 yield io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20), raw  # pyright: ignore[reportArgumentType]
             elif packing == "zstd":
-                arrow = need("pyarrow", file, extra="data")
+                arrow = import_optional("pyarrow", file, extra="data")
                 yield io.BufferedReader(arrow.CompressedInputStream(raw, "zstd"), 1 << 20), raw
             elif packing:
                 yield io.BufferedReader(_Streams(raw, DECOMPRESSORS[packing]), 1 << 20), raw

@@ -27,7 +27,7 @@ from smollm_jax.data.plan import DEFAULTS, Plan, Settings, make_plan
 from smollm_jax.data.prepare_worker import Job, Unit, prepare_unit
 from smollm_jax.data.text_counts import sentences
 from smollm_jax.data.token_file import MANIFEST, MAX_MANIFEST, write_manifest
-from smollm_jax.errors import InputFileError, LockedError, SmolLMError, StoppedError, UsageError, shown
+from smollm_jax.errors import InputFileError, LockedError, SmolLMError, StoppedError, UsageError, short_repr
 from smollm_jax.runtime.atomic import replacing
 from smollm_jax.runtime.files import read_json
 from smollm_jax.runtime.lock import FILE as LOCK
@@ -146,7 +146,7 @@ def _begin(folder: Path, plan: Plan) -> None:
     if then is None or not _has_tokens(folder):  # with a plan of which nothing is done, nothing is lost
         ours = (LOCK, PLAN) if then else (LOCK,)
         if others := [path.name for path in folder.iterdir() if path.name not in ours and path.suffix != ".tmp"]:
-            raise UsageError(f"{folder}: holds {shown(others[0])} and no data set: name another --out")
+            raise UsageError(f"{folder}: holds {short_repr(others[0])} and no data set: name another --out")
         path.unlink(missing_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(now) + "\n", encoding="utf-8")
@@ -154,7 +154,7 @@ def _begin(folder: Path, plan: Plan) -> None:
     for name in dict.fromkeys([*plan.about, *DEFAULTS]):
         before, wanted = (content.get(name, DEFAULTS.get(name)) for content in (then, now))
         if before != wanted:
-            change = f"{name} {shown(before)}, not {shown(wanted)}"
+            change = f"{name} {short_repr(before)}, not {short_repr(wanted)}"
             raise UsageError(f"{folder}: was begun with {change}: name another --out")
     files = then["files"]
     for name in [*files, *now["files"]]:

@@ -17,7 +17,7 @@ from smollm_jax.data.compression import opened
 from smollm_jax.data.text_kinds import ARROW, CSV, JSON, JSON_LINES, PARQUET, TSV, Kind, Part, Passage, kind_of
 from smollm_jax.data.text_sources import text_files as text_files
 from smollm_jax.errors import InputFileError
-from smollm_jax.runtime.files import parse_json, refuse_utf16
+from smollm_jax.runtime.files import parse_json, reject_utf16
 
 MAX_LINE = 16 << 20  # bytes; a whole book has 1 MB
 PIECE = 1 << 16  # characters of a long text that are encoded at once, and bytes that are read at once
@@ -221,7 +221,7 @@ def _skip_mark(stream: io.BufferedReader, file: Path) -> int:
     head = stream.peek(4096)[:4096]
     mark = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
     stream.read(mark)
-    refuse_utf16(head[mark:], file)
+    reject_utf16(head[mark:], file)
     return mark
 
 

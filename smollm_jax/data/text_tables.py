@@ -12,8 +12,8 @@ from typing import Any
 
 from smollm_jax.data.bad_text import BadText
 from smollm_jax.data.text_kinds import Part, Passage
-from smollm_jax.errors import InputFileError, shown
-from smollm_jax.runtime.files import need, one_line, parse_json
+from smollm_jax.errors import InputFileError, short_repr
+from smollm_jax.runtime.files import import_optional, one_line, parse_json
 
 CONVERSATIONS = {"messages", "conversations", "conversation"}  # keys of rows that are chats, not text
 RENDER = "{} is a conversation, which is to be rendered to text by a chat template first: docs/data.md"
@@ -24,7 +24,7 @@ Lines = Iterator[tuple[str, float]]  # each with its line end, and how much of t
 def _lacking(column: str, names: list[str]) -> str:
     chat = next((f"; {RENDER.format(repr(name))}" for name in names if name in CONVERSATIONS), "")
     other = "--text-column (prepare_data.py, evaluate.py) names another"
-    return f"has no column {column!r}, only {shown(names)}: {other}{chat}"
+    return f"has no column {column!r}, only {short_repr(names)}: {other}{chat}"
 
 
 # --------------------------------------------------------------------------------------------------- CSV and TSV
@@ -87,7 +87,7 @@ def text_of(value: Any, column: str, where: str, bad: BadText) -> str | None:
         return value[column]
     reason = ""
     if isinstance(value, dict) and column in value:
-        reason = f": it is {shown(value[column])}"
+        reason = f": it is {short_repr(value[column])}"
     elif isinstance(value, dict):
         reason = f": it {_lacking(column, list(value))}"
     raise InputFileError(f"{where} is no JSON object with a {column!r} that is a string{reason}")
@@ -167,7 +167,7 @@ def _values(chunks: Lines, file: Path, limit: int) -> Iterator[tuple[str, float,
 
 def parquet(file: Path) -> Any:
     """An opened Parquet file, read a page at a time; raises `InputFileError` if it is none."""
-    reader = need("pyarrow.parquet", file, extra="data")
+    reader = import_optional("pyarrow.parquet", file, extra="data")
     try:
         return reader.ParquetFile(file, memory_map=False, buffer_size=1 << 20, pre_buffer=False)
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
@@ -211,8 +211,8 @@ def parquet_rows(part: Part, column: str, bad: BadText) -> Iterator[Passage]:
 
 def arrow_rows(file: Path, column: str, bad: BadText) -> Iterator[Passage]:
     """The text of each row of an Arrow file or stream, as `datasets.Dataset.save_to_disk` writes it."""
-    arrow = need("pyarrow", file, extra="data")
-    ipc = need("pyarrow.ipc", file, extra="data")
+    arrow = import_optional("pyarrow", file, extra="data")
+    ipc = import_optional("pyarrow.ipc", file, extra="data")
     try:
         # Mapped, so that a length in the file cannot ask for memory.
         with arrow.memory_map(str(file)) as source:

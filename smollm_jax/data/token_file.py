@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from smollm_jax.errors import InputFileError, shown
+from smollm_jax.errors import InputFileError, short_repr
 from smollm_jax.runtime.atomic import replacing, sha256_of
-from smollm_jax.runtime.files import read_json, size_of
+from smollm_jax.runtime.files import file_size, read_json
 from smollm_jax.tokenizer import Tokenizer
 
 FORMAT = "smollm-tokens-2"
@@ -45,10 +45,10 @@ class TokenFile:
         """Opens a folder whose files have the sizes its sidecar says, and raises `InputFileError` if they have not."""
         path = folder / "tokens.bin"
         about = _read(folder / "tokens.json", _SIDECAR, "the sidecar of a token file")
-        size, documents = size_of(path), folder / "documents.bin"
+        size, documents = file_size(path), folder / "documents.bin"
         if size != 2 * about["tokens"] or not size:
             raise InputFileError(f"{path}: has {size} bytes, its tokens.json says {about['tokens']} tokens of 2")
-        if (size := size_of(documents)) != 8 * about["documents"] or not size:
+        if (size := file_size(documents)) != 8 * about["documents"] or not size:
             raise InputFileError(f"{documents}: has {size} bytes, its tokens.json says {about['documents']} ends of 8")
         tokens, ends = np.memmap(path, np.uint16, "r"), np.memmap(documents, np.uint64, "r")
         names = ("sha256", "tokenizer_sha256", "eos_token_id", "largest_id")
@@ -185,12 +185,12 @@ def _read(path: Path, fields: dict[str, tuple[type, str]], what: str) -> dict[st
             else True
         )
         if wrong:
-            raise InputFileError(f"{path}: {key} must be {expected}, got {shown(value)}")
+            raise InputFileError(f"{path}: {key} must be {expected}, got {short_repr(value)}")
     return content
 
 
 def _name(entry: Any, manifest: Path) -> str:
     name = entry.get("name") if isinstance(entry, dict) else None
     if type(name) is not str or Path(name).name != name or name in ("", ".", ".."):
-        raise InputFileError(f"{manifest}: files: {shown(entry)} names no folder in it")
+        raise InputFileError(f"{manifest}: files: {short_repr(entry)} names no folder in it")
     return name

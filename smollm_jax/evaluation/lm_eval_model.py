@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 from smollm_jax.data.bad_text import BadText, Policy
-from smollm_jax.errors import UsageError, shown
+from smollm_jax.errors import UsageError, short_repr
 from smollm_jax.evaluation.loglikelihood import Request, score
 from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.sampling import Sampling
@@ -185,7 +185,7 @@ class SmolLMHarness(TemplateLM):
         own = self.engine.generation.sampling["repetition_penalty"]
         numbers = {"repetition_penalty": own} | {name: rest.pop(name) for name in names if name in rest}
         if rest:
-            raise UsageError(f"a task's generation_kwargs are not known: {shown(rest)}")
+            raise UsageError(f"a task's generation_kwargs are not known: {short_repr(rest)}")
         if not sampled:
             numbers |= {"temperature": 0.0}
         return Sampling(**numbers, seed=self.seed), until, most

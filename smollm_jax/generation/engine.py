@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax.numpy as jnp
 
 from smollm_jax.config.generation_config import GenerationConfig
-from smollm_jax.errors import UsageError, shown
+from smollm_jax.errors import UsageError, short_repr
 from smollm_jax.generation import generate, programs
 from smollm_jax.generation.quantized import Blocks, Quantize, Quantized, check
 from smollm_jax.generation.sampling import GREEDY, Sampling
@@ -151,20 +151,21 @@ class Engine:
         Raises `UsageError` here, not at the first piece.
         """
         if context not in ("error", "slide"):
-            raise UsageError(f"context must be 'error' or 'slide', got {shown(context)}")
+            raise UsageError(f"context must be 'error' or 'slide', got {short_repr(context)}")
         generate.check(self.config, prompts, max_new_tokens, slide=context == "slide")
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
         if not isinstance(samplings, list | tuple) or not all(isinstance(one, Sampling) for one in samplings):
-            raise UsageError(f"sampling must be a Sampling, or a list of them, got {shown(sampling)}")
+            raise UsageError(f"sampling must be a Sampling, or a list of them, got {short_repr(sampling)}")
         if len(samplings) != len(prompts):
             raise UsageError(f"sampling must be one, or one for each of {len(prompts)} prompts, got {len(samplings)}")
         if not isinstance(stop, list | tuple) or not all(isinstance(one, str) and one for one in stop):
-            raise UsageError(f"stop must be a sequence of strings that are not empty, got {shown(stop)}")
+            raise UsageError(f"stop must be a sequence of strings that are not empty, got {short_repr(stop)}")
         most = programs.MOST_ALTERNATIVES
         if alternatives is not None and (type(alternatives) is not int or not 0 <= alternatives <= most):
-            raise UsageError(f"alternatives must be None or an integer from 0 to {most}, got {shown(alternatives)}")
+            got = short_repr(alternatives)
+            raise UsageError(f"alternatives must be None or an integer from 0 to {most}, got {got}")
         if type(tokens_per_call) is not int or tokens_per_call < 1:
-            raise UsageError(f"tokens_per_call must be an integer of at least 1, got {shown(tokens_per_call)}")
+            raise UsageError(f"tokens_per_call must be an integer of at least 1, got {short_repr(tokens_per_call)}")
         calls = generate.run(
             self._model,
             prompts,

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from smollm_jax.config import Config
-from smollm_jax.errors import UsageError, shown
+from smollm_jax.errors import UsageError, short_repr
 from smollm_jax.generation import programs
 from smollm_jax.generation.programs import NO_TOKEN, Chosen, Decoding
 from smollm_jax.generation.quantized import Quantized
@@ -65,11 +65,11 @@ def check(config: Config, prompts: Any, max_new_tokens: Any, *, slide: bool = Fa
     with contextlib.suppress(TypeError):  # one prompt, or none at all
         right = all(whole(token) for prompt in prompts for token in prompt)
     if isinstance(prompts, str) or not right:
-        raise UsageError(f"prompts must be sequences of token ids, one for each text, got {shown(prompts)}")
+        raise UsageError(f"prompts must be sequences of token ids, one for each text, got {short_repr(prompts)}")
     if not len(prompts) or min(len(prompt) for prompt in prompts) == 0:
         raise UsageError("a prompt must have at least one token")
     if not whole(max_new_tokens) or max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens must be an integer of at least 1, got {shown(max_new_tokens)}")
+        raise UsageError(f"max_new_tokens must be an integer of at least 1, got {short_repr(max_new_tokens)}")
     if wrong := [int(t) for prompt in prompts for t in prompt if not 0 <= t < config.vocab_size]:
         raise UsageError(f"token ids {wrong[:5]} are outside the vocabulary of {config.vocab_size}")
     longest = max(len(prompt) for prompt in prompts)

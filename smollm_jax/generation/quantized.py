@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float16, Int, Int8
 
 from smollm_jax import weights
 from smollm_jax.config import Config
-from smollm_jax.errors import UsageError, shown
+from smollm_jax.errors import UsageError, short_repr
 from smollm_jax.model.attention import Attend
 from smollm_jax.model.ops import rms_norm, rotary_angles, rotate, swiglu_of_both
 from smollm_jax.model.smollm import SmolLM
@@ -30,7 +30,7 @@ BLOCK = 32  # numbers with one scale
 def check(kind: object, dtype: Any) -> None:
     """Raises `UsageError` for a kind there is not, another dtype than float32, and another device than a CPU."""
     if kind not in get_args(Quantize):
-        raise UsageError(f"quantize must be one of {', '.join(get_args(Quantize))}, got {shown(kind)}")
+        raise UsageError(f"quantize must be one of {', '.join(get_args(Quantize))}, got {short_repr(kind)}")
     if jnp.dtype(dtype) != jnp.float32:
         raise UsageError(f"--quantize {kind} is computed in float32, not {jnp.dtype(dtype)}")
     if (platform := jax.default_backend()) != "cpu":

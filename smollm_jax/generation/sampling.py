@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from smollm_jax.errors import UsageError, shown
+from smollm_jax.errors import UsageError, short_repr
 
 LARGEST = 2**31 - 1  # of an int32; any larger top_k keeps all as well
 INFINITY = 0x7F800000  # its bits as float32
@@ -49,9 +49,9 @@ class Sampling:
             whole = name in ("top_k", "seed")
             right = isinstance(value, (int, np.integer) if whole else (int, float, np.integer, np.floating))
             if not right or isinstance(value, bool):
-                raise UsageError(f"{name} must be {'an integer' if whole else 'a number'}, got {shown(value)}")
+                raise UsageError(f"{name} must be {'an integer' if whole else 'a number'}, got {short_repr(value)}")
             if not (allowed(value) and value < float("inf")):
-                raise UsageError(f"{name} must be {words}{'' if whole else ' and finite'}, got {shown(value)}")
+                raise UsageError(f"{name} must be {words}{'' if whole else ' and finite'}, got {short_repr(value)}")
 
     @property
     def is_greedy(self) -> bool:

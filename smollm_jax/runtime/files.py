@@ -9,14 +9,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.errors import InputFileError, UsageError, shown
+from smollm_jax.errors import InputFileError, UsageError, short_repr
 from smollm_jax.runtime import install
 
 MAX_BYTES = 4 << 20  # of a JSON file; the longest of ours has 30 KB
 MAX_DIGITS = 100  # of an integer; Hugging Face writes 10**30 for "no limit"
 
 
-def need(module: str, path: str | Path, *, extra: str | None = None) -> Any:
+def import_optional(module: str, path: str | Path, *, extra: str | None = None) -> Any:
     """An optional package, imported; raises `UsageError` saying how to get the extra that has it."""
     try:
         return importlib.import_module(module)
@@ -30,7 +30,7 @@ def one_line(error: BaseException) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
-def size_of(path: Path) -> int:
+def file_size(path: Path) -> int:
     """The bytes of a regular file; `InputFileError` for a missing file, a folder, a pipe, a device."""
     if not path.is_file():
         raise InputFileError(f"{path}: no such file")
@@ -39,7 +39,7 @@ def size_of(path: Path) -> int:
 
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     """A small file's content; `InputFileError` when it is larger than `limit` bytes."""
-    if (size := size_of(path)) > limit:
+    if (size := file_size(path)) > limit:
         raise InputFileError(f"{path}: {size:,} bytes are too many for such a file, at most {limit:,}")
     try:
         return path.read_bytes()
@@ -47,14 +47,14 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
         raise InputFileError(f"{path}: cannot be read: {error}") from error
 
 
-def refuse_marks(head: bytes, path: Path) -> None:
+def reject_bom(head: bytes, path: Path) -> None:
     """Raises `InputFileError` when a text's first bytes are a byte order mark, or UTF-16."""
     if head.startswith(b"\xef\xbb\xbf"):
         raise InputFileError(f"{path}: begins with a byte order mark: save it as UTF-8 without BOM")
-    refuse_utf16(head, path)
+    reject_utf16(head, path)
 
 
-def refuse_utf16(head: bytes, path: Path) -> None:
+def reject_utf16(head: bytes, path: Path) -> None:
     """Raises `InputFileError` when a text's first bytes are those of UTF-16, with a byte order mark or without."""
     # Latin text in UTF-16 without a mark: every other byte is NUL.
     halves = [head[parity::2] for parity in (0, 1)]
@@ -70,7 +70,7 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
 
 def text_of(content: bytes, path: Path) -> str:
     """The UTF-8 text of a file's content; `InputFileError` names the first byte that is none."""
-    refuse_marks(content[:4096], path)
+    reject_bom(content[:4096], path)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -114,7 +114,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise _FaultError(f"key {shown(twice)} occurs twice")
+        raise _FaultError(f"key {short_repr(twice)} occurs twice")
     return values
 
 
@@ -128,7 +128,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_numbers(key: str, value: Any) -> None:
     if type(value) is float and not math.isfinite(value):
-        raise _FaultError(f"key {shown(key)} is NaN, infinite or a number too large to hold")
+        raise _FaultError(f"key {short_repr(key)} is NaN, infinite or a number too large to hold")
     if type(value) is list:
         for item in value:
             if type(item) is float or type(item) is list:  # not a call for each of a tokenizer's merges

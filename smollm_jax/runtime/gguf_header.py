@@ -11,8 +11,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.errors import InputFileError, shown
-from smollm_jax.runtime.files import size_of
+from smollm_jax.errors import InputFileError, short_repr
+from smollm_jax.runtime.files import file_size
 
 # Bytes before the tensors. SmolLM2's has 1.7 MB; a vocabulary of 128,256 with its 280,147 merges 7.5, one of 262,144
 # with twice as many merges 15.
@@ -44,7 +44,7 @@ def read_header(path: Path, blocks: dict[Any, tuple[int, int]]) -> tuple[dict[st
 
     `blocks` says, by ggml's number of a quantisation, how many numbers make a block and how many bytes it has.
     """
-    size = size_of(path)
+    size = file_size(path)
     if not size:
         raise InputFileError(f"{path}: is empty")
     try:
@@ -94,7 +94,7 @@ class _Header:
     def name(self, what: str) -> str:
         name = self.string(what, MAX_NAME)
         if not name or not name.isprintable():
-            raise self.fail(f"{what} is {shown(name)}")
+            raise self.fail(f"{what} is {short_repr(name)}")
         return name
 
     def value(self, kind: int, what: str) -> Any:
@@ -117,7 +117,7 @@ class _Header:
 
     def read(self, blocks: dict[Any, tuple[int, int]]) -> tuple[dict[str, Any], list[Tensor]]:
         if self.data[:4] != b"GGUF":
-            raise self.fail(f"begins with {shown(self.data[:4])}, not GGUF")
+            raise self.fail(f"begins with {short_repr(self.data[:4])}, not GGUF")
         self.at = 4
         version = self.number("I", "the version")
         if version not in (2, 3):
@@ -151,7 +151,7 @@ class _Header:
     def placed(self, infos: list[Tensor], alignment: Any) -> list[Tensor]:
         """The tensors with starts in the file, which must follow one another, padded, up to the file's end."""
         if type(alignment) is not int or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
-            raise self.fail(f"general.alignment must be a power of two, got {shown(alignment)}")
+            raise self.fail(f"general.alignment must be a power of two, got {short_repr(alignment)}")
         first = -(-self.at // alignment) * alignment
         place, end, names = first, first, set()
         for info in infos:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from smollm_jax.errors import InputFileError, UsageError, shown
+from smollm_jax.errors import InputFileError, UsageError, short_repr
 from smollm_jax.runtime.files import one_line
 from smollm_jax.tokenizer.conversation import Continued, Conversation
 from smollm_jax.tokenizer.template_environment import MARKS, compile_template
@@ -76,14 +76,14 @@ class ChatTemplates:
         else:
             wanted = name if name is not None else "tool_use" if tools and "tool_use" in self.sources else "default"
             if wanted not in self.sources:
-                names = ", ".join(map(shown, sorted(self.sources)))
-                raise UsageError(f"this tokenizer has no chat template {shown(wanted)}, only {names}")
+                names = ", ".join(map(short_repr, sorted(self.sources)))
+                raise UsageError(f"this tokenizer has no chat template {short_repr(wanted)}, only {names}")
             path, template = self.sources[wanted]
         if isinstance(template, InputFileError):
             raise template
         if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
             what = f"a string of at most {MAX_TEMPLATE:,} characters"
-            raise InputFileError(f"{path}: chat_template must be {what}, got {shown(template)}")
+            raise InputFileError(f"{path}: chat_template must be {what}, got {short_repr(template)}")
         return path, template
 
     def render(

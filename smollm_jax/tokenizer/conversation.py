@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from smollm_jax.errors import UsageError, shown
+from smollm_jax.errors import UsageError, short_repr
 
 Message = Mapping[str, Any]
 Change = Callable[[str], str]
@@ -44,7 +44,7 @@ class Conversation:
             for kind, values in (("tool", self.tools), ("document", self.documents))
         )
         variables = {
-            name: _plain(value, _same if name.endswith("_token") else change, f"variable {shown(name)}")
+            name: _plain(value, _same if name.endswith("_token") else change, f"variable {short_repr(name)}")
             for name, value in self.variables.items()
         }
         return Conversation([_with_reasoning(message) for message in messages], tools, documents, variables)
@@ -65,13 +65,13 @@ class Conversation:
 
 def _objects(kind: str, values: Sequence[Any], change: Change) -> list[dict[str, Any]]:
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Sequence):
-        raise UsageError(f"{kind}s must be a list of dictionaries, got {shown(values)}")
+        raise UsageError(f"{kind}s must be a list of dictionaries, got {short_repr(values)}")
     objects = []
     for i, value in enumerate(values, 1):
         plain = None if callable(value) and not isinstance(value, Mapping) else _plain(value, change, f"{kind} {i}")
         if not isinstance(plain, dict):
             hint = ": give a function's JSON schema" if callable(value) else ""
-            raise UsageError(f"{kind} {i} must be a dictionary, got {shown(value)}{hint}")
+            raise UsageError(f"{kind} {i} must be a dictionary, got {short_repr(value)}{hint}")
         objects.append(plain)
     return objects
 
@@ -138,10 +138,10 @@ class Continued:
         name = field if isinstance(field, str) else "content"
         last = messages[-1]
         if last.get(name) is None:
-            raise UsageError(f"continue_final_message: the last message has no {shown(name)}")
+            raise UsageError(f"continue_final_message: the last message has no {short_repr(name)}")
         names = [key for key in REASONING if last.get(key) == last[name]] if name in REASONING else [name]
         if not any(key in source for key in names):
-            raise UsageError(f"continue_final_message: the chat template does not read {shown(name)}")
+            raise UsageError(f"continue_final_message: the chat template does not read {short_repr(name)}")
         texts = [block for block in last[name] if "text" in block] if isinstance(last[name], list | tuple) else []
         if isinstance(last[name], str):
             self._text = last[name]

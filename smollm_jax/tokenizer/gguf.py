@@ -11,8 +11,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from smollm_jax.errors import InputFileError, shown
-from smollm_jax.runtime.files import need, one_line
+from smollm_jax.errors import InputFileError, short_repr
+from smollm_jax.runtime.files import import_optional, one_line
 from smollm_jax.runtime.panics import silent_stderr
 from smollm_jax.tokenizer.source import TEMPLATES
 
@@ -105,7 +105,7 @@ def read_gguf_tokenizer(path: Path) -> dict[str, bytes]:
     """The tokenizer folder's files of a GGUF; raises `InputFileError` when it carries none that is read here."""
     from smollm_jax.runtime.gguf_header import read_header
 
-    fields, _ = read_header(path, need("gguf", path).GGML_QUANT_SIZES)
+    fields, _ = read_header(path, import_optional("gguf", path).GGML_QUANT_SIZES)
     return files_from_gguf(fields, path)
 
 
@@ -121,7 +121,7 @@ def files_from_gguf(fields: dict[str, Any], path: Path) -> dict[str, bytes]:
     if model != "gpt2" or pre not in (*DIGITS, *PLAIN):
         kinds = f"only 'gpt2' with {', '.join((*DIGITS, *PLAIN))} are read"
         raise ForeignTokenizerError(
-            f"{path}: metadata tokenizer.ggml.model and .pre are {shown(model)} and {shown(pre)}, {kinds}; "
+            f"{path}: metadata tokenizer.ggml.model and .pre are {short_repr(model)} and {short_repr(pre)}, {kinds}; "
             "--tokenizer names another tokenizer"
         )
 
@@ -140,7 +140,7 @@ def files_from_gguf(fields: dict[str, Any], path: Path) -> dict[str, bytes]:
     for role, name in ROLES.items():
         i = token_id(fields, name)
         if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
-            raise InputFileError(f"{path}: metadata tokenizer.ggml.{name}_token_id is {shown(i)}, no token")
+            raise InputFileError(f"{path}: metadata tokenizer.ggml.{name}_token_id is {short_repr(i)}, no token")
         roles[role] = None if i is None else tokens[i]
     kinds = dict(zip(tokens, types, strict=True))
     by_text = {token for token in ENDS_BY_TEXT if kinds.get(token) == NORMAL}
@@ -172,12 +172,13 @@ def _add_affixes(core: tokenizers.Tokenizer, fields: dict[str, Any], roles: dict
     """
     affixes = {}
     for role in ("bos", "eos"):
-        asked = fields.get(f"tokenizer.ggml.add_{role}_token", False)
-        if type(asked) is not bool:
-            raise InputFileError(f"{path}: metadata tokenizer.ggml.add_{role}_token must be a bool, got {shown(asked)}")
-        if asked and roles[role] is None:
-            raise InputFileError(f"{path}: metadata tokenizer.ggml.add_{role}_token is true, and it names no {role}")
-        affixes[role] = [roles[role]] if asked else []
+        key = f"tokenizer.ggml.add_{role}_token"
+        enabled = fields.get(key, False)
+        if type(enabled) is not bool:
+            raise InputFileError(f"{path}: metadata {key} must be a bool, got {short_repr(enabled)}")
+        if enabled and roles[role] is None:
+            raise InputFileError(f"{path}: metadata {key} is true, but the file names no {role} token")
+        affixes[role] = [roles[role]] if enabled else []
     if not any(affixes.values()):
         return
     names = [*affixes["bos"], "$A", *affixes["eos"]]
@@ -204,9 +205,9 @@ def _templates(fields: dict[str, Any], path: Path) -> tuple[str | None, dict[str
     start = "tokenizer.chat_template"
     for key, value in fields.items():
         if key.startswith(start) and key != "tokenizer.chat_templates" and type(value) is not str:
-            raise InputFileError(f"{path}: metadata {key} must be a string, got {shown(value)}")
+            raise InputFileError(f"{path}: metadata {key} must be a string, got {short_repr(value)}")
     named = {key.removeprefix(f"{start}."): fields[key] for key in fields if key.startswith(f"{start}.")}
     for name in named:
         if not name.replace("_", "").replace("-", "").isalnum():
-            raise InputFileError(f"{path}: metadata {start}.* has the name {shown(name)}, not letters and digits")
+            raise InputFileError(f"{path}: metadata {start}.* has the name {short_repr(name)}, not letters and digits")
     return fields.get(start), named

@@ -7,7 +7,7 @@ from typing import Any
 import tokenizers
 from tokenizers import processors
 
-from smollm_jax.errors import InputFileError, shown
+from smollm_jax.errors import InputFileError, short_repr
 from smollm_jax.runtime.panics import quietly
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -94,7 +94,7 @@ def add_tokens(
         named[token].special = True
     if (eos := roles.get("eos_token")) is not None and core.token_to_id(eos) is None and eos not in named:
         # transformers adds it under a new id, which no row of the embedding has: the model could never end.
-        raise InputFileError(f"{where}/tokenizer_config.json: eos_token {shown(eos)} is not in the vocabulary")
+        raise InputFileError(f"{where}/tokenizer_config.json: eos_token {short_repr(eos)} is not in the vocabulary")
     present = {token.content for token in core.get_added_tokens_decoder().values()} | named.keys()
     missing = [tokenizers.AddedToken(token, special=True) for token in special if token not in present]
     quietly(lambda: core.add_tokens([*named.values(), *missing]), path)
@@ -105,12 +105,13 @@ def add_tokens(
 def _declared(tokens: object, path: str) -> dict[int, tokenizers.AddedToken]:
     """The tokens of an `added_tokens_decoder`, by id and in its order."""
     if not isinstance(tokens, dict) or not all(isinstance(token, dict) for token in tokens.values()):
-        raise InputFileError(f"{path}: added_tokens_decoder must be an object of objects, got {shown(tokens)}")
+        raise InputFileError(f"{path}: added_tokens_decoder must be an object of objects, got {short_repr(tokens)}")
     declared = {}
     for i, token in sorted(tokens.items(), key=lambda item: _id(item[0])):
-        _content(token, f"added_tokens_decoder {shown(i)}", path)
+        entry = f"added_tokens_decoder {short_repr(i)}"
+        _content(token, entry, path)
         if unknown := token.keys() - {"__type", *FLAGS}:
-            raise InputFileError(f"{path}: added_tokens_decoder {shown(i)} has the unknown key {shown(min(unknown))}")
+            raise InputFileError(f"{path}: {entry} has the unknown key {short_repr(min(unknown))}")
         flags = {key: value for key, value in token.items() if key != "__type"}
         declared[_id(i)] = quietly(functools.partial(tokenizers.AddedToken, **flags), path)
     return declared
@@ -132,7 +133,7 @@ def add_affixes(core: tokenizers.Tokenizer, config: Mapping[str, Any], roles: Ma
 def _content(value: object, role: str, path: str) -> str:
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str):
-        raise InputFileError(f"{path}: {role} must be a string, got {shown(value)}")
+        raise InputFileError(f"{path}: {role} must be a string, got {short_repr(value)}")
     return content
 
 
@@ -141,7 +142,8 @@ def check_id(core: tokenizers.Tokenizer, content: str, i: object, path: str) -> 
     if not content:
         raise InputFileError(f"{path}: added token '' is empty")
     if (actual := core.token_to_id(content)) != i:
-        raise InputFileError(f"{path}: added token {shown(content)} has id {shown(i)}, the vocabulary says {actual}")
+        token = f"added token {short_repr(content)} has id {short_repr(i)}"
+        raise InputFileError(f"{path}: {token}, but its id in the vocabulary is {actual}")
 
 
 def byte_symbols() -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import tokenizers
 
-from smollm_jax.errors import InputFileError, UsageError, shown
+from smollm_jax.errors import InputFileError, UsageError, short_repr
 from smollm_jax.runtime.assets import located
 from smollm_jax.tokenizer.chat_template import ChatTemplates
 from smollm_jax.tokenizer.chat_tokens import encode_chat
@@ -133,7 +133,7 @@ class Tokenizer:
     def _encode_batch(self, texts: list[str], parse_special: bool) -> list[list[int]]:
         for text in texts:
             if not isinstance(text, str):
-                raise UsageError(f"a text must be a string, got {shown(text)}")
+                raise UsageError(f"a text must be a string, got {short_repr(text)}")
             if reason := self.unencodable(text):
                 raise UsageError(f"the text cannot be encoded: {reason}")
         self.core.encode_special_tokens = not parse_special
@@ -160,7 +160,7 @@ class Tokenizer:
             numbers = [operator.index(i) for i in ids]
             return self.core.decode(numbers, skip_special_tokens=False)
         except (TypeError, OverflowError) as error:
-            raise UsageError(f"token ids must be a sequence of integers from 0, got {shown(ids)}") from error
+            raise UsageError(f"token ids must be a sequence of integers from 0, got {short_repr(ids)}") from error
 
     def byte_count(self, ids: Iterable[int]) -> int:
         """The bytes of text that token ids stand for; a special token stands for none."""

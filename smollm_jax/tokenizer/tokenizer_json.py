@@ -9,9 +9,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from smollm_jax.errors import InputFileError, shown
+from smollm_jax.errors import InputFileError, short_repr
 from smollm_jax.runtime.files import MAX_BYTES as MAX_JSON
-from smollm_jax.runtime.files import parse_json, refuse_marks
+from smollm_jax.runtime.files import parse_json, reject_bom
 from smollm_jax.runtime.panics import quietly
 from smollm_jax.tokenizer.special_tokens import (
     add_affixes,
@@ -72,7 +72,7 @@ def text_of(files: Files, name: str, where: str, limit: int = MAX_JSON) -> str:
     content, path = files[name], f"{where}/{name}"
     if len(content) > limit:
         raise InputFileError(f"{path}: {len(content):,} bytes are too many for such a file, at most {limit:,}")
-    refuse_marks(content[:4096], Path(path))
+    reject_bom(content[:4096], Path(path))
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -101,7 +101,7 @@ def _from_json(text: str, path: str) -> tokenizers.Tokenizer:
     fields |= {f"model.{name}": model.get(name) for name in names}
     for name, value in fields.items():
         if value:
-            raise InputFileError(f"{path}: {name} is {shown(value)}: it must be null, or texts would not survive")
+            raise InputFileError(f"{path}: {name} is {short_repr(value)}: it must be null, or texts would not survive")
     decoder = values.get("decoder")
     if model.get("type", "BPE") != "BPE" or not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
         raise InputFileError(f"{path}: model and decoder must be BPE and ByteLevel: this is no byte-level tokenizer")
@@ -133,7 +133,7 @@ def _from_vocabulary(files: Files, config: Mapping[str, Any], where: str) -> tok
     """
     path, name = f"{where}/tokenizer_config.json", config.get("tokenizer_class")
     if name not in GPT2_CLASSES or config.get("add_prefix_space"):
-        wrong = f"tokenizer_class {shown(name)}" if name not in GPT2_CLASSES else "add_prefix_space"
+        wrong = f"tokenizer_class {short_repr(name)}" if name not in GPT2_CLASSES else "add_prefix_space"
         raise InputFileError(f"{path}: {wrong} cannot be read from vocab.json and merges.txt: add its tokenizer.json")
     vocabulary = json_of(files, "vocab.json", where, MAX_BYTES)
     if len(set(map(str, vocabulary.values()))) != len(vocabulary):
@@ -142,7 +142,10 @@ def _from_vocabulary(files: Files, config: Mapping[str, Any], where: str) -> tok
     merges = [(i, line.split(" ")) for i, line in enumerate(lines, 1) if line and not line.startswith("#version")]
     for i, pair in merges:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
-            raise InputFileError(f"{where}/merges.txt, line {i}: {shown(' '.join(pair))} is no merge of vocab.json's")
+            merge = short_repr(" ".join(pair))
+            raise InputFileError(
+                f"{where}/merges.txt, line {i}: {merge} does not join two entries of vocab.json to a third"
+            )
     pairs = [(left, right) for _, (left, right) in merges]
     core = tokenizers.Tokenizer(quietly(lambda: models.BPE(vocab=vocabulary, merges=pairs), f"{where}/vocab.json"))
     steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -158,7 +161,7 @@ def _check(core: tokenizers.Tokenizer, path: str) -> None:
     for token in core.get_added_tokens_decoder().values():
         # A special token counts as one only where that is asked for, so plain text loses nothing beside it.
         if (token.lstrip or token.rstrip) and not token.special:
-            raise InputFileError(f"{path}: added token {shown(token.content)} strips the text beside it")
+            raise InputFileError(f"{path}: added token {short_repr(token.content)} strips the text beside it")
     vocabulary = core.get_vocab(with_added_tokens=False)
     whole = all(symbol in vocabulary for symbol in map(byte_symbols().__getitem__, PROBE.encode()))
     ids = quietly(lambda: core.encode(PROBE, add_special_tokens=False).ids, path)

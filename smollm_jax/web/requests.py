@@ -6,7 +6,7 @@ A client need not be the page: the values are whatever JSON can hold, NaN and in
 import dataclasses
 from typing import Any
 
-from smollm_jax.errors import UsageError, shown
+from smollm_jax.errors import UsageError, short_repr
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.web.middleware import MAX_BODY
 
@@ -63,14 +63,14 @@ def number(name: str, value: Any) -> float:
     kind = "a whole number" if knob.whole else "a number"
     good = type(value) in (int, float) and knob.low <= value <= knob.high  # NaN is in no range
     if not good or (knob.whole and value != int(value)):
-        raise UsageError(f"{name} must be {kind} from {knob.low:g} to {knob.high:.10g}, got {shown(value)}")
+        raise UsageError(f"{name} must be {kind} from {knob.low:g} to {knob.high:.10g}, got {short_repr(value)}")
     return int(value) if knob.whole else float(value)
 
 
 def text(name: str, value: Any) -> str:
     """A text of a size that is worth tokenising; raises `UsageError` naming it."""
     if not isinstance(value, str):
-        raise UsageError(f"{name} must be a text, got {shown(value)}")
+        raise UsageError(f"{name} must be a text, got {short_repr(value)}")
     if (size := len(value.encode("utf-8", "surrogatepass"))) > MAX_BODY:
         raise UsageError(f"{name} has {size:,} bytes, at most {MAX_BODY:,} are taken")
     return value
@@ -92,7 +92,7 @@ def conversation(value: Any) -> list[dict[str, str]]:
     for message in value:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("user", "assistant"):
-            raise UsageError(f"a message's role must be user or assistant, got {shown(role)}")
+            raise UsageError(f"a message's role must be user or assistant, got {short_repr(role)}")
         turns.append({"role": role, "content": text("a message", message.get("content"))})
     text("the chat", "".join(turn["content"] for turn in turns))
     return turns
@@ -101,5 +101,5 @@ def conversation(value: Any) -> list[dict[str, str]]:
 def choice(name: str, value: Any, listed: Any) -> str:
     """One of the listed names; raises `UsageError` for any other value."""
     if not isinstance(value, str) or value not in listed:
-        raise UsageError(f"{name}: {shown(value)} is not one of those listed")
+        raise UsageError(f"{name}: {short_repr(value)} is not one of those listed")
     return value

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
-from smollm_jax.errors import SmolLMError, UsageError, shown
+from smollm_jax.errors import SmolLMError, UsageError, short_repr
 from smollm_jax.model.cost import count_parameters
 from smollm_jax.web import requests as asking
 from smollm_jax.web.generation_stream import Cut, Writing, check_size, encoded, plain, prompt_span, tinted
@@ -80,7 +80,7 @@ class Answers:
         if not isinstance(steps, list) or not steps or len(steps) > MOST_COMPARED:
             raise UsageError(f"pick 1 to {MOST_COMPARED} checkpoints of the run")
         if gone := [step for step in steps if type(step) is not int or step not in there]:
-            raise UsageError(f"run {run} has no checkpoint {shown(gone[0])} now: pick another")
+            raise UsageError(f"run {run} has no checkpoint {short_repr(gone[0])} now: pick another")
         deadline = time.monotonic() + self.time_limit
         cards, last, answered = "", Frame(), []
         for step in sorted(set(steps)):

@@ -9,8 +9,8 @@ import numpy as np
 
 from smollm_jax.config import Config
 from smollm_jax.config.hf_config import parse_config
-from smollm_jax.errors import InputFileError, shown
-from smollm_jax.runtime.files import need, one_line, parse_json
+from smollm_jax.errors import InputFileError, short_repr
+from smollm_jax.runtime.files import import_optional, one_line, parse_json
 from smollm_jax.runtime.gguf_header import read_header
 from smollm_jax.tokenizer.gguf import ENDS_BY_TEXT, ForeignTokenizerError, files_from_gguf, token_id
 from smollm_jax.weights import gguf_reader
@@ -102,11 +102,11 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], s
     GGUF stores the rows of q and k for interleaved rotary pairs; here they go back to HF's half-split order, each
     with its own number of heads. Source: llama.cpp, conversion of LlamaModel (`permute`).
     """
-    gguf = need("gguf", path)
+    gguf = import_optional("gguf", path)
     fields, infos = read_header(path, gguf.GGML_QUANT_SIZES)
     if fields.get("split.count") not in (None, 0, 1):
         raise InputFileError(
-            f"{path}: is one of {shown(fields['split.count'])} pieces of a GGUF; "
+            f"{path}: is one of {short_repr(fields['split.count'])} pieces of a GGUF; "
             "`llama-gguf-split --merge FIRST-PIECE WHOLE` of llama.cpp joins them"
         )
     config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
@@ -133,14 +133,14 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], s
     kinds = sorted({gguf.GGMLQuantizationType(info.kind).name for info in infos})
     title = fields.get("general.name", path.name)
     if type(title) is not str:
-        raise InputFileError(f"{path}: metadata general.name must be a string, got {shown(title)}")
+        raise InputFileError(f"{path}: metadata general.name must be a string, got {short_repr(title)}")
     origin = f"{' '.join(title.split())}, dequantised from GGUF ({', '.join(kinds)})"
     return tensors, config, files, origin, _generation(fields, config, path)
 
 
 def q8_0(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The matrices stored as q8_0, by HF's name, as they lie: int8 values `[O, I]` and float16 scales `[O, I / 32]`."""
-    gguf = need("gguf", path)
+    gguf = import_optional("gguf", path)
     fields, infos = read_header(path, gguf.GGML_QUANT_SIZES)
     config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
     data, found = np.memmap(path, np.uint8, mode="r"), {}
@@ -164,7 +164,7 @@ def _in_hf_order(rows: np.ndarray, name: str, config: Config) -> np.ndarray:
 
 def read_generation(path: Path) -> tuple[Config, dict[str, Any] | None]:
     """Config and what `generation_config.json` would say, of the metadata alone."""
-    fields, infos = read_header(path, need("gguf", path).GGML_QUANT_SIZES)
+    fields, infos = read_header(path, import_optional("gguf", path).GGML_QUANT_SIZES)
     config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
     return config, _generation(fields, config, path)
 
@@ -182,7 +182,7 @@ def _hf_name(name: str) -> str:
 def _config(fields: dict[str, Any], path: Path, tied: bool) -> Config:
     """The config in the metadata; a key of the architecture that this model cannot honour is refused, as in HF's."""
     if fields.get("general.architecture") != "llama":
-        architecture = shown(fields.get("general.architecture"))
+        architecture = short_repr(fields.get("general.architecture"))
         raise InputFileError(f"{path}: metadata general.architecture is {architecture}, only 'llama' is supported")
     keys = _INTEGERS | _FLOATS
     for key, allowed in _FIXED.items():
@@ -191,10 +191,10 @@ def _config(fields: dict[str, Any], path: Path, tied: bool) -> Config:
             continue
         if not any(type(fields[key]) is type(good) and fields[key] == good for good in allowed):
             only = " or ".join(map(repr, allowed))
-            raise InputFileError(f"{path}: metadata {key}={shown(fields[key])} is not supported, only {only} is")
+            raise InputFileError(f"{path}: metadata {key}={short_repr(fields[key])} is not supported, only {only} is")
     known = {*keys.values(), *_FIXED, *_HEAD_DIM, *_BOOKKEEPING}
     if unknown := sorted(key for key in fields if key.startswith("llama.") and key not in known):
-        raise InputFileError(f"{path}: metadata has keys this model cannot honour: {shown(', '.join(unknown))}")
+        raise InputFileError(f"{path}: metadata has keys this model cannot honour: {short_repr(', '.join(unknown))}")
     fields = _with_defaults(fields)
     if missing := [key for key in keys.values() if key not in fields]:
         raise InputFileError(f"{path}: metadata lacks {', '.join(missing)}")
@@ -202,10 +202,10 @@ def _config(fields: dict[str, Any], path: Path, tied: bool) -> Config:
         for key in names.values():
             if type(fields[key]) not in kinds or not fields[key] > 0:
                 what = "integer" if kinds == (int,) else "number"
-                raise InputFileError(f"{path}: metadata {key} must be a positive {what}, got {shown(fields[key])}")
+                raise InputFileError(f"{path}: metadata {key} must be a positive {what}, got {short_repr(fields[key])}")
     for key in _HEAD_DIM:
         if fields.get(key, fields[_INTEGERS["head_dim"]]) != fields[_INTEGERS["head_dim"]]:
-            raise InputFileError(f"{path}: metadata {key}={shown(fields[key])} is not llama.rope.dimension_count")
+            raise InputFileError(f"{path}: metadata {key}={short_repr(fields[key])} is not llama.rope.dimension_count")
     values = {name: fields[key] for name, key in _INTEGERS.items()}
     # GGUF holds float32: 9.99999974e-06 is 1e-5, found again as the shortest decimal with the same float32.
     values |= {name: float(str(np.float32(fields[key]))) for name, key in _FLOATS.items()}
@@ -227,10 +227,11 @@ def _generation(fields: dict[str, Any], config: Config, path: Path) -> dict[str,
     """
     if GENERATION in fields:
         if type(fields[GENERATION]) is not str:
-            raise InputFileError(f"{path}: metadata {GENERATION} must be a string, got {shown(fields[GENERATION])}")
+            got = short_repr(fields[GENERATION])
+            raise InputFileError(f"{path}: metadata {GENERATION} must be a string, got {got}")
         values = parse_json(fields[GENERATION], f"{path}: metadata {GENERATION}")
         if values is not None and not isinstance(values, dict):
-            raise InputFileError(f"{path}: metadata {GENERATION} must be a JSON object, got {shown(values)}")
+            raise InputFileError(f"{path}: metadata {GENERATION} must be a JSON object, got {short_repr(values)}")
         return values
     sampling = {name: fields[key] for name, key in SAMPLING.items() if key in fields}
     tokens = fields.get("tokenizer.ggml.tokens")

@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 
 from smollm_jax.config import Config
-from smollm_jax.errors import StorageError, UsageError, shown
+from smollm_jax.errors import StorageError, UsageError, short_repr
 from smollm_jax.runtime.atomic import replacing
-from smollm_jax.runtime.files import need
+from smollm_jax.runtime.files import import_optional
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.tokenizer.gguf import CONTROL, NORMAL, ROLES, UNUSED, USER_DEFINED, build
 from smollm_jax.weights import gguf_reader, gguf_writer
@@ -53,7 +53,7 @@ def write(
     Raises `UsageError` for what a GGUF cannot hold: no tokenizer or another than SmolLM2's kind, more than three tokens
     that end a text, a theta that is no float32, numbers beyond float16, rows that are no multiple of q8_0's 32.
     """
-    gguf = need("gguf", path)
+    gguf = import_optional("gguf", path)
     kinds = {tensor.dtype.name for tensor in tensors.values() if tensor.ndim == 2}
     if kind is None and (len(kinds) > 1 or not kinds <= LOSSLESS.keys()):
         raise UsageError(f"the matrices are {', '.join(sorted(kinds))}: no type of GGUF keeps their bits; give --type")
@@ -84,7 +84,7 @@ def write(
 
 def rounded(tensors: dict[str, np.ndarray], kind: GgufType) -> dict[str, np.ndarray]:
     """What a GGUF of this type gives back, in float32; raises `UsageError` for what the type cannot hold."""
-    gguf = need("gguf", "what a GGUF loses")
+    gguf = import_optional("gguf", "what a GGUF loses")
     return {name: _encoded(gguf, name, tensor, _stored(tensor, kind))[1] for name, tensor in tensors.items()}
 
 
@@ -274,8 +274,8 @@ def _compare(path: Path, expected: dict[str, np.ndarray], config: Config, tokeni
     before, after = _added(tokenizer), _added(again)
     if differing := [token for token, how in before.items() if after.get(token) != how]:
         raise UsageError(
-            f"tokenizer.json: added tokens {shown(differing)} strip the text around them or match whole words only: "
-            "a GGUF cannot hold that"
+            f"tokenizer.json: added tokens {short_repr(differing)} strip the text around them or match whole words "
+            "only: a GGUF cannot hold that"
         )
     if (tokenizer.prefix_ids, tokenizer.suffix_ids) != (again.prefix_ids, again.suffix_ids):
         raise StorageError(f"{path}: what stands around a text reads back different from what was written")

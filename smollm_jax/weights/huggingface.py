@@ -7,7 +7,7 @@ import numpy as np
 
 from smollm_jax.config.generation_config import generation_of_folder, generation_text
 from smollm_jax.config.hf_config import config_to_hf, read_config
-from smollm_jax.errors import InputFileError, shown
+from smollm_jax.errors import InputFileError, short_repr
 from smollm_jax.runtime.atomic import replacing
 from smollm_jax.runtime.files import read_json, read_text
 from smollm_jax.tokenizer.source import read_tokenizer_files
@@ -36,11 +36,11 @@ def _read_shards(index: Path, mapped: bool) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard:
-            raise InputFileError(f"{index}: shard {shown(shard)} is not a plain file name")
+            raise InputFileError(f"{index}: shard {short_repr(shard)} is not a plain file name")
         found, _ = read_safetensors(index.parent / shard, mapped=mapped)
         expected = {name for name, place in places.items() if place == shard}
         if differing := sorted(expected ^ set(found)):
-            names = shown(", ".join(differing))
+            names = short_repr(", ".join(differing))
             raise InputFileError(f"{index}: {shard} and weight_map disagree on {len(differing)} tensor(s): {names}")
         tensors |= found
     return tensors

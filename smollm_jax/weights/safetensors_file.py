@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 from smollm_jax.config.generation_config import json_object, read_generation_config
 from smollm_jax.config.hf_config import config_to_hf, parse_config
-from smollm_jax.errors import InputFileError, StorageError, shown
+from smollm_jax.errors import InputFileError, StorageError, short_repr
 from smollm_jax.runtime.atomic import replacing
-from smollm_jax.runtime.files import one_line, parse_json, size_of
+from smollm_jax.runtime.files import file_size, one_line, parse_json
 from smollm_jax.tokenizer.source import read_tokenizer_files
 from smollm_jax.weights.bundle import Bundle, config_beside
 
@@ -42,7 +42,8 @@ def digest(tensors: dict[str, np.ndarray]) -> str:
 def verify(tensors: dict[str, np.ndarray], expected: Any, path: Path) -> None:
     """Raises `InputFileError` when a file's digest is not that of its tensors; None, a foreign file's, says nothing."""
     if expected is not None and (found := digest(tensors)) != expected:
-        raise InputFileError(f"{path}: tensors were changed or swapped: {DIGEST} is {shown(expected)}, found {found}")
+        stored = short_repr(expected)
+        raise InputFileError(f"{path}: tensors were changed or swapped: {DIGEST} is {stored}, found {found}")
 
 
 def native(tensor: np.ndarray) -> np.ndarray:
@@ -56,7 +57,7 @@ def read_safetensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, np.
     `mapped`: the tensors are views of the file, which take no memory of their own. They are not to be kept: whoever
     writes to the file changes them after they were verified, and who cuts it short ends the process.
     """
-    size_of(path)
+    file_size(path)
     with path.open("rb") as file:
         metadata, places = check_header(path, file)
         tensors = _map(path, file, places) if mapped else _load(path)
@@ -91,31 +92,31 @@ def check_header(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, 
     places: dict[str, Place] = {}
     for name, entry in entries.items():
         if not name.isprintable() or len(name) > 256:
-            raise fail(f"a tensor is named {shown(name)}")
+            raise fail(f"a tensor is named {short_repr(name)}")
         match entry:
             case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)], **more} if (
                 not more
             ):
                 pass
             case _:
-                raise fail(f"tensor {name} is described by {shown(entry)}, not by dtype, shape and data_offsets")
+                raise fail(f"tensor {name} is described by {short_repr(entry)}, not by dtype, shape and data_offsets")
         if dtype not in DTYPES:
-            raise fail(f"tensor {name} has dtype {shown(dtype)}, only {', '.join(DTYPES)} are read")
+            raise fail(f"tensor {name} has dtype {short_repr(dtype)}, only {', '.join(DTYPES)} are read")
         if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
-            raise fail(f"tensor {name} has shape {shown(shape)}")
+            raise fail(f"tensor {name} has shape {short_repr(shape)}")
         if math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize != end - begin:
-            raise fail(f"tensor {name}, {dtype} {shape}, does not fill bytes {shown(begin)} to {shown(end)}")
+            raise fail(f"tensor {name}, {dtype} {shape}, does not fill bytes {short_repr(begin)} to {short_repr(end)}")
         places[name] = (dtype, shape, 8 + length + begin, 8 + length + end)
     expected = 8 + length
     for begin, end, name in sorted((begin, end, name) for name, (_, _, begin, end) in places.items()):
         if begin != expected:
             raise fail(
-                f"tensor {name} begins at byte {shown(begin - 8 - length)} of the data, "
+                f"tensor {name} begins at byte {short_repr(begin - 8 - length)} of the data, "
                 f"expected {expected - 8 - length}: a hole or an overlap"
             )
         expected = end
     if expected != size:
-        raise fail(f"has {size:,} bytes, its header describes {shown(expected)}")
+        raise fail(f"has {size:,} bytes, its header describes {short_repr(expected)}")
     return metadata, places
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from smollm_jax.config import Config
-from smollm_jax.errors import shown
+from smollm_jax.errors import short_repr
 
 # What torch.compile, FSDP and activation checkpointing put into a name, at any depth: none is ever a module of Llama.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -37,7 +37,7 @@ def standard(tensors: dict[str, np.ndarray], config: Config) -> tuple[dict[str, 
         if match and int(match[1] or 0) < config.num_hidden_layers:
             buffer = named.pop(name)
             if not _are_frequencies(buffer, config):
-                values = shown(buffer.reshape(-1)[:3].tolist())
+                values = short_repr(buffer.reshape(-1)[:3].tolist())
                 faults.append(f"{name} begins {values}, not with the frequencies of rope_theta {config.rope_theta:g}")
     return named, faults
 

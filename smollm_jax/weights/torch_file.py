@@ -13,9 +13,9 @@ import numpy as np
 
 from smollm_jax.config.generation_config import json_object, read_generation_config
 from smollm_jax.config.hf_config import config_to_hf, parse_config
-from smollm_jax.errors import InputFileError, StorageError, shown
+from smollm_jax.errors import InputFileError, StorageError, short_repr
 from smollm_jax.runtime.atomic import replacing
-from smollm_jax.runtime.files import need, one_line, size_of
+from smollm_jax.runtime.files import file_size, import_optional, one_line
 from smollm_jax.tokenizer.source import read_tokenizer_files
 from smollm_jax.weights.bundle import Bundle, config_beside
 from smollm_jax.weights.safetensors_file import DIGEST, digest, native, verify
@@ -26,7 +26,7 @@ MAX_PICKLE = 2 << 20  # bytes of the pickle in a .pt, which holds names and shap
 
 def check_archive(path: Path) -> None:
     """Raises `InputFileError` unless a file is a zip archive as torch.save writes it: not packed, a small pickle."""
-    size = size_of(path)
+    size = file_size(path)
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -74,7 +74,7 @@ def _models(content: Any, where: str, seen: set[int], depth: int) -> Iterator[tu
         if not isinstance(value, dict) or id(value) in seen:
             continue
         seen.add(id(value))
-        place = f"{where}{shown(key)}"
+        place = f"{where}{short_repr(key)}"
         if _holds_tensors(value) and any(type(name) is str and name.endswith(FIRST_LAYER) for name in value):
             yield place, value
         elif depth > 1:
@@ -84,7 +84,7 @@ def _models(content: Any, where: str, seen: set[int], depth: int) -> Iterator[tu
 def checked_from_torch(name: Any, tensor: Any, path: Path) -> np.ndarray:
     """A loaded tensor as an array; raises `InputFileError` naming one that is not plain numbers in the file."""
     if type(name) is not str or not name.isprintable() or len(name) > 256:
-        raise InputFileError(f"{path}: a tensor is named {shown(name)}")
+        raise InputFileError(f"{path}: a tensor is named {short_repr(name)}")
     try:
         # A stride of 0 makes terabytes of one stored number.
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -120,7 +120,7 @@ def read_pt(path: Path) -> Bundle:
     Its config is in the file or in a config.json beside it. Pickled code is never run.
     """
     check_archive(path)
-    torch = need("torch", path)
+    torch = import_optional("torch", path)
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -133,7 +133,7 @@ def read_pt(path: Path) -> Bundle:
     tensors = {name: checked_from_torch(name, tensor, path) for name, tensor in state.items()}
     origin = about.get("origin", "")
     if type(origin) is not str:
-        raise InputFileError(f"{path}: origin must be a string, got {shown(origin)}")
+        raise InputFileError(f"{path}: origin must be a string, got {short_repr(origin)}")
     verify(tensors, about.get(DIGEST), path)
     config = about.get("config")
     values = config_beside(path) if config is None else parse_config(config, path)
@@ -146,7 +146,7 @@ def read_pt(path: Path) -> Bundle:
 
 def write_pt(path: Path, bundle: Bundle) -> None:
     """The PyTorch twin's weights as {"config", "origin", "state_dict"} and their digest, read back and compared."""
-    torch = need("torch", path)
+    torch = import_optional("torch", path)
 
     state = {name: to_torch(tensor) for name, tensor in bundle.tensors.items()}
     made = digest(bundle.tensors)

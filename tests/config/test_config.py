@@ -8,7 +8,7 @@ from smollm_jax.config import PRESETS, Config, preset
 from smollm_jax.config.hf_config import config_from_hf, config_to_hf
 from smollm_jax.config.keys import generation_defaults
 from smollm_jax.config.model import BOUNDS
-from smollm_jax.errors import UsageError, shown
+from smollm_jax.errors import UsageError, short_repr
 from smollm_jax.model import cost
 
 
@@ -243,8 +243,8 @@ def test_a_foreign_value_is_shown_in_one_short_line():
     for _ in range(60):
         nested = [nested, nested]
     for value in ("a\nb\x1b[31m", "x" * 10**6, nested, 10**5000, {"a": nested}, b"\0" * 10**6, "\ud800"):
-        assert len(shown(value)) <= 120
-        assert shown(value).isprintable()
+        assert len(short_repr(value)) <= 120
+        assert short_repr(value).isprintable()
 
 
 @pytest.mark.parametrize("key", ["rms_norm_eps", "hidden_size", "initializer_range", "vocab_size"])
