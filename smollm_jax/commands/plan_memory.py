@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     if flags.sequence_length > config.max_position_embeddings:
         length = f"--sequence-length {flags.sequence_length}"
         raise errors.UsageError(f"{length} exceeds the model's {config.max_position_embeddings} positions")
-    sizes = sharding.sizes_of(flags.mesh or "data=1")
+    sizes = sharding.parse_mesh(flags.mesh or "data=1")
     devices = math.prod(sizes.values())
     check_batch_divides(flags.batch_size, devices, parts)
     jax.config.update("jax_num_cpu_devices", devices)

@@ -51,11 +51,11 @@ def main(argv: list[str] | None = None) -> None:
             raise errors.UsageError("--distributed needs --out, a folder all processes see, and takes no --async-save")
         from smollm_jax.parallel import processes
 
-        processes.connect(flags.coordinator_address, flags.num_processes, flags.process_id)
-        if not processes.first():
+        processes.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
+        if not processes.is_main_process():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the first process speaks for all
-        with processes.one_for_all():
-            begin(flags, stop, startup, first=processes.first())
+        with processes.translate_peer_errors():
+            begin(flags, stop, startup, first=processes.is_main_process())
     elif by_hand:
         raise errors.UsageError(f"--{by_hand[0].replace('_', '-')} says something about --distributed only")
     else:

@@ -1,1 +1,1 @@
-"""Many devices and many processes: the mesh, and how processes meet and agree."""
+"""Training on many devices: the mesh and its shardings, and what the processes of a run have to agree on."""

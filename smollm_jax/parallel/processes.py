@@ -1,6 +1,7 @@
-"""Several processes, one run: how they meet, and what they have to agree on. The engine is `jax.distributed`.
+"""Training with several processes: initialization, barriers, and small values that all of them must agree on.
 
-Files are written by the first process, in a folder that all of them see; arrays by each its own part (Orbax).
+A thin layer over `jax.distributed`. The main process (index 0) writes files, in a folder that all processes see; of
+arrays, each process writes its own shards (Orbax).
 """
 
 import contextlib
@@ -15,91 +16,93 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from smollm_jax.errors import PeerError, SmolLMError, UsageError
 
 
-def connect(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Meets the other processes of the run, found by Slurm's or MPI's variables or by what is given here.
+def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes of the run: addresses come from Slurm or MPI, or from the arguments.
 
-    Call before any other use of JAX. Raises `UsageError` where neither says enough, `PeerError` when the others do not
-    come within five minutes. A process that is silent for 100 seconds ends all others.
+    Call before any other use of JAX. Raises `UsageError` when Slurm, MPI and the arguments leave something open, and
+    `PeerError` when the other processes do not connect within five minutes. When one process is silent for 100
+    seconds, JAX ends all others.
     """
-    # It would take SIGTERM for itself; what a signal means here, `runtime/signals.py` and `AnyProcess` say.
+    # JAX's service would install its own SIGTERM handler; `runtime/signals.py` and `SyncedFlag` handle signals here.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except (ValueError, TypeError) as error:
         raise UsageError(
-            f"--distributed: {error} Under Slurm or mpirun nothing is needed; elsewhere give --coordinator-address, "
+            f"--distributed: {error} Slurm and mpirun need no further flags; elsewhere give --coordinator-address, "
             "--num-processes and --process-id"
         ) from error
     except RuntimeError as error:
-        where = coordinator_address or "the coordinator"
-        raise PeerError(f"--distributed: {where} could not be reached: {_first_line(error)}") from error
+        address = coordinator_address or "the coordinator"
+        raise PeerError(f"--distributed: {address} could not be reached: {_first_line(error)}") from error
 
 
-def first() -> bool:
-    """Whether this process is the one that writes files and speaks to the reader."""
+def is_main_process() -> bool:
+    """Whether this is the one process that writes files and prints."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def one_for_all() -> Iterator[None]:
-    """Turns what a process sees when another one has gone into a `PeerError`; other errors pass."""
+def translate_peer_errors() -> Iterator[None]:
+    """Raises `PeerError` for the errors that JAX raises when another process is gone; other errors pass unchanged."""
     try:
         yield
     except SmolLMError:
         raise
-    except (RuntimeError, ValueError) as error:  # jax's own, of either kind
+    except (RuntimeError, ValueError) as error:  # JAX raises both
         text = str(error)
         if jax.process_count() == 1 or not any(name in text for name in ("Gloo", "NCCL", "oordination", "DEADLINE")):
             raise
         raise PeerError(
-            f"process {jax.process_index()} of {jax.process_count()}: another process of this run has gone, its own "
-            f"output says why; start all of them again with --resume ({_first_line(error)})"
+            f"process {jax.process_index()} of {jax.process_count()}: another process of this run is gone; its output "
+            f"says why. Restart all processes with --resume ({_first_line(error)})"
         ) from error
 
 
-class AnyProcess:
-    """Whether any process claims something, with the same answer in all of them at the same call.
+class SyncedFlag:
+    """A boolean that is true in all processes as soon as it is true in one: the OR of their values.
 
-    Each call is answered with the claims of the call before, so that none waits for a step that is under way.
+    Each call returns the OR of the values given to the previous call, so that no process waits for the step that its
+    devices are computing. All processes see the same result at the same call.
     """
 
     def __init__(self) -> None:
-        self._asked: Any = None
+        self._pending: Any = None
         if jax.process_count() > 1:
             mesh = jax.make_mesh((jax.device_count(),), ("all",), (AxisType.Auto,))
-            self._each, once = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
-            self._any = jax.jit(lambda claims: claims.any(), out_shardings=once)
+            self._sharded, replicated = NamedSharding(mesh, PartitionSpec("all")), NamedSharding(mesh, PartitionSpec())
+            self._any = jax.jit(lambda values: values.any(), out_shardings=replicated)
 
-    def __call__(self, claim: bool) -> bool:
+    def __call__(self, value: bool) -> bool:
         if jax.process_count() == 1:
-            return claim
-        before = self._asked
-        claims = jax.make_array_from_callback((jax.device_count(),), self._each, lambda _: np.array([claim]))
-        self._asked = self._any(claims)
-        return before is not None and bool(before)
+            return value
+        previous = self._pending
+        values = jax.make_array_from_callback((jax.device_count(),), self._sharded, lambda _: np.array([value]))
+        self._pending = self._any(values)
+        return previous is not None and bool(previous)
 
 
-def wait_for_all(name: str) -> None:
-    """Returns when every process has called this; `name` is the same in all."""
+def barrier(name: str) -> None:
+    """Returns when every process has called this with the same `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def of_all(number: int) -> set[int]:
-    """What every process gives for a number, when all have given it."""
+def all_gather_int(number: int) -> set[int]:
+    """The distinct values of `number` over all processes; every process must call."""
     if jax.process_count() == 1:
         return {number}
     return set(np.asarray(multihost_utils.process_allgather(np.int64(number))).ravel().tolist())
 
 
-def whole(tree: Any) -> Any:
-    """Arrays of this process's own first device, from arrays that may be spread over all; every process must call."""
+def gather_to_local_device(tree: Any) -> Any:
+    """The unsharded arrays on this process's first device; every process must call."""
     leaves = jax.tree.leaves(tree)
     mesh = getattr(leaves[0].sharding, "mesh", None)
     if mesh is None:
         return tree
-    everywhere = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
-    return jax.tree.map(lambda x: x.addressable_data(0), everywhere)
+    replicated = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+    return jax.tree.map(lambda x: x.addressable_data(0), replicated)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,9 @@
-"""One mesh for many devices: what each of them holds, computes and sends.
+"""The mesh of devices and the shardings of parameters, optimizer state and batches: data parallel and ZeRO-3 style.
 
-A mesh has two axes. Along `data` devices hold the same parameters and work on different rows of a batch; along `fsdp`
-they work on different rows too, and share parameters and moments out among themselves. Each device computes the
-gradients of its rows with the whole model, so that model, attention and loss are written for one device. What travels
-in a step, however many parts the batch is computed in: parameters once, gathered over `fsdp`; gradients once, summed.
+A mesh has two axes, and the rows of a batch are sharded over both. `data` replicates the parameters; `fsdp` shards
+parameters and optimizer state. Inside `shard_map` each device computes the gradients of its rows with the whole model,
+so that model, attention and loss are written for one device. Communication in a step, for any number of micro-batches:
+parameters are all-gathered once over `fsdp`, gradients are summed once.
 Source: Rajbhandari et al. 2020 (ZeRO), section 5.
 """
 
@@ -19,62 +19,65 @@ from jaxtyping import Array
 from smollm_jax.errors import UsageError
 
 AXES = ("data", "fsdp")
-ROWS = PartitionSpec(AXES)  # of a batch: the first dimension, over all devices
-ONCE = PartitionSpec()  # whole, on every device
+BATCH_SPEC = PartitionSpec(AXES)  # rows, the first dimension, over all devices
+REPLICATED = PartitionSpec()
 
 
-def sizes_of(text: str) -> dict[str, int]:
-    """The size of each axis of the mesh that "data=4,fsdp=2" describes, one left out being 1; or `UsageError`."""
+def parse_mesh(text: str) -> dict[str, int]:
+    """The size of each mesh axis in a text such as "data=4,fsdp=2"; an axis that is not named has size 1.
+
+    Raises `UsageError` for another axis, or a size below 1.
+    """
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         name, _, size = part.partition("=")
         if name not in AXES or not size.isascii() or not size.isdigit() or int(size) < 1:
-            raise UsageError(f"--mesh {text}: expected data=N, fsdp=N or both with a comma between, got {part!r}")
+            raise UsageError(f"--mesh {text}: expected data=N, fsdp=N or data=N,fsdp=N, got {part!r}")
         sizes[name] = int(size)
     return sizes
 
 
 def make_mesh(text: str) -> Mesh:
-    """The mesh that "data=4,fsdp=2" describes; of all devices when there are many processes.
+    """The mesh that a text such as "data=4,fsdp=2" describes; with several processes it must use every device.
 
-    Raises `UsageError` for another axis or size, or more devices than there are.
+    Raises `UsageError` as `parse_mesh` does, and for a number of devices that this run does not have.
     """
-    sizes = sizes_of(text)
-    wanted, there = math.prod(sizes.values()), jax.device_count()
-    if wanted > there or (jax.process_count() > 1 and wanted < there):
-        raise UsageError(f"--mesh {text}: {wanted} devices, and there are {there}")
-    devices = None if wanted == there else jax.devices()[:wanted]
+    sizes = parse_mesh(text)
+    size, available = math.prod(sizes.values()), jax.device_count()
+    if size > available or (jax.process_count() > 1 and size < available):
+        raise UsageError(f"--mesh {text}: describes {size} devices, but JAX sees {available}")
+    devices = None if size == available else jax.devices()[:size]
     return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto, AxisType.Auto), devices=devices)
 
 
-def spec(shape: tuple[int, ...], mesh: Mesh | None) -> PartitionSpec:
-    """Which dimension of a parameter or moment is cut over `fsdp`: the largest that can be, or none."""
-    ways = 1 if mesh is None else mesh.shape["fsdp"]
-    sizes = [size if ways > 1 and size % ways == 0 else 0 for size in shape]
+def fsdp_spec(shape: tuple[int, ...], mesh: Mesh | None) -> PartitionSpec:
+    """How a parameter or its optimizer state is sharded over `fsdp`: along its largest divisible dimension, or not."""
+    shards = 1 if mesh is None else mesh.shape["fsdp"]
+    sizes = [size if shards > 1 and size % shards == 0 else 0 for size in shape]
     if not any(sizes):
         return PartitionSpec()
     return PartitionSpec(*[None] * int(np.argmax(sizes)), "fsdp")
 
 
-def specs(tree: Any, mesh: Mesh | None) -> Any:
-    """`spec` of every leaf, in the tree's structure."""
-    return jax.tree.map(lambda x: spec(x.shape, mesh), tree)
+def fsdp_specs(tree: Any, mesh: Mesh | None) -> Any:
+    """`fsdp_spec` of every leaf, in the tree's structure."""
+    return jax.tree.map(lambda x: fsdp_spec(x.shape, mesh), tree)
 
 
 def shardings(tree: Any, mesh: Mesh | None) -> Any:
-    """Where every leaf of parameters or optimizer state lies; without a mesh, on the first device."""
+    """The sharding of every leaf of parameters or optimizer state; without a mesh, the first device."""
     if mesh is None:
         return jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), tree)
-    return jax.tree.map(lambda x: NamedSharding(mesh, spec(x.shape, mesh)), tree)
+    return jax.tree.map(lambda x: NamedSharding(mesh, fsdp_spec(x.shape, mesh)), tree)
 
 
 def abstract(tree: Any, mesh: Mesh | None) -> Any:
-    """Shapes and dtypes of a tree of arrays, with where they lie."""
+    """Shapes, dtypes and shardings of a tree of arrays, as `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh))
 
 
-def put(tree: Any, mesh: Mesh | None) -> Any:
-    """Arrays that every process has whole, laid where they belong."""
+def shard_params(tree: Any, mesh: Mesh | None) -> Any:
+    """Parameters on their devices, sharded; every process passes the same full arrays."""
     if mesh is None:
         return jax.device_put(tree)
     return jax.tree.map(
@@ -84,19 +87,19 @@ def put(tree: Any, mesh: Mesh | None) -> Any:
     )
 
 
-def put_rows(rows: Callable[[slice], np.ndarray], shape: tuple[int, int], mesh: Mesh | None) -> Array:
-    """A batch of `shape` on its devices, of which `rows(slice)` reads the rows a device asks for."""
+def shard_batch(read_rows: Callable[[slice], np.ndarray], shape: tuple[int, int], mesh: Mesh | None) -> Array:
+    """A batch of `shape` on its devices, each with its rows; `read_rows(slice)` returns rows of the full batch."""
     if mesh is None:
-        return jax.device_put(rows(slice(None)))
+        return jax.device_put(read_rows(slice(None)))
 
-    def of_device(index: Any) -> np.ndarray:
-        return rows(index[0])
+    def read_shard(index: Any) -> np.ndarray:
+        return read_rows(index[0])
 
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, ROWS), of_device)
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, BATCH_SPEC), read_shard)
 
 
-def gathered(shards: Any, specs: Any) -> Any:
-    """Inside `shard_map`: whole parameters, from the part every device along `fsdp` holds."""
+def all_gather_params(shards: Any, specs: Any) -> Any:
+    """Inside `shard_map`: full parameters, all-gathered over `fsdp`."""
 
     def gather(x, spec):
         return jax.lax.all_gather(x, "fsdp", axis=len(spec) - 1, tiled=True) if spec else x
@@ -104,19 +107,19 @@ def gathered(shards: Any, specs: Any) -> Any:
     return jax.tree.map(gather, shards, specs)
 
 
-def summed(gradients: Any, specs: Any) -> Any:
-    """Inside `shard_map`: the sum over all devices, of which each keeps the part it holds parameters of."""
+def reduce_scatter_grads(gradients: Any, specs: Any) -> Any:
+    """Inside `shard_map`: gradients summed over all devices, each of which keeps the shard of its parameters."""
 
     def add(x, spec):
         if not spec:
             return jax.lax.psum(x, AXES)
         if jax.default_backend() == "cpu" and jax.distributed.is_initialized():
-            # Gloo, which sends between processes of CPUs, now and then scatters a wrong sum to the first
-            # (jax-ml/jax#40830); its whole sums are right.
+            # Gloo, the backend between CPU processes, sometimes gives the first process a wrong reduce-scatter
+            # (jax-ml/jax#40830); its all-reduce is right.
             size = x.shape[len(spec) - 1] // jax.lax.axis_size("fsdp")
-            whole, place = jax.lax.psum(x, AXES), jax.lax.axis_index("fsdp") * size
-            return jax.lax.dynamic_slice_in_dim(whole, place, size, len(spec) - 1)
-        # Scattered first, so that what is summed over `data`, perhaps between machines, is a part.
+            total, start = jax.lax.psum(x, AXES), jax.lax.axis_index("fsdp") * size
+            return jax.lax.dynamic_slice_in_dim(total, start, size, len(spec) - 1)
+        # Scatter first: then only a shard is summed over `data`, which may connect machines.
         return jax.lax.psum(jax.lax.psum_scatter(x, "fsdp", scatter_dimension=len(spec) - 1, tiled=True), "data")
 
     return jax.tree.map(add, gradients, specs)

@@ -117,19 +117,19 @@ class CheckpointStore:
         about = {"step": step} | {name: meta.get(name, {}) for name in ("fingerprints", "environment")}
         quiet = LATE_WRITES
         try:
-            with processes.one_for_all():
+            with processes.translate_peer_errors():
                 self._staging.mkdir(exist_ok=True)
                 self._orbax.save(folder, args=save.Composite(**arguments, meta=save.JsonSave(meta)))
-                if processes.first():
+                if processes.is_main_process():
                     self._commit(step, folder, about)
-                processes.wait_for_all(f"step {step} is committed")
+                processes.barrier(f"step {step} is committed")
             quiet = 0
         except PeerError:
             raise
         except Exception as error:  # Orbax, tensorstore and the file system each raise their own
             raise StorageError(f"{self.folder}: step {step} could not be saved: {_first_line(error)}") from error
         finally:
-            if processes.first():
+            if processes.is_main_process():
                 self._clear(quiet)
 
     def _commit(self, step: int, folder: Path, about: dict[str, Any]) -> None:
@@ -180,13 +180,13 @@ class CheckpointStore:
     def _first() -> bool:
         from smollm_jax.parallel import processes
 
-        return processes.first()
+        return processes.is_main_process()
 
     def _all_agree(self, step: int) -> None:
         """Raises `CheckpointError` unless every process of the run, reading the same files, found the same step."""
         from smollm_jax.parallel import processes
 
-        if len(steps := processes.of_all(step)) > 1:
+        if len(steps := processes.all_gather_int(step)) > 1:
             raise CheckpointError(f"{self.folder}: its processes found different steps whole: {sorted(steps)}")
 
     def _set_aside(self, step: int) -> Path:

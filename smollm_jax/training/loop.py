@@ -17,7 +17,7 @@ from jaxtyping import Array
 from smollm_jax.data.batches import Batches
 from smollm_jax.model.smollm import SmolLM
 from smollm_jax.parallel import sharding
-from smollm_jax.parallel.processes import AnyProcess
+from smollm_jax.parallel.processes import SyncedFlag
 from smollm_jax.runs.checkpoint import CheckpointStore
 from smollm_jax.runs.metrics import RunLog
 from smollm_jax.runs.provenance import Provenance
@@ -75,7 +75,7 @@ class Trainer:
         if progress.step == 0 and self.provenance.start_from and self.cadence.eval_every:
             self.validate()
             log.resume_clock()
-        stopping, pending = AnyProcess(), None
+        stopping, pending = SyncedFlag(), None
         tokens, input_seconds = self.load_batch(progress.step)
         while progress.step < recipe.steps and not stopping(bool(self.stop)):
             self.state, metrics = self.step(self.state, tokens)
@@ -108,7 +108,7 @@ class Trainer:
     def load_batch(self, step: int) -> tuple[Array, float]:
         """A step's batch on its devices, and the seconds that took: what the input costs a device that is not busy."""
         began, shape = time.perf_counter(), (self.recipe.batch_size, self.recipe.sequence_length + 1)
-        tokens = sharding.put_rows(lambda rows: self.batches.batch(step, rows), shape, self.compute.mesh)
+        tokens = sharding.shard_batch(lambda rows: self.batches.batch(step, rows), shape, self.compute.mesh)
         return tokens, time.perf_counter() - began
 
     def log_step(self, step: int, metrics: dict[str, Any], input_seconds: float) -> None:

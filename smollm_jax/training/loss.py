@@ -78,12 +78,16 @@ def over_devices(
     mesh = compute.mesh
     if mesh is None:
         return of_rows(model, tokens, compute)
-    specs = sharding.specs(model, mesh)
+    specs = sharding.fsdp_specs(model, mesh)
 
     # Unchecked: each device computes for itself, and every sum over devices is written out here.
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, sharding.ROWS), out_specs=out_specs, check_vma=False)
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(specs, sharding.BATCH_SPEC), out_specs=out_specs, check_vma=False
+    )
     def on_each(shards: Any, tokens: Any) -> Any:
         count = jax.lax.psum((targets_of(tokens, compute) >= 0).sum(), sharding.AXES)
-        return sharding.summed(of_rows(sharding.gathered(shards, specs), tokens, compute, count), out_specs)
+        return sharding.reduce_scatter_grads(
+            of_rows(sharding.all_gather_params(shards, specs), tokens, compute, count), out_specs
+        )
 
     return on_each(model, tokens)

@@ -88,7 +88,7 @@ def train_in(
     state = fit(run, flags, setup, data, progress, state, stop, step, sampler.line if samples else None)
     if setup.reference is not None and not stop:
         show_reference(setup, data, stop)
-    finish(run, flags, setup.start.recipe, sampler, processes.whole(state.model), stop)
+    finish(run, flags, setup.start.recipe, sampler, processes.gather_to_local_device(state.model), stop)
 
 
 def memory_is_tight(setup: Setup) -> bool:
@@ -153,7 +153,7 @@ def place_weights(setup: Setup) -> SmolLM | None:
     bundle = setup.start.bundle
     if bundle is None:
         return None
-    model = sharding.put(weights.from_bundle(bundle), setup.compute.mesh)
+    model = sharding.shard_params(weights.from_bundle(bundle), setup.compute.mesh)
     bundle.tensors.clear()
     return model
 
@@ -188,7 +188,7 @@ def initial_state(
     model = init_model(start.config, recipe.seed, compute.mesh) if model is None else model
     state = init_train_state(model, optimizer.adamw(recipe), compute.mesh)
     # Of a run that has no checkpoint, or has one no longer.
-    if (run / "metrics.jsonl").exists() and processes.first():
+    if (run / "metrics.jsonl").exists() and processes.is_main_process():
         old = next(name for n in itertools.count(1) if not (name := run / f"metrics.jsonl.{n}").exists())
         (run / "metrics.jsonl").rename(old)
         print(f"note: starts from the beginning, in a run without a checkpoint; its metrics are now {old}")
@@ -197,7 +197,7 @@ def initial_state(
 
 def write_configs(run: Path, setup: Setup) -> None:
     """The configs and the tokenizer's files, beside the checkpoints to come."""
-    if not processes.first():
+    if not processes.is_main_process():
         return
     bundle = setup.start.bundle
     generation_config = bundle.generation_config if bundle else None
@@ -216,7 +216,7 @@ def fit(
     sample: Callable[[SmolLM], str | None] | None,
 ) -> TrainState:
     """The state after the last step; checkpoints and metrics are in the run folder."""
-    recipe, compute, first = setup.start.recipe, setup.compute, processes.first()
+    recipe, compute, first = setup.start.recipe, setup.compute, processes.is_main_process()
     tracker = None
     if flags.track and first:
         tracker = Tracker(flags.track, run, data.provenance.meta() | {"environment": environment_of(compute)})
@@ -253,7 +253,7 @@ def fit(
 def show_reference(setup: Setup, data: Data, stop: Stop) -> None:
     """Prints what other weights reach on the same held-out text, unless a signal comes in between."""
     assert setup.reference is not None
-    model = sharding.put(weights.load(setup.reference)[0], setup.compute.mesh)
+    model = sharding.shard_params(weights.load(setup.reference)[0], setup.compute.mesh)
     loss = validation_loss(model, data.batches, setup.cadence.eval_batches, setup.compute, stop)
     if loss is not None:
         bits = metrics.bits_per_byte(loss, data.bytes_per_token)
@@ -262,7 +262,7 @@ def show_reference(setup: Setup, data: Data, stop: Stop) -> None:
 
 def finish(run: Path, flags: TrainingFlags, recipe: Recipe, sampler: Sampler, model: SmolLM, stop: Stop) -> None:
     """Shows what the model writes and how to go on; raises `StoppedError` where a signal came after the last step."""
-    if processes.first():
+    if processes.is_main_process():
         sampler.show(model)
     if stop:
         raise stop.error(f"all {recipe.steps} steps are done, saved and verified")

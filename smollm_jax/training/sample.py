@@ -63,7 +63,7 @@ class Sampler:
         if self.stop:
             return None
         try:
-            text = self.continued(processes.whole(model))
+            text = self.continued(processes.gather_to_local_device(model))
         except jax.errors.JaxRuntimeError as error:  # no memory left for it: the training goes on
             return f"no sample: {str(error).splitlines()[0]}"
         return None if text is None else f"sample: {self.prompt!r} -> {text!r}"

@@ -68,7 +68,7 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
     mesh = sharding.make_mesh(layout) if layout else None
     devices = mesh.size if mesh else 1
     # In MiB, of which an int32 holds enough.
-    limit = min(processes.of_all(memory.available(device, -(-devices // jax.process_count())) >> 20)) << 20
+    limit = min(processes.all_gather_int(memory.available(device, -(-devices // jax.process_count())) >> 20)) << 20
     # While weights are read.
     tokenizer = Tokenizer.of_weights(run if flags.resume else flags.init_from, flags.tokenizer)
     recipe_name, given = flags.recipe or ("gpu-demo" if on_gpu else "demo"), flags.recipe_fields()

@@ -28,7 +28,7 @@ def train_step(
     When either is not finite the state comes back as it was, to the last bit, its step count too.
     """
     gradients: Any
-    out_specs = (sharding.ONCE, sharding.specs(state.model, compute.mesh))
+    out_specs = (sharding.REPLICATED, sharding.fsdp_specs(state.model, compute.mesh))
     loss, gradients = over_devices(mean_gradients, state.model, tokens, compute, out_specs=out_specs)
     with jax.named_scope("optimizer"):  # names for `scripts/profile_train.py`
         norm = optax.tree.norm(gradients)
@@ -61,7 +61,7 @@ def update_where(finite: Bool[Array, ""], update: Callable[[TrainState], TrainSt
 
 def compile_step(config: Config, recipe: Recipe, compute: Compute) -> Step:
     """A run's `train_step`, compiled from shapes alone: before there are data, beside whatever else a start must do."""
-    where = jax.sharding.NamedSharding(compute.mesh, sharding.ROWS) if compute.mesh is not None else None
+    where = jax.sharding.NamedSharding(compute.mesh, sharding.BATCH_SPEC) if compute.mesh is not None else None
     tokens = jax.ShapeDtypeStruct((recipe.batch_size, recipe.sequence_length + 1), jnp.int32, sharding=where)
     state = sharding.abstract(abstract_state(config, recipe), compute.mesh)
     return train_step.lower(state, tokens, tx=optimizer.adamw(recipe), compute=compute).compile()

@@ -17,14 +17,14 @@ from smollm_jax.training.loss import mean_loss, over_devices
 @functools.partial(jax.jit, static_argnames="compute")
 def eval_step(model: SmolLM, tokens: Int[Array, "B window"], compute: Compute) -> Float[Array, ""]:
     """The mean loss over windows, on all devices."""
-    return over_devices(mean_loss, model, tokens, compute, out_specs=sharding.ONCE)
+    return over_devices(mean_loss, model, tokens, compute, out_specs=sharding.REPLICATED)
 
 
 def put_padded(tokens: np.ndarray, mesh: jax.sharding.Mesh | None) -> Array:
     """Rows on their devices, with rows of -1, which count nothing, up to a number that the devices divide."""
     if mesh is not None:
         tokens = np.pad(tokens, ((0, -len(tokens) % mesh.size), (0, 0)), constant_values=-1)
-    return sharding.put_rows(lambda rows: tokens[rows], tokens.shape, mesh)
+    return sharding.shard_batch(lambda rows: tokens[rows], tokens.shape, mesh)
 
 
 def validation_loss(

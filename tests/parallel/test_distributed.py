@@ -1,4 +1,4 @@
-"""Several processes train one run over loopback: equal to one, stopped together, lost together, resumed. Real ones."""
+"""Several processes train one run over loopback: they match one process, stop and fail together, and resume."""
 
 import contextlib
 import json
@@ -22,45 +22,45 @@ SMALL += ("--learning-rate", "1e-4", "--warmup-steps", "2", "--dtype", "float32"
 
 
 def free_port() -> int:
-    with contextlib.closing(socket.socket()) as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture
-def begin():
-    """Starts a run's processes, each with a device of its own; none outlives its test."""
-    begun: list[subprocess.Popen] = []
+def launch():
+    """Starts a run's processes, each with a device of its own; kills what is left of them after the test."""
+    launched: list[subprocess.Popen] = []
 
     def start(run: Path, count: int, *flags: str) -> list[subprocess.Popen]:
-        begun.extend(processes := peers(run, count, *flags))
+        launched.extend(processes := peers(run, count, *flags))
         return processes
 
     yield start
-    for process in begun:
+    for process in launched:
         process.kill()
 
 
 def peers(run: Path, count: int, *flags: str) -> list[subprocess.Popen]:
-    where = ("--distributed", "--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", str(count))
+    distributed = ("--distributed", "--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", str(count))
     resume = ("--resume",) if steps_in(run / "checkpoints") else ()
     options = {"cwd": run.parent, "env": ENVIRONMENT, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
     return [
-        subprocess.Popen([*command(run, *flags, *where, "--process-id", str(i)), *resume], text=True, **options)
+        subprocess.Popen([*command(run, *flags, *distributed, "--process-id", str(i)), *resume], text=True, **options)
         for i in range(count)
     ]
 
 
-def end(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Each one's exit code, output and errors."""
-    ends = [process.communicate(timeout=600) for process in processes]
-    return [(process.returncode, *texts) for process, texts in zip(processes, ends, strict=True)]
+def results_of(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """The exit code, stdout and stderr of each process."""
+    outputs = [process.communicate(timeout=600) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
 
 
-def wait_for(claim, processes: list[subprocess.Popen]) -> None:
+def wait_for(condition, processes: list[subprocess.Popen]) -> None:
     deadline = time.monotonic() + 600
-    while not claim():
-        assert all(process.poll() is None for process in processes), end(processes)
+    while not condition():
+        assert all(process.poll() is None for process in processes), results_of(processes)
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -87,41 +87,42 @@ def test_documents_are_masked_where_that_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "mesh"), [(2, "fsdp=2"), (4, "data=2,fsdp=2")])
-def test_processes_learn_what_one_does_and_any_number_goes_on(tmp_path, alone, begin, count, mesh):
+def test_processes_learn_what_one_does_and_any_number_resumes(tmp_path, alone, launch, count, mesh):
     run = tmp_path / "run"
-    ends = end(begin(run, count, *SMALL, "--mesh", mesh, "--save-every", "10", "--gradient-accumulation-steps", "1"))
-    assert [code for code, _, _ in ends] == [0] * count, ends
+    flags = (*SMALL, "--mesh", mesh, "--save-every", "10", "--gradient-accumulation-steps", "1")
+    results = results_of(launch(run, count, *flags))
+    assert [code for code, _, _ in results] == [0] * count, results
     np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
-    norms = ([row["gradient_norm"] for row in rows(each)] for each in (run, alone))
-    np.testing.assert_allclose(*norms, rtol=1e-5)  # which a wrong part of one gradient would move
-    assert f"{count} of {count} as {mesh}, {count} processes" in ends[0][1]
-    assert not any("step" in out for _, out, _ in ends[1:]), "the first process speaks for all"
-    more = train(run, *SMALL, "--resume", "--steps", "22")  # by one process
-    assert more.returncode == 0, more.stderr
-    assert f"devices {count} -> 1" in more.stdout
+    norms = ([row["gradient_norm"] for row in rows(folder)] for folder in (run, alone))
+    np.testing.assert_allclose(*norms, rtol=1e-5)  # a wrong shard of one gradient would change them
+    assert f"{count} of {count} as {mesh}, {count} processes" in results[0][1]
+    assert not any("step" in out for _, out, _ in results[1:]), "only the main process prints"
+    resumed = train(run, *SMALL, "--resume", "--steps", "22")  # by one process
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"devices {count} -> 1" in resumed.stdout
     assert steps_in(run / "checkpoints") == [20, 22]
 
 
-def test_a_signal_to_one_stops_all_and_the_loss_of_one_ends_all_and_both_go_on(tmp_path, begin):
+def test_a_signal_to_one_stops_all_and_the_loss_of_one_ends_all_and_both_resume(tmp_path, launch):
     run = tmp_path / "run"
     endless = (*SMALL, "--steps", "100000", "--save-every", "1000")
-    processes = begin(run, 2, *endless)
+    processes = launch(run, 2, *endless)
     wait_for(lambda: len(rows(run)) > 2, processes)
     processes[1].send_signal(signal.SIGTERM)
-    ends = end(processes)
-    assert [code for code, _, _ in ends] == [75, 75], ends
+    results = results_of(processes)
+    assert [code for code, _, _ in results] == [75, 75], results
     (stopped,) = steps_in(run / "checkpoints")
-    assert all(f"step {stopped} of 100000 is saved and verified" in errors for _, _, errors in ends)
-    processes = begin(run, 2, *endless, "--save-every", "2")
+    assert all(f"step {stopped} of 100000 is saved and verified" in errors for _, _, errors in results)
+    processes = launch(run, 2, *endless, "--save-every", "2")
     wait_for(lambda: steps_in(run / "checkpoints")[-1] >= stopped + 4, processes)
     processes[1].kill()
-    (code, _, errors), _ = end(processes)
+    (code, _, errors), _ = results_of(processes)
     assert code == 8, errors
-    assert "another process of this run has gone" in errors.splitlines()[-1]
+    assert "another process of this run is gone" in errors.splitlines()[-1]
     last = steps_in(run / "checkpoints")[-1]
-    ends = end(begin(run, 2, *SMALL, "--steps", str(last + 2)))
-    assert [code for code, _, _ in ends] == [0, 0], ends
-    assert f"resumed from step {last}" in ends[0][1]
+    results = results_of(launch(run, 2, *SMALL, "--steps", str(last + 2)))
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert f"resumed from step {last}" in results[0][1]
     assert steps_in(run / "checkpoints")[-1] == last + 2
 
 
@@ -131,11 +132,11 @@ def test_a_signal_to_one_stops_all_and_the_loss_of_one_ends_all_and_both_go_on(t
         (("--distributed", "--async-save"), "takes no --async-save"),
         (("--distributed",), "elsewhere give --coordinator-address, --num-processes and --process-id"),
         (("--process-id", "1"), "--process-id says something about --distributed only"),
-        (("--mesh", "data=2"), "--mesh data=2: 2 devices, and there are 1"),
+        (("--mesh", "data=2"), "--mesh data=2: describes 2 devices, but JAX sees 1"),
         (("--batch-size", "3", "--gradient-accumulation-steps", "2"), "must divide batch_size 3"),
     ],
 )
-def test_what_cannot_be_met_is_one_line(tmp_path, flags, message):
+def test_invalid_flags_give_one_line(tmp_path, flags, message):
     done = train(tmp_path / "run", *flags)
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
     assert message in done.stderr

@@ -1,4 +1,4 @@
-"""Many devices give what one gives, hold what they should, and send what they must. Eight virtual CPU devices."""
+"""Sharded training equals one device's, with the memory and collectives expected. Eight virtual CPU devices."""
 
 import json
 import subprocess
@@ -22,8 +22,8 @@ MESHES = [layout for layout, _ in RUNS if layout]
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    out = tmp_path_factory.mktemp("devices") / "seen.json"
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("devices") / "results.json"
     environment = ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.eight_devices", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -32,41 +32,42 @@ def seen(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", MESHES)
-def test_losses_of_20_steps_are_one_devices(seen, layout):
-    """Also where rows have different numbers of documents, and so of targets, and a batch comes in parts."""
-    one, many = (np.array(seen["runs"][str(name)]["losses"]) for name in (None, layout))
+def test_losses_of_20_steps_are_one_devices(results, layout):
+    """Also with a different number of documents, and so of targets, in each row, and with gradient accumulation."""
+    one, many = (np.array(results["runs"][str(name)]["losses"]) for name in (None, layout))
     assert len(one) == 20
     assert one[-1] < one[0]
     np.testing.assert_allclose(many, one, rtol=1e-5)
     assert len({(row[:-1] == END).sum() for row in batches()[0]}) > 4
 
 
-def test_between_processes_of_cpus_nothing_is_reduced_and_scattered_at_once(seen):
-    """As Gloo does not do that reliably; the sums are the same."""
-    one, many = (seen["runs"][name] for name in ("None", "between processes"))
+def test_between_cpu_processes_there_is_no_reduce_scatter(results):
+    """Gloo's is not reliable; an all-reduce and a slice give the same sums."""
+    one, many = (results["runs"][name] for name in ("None", "between processes"))
     np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
-    assert "reduce-scatter" in seen["runs"]["data=4,fsdp=2"]["program"]
+    assert "reduce-scatter" in results["runs"]["data=4,fsdp=2"]["program"]
     assert "reduce-scatter" not in many["program"]
 
 
 @pytest.mark.parametrize("layout", MESHES)
-def test_any_number_of_rows_is_evaluated_alike(seen, layout):
-    assert seen["runs"][layout]["evaluated"] == pytest.approx(seen["runs"]["None"]["evaluated"], rel=1e-5)
+def test_validation_losses_are_one_devices_for_any_number_of_rows(results, layout):
+    expected = results["runs"]["None"]["evaluated"]
+    assert results["runs"][layout]["evaluated"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", MESHES)
-def test_a_device_holds_its_part_of_the_state(seen, layout):
-    """Parameters and two moments in float32; every leaf here can be cut but the two step counts."""
-    whole = 3 * 4 * count_parameters(CONFIG)
-    ways = {"data=8": 1, "fsdp=8": 8, "data=4,fsdp=2": 2}[layout]
-    assert seen["runs"][layout]["bytes"] == whole // ways + 2 * 4
+def test_a_device_holds_its_shard_of_the_state(results, layout):
+    """Parameters and two moments in float32; every leaf here can be sharded, except the two step counts."""
+    total = 3 * 4 * count_parameters(CONFIG)
+    shards = {"data=8": 1, "fsdp=8": 8, "data=4,fsdp=2": 2}[layout]
+    assert results["runs"][layout]["bytes"] == total // shards + 2 * 4
 
 
-def test_a_checkpoint_of_any_layout_is_read_into_another(seen):
-    assert seen["restored"] == {f"{a} -> {b}": True for pair in RESTORED for a, b in (pair, pair[::-1])}
+def test_a_checkpoint_of_any_layout_is_read_into_another(results):
+    assert results["restored"] == {f"{a} -> {b}": True for pair in RESTORED for a, b in (pair, pair[::-1])}
 
 
-def test_a_leaf_is_cut_along_its_largest_dimension_or_not_at_all():
+def test_a_leaf_is_sharded_along_its_largest_divisible_dimension_or_not_at_all():
     mesh = type("Mesh", (), {"shape": {"data": 1, "fsdp": 4}})()
     for shape, expected in {
         (30, 576, 1536): (None, None, "fsdp"),
@@ -74,23 +75,23 @@ def test_a_leaf_is_cut_along_its_largest_dimension_or_not_at_all():
         (30, 6): (),
         (): (),
     }.items():
-        assert tuple(sharding.spec(shape, mesh)) == expected
+        assert tuple(sharding.fsdp_spec(shape, mesh)) == expected
     mesh.shape["fsdp"] = 1
-    assert tuple(sharding.spec((64, 64), mesh)) == ()
+    assert tuple(sharding.fsdp_spec((64, 64), mesh)) == ()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model=2", "expected data=N, fsdp=N or both with a comma between, got 'model=2'"),
+        ("model=2", "expected data=N, fsdp=N or data=N,fsdp=N, got 'model=2'"),
         ("data=0", "got 'data=0'"),
         ("data", "got 'data'"),
         ("data=٣", "got 'data=٣'"),
         ("", "got ''"),
-        ("data=999", "999 devices, and there are"),
+        ("data=999", "describes 999 devices, but JAX sees"),
     ],
 )
-def test_a_mesh_that_is_none_is_refused(text, message):
+def test_an_invalid_mesh_is_refused(text, message):
     with pytest.raises(UsageError, match=f"--mesh {text}: .*{message}"):
         sharding.make_mesh(text)
 
@@ -103,12 +104,12 @@ def test_masked_documents_are_learnt_as_if_each_stood_alone():
     window, plain = jnp.concatenate(documents)[None], Compute("float32")
     learn = jax.jit(jax.value_and_grad(total_loss), static_argnums=2)
     loss, gradients = learn(model, window, masked)
-    losses, each = zip(*(learn(model, one[None], plain) for one in documents), strict=True)
+    losses, separate = zip(*(learn(model, document[None], plain) for document in documents), strict=True)
     assert float(loss) == pytest.approx(float(sum(losses)), rel=1e-6)
-    assert int((targets_of(window, masked) >= 0).sum()) == sum(len(one) - 1 for one in documents)
-    for mine, *theirs in zip(*map(jax.tree.leaves, (gradients, *each)), strict=True):
-        # Sums of float32 in another order.
-        np.testing.assert_allclose(mine, sum(theirs), atol=3e-6 * float(abs(sum(theirs)).max()), rtol=0)
+    assert int((targets_of(window, masked) >= 0).sum()) == sum(len(document) - 1 for document in documents)
+    for actual, *summands in zip(*map(jax.tree.leaves, (gradients, *separate)), strict=True):
+        expected = sum(summands)  # in float32, in another order
+        np.testing.assert_allclose(actual, expected, atol=3e-6 * float(abs(expected).max()), rtol=0)
 
 
 def test_documents_and_positions_are_counted_from_the_ends():
