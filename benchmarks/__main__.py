@@ -23,7 +23,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     if name == "ours" and workload.training:
-        allocator.keep()  # as the trainer does, before there are threads
+        allocator.retain_freed_memory()  # as the trainer does, before there are threads
     if workload.what == "prepare":
         from benchmarks.prepare_backend import prepare
     elif name in ("ours", "plain", "freed-memory") or name.startswith("remat-"):

@@ -22,7 +22,7 @@ import tyro
 
 from smollm_jax.commands.flag_names import ABSENT, SAME
 from smollm_jax.errors import UsageError
-from smollm_jax.runtime.assets import located
+from smollm_jax.runtime.assets import resolve_asset
 from smollm_jax.runtime.invocation import names_as_typed, this_command
 
 F = TypeVar("F")
@@ -225,5 +225,5 @@ def _text(value: str, name: str) -> str:
 
 def _located(value: Any, locate: Any) -> Any:
     if isinstance(value, (tuple, list)):
-        return type(value)(locate(located(path)) for path in value)
-    return value if value is None else locate(located(Path(value)))
+        return type(value)(locate(resolve_asset(path)) for path in value)
+    return value if value is None else locate(resolve_asset(Path(value)))

@@ -20,7 +20,7 @@ import tyro
 
 from smollm_jax import errors
 from smollm_jax.commands import command_line
-from smollm_jax.runtime.assets import located
+from smollm_jax.runtime.assets import resolve_asset
 from smollm_jax.runtime.invocation import as_typed
 
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     from smollm_jax.data.prepare import prepare_set, report_of
     from smollm_jax.data.token_file import MANIFEST, TokenSet
     from smollm_jax.runtime.lock import RunLock
-    from smollm_jax.runtime.signals import Stop
+    from smollm_jax.runtime.signals import StopSignal
 
     if not flags.sources:
         raise errors.UsageError("name at least one source")
@@ -83,9 +83,9 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError(f"--out {flags.out}: is a file, not a folder")
     if flags.workers < 0:
         raise errors.UsageError(f"--workers must be at least 0, got {flags.workers}")
-    stop = Stop().listen("stopping; finished files are kept")
+    stop = StopSignal().install("stopping; finished files are kept")
     settings = Settings(
-        located(flags.tokenizer), flags.text_column, flags.shard_tokens, flags.on_bad_text, flags.special_tokens
+        resolve_asset(flags.tokenizer), flags.text_column, flags.shard_tokens, flags.on_bad_text, flags.special_tokens
     )
     plan = make_plan([Path(source) for source in flags.sources], settings)
     print(*plan.notes, sep="\n", end="\n" * bool(plan.notes))

@@ -28,7 +28,7 @@ from smollm_jax.runtime.startup import QuickStart, background
 from smollm_jax.training.flags import TrainingFlags
 
 if TYPE_CHECKING:
-    from smollm_jax.runtime.signals import Stop
+    from smollm_jax.runtime.signals import StopSignal
     from smollm_jax.weights.bundle import Bundle
 
 
@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(TrainingFlags, argv, __doc__, weights=("init_from", "reference"))
     if flags.data is None and not flags.resume and folder() != FOLDER:
         flags = dataclasses.replace(flags, data=(str(asset("sotu")),))
-    from smollm_jax.runtime.signals import Stop
+    from smollm_jax.runtime.signals import StopSignal
 
-    stop = Stop().listen()
+    stop = StopSignal().install()
     for name in ("log_every", "keep"):
         if getattr(flags, name) < 1:
             raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(flags, name)}")
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         begin(flags, stop, startup, first=True)
 
 
-def begin(flags: TrainingFlags, stop: "Stop", startup: QuickStart, *, first: bool) -> None:
+def begin(flags: TrainingFlags, stop: "StopSignal", startup: QuickStart, *, first: bool) -> None:
     """Trains in the run folder the flags mean, which the first of a run's processes holds a lock on."""
     from smollm_jax.config import named_runs
     from smollm_jax.runs.folder import emptied_unless_trained, newest_run, refuse_used
@@ -89,7 +89,7 @@ def begin(flags: TrainingFlags, stop: "Stop", startup: QuickStart, *, first: boo
             stack.enter_context(emptied_unless_trained(run))
         if not flags.resume:
             refuse_used(run)  # another trainer may have had it in between
-        retained = allocator.keep()  # before there are threads that allocate
+        retained = allocator.retain_freed_memory()  # before there are threads that allocate
         read = read_weights(flags)
         from smollm_jax.training.run import train_in
 

@@ -17,7 +17,7 @@ from smollm_jax.data.plan import Settings
 from smollm_jax.data.prepare import prepared
 from smollm_jax.data.token_file import MANIFEST, TokenSet
 from smollm_jax.errors import UsageError
-from smollm_jax.runtime.signals import Stop
+from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.tokenizer import Tokenizer
 
 LONGEST_PERIOD = 1_000_000
@@ -118,7 +118,7 @@ def open_mixture(
     sources: Path | Sequence[str | Path],
     tokenizer_folder: Path,
     cache: Path,
-    stop: Stop | None = None,
+    stop: StopSignal | None = None,
     tokenizer: Tokenizer | None = None,
     *,
     on_bad_text: Policy = "stop",

@@ -32,7 +32,7 @@ from smollm_jax.runtime.atomic import replacing
 from smollm_jax.runtime.files import read_json
 from smollm_jax.runtime.lock import FILE as LOCK
 from smollm_jax.runtime.lock import RunLock
-from smollm_jax.runtime.signals import SIGNALS, Stop
+from smollm_jax.runtime.signals import SIGNALS, StopSignal
 from smollm_jax.tokenizer import Tokenizer
 
 PLAN = "plan.json"
@@ -40,7 +40,7 @@ THREADS = 4  # of the tokenizer in a process: they share its vocabulary, which t
 REPORT_SECONDS = 10  # between two lines where the output is no terminal
 
 
-def prepared(source: Path, settings: Settings, cache: Path, stop: Stop | None, tokenizer: Tokenizer) -> Path:
+def prepared(source: Path, settings: Settings, cache: Path, stop: StopSignal | None, tokenizer: Tokenizer) -> Path:
     """The folder under `cache` of a source's tokens, made if it is not there, named by the content it was made from.
 
     Several processes may ask for it at once: one makes it. Says what was left out of the source.
@@ -73,7 +73,7 @@ def report_of(folder: Path) -> list[str]:
     return [f"{folder}: {sentence}" for sentence in sentences(content.get("counts", {}))]
 
 
-def prepare_set(folder: Path, plan: Plan, settings: Settings, workers: int = 0, stop: Stop | None = None) -> None:
+def prepare_set(folder: Path, plan: Plan, settings: Settings, workers: int = 0, stop: StopSignal | None = None) -> None:
     """Makes what is missing of a plan's token files, by so many processes (0: one for four cores), then the manifest.
 
     The folder is locked by the caller. A preparation that is refused before a token file is finished leaves nothing in
@@ -89,7 +89,7 @@ def prepare_set(folder: Path, plan: Plan, settings: Settings, workers: int = 0, 
         raise
 
 
-def _go_on(folder: Path, plan: Plan, settings: Settings, workers: int, stop: Stop | None) -> None:
+def _go_on(folder: Path, plan: Plan, settings: Settings, workers: int, stop: StopSignal | None) -> None:
     if (folder / MANIFEST).is_file():
         return
     for rest in folder.glob(".*.tmp"):
@@ -106,7 +106,7 @@ def _go_on(folder: Path, plan: Plan, settings: Settings, workers: int, stop: Sto
     workers = min(workers or -(-len(os.sched_getaffinity(0)) // THREADS), len(left))
     size, todo = (sum(sum(unit.sizes) for unit in of) for of in (units, left))
     with _Progress(folder, size, size - todo) as progress:
-        stop = Stop() if stop is None else stop
+        stop = StopSignal() if stop is None else stop
         if workers > 1:
             counts = _work(left, job, workers, progress, stop)
         else:
@@ -186,7 +186,7 @@ def _written(folder: Path) -> dict[int, tuple[dict[str, int], bool]]:
 
 
 def _work_here(
-    units: list[Unit], job: Job, tokenizer: Tokenizer, progress: "_Progress", stop: Stop
+    units: list[Unit], job: Job, tokenizer: Tokenizer, progress: "_Progress", stop: StopSignal
 ) -> collections.Counter[str]:
     """All units, by this process and as many threads as the tokenizer takes; returns what they counted."""
 
@@ -201,7 +201,9 @@ def _work_here(
     return counts
 
 
-def _work(units: list[Unit], job: Job, workers: int, progress: "_Progress", stop: Stop) -> collections.Counter[str]:
+def _work(
+    units: list[Unit], job: Job, workers: int, progress: "_Progress", stop: StopSignal
+) -> collections.Counter[str]:
     """All units, by processes that are killed when one fails or a signal comes: what they finished is whole.
 
     Returns what the units counted.

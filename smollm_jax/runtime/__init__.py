@@ -1,1 +1,1 @@
-"""What a process owes the machine: strict files, atomic writes, locks, signals, streams, memory, compile cache."""
+"""The process and its machine: strict readers, atomic writes, locks, signals, streams, malloc, compilation cache."""

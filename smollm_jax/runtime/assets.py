@@ -1,4 +1,4 @@
-"""The real weights, tokenizer and text that commands take by default: under assets/ in a checkout, else in a cache."""
+"""The default weights, tokenizer and text of the commands: in assets/ of a checkout, else in the user's cache."""
 
 import os
 import subprocess
@@ -8,12 +8,12 @@ from pathlib import Path
 from smollm_jax.errors import StorageError
 from smollm_jax.runtime import install
 
-FOLDER = Path("assets")  # of a checkout, where its commands are started
-FETCHED = {"SmolLM2-135M-Instruct": "weights", "tokenizer": "tokenizer", "sotu": "text"}  # what `fetch` calls each
+FOLDER = Path("assets")  # relative to the checkout, in which its commands are started
+ASSETS = {"SmolLM2-135M-Instruct": "weights", "tokenizer": "tokenizer", "sotu": "text"}  # name: argument of `fetch`
 
 
 def folder() -> Path:
-    """Where assets are: assets/ for a checkout, else a folder of that name in the user's cache."""
+    """The folder of the assets: assets/ in a checkout, else `smollm-jax/assets` in the user's cache."""
     if (install.CHECKOUT / "pyproject.toml").is_file():
         return FOLDER
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -21,16 +21,16 @@ def folder() -> Path:
 
 
 def asset(name: str) -> Path:
-    """The path of one of FETCHED; where there is no checkout it is fetched first, which a line on stderr says.
+    """The path of one of ASSETS; without a checkout it is fetched on first use, with a line on stderr.
 
-    Raises `StorageError` where it cannot be fetched.
+    Raises `StorageError` when the fetch fails.
     """
     path = folder() / name
     if folder() == FOLDER or path.exists():
         return path
     print(f"fetching assets/{name} into {folder()}, once", file=sys.stderr, flush=True)
     done = subprocess.run(
-        fetching(FETCHED[name], folder()),
+        fetch_command(ASSETS[name], folder()),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
@@ -43,12 +43,12 @@ def asset(name: str) -> Path:
     return path
 
 
-def located(path: Path) -> Path:
-    """The same path, or the asset that it names where it is not there and there is no checkout to fetch it into."""
-    known = path.parent == FOLDER and path.name in FETCHED
-    return asset(path.name) if known and not path.exists() else path
+def resolve_asset(path: Path) -> Path:
+    """`path` itself, except for an `assets/NAME` that does not exist: then the asset of that name."""
+    is_asset = path.parent == FOLDER and path.name in ASSETS
+    return asset(path.name) if is_asset and not path.exists() else path
 
 
-def fetching(what: str, into: Path) -> list[str]:
-    """The command that brings the weights, the tokenizer or the text into a folder of assets."""
-    return [sys.executable, "-P", "-m", "smollm_jax.commands.fetch", what, "--assets", str(into)]
+def fetch_command(kind: str, target: Path) -> list[str]:
+    """The command line that fetches "weights", "tokenizer" or "text" into a folder of assets."""
+    return [sys.executable, "-P", "-m", "smollm_jax.commands.fetch", kind, "--assets", str(target)]

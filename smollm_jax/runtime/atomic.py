@@ -1,4 +1,4 @@
-"""Files that are complete or not there: written beside the target, synced, then renamed. Imports no framework."""
+"""Atomic writes: a temporary sibling is written, fsynced and renamed to the target. Imports no framework."""
 
 import hashlib
 import os
@@ -15,9 +15,9 @@ from smollm_jax.errors import InputFileError, SmolLMError, StorageError, UsageEr
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary sibling to write; renamed to `target` when the block ends well, removed when it does not.
+    """A temporary path next to `target`: renamed to `target` when the block succeeds, removed when it raises.
 
-    Raises `UsageError` if `target` exists: nothing is overwritten.
+    Raises `UsageError` if `target` exists, because nothing is overwritten, and `StorageError` if it cannot be written.
     """
     if target.exists():
         raise UsageError(f"{target}: exists already; name another target or remove it first")
@@ -25,7 +25,7 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        for path in [*temporary.rglob("*"), temporary]:  # on the disk before it has its name
+        for path in [*temporary.rglob("*"), temporary]:  # fsync before the rename
             sync(path)
         os.rename(temporary, target)
         sync(target.parent)
@@ -42,12 +42,12 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Puts a file's bytes, or a directory's entries (new names and renames), on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Calls fsync on a file, or on a directory for its new and renamed entries."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What this machine's CPU is and can do, as its system tells it. Framework-free."""
+"""Name and features of this machine's CPU, from /proc/cpuinfo. Framework-free."""
 
 import functools
 import os
@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")  # what matrix products run on
-# XLA's own names, which `--xla_cpu_max_isa` takes: what it uses when it is told to.
-WITH_BFLOAT16 = ("AVX512_BF16", "AMX", "AMX_FP16")
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")  # used by matmuls
+# Values of `--xla_cpu_max_isa` under which XLA may use bfloat16 instructions.
+ISAS_WITH_BFLOAT16 = ("AVX512_BF16", "AMX", "AMX_FP16")
 
 
 @functools.cache
 def _fields() -> dict[str, str]:
-    """The first processor's lines of /proc/cpuinfo; none on another system."""
+    """The fields of the first processor in /proc/cpuinfo; empty where there is no such file."""
     try:
         lines = CPUINFO.read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0].splitlines()
     except OSError:
@@ -23,11 +23,11 @@ def _fields() -> dict[str, str]:
 
 
 def name() -> str:
-    """The CPU's name, with family, model and stepping where names are vague ("Intel(R) Xeon(R) Processor")."""
+    """The CPU's name with family/model/stepping, as the name alone can be vague ("Intel(R) Xeon(R) Processor")."""
     fields = _fields()
-    found = fields.get("model name", platform.processor() or platform.machine())
+    model_name = fields.get("model name", platform.processor() or platform.machine())
     numbers = [fields[key] for key in ("cpu family", "model", "stepping") if key in fields]
-    return f"{found} ({'/'.join(numbers)})" if numbers else found
+    return f"{model_name} ({'/'.join(numbers)})" if numbers else model_name
 
 
 def features() -> list[str]:
@@ -37,7 +37,7 @@ def features() -> list[str]:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether products of bfloat16 run faster than float32's: on x86 with AVX-512 BF16 or AMX, if XLA may use them."""
+    """Whether bfloat16 matmuls are faster than float32 ones: on x86 with AVX-512 BF16 or AMX, if XLA may use them."""
     limit = re.findall(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
-    allowed = not limit or limit[-1].upper() in WITH_BFLOAT16
+    allowed = not limit or limit[-1].upper() in ISAS_WITH_BFLOAT16
     return allowed and bool({"avx512_bf16", "amx_bf16"} & set(features()))

@@ -1,4 +1,4 @@
-"""How to get an optional package, from where the user stands."""
+"""The command that installs an optional extra: from the checkout, or for an installed package."""
 
 import os
 import re
@@ -14,18 +14,18 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 def command(extra: str) -> str:
     """The shell command that installs an extra of pyproject.toml.
 
-    No registry has a package smollm-jax: in a checkout the extra is installed from it, and an installed package names
-    what its extra consists of.
+    smollm-jax is in no package registry: a checkout installs the extra from itself, and for an installed package the
+    command names the requirements of the extra.
     """
     if (CHECKOUT / "pyproject.toml").is_file():
-        place = "." if Path.cwd() == CHECKOUT else str(CHECKOUT)
-        return f"pip install -e {_quoted(f'{place}[{extra}]')}"
+        project = "." if Path.cwd() == CHECKOUT else str(CHECKOUT)
+        return f"pip install -e {_quoted(f'{project}[{extra}]')}"
     try:
         required = metadata.requires("smollm-jax") or []
-    except metadata.PackageNotFoundError:  # files without their metadata: the reader has to find the checkout
+    except metadata.PackageNotFoundError:  # copied without package metadata
         return f"pip install -e '.[{extra}]' in the checkout"
-    mark = re.compile(rf"""extra\s*==\s*['"]{re.escape(extra)}['"]""")
-    return shlex.join(["pip", "install", *(one.partition(";")[0].strip() for one in required if mark.search(one))])
+    marker = re.compile(rf"""extra\s*==\s*['"]{re.escape(extra)}['"]""")
+    return shlex.join(["pip", "install", *(line.partition(";")[0].strip() for line in required if marker.search(line))])
 
 
 def _quoted(text: str) -> str:
@@ -34,5 +34,5 @@ def _quoted(text: str) -> str:
 
 
 def needs(what: str | os.PathLike, extra: str) -> str:
-    """The message for something that cannot be done without an extra."""
+    """The message that `what` needs an extra, with the command that installs it."""
     return f"{names_as_typed(os.fspath(what))} needs the extra {extra!r}: {command(extra)}"

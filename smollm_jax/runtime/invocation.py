@@ -1,9 +1,9 @@
-"""How this process was started, and so how its messages name commands: `smollm VERB`, or a script by its path."""
+"""How messages name commands: as `smollm VERB` or as a script, whichever the user started."""
 
 import re
 import sys
 
-VERBS = {  # what follows `smollm`: the name under scripts/ of the same command
+VERBS = {  # verb of `smollm`: name of the same command under scripts/
     "train": "train_jax",
     "generate": "generate",
     "chat": "chat",
@@ -23,22 +23,22 @@ _VERB_OF = {script: verb for verb, script in VERBS.items()}
 
 
 def started_as_smollm() -> bool:
-    """Whether the console command runs, which puts its verb into `sys.argv[0]`: "smollm train"."""
+    """Whether this process is `smollm VERB`, which sets `sys.argv[0]` to "smollm VERB"."""
     return sys.argv[0].startswith("smollm ")
 
 
 def this_command() -> str:
-    """What was typed, without its flags: "smollm train" or "python scripts/train_jax.py"."""
+    """The command that the user typed, without flags: "smollm train" or "python scripts/train_jax.py"."""
     return sys.argv[0] if started_as_smollm() else f"python {sys.argv[0]}"
 
 
 def as_typed(text: str) -> str:
-    """The text with each `python scripts/NAME.py` in it as the user would type it: `smollm VERB` under `smollm`."""
+    """The text with each `python scripts/NAME.py` replaced by `smollm VERB`, if the user started `smollm`."""
     return _replaced(r"python scripts/(\w+)\.py", text)
 
 
 def names_as_typed(text: str) -> str:
-    """As `as_typed`, for scripts named without `python` too: no text that may hold the name of a user's file."""
+    """As `as_typed`, and also replaces a bare `NAME.py`; not for texts that may contain a user's file name."""
     return _replaced(r"(?<![\w/.])(?:python )?(?:scripts/)?(\w+)\.py\b", text)
 
 

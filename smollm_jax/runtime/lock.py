@@ -1,6 +1,6 @@
-"""One writer a folder: a trainer's run, a preparation's data set.
+"""One writer per folder: a lock on a trainer's run folder or on a data set under preparation.
 
-Standard library only: the second one is told before anything heavy is imported.
+Standard library only, so that a second process fails before anything heavy is imported.
 """
 
 import contextlib
@@ -16,19 +16,20 @@ FILE = "lock"
 
 
 class RunLock:
-    """Holds a run folder, made if need be, until the process ends however it ends; raises `LockedError` if taken.
+    """Holds the lock of a folder, which is created if needed; raises `LockedError` if another process holds it.
 
-    The kernel's `flock` on `lock` is what counts; what the file says is only who to ask. A folder made here in which
-    nothing was written is removed again, with the folders above it that were made here.
+    The lock is the kernel's `flock` on the file `lock`, so it ends with the process, however that ends; the content of
+    the file only tells who holds it. A folder created here in which nothing was written is removed again, with the
+    parent folders created here.
     """
 
     def __init__(self, run: Path, holder: str = "trainer"):
         self.run, self._holder = run, holder
 
     def __enter__(self) -> "RunLock":
-        self._made = not self.run.exists()
+        self._created = not self.run.exists()
         # Deepest first.
-        self._made_above = [folder for folder in self.run.parents if not folder.exists()] if self._made else []
+        self._created_parents = [folder for folder in self.run.parents if not folder.exists()] if self._created else []
         while True:
             self.run.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.run / FILE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -37,22 +38,22 @@ class RunLock:
             except BlockingIOError as error:
                 holder = os.pread(self._file, 4096, 0).decode(errors="replace").strip()
                 os.close(self._file)
-                raise LockedError(f"{self.run}: another {self._holder} is at work in it: {holder}") from error
-            # One that failed may have removed, between our two calls, the file we now hold.
+                raise LockedError(f"{self.run}: in use by another {self._holder}: {holder}") from error
+            # Another process may have removed the file between our two calls, in `__exit__`.
             if self._is_ours():
                 break
             os.close(self._file)
         os.ftruncate(self._file, 0)
-        who = {"pid": os.getpid(), "host": socket.gethostname()}
-        os.pwrite(self._file, (json.dumps(who) + "\n").encode(), 0)
+        owner = {"pid": os.getpid(), "host": socket.gethostname()}
+        os.pwrite(self._file, (json.dumps(owner) + "\n").encode(), 0)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._made and os.listdir(self.run) == [FILE]:
+        if self._created and os.listdir(self.run) == [FILE]:
             (self.run / FILE).unlink()
             self.run.rmdir()
-            with contextlib.suppress(OSError):  # another run lies in it by now
-                for folder in self._made_above:
+            with contextlib.suppress(OSError):  # another run is in it by now
+                for folder in self._created_parents:
                     folder.rmdir()
         os.close(self._file)
 

@@ -1,4 +1,4 @@
-"""What the `tokenizers` library makes of a malformed file: its panics as one line, and nothing on the terminal."""
+"""Panics of the Rust library `tokenizers` on malformed files, turned into one-line errors."""
 
 import os
 import sys
@@ -12,34 +12,34 @@ from smollm_jax.runtime.files import one_line
 T = TypeVar("T")
 
 
-def quietly(work: Callable[[], T], path: str) -> T:
-    """What `tokenizers` makes of a file, its panics as `InputFileError`."""
+def catch_panics(work: Callable[[], T], path: str) -> T:
+    """The result of `work`; raises `InputFileError` naming `path` when `tokenizers` raises or panics."""
     try:
         with silent_stderr():
             return work()
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # malformed files make tokenizers raise PanicException, no Exception at all
+    except BaseException as error:  # PanicException derives from BaseException
         raise InputFileError(f"{path}: not a readable tokenizer: {one_line(error)}") from error
 
 
 @contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Nothing written to file descriptor 2 gets out: Rust prints a panic and its stack there before Python hears of it.
+    """Redirects file descriptor 2 to /dev/null: Rust prints a panic there before Python sees the exception.
 
-    The whole process's, so the block must be short.
+    This affects the whole process, so the block must be short.
     """
     if sys.stderr:
         sys.stderr.flush()
     try:
         saved = os.dup(2)
-    except OSError:  # closed: nothing gets out anyway
+    except OSError:  # stderr is closed
         yield
         return
     try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
         yield
     finally:
         os.dup2(saved, 2)

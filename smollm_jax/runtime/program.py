@@ -1,4 +1,4 @@
-"""Runs a script's main function: an expected error becomes one line and its documented exit code."""
+"""Runs a script's main function and turns expected errors into one line and a documented exit code."""
 
 import contextlib
 import os
@@ -10,26 +10,26 @@ from smollm_jax.errors import SmolLMError, StoppedError, StorageError, UsageErro
 from smollm_jax.runtime import install, streams
 from smollm_jax.runtime.invocation import as_typed
 
-READER_GONE = 141  # 128 + SIGPIPE
+BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Exits with `main`'s documented code; an expected error becomes one line, `--debug` keeps the traceback."""
+    """Calls `main`; an error that a user can cause becomes one line and an exit code, `--debug` shows the traceback."""
     streams.prepare()
     try:
         _run_and_flush(main)
     except streams.OutputError as error:
-        _leave(
+        _exit(
             None if error.reader_gone else f"error: {error}",
-            READER_GONE if error.reader_gone else StorageError.exit_code,
+            BROKEN_PIPE if error.reader_gone else StorageError.exit_code,
         )
     except StoppedError as error:
-        _leave(error, error.exit_code)
-    except (SmolLMError, OSError, RuntimeError, AssertionError, ValueError) as error:  # Unicode's are ValueErrors
-        expected = _expected(error)
-        if expected is None or "--debug" in sys.argv:
+        _exit(error, error.exit_code)
+    except (SmolLMError, OSError, RuntimeError, AssertionError, ValueError) as error:  # UnicodeError is a ValueError
+        user_error = _user_error(error)
+        if user_error is None or "--debug" in sys.argv:
             raise
-        _leave(f"error: {as_typed(str(expected))}", getattr(expected, "exit_code", StorageError.exit_code))
+        _exit(f"error: {as_typed(str(user_error))}", user_error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -37,26 +37,26 @@ def run_main(main: Callable[[], None]) -> None:
 def _run_and_flush(main: Callable[[], None]) -> None:
     try:
         main()
-    except SystemExit:  # of --help
+    except SystemExit:  # from --help
         sys.stdout.flush()
         raise
     sys.stdout.flush()
 
 
-def _leave(message: object | None, code: int) -> None:
+def _exit(message: object | None, code: int) -> None:
     if message is not None:
         print(message, file=sys.stderr)
     with contextlib.suppress(streams.OutputError):
         sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: after a failed save, threads of the libraries underneath may never end.
+    # Not sys.exit, which joins threads: after a failed save, those of Orbax may never end.
     os._exit(code)
 
 
-def _expected(error: Exception) -> Exception | None:
-    """The error to show in one line; None for a bug. What a user causes, other libraries raise as unspecific kinds."""
+def _user_error(error: Exception) -> SmolLMError | None:
+    """The error as one that a user can cause; None for a bug. Recognises what Python and JAX raise in such cases."""
     if isinstance(error, OSError) and not isinstance(error, SmolLMError):
-        # A file is written under another name before it gets its own, the only one its user knows.
+        # Show the name of the target, not that of the temporary file (`atomic.replacing`).
         return StorageError(re.sub(r"\.([^/]+)\.[0-9a-f]{8}\.tmp\b", r"\1", str(error)))
     if isinstance(error, SmolLMError):
         return error
@@ -65,36 +65,36 @@ def _expected(error: Exception) -> Exception | None:
         if error.encoding.replace("latin-1", "iso8859-1") != names or names == "utf-8":
             return None
         name = ascii(error.object)
-        return UsageError(f"{name}: no file name in this locale, whose encoding is {names}: set LC_ALL=C.UTF-8")
-    return _wrong_setting(error) if isinstance(error, ValueError) else _no_device()
+        return UsageError(f"{name}: cannot be a file name in this locale's encoding, {names}: set LC_ALL=C.UTF-8")
+    return _invalid_jax_setting(error) if isinstance(error, ValueError) else _no_device()
 
 
-def _wrong_setting(error: ValueError) -> UsageError | None:
-    """What to say when JAX, as it is imported, reads a setting in the environment that it cannot understand."""
+def _invalid_jax_setting(error: ValueError) -> UsageError | None:
+    """The error for an environment variable with an invalid value, which JAX reads when it is imported."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     module = "" if trace is None else trace.tb_frame.f_globals.get("__name__")
-    if module != "jax._src.config" or hasattr(sys.modules.get("jax"), "devices"):  # else: a bug of a call
+    if module != "jax._src.config" or hasattr(sys.modules.get("jax"), "devices"):  # raised by a call, so a bug
         return None
     names = [name for name in os.environ if name.startswith("JAX_") and name.lower() in str(error).lower()]
     return UsageError(f"{'environment variable ' if names else ''}{', '.join(names) or 'JAX'}: {error}")
 
 
 def _no_device() -> UsageError | None:
-    """What to say when JAX was imported and cannot start, for which it raises RuntimeError or a bare AssertionError."""
+    """The error when JAX finds no device; JAX raises RuntimeError or a bare AssertionError then. None for a bug."""
     jax = sys.modules.get("jax")
     try:
-        if jax is not None and hasattr(jax, "devices"):  # else its import failed
-            jax.devices()  # at once when it has started; raises again when it has not
+        if jax is not None and hasattr(jax, "devices"):  # false when the import of JAX failed
+            jax.devices()  # raises again when JAX has no device
         return None
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split("(set JAX_PLATFORMS")[0].split())
-    asked = next((name for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(name)), None)
-    if asked is None:
-        return UsageError(f"JAX finds no device to compute on: {reason}; JAX_PLATFORMS=cpu takes the CPU")
+    variable = next((name for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(name)), None)
+    if variable is None:
+        return UsageError(f"JAX finds no device to compute on: {reason}; set JAX_PLATFORMS=cpu to use the CPU")
     why = f" ({reason[:200]})" if reason else ""
     return UsageError(
-        f"{asked}={os.environ[asked]}: JAX finds no such device here{why}; unset it to take what there is; "
-        f"an NVIDIA GPU needs the extra: {install.command('cuda13')}"
+        f"{variable}={os.environ[variable]}: JAX finds no such device here{why}; unset it to use the default device, "
+        f"or install the extra for NVIDIA GPUs: {install.command('cuda13')}"
     )

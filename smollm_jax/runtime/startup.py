@@ -1,4 +1,4 @@
-"""What makes a start quick: no garbage collection, short turns for threads, work done beside imports."""
+"""Faster start-up: no garbage collection, a short GIL switch interval, and background work during imports."""
 
 import concurrent.futures
 import gc
@@ -7,29 +7,29 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-SWITCH_INTERVAL = 1e-4  # seconds a thread waits for Python's lock; Python's own 5e-3 adds up over a start's imports
+SWITCH_INTERVAL = 1e-4  # seconds a thread waits for the GIL; Python's 5e-3 adds up over the imports
 
 
 class QuickStart:
-    """Makes what follows quick until `end`: nearly all objects that a start makes stay, so nothing is collected.
+    """Turns garbage collection off until `end`, as nearly all objects created during a start stay alive.
 
     Measured in docs/lab-notes.md, "What helped the start".
     """
 
     def __init__(self, *, threads: bool = False):
-        """`threads`: the start uses threads that do most of their work without Python's lock."""
+        """`threads`: shorten the GIL switch interval, for a start with threads that mostly work without the GIL."""
         self._interval = sys.getswitchinterval()
         gc.disable()
         if threads:
             sys.setswitchinterval(SWITCH_INTERVAL)
 
     def end(self) -> None:
-        """Garbage is collected again, but for what is there now."""
+        """Turns collection on again, with the objects that exist now excluded from it."""
         gc.freeze()
         gc.enable()
         sys.setswitchinterval(self._interval)
 
 
 def background(work: Callable[[], T]) -> concurrent.futures.Future[T]:
-    """Runs `work` in a thread of its own."""
+    """Starts `work` in a new thread."""
     return concurrent.futures.ThreadPoolExecutor(1).submit(work)

@@ -1,4 +1,4 @@
-"""Standard streams that a shell closed, that lost their reader, or that cannot show every character.
+"""Standard streams that are closed, whose reader is gone, or whose encoding lacks characters.
 
 Imports nothing of ours: `program.run_main` calls `prepare` first in every script.
 """
@@ -10,11 +10,11 @@ import select
 import sys
 from typing import Any
 
-closed: set[int] = set()  # which of 0, 1 and 2 were closed when the process started
+closed: set[int] = set()  # those of the descriptors 0, 1 and 2 that were closed when the process started
 
 
 class OutputError(Exception):
-    """stdout cannot be written. No `OSError`, so that nobody takes it for a fault of a file."""
+    """stdout cannot be written. Not an `OSError`, so that no handler mistakes it for a file's."""
 
     def __init__(self, error: OSError):
         super().__init__(f"stdout: cannot be written: {error.strerror}")
@@ -22,53 +22,53 @@ class OutputError(Exception):
 
 
 def prepare() -> None:
-    """Makes stdin, stdout and stderr usable whatever the shell and the locale made of them.
+    """Makes stdin, stdout and stderr usable in any shell and locale.
 
-    A closed one reads and writes nothing, and keeps its descriptor, which the next opened file would get otherwise. A
-    character that the encoding lacks is shown as an escape. A fault of stderr is no fault of the script; one of stdout
-    is an `OutputError`.
+    A closed stream is opened on /dev/null, so that no file that is opened later gets its descriptor. Characters that
+    the encoding lacks are written as escapes. Errors on stderr are ignored; one on stdout raises `OutputError`.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
             closed.add(descriptor)
-            # Gets the lowest free number, which is this one; open for the processes that are started, too.
+            # open() takes the lowest free descriptor, which is this one. Child processes inherit it.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdin is None:
-        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # for as long as the process lives
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # open until the process ends
     elif isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.encoding.lower() in ("ascii", "us-ascii"):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # as the files are
-    if sys.stdout is sys.__stdout__:  # not what a test put in its place
-        sys.stdout = _written(1, sys.stdout, lasting=False)
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # the encoding of files
+    if sys.stdout is sys.__stdout__:  # not replaced by a test
+        sys.stdout = _open_output(1, sys.stdout, ignore_errors=False)
     if sys.stderr is sys.__stderr__:
-        sys.stderr = _written(2, sys.stderr, lasting=True)
+        sys.stderr = _open_output(2, sys.stderr, ignore_errors=True)
 
 
 def no_text_on_stdin() -> bool:
-    """Whether nobody gave a text there: it was closed, or it is a terminal."""
+    """Whether stdin is closed or a terminal."""
     return 0 in closed or sys.stdin is None or sys.stdin.isatty()
 
 
-def lasting(stream: Any) -> io.TextIOWrapper:
-    """The same output, which goes on into nothing when it cannot be written: a `| head`, a closed terminal."""
-    return _written(stream.fileno(), stream, lasting=True)
+def pipe_safe(stream: Any) -> io.TextIOWrapper:
+    """The same output, discarded from the first error on: a reader that has gone (`| head`), a closed terminal."""
+    return _open_output(stream.fileno(), stream, ignore_errors=True)
 
 
-def _written(descriptor: int, stream: Any, *, lasting: bool) -> io.TextIOWrapper:
-    encoding, lines = "utf-8", True
+def _open_output(descriptor: int, stream: Any, *, ignore_errors: bool) -> io.TextIOWrapper:
+    encoding, line_buffering = "utf-8", True
     if stream is not None:
         stream.flush()
-        encoding, lines = stream.encoding, lasting or stream.line_buffering or stream.write_through
-    raw = io.BufferedWriter(_Output(descriptor, lasting))
-    return io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace", line_buffering=lines)
+        encoding = stream.encoding
+        line_buffering = ignore_errors or stream.line_buffering or stream.write_through
+    raw = io.BufferedWriter(_Output(descriptor, ignore_errors))
+    return io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace", line_buffering=line_buffering)
 
 
 class _Output(io.RawIOBase):
-    """A descriptor to write to. After a fault it leads to nothing, so that what is buffered makes no second one."""
+    """A file descriptor to write to. After an error it is /dev/null, so that flushing raises no second one."""
 
-    def __init__(self, descriptor: int, lasting: bool):
-        self._descriptor, self._lasting = descriptor, lasting
+    def __init__(self, descriptor: int, ignore_errors: bool):
+        self._descriptor, self._ignore_errors = descriptor, ignore_errors
 
     def fileno(self) -> int:
         return self._descriptor
@@ -82,13 +82,13 @@ class _Output(io.RawIOBase):
     def write(self, data, /) -> int:
         try:
             return os.write(self._descriptor, data)
-        except BlockingIOError:  # another program that shares the terminal set it so
+        except BlockingIOError:  # another program made the shared terminal non-blocking
             select.select([], [self._descriptor], [])
             return self.write(data)
         except OSError as error:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._descriptor)
-            os.close(nowhere)
-            if self._lasting:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._descriptor)
+            os.close(null)
+            if self._ignore_errors:
                 return len(data)
             raise OutputError(error) from error

@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import processors
 
 from smollm_jax.errors import InputFileError, short_repr
-from smollm_jax.runtime.panics import quietly
+from smollm_jax.runtime.panics import catch_panics
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
@@ -97,7 +97,7 @@ def add_tokens(
         raise InputFileError(f"{where}/tokenizer_config.json: eos_token {short_repr(eos)} is not in the vocabulary")
     present = {token.content for token in core.get_added_tokens_decoder().values()} | named.keys()
     missing = [tokenizers.AddedToken(token, special=True) for token in special if token not in present]
-    quietly(lambda: core.add_tokens([*named.values(), *missing]), path)
+    catch_panics(lambda: core.add_tokens([*named.values(), *missing]), path)
     for i, token in declared.items():
         check_id(core, token.content, i, path)
 
@@ -113,7 +113,7 @@ def _declared(tokens: object, path: str) -> dict[int, tokenizers.AddedToken]:
         if unknown := token.keys() - {"__type", *FLAGS}:
             raise InputFileError(f"{path}: {entry} has the unknown key {short_repr(min(unknown))}")
         flags = {key: value for key, value in token.items() if key != "__type"}
-        declared[_id(i)] = quietly(functools.partial(tokenizers.AddedToken, **flags), path)
+        declared[_id(i)] = catch_panics(functools.partial(tokenizers.AddedToken, **flags), path)
     return declared
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from smollm_jax.errors import InputFileError, UsageError, short_repr
-from smollm_jax.runtime.assets import located
+from smollm_jax.runtime.assets import resolve_asset
 from smollm_jax.tokenizer.chat_template import ChatTemplates
 from smollm_jax.tokenizer.chat_tokens import encode_chat
 from smollm_jax.tokenizer.conversation import Conversation, Message
@@ -82,7 +82,7 @@ class Tokenizer:
                 "(`python scripts/fetch_assets.py tokenizer` fetches SmolLM2's into assets/tokenizer)"
             )
         if named is None:
-            return cls.load(own or located(DEFAULT))
+            return cls.load(own or resolve_asset(DEFAULT))
         chosen = cls.load(named)
         if own is None or own == named:
             return chosen

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from smollm_jax.errors import InputFileError, short_repr
 from smollm_jax.runtime.files import MAX_BYTES as MAX_JSON
 from smollm_jax.runtime.files import parse_json, reject_bom
-from smollm_jax.runtime.panics import quietly
+from smollm_jax.runtime.panics import catch_panics
 from smollm_jax.tokenizer.special_tokens import (
     add_affixes,
     add_tokens,
@@ -71,7 +71,7 @@ def text_of(files: Files, name: str, where: str, limit: int = MAX_JSON) -> str:
     """The UTF-8 text of one of the files; `InputFileError` when it is too long or is none."""
     content, path = files[name], f"{where}/{name}"
     if len(content) > limit:
-        raise InputFileError(f"{path}: {len(content):,} bytes are too many for such a file, at most {limit:,}")
+        raise InputFileError(f"{path}: too large: {len(content):,} bytes, at most {limit:,} are read")
     reject_bom(content[:4096], Path(path))
     try:
         return content.decode("utf-8")
@@ -105,7 +105,7 @@ def _from_json(text: str, path: str) -> tokenizers.Tokenizer:
     decoder = values.get("decoder")
     if model.get("type", "BPE") != "BPE" or not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
         raise InputFileError(f"{path}: model and decoder must be BPE and ByteLevel: this is no byte-level tokenizer")
-    core = quietly(lambda: tokenizers.Tokenizer.from_str(text), path)
+    core = catch_panics(lambda: tokenizers.Tokenizer.from_str(text), path)
     if not isinstance(core.model, models.BPE):  # a model without a type is guessed from its fields
         raise InputFileError(f"{path}: model must be BPE: this is no byte-level tokenizer")
     if len(set(model["vocab"].values())) != len(model["vocab"]):
@@ -147,7 +147,7 @@ def _from_vocabulary(files: Files, config: Mapping[str, Any], where: str) -> tok
                 f"{where}/merges.txt, line {i}: {merge} does not join two entries of vocab.json to a third"
             )
     pairs = [(left, right) for _, (left, right) in merges]
-    core = tokenizers.Tokenizer(quietly(lambda: models.BPE(vocab=vocabulary, merges=pairs), f"{where}/vocab.json"))
+    core = tokenizers.Tokenizer(catch_panics(lambda: models.BPE(vocab=vocabulary, merges=pairs), f"{where}/vocab.json"))
     steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     if not any(re.search("[0-9]", left + right) for left, right in pairs):
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
@@ -164,7 +164,7 @@ def _check(core: tokenizers.Tokenizer, path: str) -> None:
             raise InputFileError(f"{path}: added token {short_repr(token.content)} strips the text beside it")
     vocabulary = core.get_vocab(with_added_tokens=False)
     whole = all(symbol in vocabulary for symbol in map(byte_symbols().__getitem__, PROBE.encode()))
-    ids = quietly(lambda: core.encode(PROBE, add_special_tokens=False).ids, path)
+    ids = catch_panics(lambda: core.encode(PROBE, add_special_tokens=False).ids, path)
     if whole and core.decode(ids, skip_special_tokens=False) != PROBE:
         raise InputFileError(f"{path}: does not give back a text it was given (pre_tokenizer or decoder)")
-    quietly(lambda: special_affixes(core), path)
+    catch_panics(lambda: special_affixes(core), path)

@@ -22,7 +22,7 @@ from smollm_jax.runs.checkpoint import CheckpointStore
 from smollm_jax.runs.metrics import RunLog
 from smollm_jax.runs.provenance import Provenance
 from smollm_jax.runs.pytree import flatten
-from smollm_jax.runtime.signals import Stop
+from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.training import optimizer
 from smollm_jax.training.execution import Cadence, Compute
 from smollm_jax.training.state import Progress, TrainState, environment_of
@@ -48,7 +48,7 @@ class Trainer:
         store: CheckpointStore,
         compute: Compute,
         cadence: Cadence,
-        stop: Stop,
+        stop: StopSignal,
         log: RunLog,
         step: Step | None = None,
         sample: Callable[[SmolLM], str | None] | None = None,

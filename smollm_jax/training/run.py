@@ -32,7 +32,7 @@ from smollm_jax.runs.provenance import Provenance
 from smollm_jax.runs.tracking import Tracker
 from smollm_jax.runtime import allocator, compilation_cache
 from smollm_jax.runtime.invocation import as_typed
-from smollm_jax.runtime.signals import Stop
+from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.runtime.startup import QuickStart
 from smollm_jax.training import memory, optimizer
 from smollm_jax.training.announce import announce, print_differences
@@ -58,7 +58,7 @@ class Data:
 def train_in(
     run: Path,
     flags: TrainingFlags,
-    stop: Stop,
+    stop: StopSignal,
     startup: QuickStart,
     *,
     read: Callable[[], Bundle] | None,
@@ -100,7 +100,7 @@ def give_back_memory(setup: Setup, device: Any) -> bool:
     """Has glibc give freed memory back again where keeping it could hurt: around what is kept a heap grows."""
     if not memory_is_tight(setup) and device.platform == "cpu":
         return False
-    allocator.give_back()
+    allocator.restore_defaults()
     return True
 
 
@@ -211,7 +211,7 @@ def fit(
     data: Data,
     progress: Progress,
     state: TrainState,
-    stop: Stop,
+    stop: StopSignal,
     step: Step | None,
     sample: Callable[[SmolLM], str | None] | None,
 ) -> TrainState:
@@ -250,7 +250,7 @@ def fit(
         ).run()
 
 
-def show_reference(setup: Setup, data: Data, stop: Stop) -> None:
+def show_reference(setup: Setup, data: Data, stop: StopSignal) -> None:
     """Prints what other weights reach on the same held-out text, unless a signal comes in between."""
     assert setup.reference is not None
     model = sharding.shard_params(weights.load(setup.reference)[0], setup.compute.mesh)
@@ -260,7 +260,7 @@ def show_reference(setup: Setup, data: Data, stop: Stop) -> None:
         print(f"for scale: {setup.reference}, {bits:.3f} bits per byte")
 
 
-def finish(run: Path, flags: TrainingFlags, recipe: Recipe, sampler: Sampler, model: SmolLM, stop: Stop) -> None:
+def finish(run: Path, flags: TrainingFlags, recipe: Recipe, sampler: Sampler, model: SmolLM, stop: StopSignal) -> None:
     """Shows what the model writes and how to go on; raises `StoppedError` where a signal came after the last step."""
     if processes.is_main_process():
         sampler.show(model)

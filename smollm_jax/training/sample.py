@@ -13,7 +13,7 @@ from smollm_jax.generation.generate import generate
 from smollm_jax.generation.programs import NO_TOKEN
 from smollm_jax.model.smollm import SmolLM
 from smollm_jax.parallel import processes
-from smollm_jax.runtime.signals import Stop
+from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.tokenizer import Tokenizer
 
 NEW_TOKENS = 32
@@ -26,10 +26,10 @@ class Sampler:
     prompt: str
     start: tuple[int, ...]
     tokenizer: Tokenizer
-    stop: Stop
+    stop: StopSignal
 
     @classmethod
-    def of(cls, prompt: str, tokenizer: Tokenizer, config: Config, stop: Stop) -> "Sampler":
+    def of(cls, prompt: str, tokenizer: Tokenizer, config: Config, stop: StopSignal) -> "Sampler":
         """For a model of this config; an empty prompt begins with the token that begins a document.
 
         Raises `UsageError` when there is no such token, and when prompt and new tokens exceed the context.

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from smollm_jax.data.batches import Batches
 from smollm_jax.model.smollm import SmolLM
 from smollm_jax.parallel import sharding
-from smollm_jax.runtime.signals import Stop
+from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.training.execution import Compute
 from smollm_jax.training.loss import mean_loss, over_devices
 
@@ -28,7 +28,7 @@ def put_padded(tokens: np.ndarray, mesh: jax.sharding.Mesh | None) -> Array:
 
 
 def validation_loss(
-    model: SmolLM, batches: Batches, count: int, compute: Compute, stop: Stop | None = None
+    model: SmolLM, batches: Batches, count: int, compute: Compute, stop: StopSignal | None = None
 ) -> float | None:
     """The mean loss over up to `count` batches of held-out tokens; None when a signal came in between."""
     losses = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from smollm_jax import errors
 from smollm_jax.runtime import install
-from smollm_jax.runtime.assets import fetching
+from smollm_jax.runtime.assets import fetch_command
 
 if TYPE_CHECKING:
     from smollm_jax.generation.quantized import Quantize
@@ -65,7 +65,7 @@ def build(
         given=given,
         assets=assets,
         runs=runs,
-        fetch=fetching("weights", assets),
+        fetch=fetch_command("weights", assets),
         dtype=dtype,
         quantize=quantize,
         tokenizer=tokenizer,

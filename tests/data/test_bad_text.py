@@ -44,7 +44,7 @@ def tokenizer(tokenizer_path) -> Tokenizer:
 @pytest.fixture(autouse=True)
 def _signals(monkeypatch):
     """The script takes the signals of its process; here that is pytest's."""
-    monkeypatch.setattr("smollm_jax.runtime.signals.Stop.listen", lambda self, doing: self)
+    monkeypatch.setattr("smollm_jax.runtime.signals.StopSignal.install", lambda self, doing: self)
 
 
 def jsonl(*texts: str | None) -> bytes:

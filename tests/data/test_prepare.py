@@ -94,7 +94,7 @@ def straight(sources, small, tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _signals(monkeypatch):
     """The script takes the signals and the output of its process; here that is pytest's."""
-    monkeypatch.setattr("smollm_jax.runtime.signals.Stop.listen", lambda self, doing: self)
+    monkeypatch.setattr("smollm_jax.runtime.signals.StopSignal.install", lambda self, doing: self)
 
 
 def test_every_kind_of_file_gives_its_documents_and_their_tokens(sources, straight, small):
@@ -243,7 +243,7 @@ def test_what_changed_since_a_set_was_begun_is_named(small, tmp_path):
 
 def test_two_preparations_of_one_folder_and_a_folder_of_something_else_are_refused(small, tmp_path):
     (tmp_path / "a.txt").write_text("some text")
-    with RunLock(tmp_path / "set"), pytest.raises(LockedError, match="another preparation is at work"):
+    with RunLock(tmp_path / "set"), pytest.raises(LockedError, match="in use by another preparation"):
         prepare(tmp_path / "set", small, tmp_path / "a.txt")
     assert not (tmp_path / "set").exists()
     with pytest.raises(UsageError, match=r"a\.txt: is a file, not a folder"):

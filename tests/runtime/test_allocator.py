@@ -1,4 +1,4 @@
-"""What glibc does with freed memory, seen in the page faults and the size of processes that are told what to do."""
+"""What glibc does with freed memory, measured by the page faults and resident size of processes."""
 
 import json
 import os
@@ -39,15 +39,16 @@ def faults():
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1])
 
-said = {}
+results = {}
 for call in sys.argv[1:]:
-    said[call] = [getattr(allocator, call)() if call != "nothing" else None, faults(), faults(), resident()]
-print(json.dumps(said))
+    result = getattr(allocator, call)() if call != "nothing" else None
+    results[call] = [result, faults(), faults(), resident()]
+print(json.dumps(results))
 """.replace("SIZE", str(SIZE))
 
 
-def told(*calls: str, **variables: str) -> dict[str, list]:
-    """Of each call: what it says, pages touched anew by two times 64 MB after it and once more, and pages held then."""
+def measure(*calls: str, **variables: str) -> dict[str, list]:
+    """For each call: its result, the page faults of writing 64 MB twice, of doing so again, and the resident pages."""
     clean = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     environment = clean | {"PYTHONPATH": str(ROOT)} | variables
     done = subprocess.run(
@@ -57,38 +58,38 @@ def told(*calls: str, **variables: str) -> dict[str, list]:
     return json.loads(done.stdout)
 
 
-def test_what_is_kept_is_not_touched_anew_by_any_thread():
+def test_retained_memory_causes_no_page_faults_in_any_thread():
     pages = SIZE // os.sysconf("SC_PAGE_SIZE")
-    assert min(told("nothing")["nothing"][1:3]) > 2 * pages
-    said = told("keep", "give_back")
-    kept, first, again, held = said["keep"]
-    assert kept is True
-    assert pages <= first < 1.1 * pages, "the thread takes what the first freed"
+    assert min(measure("nothing")["nothing"][1:3]) > 2 * pages
+    results = measure("retain_freed_memory", "restore_defaults")
+    retained, first, again, held = results["retain_freed_memory"]
+    assert retained is True
+    assert pages <= first < 1.1 * pages, "the second thread reuses what the first freed"
     assert again < pages / 100
-    _, first, again, resident = said["give_back"]
+    _, first, again, resident = results["restore_defaults"]
     assert min(first, again) > 2 * pages
-    assert held - resident > 0.9 * pages, "what was kept is the system's again"
+    assert held - resident > 0.9 * pages, "retained memory was returned to the system"
 
 
-def test_glibc_is_left_alone_where_its_own_variable_says_what_to_do():
-    said = told("keep", GLIBC_TUNABLES="glibc.malloc.tcache_count=7")
-    assert said["keep"][0] is False
-    assert said["keep"][2] > SIZE // os.sysconf("SC_PAGE_SIZE")
+def test_glibc_tunables_are_respected():
+    results = measure("retain_freed_memory", GLIBC_TUNABLES="glibc.malloc.tcache_count=7")
+    retained, _, again, _ = results["retain_freed_memory"]
+    assert retained is False
+    assert again > SIZE // os.sysconf("SC_PAGE_SIZE")
 
 
-def test_glibc_is_left_alone_beside_a_gpu(monkeypatch, tmp_path):
+def test_nothing_changes_with_a_gpu(monkeypatch, tmp_path):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(allocator, "DRIVER", tmp_path)
-    told = []
-    monkeypatch.setattr(
-        allocator, "_libc", SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda *of: told.append(of))
-    )
-    assert allocator.keep() is False
-    assert not told
+    calls = []
+    fake = SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(allocator, "_libc", fake)
+    assert allocator.retain_freed_memory() is False
+    assert not calls
 
 
 @pytest.mark.parametrize("share", [0.4, 0.6])
-def test_the_trainer_keeps_what_is_less_than_half_of_what_is_free(tmp_path, share):
+def test_the_trainer_retains_memory_when_its_plan_is_less_than_half_of_the_free_memory(tmp_path, share):
     python, _, *flags = command(tmp_path / "run", "--batch-size", "2", "--steps", "1", "--eval-every", "0")
     limit = int(memory.plan(*setting("tiny 2 64 dots float32 1 -")).total / share)
     program = [python, "-c", WITHIN, str(ROOT), str(limit), *flags]

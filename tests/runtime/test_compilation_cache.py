@@ -1,4 +1,4 @@
-"""Programs are compiled once, a half-written one is not kept, and nobody else's are run."""
+"""Programs are compiled once, broken entries are compiled again, and a cache that others can write is refused."""
 
 import os
 import subprocess
@@ -22,9 +22,9 @@ print(sum(name.endswith("cache_hits") for name in events), sum(name.endswith("ca
 """
 
 
-def start(home: Path, **more: str) -> subprocess.CompletedProcess:
+def start(home: Path, **variables: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION")}
-    environment |= {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(ROOT), **more}
+    environment |= {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(ROOT), **variables}
     return subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=environment)
 
 
@@ -48,17 +48,17 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     compilation_cache.folder().mkdir(parents=True)
     compilation_cache.folder().chmod(0o777)
-    with pytest.raises(UsageError, match="others can write compiled programs"):
+    with pytest.raises(UsageError, match="other users can write compiled programs"):
         compilation_cache.enable()
 
 
-def test_a_folder_of_the_users_choice_is_left_to_jax(tmp_path):
+def test_jax_compilation_cache_dir_is_respected(tmp_path):
     done = start(tmp_path / "home", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "home").exists()
 
 
-def test_without_a_home_to_write_to_everything_works(tmp_path):
+def test_nothing_fails_without_a_writable_home(tmp_path):
     (tmp_path / "file").write_text("")
     done = start(tmp_path / "file")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What is said of a CPU decides in which dtype a run multiplies: read from its system's own lines."""
+"""Name and features of a CPU, read from /proc/cpuinfo; they decide the default dtype of a run."""
 
 import pytest
 
@@ -34,19 +34,19 @@ def machine(tmp_path, monkeypatch):
         ("", False),
     ],
 )
-def test_bfloat16_is_fast_where_there_is_an_instruction_for_it(machine, flags, fast):
+def test_bfloat16_is_fast_on_cpus_with_instructions_for_it(machine, flags, fast):
     machine(flags)
     assert cpu.has_fast_bfloat16() == fast
 
 
 @pytest.mark.parametrize(("flags", "fast"), [("AVX2", False), ("AVX512", False), ("AVX512_BF16", True), ("amx", True)])
-def test_xla_may_be_told_not_to_use_it(machine, monkeypatch, flags, fast):
+def test_xla_flags_can_disable_bfloat16(machine, monkeypatch, flags, fast):
     machine("avx512_bf16 amx_bf16")
     monkeypatch.setenv("XLA_FLAGS", f"--xla_foo=1 --xla_cpu_max_isa={flags}")
     assert cpu.has_fast_bfloat16() == fast
 
 
-def test_name_and_features_are_the_systems_own(machine):
+def test_name_and_features_are_read_from_cpuinfo(machine):
     machine("fpu amx_bf16 avx2")
     assert cpu.name() == "Xeon (6/143/8)"
     assert cpu.features() == ["avx2", "amx_bf16"]

@@ -1,4 +1,4 @@
-"""A script keeps its exit code, and shows no traceback, whatever the shell and the locale made of its streams."""
+"""A script keeps its exit code and shows no traceback with closed streams and in any locale."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from smollm_jax.training.state import init_model
 from tests.commands.test_scripts import ROOT, run
 
 SCRIPTS = ROOT / "scripts"
-# What a script does before and after its first output, without what it imports.
+# A script without heavy imports that uses all its streams.
 SHORT = (
     "import os, sys\n"
     "from smollm_jax import errors\n"
@@ -21,7 +21,7 @@ SHORT = (
     "from smollm_jax.runtime.program import run_main\n"
     "def main():\n"
     "    opened = os.open('file', os.O_RDWR | os.O_CREAT)\n"
-    "    os.system('echo of a child')\n"  # what a library prints past Python
+    "    os.system('echo of a child')\n"  # output that bypasses Python
     "    os.system('echo of a child >&2')\n"
     "    assert os.system('test -e /dev/fd/0 -a -e /dev/fd/1 -a -e /dev/fd/2') == 0, 'closed for a child'\n"
     "    print('out', 'é日', flush=True)\n"
@@ -43,9 +43,9 @@ def tiny(tmp_path_factory, tokenizer_path):
 
 
 def shell(command: str, cwd, **environment: str) -> subprocess.CompletedProcess:
-    """bash's own redirections, on a script of ours as python "$@"."""
+    """Runs a command line in bash, which sees $python and $scripts."""
     variables = os.environ | {"PYTHONPATH": str(ROOT), "python": sys.executable, "scripts": str(SCRIPTS)} | environment
-    variables.pop("PYTHONUNBUFFERED", None)  # what is written at the end is a case of its own
+    variables.pop("PYTHONUNBUFFERED", None)  # so that the flush at exit is tested too
     return subprocess.run(["bash", "-c", command], capture_output=True, check=False, cwd=cwd, env=variables)
 
 
@@ -64,12 +64,12 @@ def test_a_closed_or_full_stream_changes_no_exit_code(tmp_path, closed, last, co
         assert done.stdout == "of a child\nout é日\n".encode()
 
 
-def test_a_reader_that_has_gone_ends_a_script_in_silence(tmp_path):
+def test_a_closed_pipe_ends_a_script_silently(tmp_path):
     program = "from smollm_jax.runtime.program import run_main; run_main(lambda: print('x\\\\n' * 100_000))"
     done = shell(f'"$python" -c "{program}" 2>err | head -1; echo "${{PIPESTATUS[0]}}"', tmp_path)
     assert done.stdout == b"x\n141\n"
     assert (tmp_path / "err").read_bytes() == b""
-    # Little output, which is written at the end only, to a reader that has gone before.
+    # Output that is written only at exit, when the reader is already gone.
     small = "-c \"from smollm_jax.runtime.program import run_main; run_main(lambda: print('x'))\""
     for script in ('"$scripts/generate.py" --help', small):
         shell(f'{{ sleep 0.5; "$python" {script} 2>err; echo $? >code; }} | true', tmp_path)
@@ -78,7 +78,7 @@ def test_a_reader_that_has_gone_ends_a_script_in_silence(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
-def test_a_character_that_cannot_be_shown_is_an_escape(tmp_path, encoding):
+def test_a_character_that_the_encoding_lacks_is_written_as_an_escape(tmp_path, encoding):
     (tmp_path / "short.py").write_text(SHORT.format("pass"), encoding="utf-8")
     done = shell('"$python" short.py </dev/null', tmp_path, PYTHONIOENCODING=encoding)
     assert done.returncode == 0
@@ -100,7 +100,7 @@ def test_generate_writes_in_any_encoding_and_json_in_ascii(tmp_path, tiny):
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "said"),
+    ("command", "code", "expected"),
     [
         ("generate.py --weights x <&-", 2, "give --prompt, --prompt-file or a text on stdin"),
         ("generate.py --weights x --prompt $'\\xff'", 2, "--prompt: byte 0 is not UTF-8"),
@@ -110,13 +110,13 @@ def test_generate_writes_in_any_encoding_and_json_in_ascii(tmp_path, tiny):
         ("verify_checkpoint.py $'\\xff' 2>&1 >&-", 4, "\\udcff/checkpoints: no such checkpoint folder"),
     ],
 )
-def test_what_is_wrong_is_one_line_in_any_locale(tmp_path, command, code, said):
+def test_an_error_is_one_line_in_any_locale(tmp_path, command, code, expected):
     for environment in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "latin-1"}):
         done = shell(f'"$python" "$scripts/"{command}', tmp_path, **environment)
         message = (done.stderr + done.stdout).decode("latin-1" if "PYTHONIOENCODING" in environment else "utf-8")
         assert done.returncode == code, message
         assert len(message.splitlines()) == 1, message
-        assert environment or said in message
+        assert environment or expected in message
 
 
 def test_a_trainer_without_streams_trains_and_keeps_its_log(tmp_path, tokenizer_path, text_path):
@@ -129,7 +129,7 @@ def test_a_trainer_without_streams_trains_and_keeps_its_log(tmp_path, tokenizer_
 
 
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])
-def test_a_device_that_is_not_there_is_one_line(tmp_path, tiny, platform):
+def test_a_missing_device_is_one_line(tmp_path, tiny, platform):
     target = tmp_path / "run"
     done = run(SCRIPTS / "convert_weights.py", tiny, target, "--to", "orbax", env={"JAX_PLATFORMS": platform})
     assert done.returncode == 2
@@ -139,15 +139,14 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path, tiny, platform):
 
 
 @pytest.mark.parametrize("setting", ["JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION"])
-def test_a_setting_that_jax_does_not_understand_is_one_line(tmp_path, tiny, setting):
+def test_an_invalid_jax_setting_is_one_line(tmp_path, tiny, setting):
     done = run(SCRIPTS / "convert_weights.py", tiny, tmp_path / "run", "--to", "orbax", env={setting: "perhaps"})
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: environment variable {setting}: ")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_error_of_ours_is_no_missing_device(tmp_path):
-    """An AssertionError or a ValueError that JAX has nothing to do with stays a bug, with its traceback."""
+def test_an_error_that_does_not_come_from_jax_is_a_bug_with_a_traceback(tmp_path):
     imports = "import jax; from smollm_jax.runtime.program import run_main"
     for bug in ("assert 1 == 2", "raise ValueError('JAX_ENABLE_X64')"):
         done = run("-c", f"{imports}\ndef main(): {bug}\nrun_main(main)")

@@ -22,7 +22,7 @@ from smollm_jax.runs.metrics import RunLog, read_metrics
 from smollm_jax.runs.provenance import Provenance
 from smollm_jax.runs.pytree import flatten
 from smollm_jax.runtime.lock import RunLock
-from smollm_jax.runtime.signals import Stop
+from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.training import loop, optimizer, train_step
 from smollm_jax.training import loss as training_loss
 from smollm_jax.training.execution import Cadence, Compute
@@ -63,7 +63,7 @@ def run(folder, config, recipe, *, poisoned_steps=(), stop_before=None, resume=F
     """A training as the script does one; returns its state and progress."""
     # 12 windows and more than 10 % held out: batches of 4 begin a new epoch after three steps.
     ids = np.random.default_rng(5).integers(1, 70, 16 * 14 + 1)
-    batches = Poisoned(of_tokens(ids), recipe, poisoned_steps, stop_before, stop := Stop())
+    batches = Poisoned(of_tokens(ids), recipe, poisoned_steps, stop_before, stop := StopSignal())
     provenance = Provenance(recipe, config, "numbers", "aa", "bb")
     compute = Compute(recipe.dtype, parts=recipe.gradient_accumulation_steps)
     store = CheckpointStore(folder / "checkpoints", keep=2, asynchronous=asynchronous)

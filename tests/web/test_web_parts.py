@@ -18,7 +18,7 @@ from smollm_jax import weights
 from smollm_jax.commands import app, fetch
 from smollm_jax.errors import SmolLMError, StorageError, UsageError
 from smollm_jax.generation.engine import Token
-from smollm_jax.runtime.assets import fetching
+from smollm_jax.runtime.assets import fetch_command
 from smollm_jax.web import run_curves as reading
 from smollm_jax.web.chat_tab import bubbles
 from smollm_jax.web.markdown import LONGEST, rendered
@@ -154,7 +154,7 @@ def test_a_fetch_that_fails_says_why_and_one_that_nobody_waits_for_is_ended(tmp_
 def test_the_fetching_command_is_one_that_exists(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(fetch, "fetch_weights", seen.append)
-    python, *options, module, what, assets, folder = fetching("weights", tmp_path / "assets")
+    python, *options, module, what, assets, folder = fetch_command("weights", tmp_path / "assets")
     assert Path(python).exists()
     assert (options, module) == (["-P", "-m"], fetch.__name__)
     fetch.main([what, assets, folder])
