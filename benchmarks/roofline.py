@@ -39,7 +39,7 @@ def mesh_name(data: int, fsdp: int) -> str:
 
 def tables() -> Iterator[str]:
     """The lines of docs/scaling.md's three tables."""
-    real = named_runs.named("smollm2-135m")
+    real = named_runs.by_name("smollm2-135m")
     recipe, nbytes = real.resolve({}), 4 * count_parameters(preset(real.preset))
     speeds = (FLOOR, GOAL, CEILING)
     heads = " | ".join(f"at {speed:,} tokens/s" for speed in speeds)
@@ -67,7 +67,7 @@ def tables() -> Iterator[str]:
     yield "| recipe | tokens | hours of one GPU at the floor | at the goal |"
     yield "|---|---:|---:|---:|"
     for name in ("one-gpu-day", "smollm2-135m", "smollm2-135m-long"):
-        run = named_runs.named(name).resolve({})
+        run = named_runs.by_name(name).resolve({})
         tokens = run.steps * run.tokens_per_step
         rates = [speed * (LONG[speed] if run.sequence_length == 8192 else 1) for speed in (FLOOR, GOAL)]
         hours = " | ".join(f"{tokens / rate / 3600:,.1f}" for rate in rates)

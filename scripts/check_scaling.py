@@ -52,7 +52,7 @@ RECIPE_FLAGS = ("batch_size", "sequence_length", "gradient_accumulation_steps", 
 
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__)
-    named = named_runs.named(flags.recipe)
+    named = named_runs.by_name(flags.recipe)
     given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) is not None}
     recipe = named.resolve(given)
     # Read when JAX first looks for devices; of two settings the last counts.

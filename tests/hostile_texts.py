@@ -63,7 +63,7 @@ CONFIG: Cases = {
     "not UTF-8": (holding("config.json", b'{"a": "\xe9"}'), "byte 7 is not UTF-8"),
     "nested too deeply": (holding("config.json", b"[" * 100_000), "nested too deeply"),
     "5 MiB": (sparse("config.json", 5 * MIB), "too large: .* bytes, at most"),
-    "an unknown key": (config(sliding_window=4096), "cannot honour: 'sliding_window'"),
+    "an unknown key": (config(sliding_window=4096), "does not support: 'sliding_window'"),
     "code": (config(auto_map={"AutoModel": "evil.Model"}), "auto_map"),
     "a string for a number": (config(hidden_size="8"), "hidden_size must be an integer .* got '8'"),
     "a boolean for a number": (config(num_hidden_layers=True), "num_hidden_layers must be an integer .* got True"),

@@ -311,7 +311,7 @@ GGUF: Cases = {
     "not causal": (gguf_with(llama__attention__causal=False), "llama.attention.causal=False"),
     "a sliding window": (gguf_with(llama__attention__sliding_window=64), "llama.attention.sliding_window=64"),
     "experts": (gguf_with(llama__expert_count=8), "llama.expert_count=8"),
-    "an unknown key of Llama": (gguf_with(llama__swin_norm=True), "cannot honour: 'llama.swin_norm'"),
+    "an unknown key of Llama": (gguf_with(llama__swin_norm=True), "does not support: 'llama.swin_norm'"),
     "keys of another length": (gguf_with(llama__attention__key_length=8), "key_length=8"),
     "no tokens": (gguf_with(without=TOKENS), "tokenizer.ggml.tokens must be an array of str"),
     "tokens of numbers": (gguf_with(tokenizer__ggml__tokens=[1, 2]), "tokenizer.ggml.tokens must be an array of str"),

@@ -77,7 +77,7 @@ def begin(flags: TrainingFlags, stop: "StopSignal", startup: QuickStart, *, firs
     else:
         if flags.allow_change or flags.allow_unverified:
             raise errors.UsageError("--allow-change and --allow-unverified say something about --resume only")
-        name = flags.preset or named_runs.named(flags.recipe or "demo").preset
+        name = flags.preset or named_runs.by_name(flags.recipe or "demo").preset
         run = flags.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}")
         refuse_used(run)
         # What a run left that died before its first checkpoint is replaced; it has a lock file from its start on.

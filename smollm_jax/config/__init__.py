@@ -1,4 +1,4 @@
-"""The model's numbers, its presets and training recipes; `hf_config` and `generation_config` are the files.
+"""The model config, its presets, training recipes, and Hugging Face's `config.json` and `generation_config.json`.
 
 Imports no framework.
 """

@@ -1,7 +1,7 @@
-"""What a `generation_config.json` asks of whoever writes with its weights. Imports no framework.
+"""Default sampling and end-of-text tokens from a `generation_config.json`. Imports no framework.
 
 Source: transformers, generation/configuration_utils.py (GenerationConfig), and generation/utils.py
-(`_prepare_generation_config`): where the file is there, it alone says which tokens end a text.
+(`_prepare_generation_config`): where the file exists, it alone determines the end-of-text tokens.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from smollm_jax.config.model import Config
 from smollm_jax.errors import InputFileError, short_repr
 from smollm_jax.runtime.files import read_json
 
-# Fields of `Sampling`, and what transformers takes where a file that samples leaves one out.
+# Fields of `Sampling`, with the values that transformers uses for a field that a file with do_sample leaves out.
 DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-# Of each field: whether it is an integer, which values `Sampling` takes, and that in words.
+# For each field: whether it is an integer, which values `Sampling` accepts, and the same in words.
 ALLOWED: dict[str, tuple[bool, Callable[[float], bool], str]] = {
     "temperature": (False, lambda x: 0 <= x < float("inf"), "at least 0"),
     "top_k": (True, lambda x: x >= 0, "at least 0"),
@@ -26,8 +26,8 @@ ALLOWED: dict[str, tuple[bool, Callable[[float], bool], str]] = {
     "min_p": (False, lambda x: 0 <= x < 1, "at least 0 and below 1"),
     "repetition_penalty": (False, lambda x: 1e-6 <= x <= 1e6, "from 1e-6 to 1e6"),
 }
-SMALLEST = 1e-30  # a top_p that keeps the likeliest token alone, as 0 does in transformers
-# What changes the text and is not done here, with the values that change nothing.
+SMALLEST_TOP_P = 1e-30  # keeps only the most likely token, as top_p 0 does in transformers
+# Unsupported fields that change the text, with the values at which they change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
     "bad_words_ids": (None, []),
@@ -59,49 +59,49 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """How weights are to be written with, by themselves: a caller's own wishes come first."""
+    """Default generation settings of some weights; a caller's own settings override them."""
 
-    eos_token_ids: tuple[int, ...]  # any of them ends a text
-    bos_token_id: int | None  # begins a text that has no prompt
-    sampling: dict[str, Any]  # fields of `Sampling`: numbers
-    source: str = ""  # the file that says so; "" where there is none, and writing is greedy
-    not_done: tuple[str, ...] = ()  # what the file asks for besides, as NAME=VALUE
+    eos_token_ids: tuple[int, ...]  # each of them ends a text
+    bos_token_id: int | None  # the first token of a text without a prompt
+    sampling: dict[str, Any]  # numeric fields of `Sampling`
+    source: str = ""  # path of the file; "" without one, and then decoding is greedy
+    unsupported: tuple[str, ...] = ()  # other settings in the file, as NAME=VALUE
 
     @classmethod
-    def of(cls, values: dict[str, Any] | None, config: Config, source: str) -> "GenerationConfig":
-        """What a file's `values` ask for; None: there is no file, and the config names the tokens that end a text.
+    def from_values(cls, values: dict[str, Any] | None, config: Config, source: str) -> "GenerationConfig":
+        """The settings in a file's `values`. With None there is no file: eos comes from the config, sampling is greedy.
 
-        Raises `InputFileError` naming the file and the field that makes no sense.
+        Raises `InputFileError` naming the file and the invalid field.
         """
         if values is None:
             return cls(config.eos_token_ids, config.bos_token_id, dict(GREEDY))
-        ends = _ids(values, "eos_token_id", source)
-        begins = _ids(values, "bos_token_id", source)
-        sampled = _flag(values, "do_sample", source)
-        sampling: dict[str, Any] = dict(DEFAULTS) if sampled else dict(GREEDY)
+        eos = _ids(values, "eos_token_id", source)
+        bos = _ids(values, "bos_token_id", source)
+        do_sample = _flag(values, "do_sample", source)
+        sampling: dict[str, Any] = dict(DEFAULTS) if do_sample else dict(GREEDY)
         for name in sampling:
             value = values.get(name)
-            if value is None or (name == "temperature" and not sampled):
+            if value is None or (name == "temperature" and not do_sample):
                 continue
             sampling[name] = _number(name, value, source)
-        not_done = [
+        unsupported = [
             f"{name}={short_repr(values[name])}"
             for name, neutral in NEUTRAL.items()
             if name in values and values[name] not in neutral
         ]
-        return cls(ends, begins[0] if begins else config.bos_token_id, sampling, source, tuple(not_done))
+        return cls(eos, bos[0] if bos else config.bos_token_id, sampling, source, tuple(unsupported))
 
     @property
     def note(self) -> str | None:
-        """One line on what the file asks for and is not done; None where there is nothing."""
-        return f"{self.source}: not supported and left out: {', '.join(self.not_done)}" if self.not_done else None
+        """One line that lists the unsupported settings of the file; None without any."""
+        return f"{self.source}: not supported and ignored: {', '.join(self.unsupported)}" if self.unsupported else None
 
 
-UNKNOWN = GenerationConfig((), None, GREEDY)  # of weights that have not been read: greedy
+UNKNOWN = GenerationConfig((), None, GREEDY)  # for weights that have not been read: greedy
 
 
-def described(sampling: dict[str, Any]) -> str:
-    """How the next token is chosen, in a few words: only what differs from plain sampling."""
+def describe_sampling(sampling: dict[str, Any]) -> str:
+    """The sampling settings in a few words: those that differ from the defaults."""
     names = {name.replace("_", " "): sampling[name] for name in GREEDY if sampling[name] != GREEDY[name]}
     if not sampling["temperature"]:
         penalty = names.get("repetition penalty")
@@ -110,17 +110,17 @@ def described(sampling: dict[str, Any]) -> str:
 
 
 def _number(name: str, value: Any, source: str) -> float:
-    """A field of `Sampling` as transformers means it; `InputFileError` for what it refuses too when it samples."""
-    whole, allowed, words = ALLOWED[name]
-    if whole and type(value) is float and value.is_integer():  # 50.0, as YAML and JavaScript write it
+    """A field of `Sampling`; `InputFileError` for a value that transformers refuses too."""
+    is_integer, allowed, range_text = ALLOWED[name]
+    if is_integer and type(value) is float and value.is_integer():  # 50.0, as YAML and JavaScript write it
         value = int(value)
-    kinds = (int,) if whole else (int, float)
-    if type(value) not in kinds:
-        kind = "an integer" if whole else "a number"
+    types = (int,) if is_integer else (int, float)
+    if type(value) not in types:
+        kind = "an integer" if is_integer else "a number"
         raise InputFileError(f"{source}: {name} must be {kind}, got {short_repr(value)}")
     if not allowed(value):
-        raise InputFileError(f"{source}: {name} must be {words}, got {short_repr(value)}")
-    return SMALLEST if name == "top_p" and value == 0 else value
+        raise InputFileError(f"{source}: {name} must be {range_text}, got {short_repr(value)}")
+    return SMALLEST_TOP_P if name == "top_p" and value == 0 else value
 
 
 def _flag(values: dict[str, Any], name: str, source: str) -> bool:
@@ -130,7 +130,7 @@ def _flag(values: dict[str, Any], name: str, source: str) -> bool:
 
 
 def _ids(values: dict[str, Any], name: str, source: str) -> tuple[int, ...]:
-    """The token ids in a field that holds one or a list of them, or is not there; -1 is no token."""
+    """The token ids in a field: an id, a list of ids, or missing. -1 means no token."""
     value = values.get(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int and -1 <= i < 2**31 for i in ids):
@@ -139,7 +139,7 @@ def _ids(values: dict[str, Any], name: str, source: str) -> tuple[int, ...]:
 
 
 def read_generation_config(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's `generation_config.json`, None where there is none."""
+    """The content of a folder's `generation_config.json`; None if there is none."""
     path = folder / "generation_config.json"
     return json_object(read_json(path), path) if path.exists() else None
 
@@ -151,13 +151,13 @@ def json_object(values: Any, where: object) -> dict[str, Any]:
 
 
 def generation_of_folder(folder: Path, config: Config) -> dict[str, Any] | None:
-    """What a Hugging Face folder says of generation: in its own file, or as transformers 4 kept it, in config.json."""
+    """Generation settings of a Hugging Face folder: `generation_config.json`, or config.json as in transformers 4."""
     values = read_generation_config(folder)
-    if values is None and (old := generation_defaults(read_json(folder / "config.json"))):
-        return config.special_token_ids() | old
+    if values is None and (legacy := generation_defaults(read_json(folder / "config.json"))):
+        return config.special_token_ids() | legacy
     return values
 
 
 def generation_text(config: Config, generation: dict[str, Any] | None) -> str:
-    """The text of a `generation_config.json`: the weights' own, else the ids that the config names."""
+    """The text of a `generation_config.json`: the given settings, else the special tokens of the config."""
     return json.dumps(config.special_token_ids() if generation is None else generation, indent=2) + "\n"

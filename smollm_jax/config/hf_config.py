@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json`, read and written."""
+"""Reads and writes Hugging Face's `config.json`."""
 
 import dataclasses
 from pathlib import Path
@@ -10,46 +10,47 @@ from smollm_jax.errors import InputFileError, UsageError, short_repr
 from smollm_jax.runtime.files import read_json
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-DTYPE_ALIASES = {"float": "float32", "double": "float64", "half": "float16"}  # PyTorch's own
-DTYPE_ALIASES |= {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of trainers' settings
+DTYPE_ALIASES = {"float": "float32", "double": "float64", "half": "float16"}  # PyTorch's aliases
+DTYPE_ALIASES |= {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # short names in training configs
 
 
 def config_from_hf(config: dict[str, Any]) -> Config:
-    """The config a Hugging Face `config.json` describes, in its old (rope_theta) or new (rope_parameters) spelling.
+    """The config in a Hugging Face `config.json`, in the old (rope_theta) or the new (rope_parameters) layout.
 
-    Raises `UsageError` for a key this model cannot honour, so that nothing in the file is ignored in silence.
+    Raises `UsageError` for a key that this model does not support: no setting is silently ignored.
     Source: transformers, models/llama/configuration_llama.py.
     """
     if not isinstance(config, dict):
         raise UsageError(f"config must be a JSON object, got {type(config).__name__}")
     for key, value in config.items():
         if type(key) is not str or type(value) not in (str, int, float, bool, list, tuple, dict, type(None)):
-            raise UsageError(f"config key {short_repr(key)}={short_repr(value)} is not JSON")
+            raise UsageError(f"config key {short_repr(key)}={short_repr(value)} is not a JSON value")
     values = dict(config)
-    _drop_what_changes_nothing(values)
+    _drop_neutral_keys(values)
     dtypes = {key: _dtype(key, values.pop(key)) for key in ("dtype", "torch_dtype") if values.get(key) is not None}
     thetas = {"rope_theta": values.pop("rope_theta", None)}
-    for key in ("rope_parameters", "rope_scaling"):  # the new spelling, and the old one's place for variants
-        thetas[f"{key}.rope_theta"] = _plain_theta(key, values.pop(key, None))
+    for key in ("rope_parameters", "rope_scaling"):  # the new layout, and scaling in the old one
+        thetas[f"{key}.rope_theta"] = _unscaled_theta(key, values.pop(key, None))
     thetas = {key: theta for key, theta in thetas.items() if theta is not None}
     for key, theta in thetas.items():
         if type(theta) not in (int, float):
             raise UsageError(f"config key {key} must be a number, got {short_repr(theta)}")
-    for same in (dtypes, thetas):
-        if len(set(same.values())) > 1:
-            raise UsageError("config keys disagree: " + ", ".join(f"{k}={short_repr(v)}" for k, v in same.items()))
-    values |= {"rope_theta": theta for theta in thetas.values()}  # noqa: B035  # they agree
-    _fill_in(values)
+    for synonyms in (dtypes, thetas):
+        if len(set(synonyms.values())) > 1:
+            pairs = ", ".join(f"{key}={short_repr(value)}" for key, value in synonyms.items())
+            raise UsageError(f"config keys must agree, got {pairs}")
+    values |= {"rope_theta": theta for theta in thetas.values()}  # noqa: B035  # all the same
+    _apply_defaults(values)
     names = {field.name for field in dataclasses.fields(Config)}
     if unknown := sorted(key for key in set(values) - names if values[key] is not None):
-        raise UsageError(f"config has keys this model cannot honour: {short_repr(', '.join(unknown))}")
+        raise UsageError(f"config has keys that this model does not support: {short_repr(', '.join(unknown))}")
     if missing := sorted(names - set(values)):
-        raise UsageError(f"config lacks {', '.join(missing)}: no model constant is guessed")
+        raise UsageError(f"config lacks {', '.join(missing)}: add them, as model constants have no defaults")
     return Config(**{name: values[name] for name in names})
 
 
 def config_to_hf(config: Config, dtype: str = "float32") -> dict[str, Any]:
-    """A Hugging Face `config.json` as a dict, in the old and the new spelling: every reader finds its own."""
+    """A Hugging Face `config.json` as a dict, with both the old and the new keys for older and newer readers."""
     return (
         dataclasses.asdict(config)
         | config.special_token_ids()
@@ -69,15 +70,15 @@ def config_to_hf(config: Config, dtype: str = "float32") -> dict[str, Any]:
     )
 
 
-def _drop_what_changes_nothing(values: dict[str, Any]) -> None:
-    """Removes the keys that leave what the model computes as it is; `UsageError` for one whose value does not."""
+def _drop_neutral_keys(values: dict[str, Any]) -> None:
+    """Removes keys that do not change what the model computes; `UsageError` for a value that does."""
     if values.get("use_sliding_window") is False:
         values.pop("sliding_window", None)
     for key, allowed in keys.FIXED.items():
         value = values.pop(key, allowed[0])
         if value is None and key not in ("model_type", "hidden_act"):
             continue
-        if not any(type(value) is type(good) and value == good for good in allowed):  # 0 == False in Python
+        if not any(type(value) is type(other) and value == other for other in allowed):  # 0 == False in Python
             raise UsageError(f"config key {key}={short_repr(value)} is not supported, only {allowed[0]!r} is")
     for key, allowed in keys.FIXED_LISTS.items():
         value = values.pop(key, None)
@@ -85,28 +86,28 @@ def _drop_what_changes_nothing(values: dict[str, Any]) -> None:
             raise UsageError(f"config key {key}={short_repr(value)} is not supported, only {[allowed[0]]} is")
     if code := values.pop("auto_map", None):
         raise UsageError(
-            f"config key auto_map={short_repr(code)} names Python code that comes with the weights: it may "
-            "compute something else and is never run; remove the key if the weights are a plain Llama's"
+            f"config key auto_map={short_repr(code)} names Python code that comes with the weights, which may compute "
+            "something else and is never run; remove the key if the model is a plain Llama"
         )
     for key in list(values):
-        nothing = key in keys.BOOKKEEPING or key in keys.GENERATION or key.startswith("unsloth_")
-        if nothing or (key in keys.FACTORS and type(values[key]) in (int, float) and values[key] == 1):
+        neutral = key in keys.BOOKKEEPING or key in keys.GENERATION or key.startswith("unsloth_")
+        if neutral or (key in keys.FACTORS and type(values[key]) in (int, float) and values[key] == 1):
             del values[key]
 
 
 def _dtype(key: str, dtype: Any) -> str:
-    """The name of a dtype that a config gives, where some programs write PyTorch's "torch.bfloat16"."""
+    """The name of a config's dtype; accepts PyTorch's spelling "torch.bfloat16" and short names."""
     name = dtype.removeprefix("torch.") if type(dtype) is str else dtype
     name = DTYPE_ALIASES.get(name, name) if type(name) is str else name
-    if name not in (*DTYPES, "auto"):  # "auto": as the tensors are, which is what a reader does anyway
+    if name not in (*DTYPES, "auto"):  # "auto": the dtype of the tensors
         raise UsageError(f"config key {key} must be one of {', '.join(DTYPES)}, got {short_repr(dtype)}")
     return name
 
 
-def _plain_theta(key: str, parameters: Any) -> Any:
-    """The theta in one of the spellings of rotary parameters, None where it has none.
+def _unscaled_theta(key: str, parameters: Any) -> Any:
+    """The `rope_theta` in an object of rotary parameters, None if it has none; `UsageError` for scaled embeddings.
 
-    Linear scaling by 1 and a partial rotary embedding of the whole head are plain ones.
+    Linear scaling by 1 and a partial rotary embedding of the whole head change nothing and are accepted.
     """
     if parameters is None:
         return None
@@ -116,21 +117,21 @@ def _plain_theta(key: str, parameters: Any) -> Any:
     theta = values.pop("rope_theta", None)
     kinds = [kind for kind in (values.pop("rope_type", None), values.pop("type", None)) if kind is not None]
     allowed = ("default", "linear") if values.get("factor") is not None else ("default",)
-    for name in ("original_max_position_embeddings", "finetuned"):  # how it was before a scaling that is none
+    for name in ("original_max_position_embeddings", "finetuned"):  # describe the model before scaling
         values.pop(name, None)
     factors = [values.pop(name, None) for name in ("factor", "attention_factor", "partial_rotary_factor")]
-    ones = all(factor is None or (type(factor) in (int, float) and factor == 1) for factor in factors)
-    plain = ones and all(kind in allowed and kind == kinds[0] for kind in kinds)
-    if not plain or any(value is not None for value in values.values()):
+    all_ones = all(factor is None or (type(factor) in (int, float) and factor == 1) for factor in factors)
+    unscaled = all_ones and all(kind in allowed and kind == kinds[0] for kind in kinds)
+    if not unscaled or any(value is not None for value in values.values()):
         raise UsageError(f"config key {key}={short_repr(parameters)} is not supported: only plain rotary embeddings")
     return theta
 
 
-def _fill_in(values: dict[str, Any]) -> None:
-    """What LlamaConfig itself does with keys that a file leaves out; -1 for a token is an old spelling of none."""
+def _apply_defaults(values: dict[str, Any]) -> None:
+    """Fills in missing keys as LlamaConfig does; a token id of -1, an old way to say "none", becomes None."""
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = values.setdefault(key, None)
-        if type(token) is int and token == -1:  # Llama 1's pad_token_id: transformers warns, and no token is it
+        if type(token) is int and token == -1:  # Llama 1's pad_token_id; transformers warns, and no token has this id
             values[key] = None
         elif type(token) is list and key == "eos_token_id":
             values[key] = [i for i in token if type(i) is not int or i != -1]
@@ -140,7 +141,7 @@ def _fill_in(values: dict[str, Any]) -> None:
         if values.get("head_dim") is None and type(values.get("hidden_size")) is int:
             values["head_dim"], remainder = divmod(values["hidden_size"], values["num_attention_heads"])
             if remainder:
-                raise UsageError("config lacks head_dim, and num_attention_heads does not divide hidden_size")
+                raise UsageError("config lacks head_dim, and hidden_size is not divisible by num_attention_heads")
 
 
 def read_config(path: Path) -> Config:
@@ -149,7 +150,7 @@ def read_config(path: Path) -> Config:
 
 
 def parse_config(values: Any, path: Path) -> Config:
-    """The config of the values found in a file; raises `InputFileError` naming the file and the field."""
+    """The config in the parsed JSON of a file; raises `InputFileError` naming the file and the field."""
     try:
         return config_from_hf(values)
     except UsageError as error:

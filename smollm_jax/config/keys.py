@@ -1,16 +1,16 @@
 """What the keys of a Hugging Face `config.json` mean for this model, beyond the fields of `Config`.
 
-A key is here for one of three reasons: it changes nothing that is computed, whatever its value; it changes nothing at
-the values named; or it is a default of `generate`, which decodes with the model and is no part of it. What is in no
-table is refused by `config_from_hf`. Standard library only.
+A key is in one of three tables: it never changes what the model computes (BOOKKEEPING); it changes nothing at the
+values listed (FIXED, FACTORS, FIXED_LISTS); or it is a default of `generate` (GENERATION). `config_from_hf` refuses
+all other keys. Standard library only.
 Source: transformers, configuration_utils.py (`PreTrainedConfig`, of 5.23 and of 4.x, where `to_dict` wrote many more
 keys) and models/llama/modeling_llama.py, which reads none of them.
 """
 
 from typing import Any
 
-# Keys with a few values that this model computes: the first is what we write, the others mean the same. The types must
-# agree too, for in Python False is 0. None (null) is allowed everywhere: transformers reads it as "not set".
+# Keys with the values that this model supports, all equivalent; the first is the one written. Types must match too,
+# because False == 0 in Python. None (null) is always allowed: transformers reads it as "not set".
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
@@ -19,7 +19,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "qkv_bias": (False,),
     "use_qk_norm": (False,),
-    "pretraining_tp": (1, 2, 4, 8, 16),  # transformers 4 summed that many slices of a matmul, 5 does not
+    "pretraining_tp": (1, 2, 4, 8, 16),  # transformers 4 split matmuls into that many slices, 5 does not
     "bias": (False,),
     "lm_head_bias": (False,),
     "use_qkv_bias": (False,),
@@ -28,14 +28,14 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
     "rope_interleave": (False,),
-    "rope_interleaved": (False,),  # False is the half-split layout every LlamaForCausalLM has
+    "rope_interleaved": (False,),  # False: the half-split layout of every LlamaForCausalLM
     "partial_rotary_factor": (1.0, 1),
     "use_mrope": (False,),
     "is_causal": (True,),
     "use_bidirectional_attention": (False,),
     "use_sliding_window": (False,),
     "pruned_heads": ({}, []),
-    # Training: a rate of dropout would have to be honoured.
+    # Training: dropout is not implemented.
     "attention_dropout": (0.0, 0),
     "attn_dropout": (0.0, 0),
     "dropout": (0.0, 0),
@@ -45,15 +45,15 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "embd_pdrop": (0.0, 0),
     "resid_pdrop": (0.0, 0),
     "attn_pdrop": (0.0, 0),
-    # An encoder, or a decoder that attends to one.
+    # An encoder, or a decoder with cross-attention.
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "tie_encoder_decoder": (False,),
-    # Text that transformers' pipelines put before every prompt.
+    # Text that transformers' pipelines prepend to every prompt.
     "prefix": ("",),
 }
 
-# Factors that others than Llama have (Granite, Cohere, GLM, GPT-NeoX): 1 changes nothing.
+# Factors of other models (Granite, Cohere, GLM, GPT-NeoX); 1 changes nothing.
 FACTORS = frozenset(
     [
         "embedding_multiplier",
@@ -66,16 +66,20 @@ FACTORS = frozenset(
     ]
 )
 
-# Keys with a list of any of these values, which are one to this model.
+# Keys with a list; each item must be one of these values, which this model treats alike.
 FIXED_LISTS: dict[str, tuple[str, ...]] = {
-    "architectures": ("LlamaForCausalLM", "LlamaModel", "FSDPLlamaForCausalLM"),  # without a head; as FSDP renames it
+    "architectures": (
+        "LlamaForCausalLM",
+        "LlamaModel",
+        "FSDPLlamaForCausalLM",
+    ),  # no LM head; saved under FSDP
     "layer_types": ("full_attention",),
 }
 
-# Keys that change nothing the model computes, whatever their value; and those that begin with "unsloth_".
+# Keys that never change what the model computes. Keys that begin with "unsloth_" are treated alike.
 BOOKKEEPING = frozenset(
     [
-        # Where the model comes from, and which program wrote or is to read it.
+        # Origin of the model, and programs that write or read it.
         "_name_or_path",
         "name_or_path",
         "model_name",
@@ -91,9 +95,9 @@ BOOKKEEPING = frozenset(
         "language",
         "license",
         "_comment",
-        "task_specific_params",  # sampling of pipelines, by task
+        "task_specific_params",  # sampling settings of pipelines
         "tokenizer_class",
-        # How the same numbers are computed, or in which form they are returned.
+        # How the same numbers are computed or returned.
         "_attn_implementation",
         "_attn_implementation_autoset",
         "_attn_implementation_internal",
@@ -116,7 +120,7 @@ BOOKKEEPING = frozenset(
         "output_hidden_states",
         "return_dict",
         "use_return_dict",
-        "tie_last_hidden_states",  # which of two tensors output_hidden_states gives last
+        "tie_last_hidden_states",  # selects the last tensor of output_hidden_states
         "torchscript",
         "use_cache",
         "use_bfloat16",
@@ -126,19 +130,19 @@ BOOKKEEPING = frozenset(
         "ignore_index",
         "keys_to_ignore_at_inference",
         "loss_type",
-        # Heads for classification, which this model has not.
+        # Classification heads, which this model does not have.
         "id2label",
         "label2id",
         "num_labels",
         "problem_type",
         "classifier_dropout",
-        # Tokens that only encoders and decoders of two parts or masked models use.
+        # Tokens of encoder-decoder and masked models.
         "is_decoder",
         "sep_token_id",
         "cls_token_id",
         "mask_token_id",
         "unk_token_id",
-        # Lengths and layers that only matter to a scaled rotary embedding or to a sliding window, both refused.
+        # Used only by scaled rotary embeddings and sliding windows, both refused.
         "original_max_position_embeddings",
         "max_sequence_length",
         "max_seq_length",
@@ -224,10 +228,9 @@ GENERATION: dict[str, Any] = {
 
 
 def generation_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The defaults of `generate` that a config.json sets to something else than transformers' own.
+    """The settings of `generate` in a config.json that differ from transformers' defaults; null means not set.
 
-    They count only where the folder has no generation_config.json: transformers, either version, then takes them from
-    here, and a key that is null as not set.
+    They apply only if the folder has no generation_config.json, as in transformers 4 and 5.
     """
     return {
         key: values[key]

@@ -1,8 +1,7 @@
-"""What a SmolLM2 is, in numbers: the config shared by the JAX model and its PyTorch twin.
+"""The model config, shared by the JAX model and its PyTorch twin.
 
-Framework-free on purpose: reading a config imports neither jax nor torch. Fields carry Hugging Face's names and
-none has a default, because a model constant that is guessed (rope_theta 10,000 for 100,000, say) gives a model that
-runs and is wrong.
+Framework-free: reading a config imports neither jax nor torch. Fields have Hugging Face's names and no defaults,
+because a model with a wrong constant (rope_theta 10,000 instead of 100,000, say) runs and gives wrong results.
 """
 
 import dataclasses
@@ -11,7 +10,7 @@ from typing import Any
 
 from smollm_jax.errors import UsageError, short_repr
 
-# The least and the most of each size and constant, so that a config alone cannot ask for all memory or divide by zero.
+# Minimum and maximum of each field, so that a config cannot exhaust the memory or divide by zero.
 BOUNDS: dict[str, tuple[float, float]] = {
     "vocab_size": (1, 2**20),  # the largest in use have 262,144 entries
     "hidden_size": (1, 2**16),  # Llama 3.1 405B: 16,384
@@ -21,8 +20,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "num_key_value_heads": (1, 1024),
     "head_dim": (1, 1024),  # 256 in Gemma
     "max_position_embeddings": (1, 2**24),  # 10M tokens is the longest context claimed
-    "rope_theta": (1.0, 1e12),  # below 1 the frequencies grow; its powers must stay float32 numbers
-    "rms_norm_eps": (1e-30, 1.0),  # below, float32 rounds it to 0 and a row of zeros divides by it
+    "rope_theta": (1.0, 1e12),  # below 1 the frequencies grow; its powers must fit in float32
+    "rms_norm_eps": (1e-30, 1.0),  # smaller ones round to 0 in float32, and a row of zeros would be divided by 0
     "initializer_range": (1e-30, 1e3),
 }
 
@@ -51,10 +50,10 @@ class Config:
         for field in dataclasses.fields(self):
             if field.name not in BOUNDS:
                 continue
-            value, (least, most) = getattr(self, field.name), BOUNDS[field.name]
-            kinds, kind = ((int,), "an integer") if field.type is int else ((int, float), "a number")
-            if type(value) not in kinds or not least <= value <= most:
-                allowed = f"{kind} from {least:g} to {most:.8g}"
+            value, (minimum, maximum) = getattr(self, field.name), BOUNDS[field.name]
+            types, kind = ((int,), "an integer") if field.type is int else ((int, float), "a number")
+            if type(value) not in types or not minimum <= value <= maximum:
+                allowed = f"{kind} from {minimum:g} to {maximum:.8g}"
                 raise UsageError(f"config field {field.name} must be {allowed}, got {short_repr(value)}")
             object.__setattr__(self, field.name, value if field.type is int else float(value))
         if type(self.tie_word_embeddings) is not bool:
@@ -80,25 +79,25 @@ class Config:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends a text; empty when the config names none."""
+        """All token ids that end a text; empty when the config has none."""
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
     def rotary_frequencies(self) -> tuple[float, ...]:
-        """The H/2 inverse frequencies theta**(-2i/H), float32 numbers shared by every framework and precision.
+        """The H/2 inverse frequencies theta**(-2i/H) as float32, the same for every framework and dtype.
 
-        The power is evaluated in double and rounded to float32, then its reciprocal: for SmolLM2's configs these are
-        the bits of transformers' `inv_freq`. NumPy's and XLA's own float32 powers are one ulp off at some of them
-        (5 of 32 for the released 135M), which moves logits at long context by ten times the float32 noise.
+        The power is computed in float64 and rounded to float32, then inverted: for SmolLM2's configs this gives the
+        bits of transformers' `inv_freq`. Float32 powers of NumPy and XLA are off by one ulp for some of them (5 of 32
+        for the released 135M), which changes logits at long context by ten times the float32 noise.
         Source: Su et al. 2021 (RoFormer), section 3.2; transformers, modeling_rope_utils.py.
         """
         exponents = (_float32(index / self.head_dim) for index in range(0, self.head_dim, 2))
         return tuple(_float32(1.0 / _float32(self.rope_theta**exponent)) for exponent in exponents)
 
     def special_token_ids(self) -> dict[str, Any]:
-        """The ids of bos, eos and pad that the config names, as Hugging Face's JSON has them."""
+        """The ids of bos, eos and pad that are not None, by their keys in Hugging Face's JSON."""
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
         ids = {"bos_token_id": self.bos_token_id, "eos_token_id": eos, "pad_token_id": self.pad_token_id}
         return {name: value for name, value in ids.items() if value is not None}

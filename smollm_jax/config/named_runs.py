@@ -1,7 +1,7 @@
-"""Whole runs by name, for `train_jax.py --recipe NAME`. Framework-free.
+"""Complete training runs by name, for `train_jax.py --recipe NAME`. Framework-free.
 
-Sources: the pre-training recipe is huggingface/smollm, text/pretraining/smollm2/config_smollm2_135M.yaml. Everything
-called ours was chosen here, and has not been run to its end.
+Sources: the pre-training recipe is huggingface/smollm, text/pretraining/smollm2/config_smollm2_135M.yaml. Values marked
+"ours" were chosen for this project, and such a run has not been completed yet.
 """
 
 import dataclasses
@@ -12,64 +12,64 @@ from smollm_jax.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
-class Defaults:
-    """The peak learning rate and the warm-up where neither a flag nor a named run gives them."""
+class LearningRateDefaults:
+    """Peak learning rate and warm-up where neither a flag nor a named run sets them."""
 
-    learning_rate: float
-    shortest_warmup: int  # steps; a twentieth of the run where that is more
-    parameters: str  # that a run starts from
+    peak: float
+    min_warmup_steps: int  # the default is 5% of the run, but at least this
+    start: str  # what such a run starts from
 
 
-# 1e-3: the pre-training recipe's 3e-3 is for 1M tokens a step. 3e-5: what 12 steps of 2 x 256 tokens of assets/sotu
-# make of SmolLM2-135M-Instruct: 0.932 bits per byte of held-out text before, 0.902 after (1e-4: 0.887; 1e-3: 1.032).
-NEW = Defaults(1e-3, 0, "new parameters")
-TRAINED = Defaults(3e-5, 10, "trained weights")
+# 1e-3: the pre-training recipe's 3e-3 is for 1M tokens a step. 3e-5: 12 steps of 2 x 256 tokens of assets/sotu improve
+# SmolLM2-135M-Instruct from 0.932 to 0.902 bits per byte of held-out text (1e-4: 0.887; 1e-3: 1.032).
+FROM_SCRATCH = LearningRateDefaults(1e-3, 0, "new parameters")
+FROM_WEIGHTS = LearningRateDefaults(3e-5, 10, "trained weights")
 
 
 @dataclasses.dataclass(frozen=True)
 class NamedRun:
-    """A preset to train and the fields of its `Recipe`; what is left out is `resolve`'s or the recipe's own default."""
+    """A preset to train and the fields of its `Recipe`; `resolve` and `Recipe` have defaults for the others."""
 
     preset: str
     fields: dict[str, Any]
-    continues: bool = False  # trained weights, which take the preset's theta and length
+    continues_weights: bool = False  # trains weights further, with the preset's rope_theta and length
 
-    def resolve(self, given: dict[str, Any], *, trained: bool = False) -> Recipe:
-        """The recipe, with the fields in `given` instead of this run's; `trained`: it starts from trained weights."""
-        fields, defaults = self._fields(trained) | given, TRAINED if trained else NEW
-        recipe = Recipe(**({"learning_rate": defaults.learning_rate, "warmup_steps": 0, "dtype": "float32"} | fields))
+    def resolve(self, overrides: dict[str, Any], *, trained: bool = False) -> Recipe:
+        """The recipe of this run with the fields in `overrides`; `trained`: the run starts from trained weights."""
+        fields, defaults = self._fields(trained) | overrides, FROM_WEIGHTS if trained else FROM_SCRATCH
+        recipe = Recipe(**({"learning_rate": defaults.peak, "warmup_steps": 0, "dtype": "float32"} | fields))
         if "warmup_steps" in fields:
             return recipe
-        shortest = min(defaults.shortest_warmup, recipe.steps // 2)  # the first step of a warm-up changes nothing
-        warmup = min(max(recipe.steps // 20, shortest), recipe.longest_warmup)
+        minimum = min(defaults.min_warmup_steps, recipe.steps // 2)  # the first warm-up step has a rate of 0
+        warmup = min(max(recipe.steps // 20, minimum), recipe.max_warmup_steps)
         return dataclasses.replace(recipe, warmup_steps=warmup)
 
-    def explain(self, given: dict[str, Any], *, trained: bool = False) -> str:
-        """Where `resolve` takes the peak and the warm-up from, as a phrase; "" when both are in `given`."""
-        fields, defaults = self._fields(trained), TRAINED if trained else NEW
-        peak = f"peak {defaults.learning_rate}"
+    def explain(self, overrides: dict[str, Any], *, trained: bool = False) -> str:
+        """A phrase that says which of peak and warm-up are defaults; "" when both are in `overrides`."""
+        fields, defaults = self._fields(trained), FROM_WEIGHTS if trained else FROM_SCRATCH
+        peak = f"peak {defaults.peak}"
         if trained:
-            peak += f" (not {self.fields.get('learning_rate', NEW.learning_rate)}, which is for {NEW.parameters})"
-        named = {"learning_rate": peak, "warmup_steps": "warm-up"}
-        default = [text for name, text in named.items() if name not in fields | given]
-        return f"{' and '.join(default)} by default for {defaults.parameters}" if default else ""
+            original = self.fields.get("learning_rate", FROM_SCRATCH.peak)
+            peak += f" (not {original}, which is for {FROM_SCRATCH.start})"
+        phrases = {"learning_rate": peak, "warmup_steps": "warm-up"}
+        defaulted = [phrase for name, phrase in phrases.items() if name not in fields | overrides]
+        return f"{' and '.join(defaulted)} by default for {defaults.start}" if defaulted else ""
 
     def _fields(self, trained: bool) -> dict[str, Any]:
-        """This run's, without the peak and warm-up of a run that was made for new parameters."""
-        drop = ("learning_rate", "warmup_steps") if trained and not self.continues else ()
+        """The fields of this run; for trained weights without the peak and warm-up of a run from scratch."""
+        drop = ("learning_rate", "warmup_steps") if trained and not self.continues_weights else ()
         return {name: value for name, value in self.fields.items() if name not in drop}
 
 
 RECIPES = {
-    # About 10 minutes on 2 cores, loss clearly down: what is run where there is no GPU. In the dtype that this CPU
-    # multiplies faster.
+    # The default without a GPU: about 10 minutes on 2 cores, in the dtype that is faster on this CPU.
     "demo": NamedRun("smollm2-135m-pretrain", {"steps": 200, "batch_size": 2, "sequence_length": 256}),
-    # What is run on a GPU.
+    # The default on a GPU.
     "gpu-demo": NamedRun(
         "smollm2-135m-pretrain", {"steps": 5000, "batch_size": 8, "sequence_length": 2048, "dtype": "bfloat16"}
     ),
-    # Ours: 18.4 billion tokens, 136 a parameter, which 215,000 tokens/s compute in 23.7 hours (docs/scaling.md). A
-    # quarter of the pre-training recipe's batch, at half its peak: the square root of the batch's ratio.
+    # Ours: 18.4 billion tokens, 136 a parameter: 23.7 hours at 215,000 tokens/s (docs/scaling.md). The batch is a
+    # quarter of the pre-training recipe's, so the peak is half of its peak (square root scaling).
     "one-gpu-day": NamedRun(
         "smollm2-135m-pretrain",
         {
@@ -82,7 +82,7 @@ RECIPES = {
             "dtype": "bfloat16",
         },
     ),
-    # 2.1 trillion tokens, 1,048,576 a step. AdamW's numbers, the clip and the decay are `Recipe`'s defaults.
+    # 2.1 trillion tokens, 1,048,576 a step. AdamW, gradient clipping and decay are `Recipe`'s defaults.
     "smollm2-135m": NamedRun(
         "smollm2-135m-pretrain",
         {
@@ -94,9 +94,9 @@ RECIPES = {
             "dtype": "bfloat16",
         },
     ),
-    # Theta 100,000 and 8,192 positions are the released config's. How the 135M got there is not public; of the 1.7B,
-    # its paper (arXiv 2502.02737, section 4.6) says: from before its last 75 of 11,000 billion tokens, on other data.
-    # Ours: the same share of the tokens (15.7 billion), the same tokens a step, a tenth of the peak.
+    # Context extension to the released config's theta 100,000 and 8,192 positions. How the 135M was extended is not
+    # public; the 1.7B was before the last 75 of its 11,000 billion tokens, on other data (arXiv 2502.02737, section
+    # 4.6). Ours: the same share of the tokens (15.7 billion), the same tokens a step, a tenth of the peak.
     "smollm2-135m-long": NamedRun(
         "smollm2-135m",
         {
@@ -107,13 +107,13 @@ RECIPES = {
             "warmup_steps": 500,
             "dtype": "bfloat16",
         },
-        continues=True,
+        continues_weights=True,
     ),
 }
 
 
-def named(name: str) -> NamedRun:
-    """The run of that name; raises `UsageError` with the known names otherwise."""
+def by_name(name: str) -> NamedRun:
+    """The run of that name; raises `UsageError` that lists the known names."""
     if name not in RECIPES:
-        raise UsageError(f"--recipe {name}: unknown, known: {', '.join(RECIPES)}")
+        raise UsageError(f"--recipe {name}: unknown, choose from {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -1,10 +1,10 @@
-"""The SmolLM2 family and the small shapes that tests and demos use, by name."""
+"""Model configs by name: the SmolLM2 family, and a tiny one for tests and demos."""
 
 from smollm_jax.config.model import Config
 from smollm_jax.errors import UsageError
 
 
-def _preset(hidden, mlp, layers, heads, kv_heads, theta, positions, std, **changes) -> Config:
+def _preset(hidden, mlp, layers, heads, kv_heads, theta, positions, std, **overrides) -> Config:
     values = {
         "vocab_size": 49_152,
         "hidden_size": hidden,
@@ -22,7 +22,7 @@ def _preset(hidden, mlp, layers, heads, kv_heads, theta, positions, std, **chang
         "eos_token_id": 0,
         "pad_token_id": None,
     }
-    return Config(**(values | changes))
+    return Config(**(values | overrides))
 
 
 # Sources: the released config.json of each model; for "-pretrain" huggingface/smollm,
@@ -38,7 +38,7 @@ PRESETS: dict[str, Config] = {
 
 
 def preset(name: str) -> Config:
-    """The named preset; raises `UsageError` with the known names otherwise."""
+    """The config of that name; raises `UsageError` that lists the known names."""
     if name not in PRESETS:
-        raise UsageError(f"unknown preset {name!r}, known: {', '.join(PRESETS)}")
+        raise UsageError(f"unknown preset {name!r}, choose from {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -63,7 +63,7 @@ class Engine:
         """`generation` is how the weights are to be written with; None: greedy, up to the config's eos tokens."""
         self.config = model.config
         self.tokenizer = tokenizer
-        self.generation = generation or GenerationConfig.of(None, self.config, "")
+        self.generation = generation or GenerationConfig.from_values(None, self.config, "")
         self._model = model if isinstance(model, Quantized) else Unrolled.of(model)
         self._eos = self.generation.eos_token_ids
         self._texts: dict[int, str] = {i: "" for i in self._eos}  # of single tokens
@@ -92,7 +92,7 @@ class Engine:
         chosen = Tokenizer.of_weights(path, None if tokenizer is None else Path(tokenizer))
         bundle = weights.read(path, mapped=True)
         source = f"{path}: generation_config"
-        generation = GenerationConfig.of(bundle.generation_config, bundle.config, source)
+        generation = GenerationConfig.from_values(bundle.generation_config, bundle.config, source)
         model = weights.from_bundle(bundle, jnp.dtype(dtype))
         if quantize is not None:
             as_it_lies = quantize == "int8" and weights.kind_of(path) == "gguf"

@@ -45,9 +45,9 @@ class SamplingFlags:
 
     def said(self, generation: "GenerationConfig") -> str:
         """One line on how the next token is chosen and who says so."""
-        from smollm_jax.config.generation_config import described
+        from smollm_jax.config.generation_config import describe_sampling
 
         chosen = generation.sampling | {name: value for name, value in self.given().items() if name != "seed"}
         flags = chosen != generation.sampling
         whose = " and ".join(filter(None, [generation.source, "flags" if flags else ""]))
-        return f"sampling: {described(chosen)}" + (f" ({whose})" if whose else "")
+        return f"sampling: {describe_sampling(chosen)}" + (f" ({whose})" if whose else "")

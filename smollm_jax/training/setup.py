@@ -72,14 +72,14 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
     # While weights are read.
     tokenizer = Tokenizer.of_weights(run if flags.resume else flags.init_from, flags.tokenizer)
     recipe_name, given = flags.recipe or ("gpu-demo" if on_gpu else "demo"), flags.recipe_fields()
-    if not flags.resume and "dtype" not in named_runs.named(recipe_name).fields | given:
+    if not flags.resume and "dtype" not in named_runs.by_name(recipe_name).fields | given:
         given["dtype"] = "bfloat16" if on_gpu or cpu.has_fast_bfloat16() else "float32"
     if largest := given.get("batch_size") == "auto":
         del given["batch_size"]
     if flags.resume:
         start = _going_on(flags, run, given, mesh)
     else:
-        named = named_runs.named(recipe_name)
+        named = named_runs.by_name(recipe_name)
         if largest:  # until it is known what else decides
             parts = (named.fields | given).get("gradient_accumulation_steps", 1)
             given["batch_size"] = devices * parts
@@ -118,7 +118,7 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
 
 def _going_on(flags: TrainingFlags, run: Path, given: dict[str, Any], mesh: jax.sharding.Mesh | None) -> Start:
     """From the newest verified checkpoint of a run, under its own recipe and what was given."""
-    named = named_runs.named(flags.recipe).fields if flags.recipe else {}
+    named = named_runs.by_name(flags.recipe).fields if flags.recipe else {}
     with CheckpointStore(run / "checkpoints", create=False) as store:
         load = lambda step: restore_run(store, step, mesh)  # noqa: E731
         saved = store.newest(load, allow_unverified=flags.allow_unverified)
@@ -136,10 +136,10 @@ def _beginning(
     flags: TrainingFlags, recipe_name: str, given: dict[str, Any], read: Callable[[], Bundle] | None
 ) -> Start:
     """With the weights that were named, or with none."""
-    named = named_runs.named(recipe_name)
+    named = named_runs.by_name(recipe_name)
     bundle = read() if read else None
     wanted = preset(flags.preset or named.preset)
-    if named.continues:
+    if named.continues_weights:
         if not bundle:
             raise UsageError(f"--recipe {recipe_name} continues a run: add --init-from RUN")
         names = ("rope_theta", "max_position_embeddings")

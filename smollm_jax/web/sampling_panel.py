@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from smollm_jax.config.generation_config import GREEDY, GenerationConfig, described
+from smollm_jax.config.generation_config import GREEDY, GenerationConfig, describe_sampling
 from smollm_jax.web.events import LIGHT, refusing
 from smollm_jax.web.requests import KNOBS, Knob
 from smollm_jax.web.responses import Answers
@@ -53,7 +53,7 @@ def asked_for(generation: GenerationConfig) -> str:
     """The line on how these weights ask to be sampled from."""
     if not generation.source:
         return '<p class="hint small">These weights ask for no sampling: greedy.</p>'
-    line = f"Set to what the weights' generation_config.json asks for: {described(generation.sampling)}."
+    line = f"Set to what the weights' generation_config.json asks for: {describe_sampling(generation.sampling)}."
     return f'<p class="hint small">{html.escape(" ".join(filter(None, [line, generation.note])), quote=False)}</p>'
 
 

@@ -100,9 +100,9 @@ def generation_of(path: Path) -> GenerationConfig:
     kind, source = kind_of(path), f"{path}: generation_config"
     if kind == "gguf":
         config, values = gguf_reader.read_generation(path)
-        return GenerationConfig.of(values, config, source)
+        return GenerationConfig.from_values(values, config, source)
     if kind not in ("hf", "orbax"):
         return UNKNOWN
     folder = run_folder(path) or path
     config = read_config(folder / "config.json")
-    return GenerationConfig.of(generation_of_folder(folder, config), config, source)
+    return GenerationConfig.from_values(generation_of_folder(folder, config), config, source)

@@ -180,7 +180,7 @@ def _hf_name(name: str) -> str:
 
 
 def _config(fields: dict[str, Any], path: Path, tied: bool) -> Config:
-    """The config in the metadata; a key of the architecture that this model cannot honour is refused, as in HF's."""
+    """The config in the metadata; a key of the architecture that this model does not support is refused, as in HF's."""
     if fields.get("general.architecture") != "llama":
         architecture = short_repr(fields.get("general.architecture"))
         raise InputFileError(f"{path}: metadata general.architecture is {architecture}, only 'llama' is supported")
@@ -194,7 +194,9 @@ def _config(fields: dict[str, Any], path: Path, tied: bool) -> Config:
             raise InputFileError(f"{path}: metadata {key}={short_repr(fields[key])} is not supported, only {only} is")
     known = {*keys.values(), *_FIXED, *_HEAD_DIM, *_BOOKKEEPING}
     if unknown := sorted(key for key in fields if key.startswith("llama.") and key not in known):
-        raise InputFileError(f"{path}: metadata has keys this model cannot honour: {short_repr(', '.join(unknown))}")
+        raise InputFileError(
+            f"{path}: metadata has keys that this model does not support: {short_repr(', '.join(unknown))}"
+        )
     fields = _with_defaults(fields)
     if missing := [key for key in keys.values() if key not in fields]:
         raise InputFileError(f"{path}: metadata lacks {', '.join(missing)}")

@@ -55,12 +55,12 @@ def test_gradients_are_summed_once_a_step_whatever_the_number_of_parts():
 def test_a_batch_that_devices_do_not_divide_is_refused():
     done = check_scaling("--mesh", "data=64", "--batch-size", "96")
     assert done.returncode == 2
-    assert done.stderr == "error: --batch-size 96 must divide by 64 devices x 1 gradient accumulation steps\n"
+    assert done.stderr == "error: --batch-size 96 must be divisible by 64 devices x 1 gradient accumulation steps\n"
 
 
 @pytest.mark.parametrize("name", named_runs.RECIPES)
 def test_every_recipe_resolves(name):
-    named = named_runs.named(name)
+    named = named_runs.by_name(name)
     recipe = named.resolve({})
     assert recipe.steps * recipe.tokens_per_step == WHOLE[name][1]
     assert recipe.sequence_length <= preset(named.preset).max_position_embeddings
@@ -70,7 +70,7 @@ def test_every_recipe_resolves(name):
 
 def test_the_real_recipe_is_huggingfaces():
     """huggingface/smollm, config_smollm2_135M.yaml; theta 10,000."""
-    named = named_runs.named("smollm2-135m")
+    named = named_runs.by_name("smollm2-135m")
     assert named.resolve({}) == Recipe(
         steps=2_000_000,
         batch_size=512,
@@ -88,12 +88,12 @@ def test_the_real_recipe_is_huggingfaces():
     )
     assert named.resolve({}).decay_start == 1_600_000
     assert preset(named.preset).rope_theta == 10_000
-    assert preset(named_runs.named("smollm2-135m-long").preset).rope_theta == 100_000
+    assert preset(named_runs.by_name("smollm2-135m-long").preset).rope_theta == 100_000
 
 
 def test_an_unknown_recipe_is_named():
-    with pytest.raises(UsageError, match="--recipe smollm: unknown, known: demo, gpu-demo"):
-        named_runs.named("smollm")
+    with pytest.raises(UsageError, match="--recipe smollm: unknown, choose from demo, gpu-demo"):
+        named_runs.by_name("smollm")
 
 
 def mark_slow(quick: set[str]) -> list:
@@ -106,7 +106,7 @@ def test_every_recipe_compiles_at_its_full_shape(name):
     done = check_scaling("--recipe", name, "--mesh", f"data={devices}")
     assert done.returncode == 0, done.stderr
     parameters = cost.count_parameters(preset("smollm2-135m"))
-    recipe = named_runs.named(name).resolve({})
+    recipe = named_runs.by_name(name).resolve({})
     held = 3 * 4 * parameters + 4 * recipe.batch_size // devices * (recipe.sequence_length + 1)
     told = int(re.search(r"a device +([\d,]+) bytes", done.stdout)[1].replace(",", ""))
     assert held <= told < held + 4096, "parameters and two moments, a device's rows, and counters"
@@ -132,7 +132,7 @@ def test_every_recipe_trains_at_toy_size(name, tiny, tmp_path):
     given = {"steps": 5, "warmup_steps": 1, "batch_size": 8, "sequence_length": 64, "learning_rate": 3e-3}
     if name == "demo":
         given["dtype"] = "bfloat16" if cpu.has_fast_bfloat16() else "float32"
-    assert Recipe(**meta) == named_runs.named(name).resolve(given)
+    assert Recipe(**meta) == named_runs.by_name(name).resolve(given)
 
 
 def test_a_continuation_needs_weights_to_continue(tmp_path):

@@ -1,4 +1,4 @@
-"""The config reads what Hugging Face writes, and refuses what this model does not compute."""
+"""The config reads what Hugging Face writes, and refuses settings that this model does not support."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def test_no_model_constant_has_a_default():
     assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(Config))
 
 
-def test_arithmetic_gives_the_known_numbers():
+def test_parameters_cache_and_flops_are_the_known_numbers():
     released = preset("smollm2-135m")
     assert cost.count_parameters(released) == 134_515_008
     assert cost.parameter_table(released)[0][2] == 28_311_552
@@ -35,7 +35,7 @@ def test_arithmetic_gives_the_known_numbers():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_survives_hugging_face_in_both_spellings(name):
+def test_every_preset_survives_a_round_trip_in_both_layouts(name):
     config = preset(name)
     both = config_to_hf(config)
     old = {key: value for key, value in both.items() if key not in ("rope_parameters", "dtype")}
@@ -43,7 +43,7 @@ def test_every_preset_survives_hugging_face_in_both_spellings(name):
     assert config_from_hf(both) == config_from_hf(old) == config_from_hf(new) == config
 
 
-def test_several_eos_tokens_survive():
+def test_several_eos_tokens_survive_a_round_trip():
     config = dataclasses.replace(preset("tiny"), eos_token_id=(0, 2))
     assert config_from_hf(config_to_hf(config)) == config
     assert config.eos_token_ids == (0, 2)
@@ -71,13 +71,13 @@ def test_several_eos_tokens_survive():
         ({"eos_token_id": 49_152}, "eos_token_id"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(change, named):
+def test_an_unsupported_setting_is_refused_by_name(change, named):
     with pytest.raises(UsageError, match=named):
         config_from_hf(config_to_hf(preset("tiny")) | change)
 
 
-# What transformers 4.x's `PreTrainedConfig.to_dict` writes beside a Llama's own keys, at its defaults.
-OF_TRANSFORMERS_4 = {
+# The keys that transformers 4.x's `PreTrainedConfig.to_dict` writes in addition to a Llama's, with its defaults.
+TRANSFORMERS_4_KEYS = {
     "_attn_implementation_autoset": True,
     "_commit_hash": "0" * 40,
     "add_cross_attention": False,
@@ -135,7 +135,7 @@ OF_TRANSFORMERS_4 = {
 @pytest.mark.parametrize(
     "more",
     [
-        OF_TRANSFORMERS_4,
+        TRANSFORMERS_4_KEYS,
         {"unsloth_version": "2025.1.1", "unsloth_fixed": True, "unsloth_training_step": 3, "model_name": "a/b"},
         {"_attn_implementation": "sdpa", "attn_implementation": "flash_attention_2", "use_flash_attn": True},
         {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1, "max_new_tokens": 64},
@@ -162,7 +162,7 @@ OF_TRANSFORMERS_4 = {
         {"pretraining_tp": 2, "tokenizer_class": "GPT2TokenizerFast", "model_max_length": 2048, "num_labels": 2},
     ],
 )
-def test_what_changes_nothing_is_read(more):
+def test_a_neutral_setting_is_accepted(more):
     config = config_from_hf(config_to_hf(preset("tiny")) | more)
     assert dataclasses.replace(config, eos_token_id=config.eos_token_ids[0]) == preset("tiny")
     assert config.eos_token_ids == (0,)
@@ -206,39 +206,39 @@ def test_what_changes_nothing_is_read(more):
         {"a_key_of_nobody": 0},
     ],
 )
-def test_what_changes_the_function_is_refused_by_name(more):
+def test_a_setting_that_changes_the_model_is_refused_by_name(more):
     with pytest.raises(UsageError, match=next(iter(more))):
         config_from_hf(config_to_hf(preset("tiny")) | more)
 
 
-def test_remote_code_is_refused_in_words():
+def test_remote_code_is_refused_with_an_explanation():
     with pytest.raises(UsageError, match=r"auto_map=.* names Python code that comes with the weights"):
         config_from_hf(config_to_hf(preset("tiny")) | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
 
 
-def test_the_defaults_of_generate_in_a_config_are_those_that_differ_from_transformers():
-    assert generation_defaults(config_to_hf(preset("tiny")) | OF_TRANSFORMERS_4) == {}
+def test_generation_defaults_are_the_settings_that_differ_from_transformers():
+    assert generation_defaults(config_to_hf(preset("tiny")) | TRANSFORMERS_4_KEYS) == {}
     sampling = {"do_sample": True, "temperature": 0.7, "top_k": 20, "forced_eos_token_id": 0}
-    assert generation_defaults(OF_TRANSFORMERS_4 | sampling | {"top_p": None}) == sampling
+    assert generation_defaults(TRANSFORMERS_4_KEYS | sampling | {"top_p": None}) == sampling
 
 
-def test_every_size_and_constant_has_bounds_and_both_ends_are_held():
+def test_every_size_and_constant_has_bounds_and_both_are_enforced():
     fields = {field.name: field.type for field in dataclasses.fields(Config)}
     assert set(BOUNDS) == {name for name, kind in fields.items() if kind in (int, float)}
-    for name, (least, most) in BOUNDS.items():
-        below, above = (least - 1, most + 1) if fields[name] is int else (least / 2, most * 2)
-        for value in (below, above, str(least), None, True, float("nan"), 10**5000):
+    for name, (minimum, maximum) in BOUNDS.items():
+        below, above = (minimum - 1, maximum + 1) if fields[name] is int else (minimum / 2, maximum * 2)
+        for value in (below, above, str(minimum), None, True, float("nan"), 10**5000):
             with pytest.raises(UsageError, match=f"{name} must be .* got "):
                 dataclasses.replace(preset("tiny"), **{name: value})
 
 
-def test_no_config_within_bounds_has_frequencies_that_are_no_numbers():
+def test_rotary_frequencies_are_finite_at_both_bounds_of_theta():
     for theta in BOUNDS["rope_theta"]:
         config = dataclasses.replace(preset("tiny"), rope_theta=theta)
         assert all(0 < frequency <= 1 for frequency in config.rotary_frequencies)
 
 
-def test_a_foreign_value_is_shown_in_one_short_line():
+def test_short_repr_is_one_short_line_for_any_value():
     nested: list = []
     for _ in range(60):
         nested = [nested, nested]
