@@ -12,7 +12,7 @@ import tokenizers
 
 from benchmarks.workload import Prepared, Workload
 from smollm_jax.data.plan import Settings, make_plan
-from smollm_jax.data.prepare import prepare_set
+from smollm_jax.data.prepare import build_dataset
 from smollm_jax.data.text import documents
 from smollm_jax.data.text_sources import text_files
 from smollm_jax.data.token_file import TokenSet
@@ -40,7 +40,7 @@ def ours(source: Path) -> Work:
 
     def work(out: Path) -> int:
         settings = Settings(TOKENIZER)
-        prepare_set(out, make_plan(sorted(source.iterdir()), settings), settings)
+        build_dataset(out, make_plan(sorted(source.iterdir()), settings), settings)
         return TokenSet.open(out).tokens
 
     return work

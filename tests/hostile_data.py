@@ -79,7 +79,7 @@ COMPRESSED |= {
     "jsonl.gz, a flipped byte": (text("x.jsonl.gz", flipped(gzip.compress(LINE * 99), 20)), "cannot be decompressed"),
     "gz in gz": (text("x.jsonl.gz", gzip.compress(gzip.compress(LINE))), "is compressed twice: decompress it once"),
     "a tar in gz": (text("x.tgz", gzip.compress(bytes(257) + b"ustar\0" + bytes(300))), "looks like a tar archive"),
-    "JSON lines in .txt.gz": (text("x.txt.gz", gzip.compress(LINE)), "holds JSON lines, no plain text"),
+    "JSON lines in .txt.gz": (text("x.txt.gz", gzip.compress(LINE)), "holds JSON lines, not plain text"),
     "Parquet in gz": (text("x.parquet.gz", gzip.compress(b"PAR1" + LINE)), "Parquet in gzip: decompress it first"),
     "xz that wants 4 GB": (text("x.txt.xz", greedy()), "cannot be decompressed: Memory usage limit exceeded"),
     "jsonl.gz, another checksum": (text("x.jsonl.gz", flipped(gzip.compress(LINE * 99), -7)), "CRC"),
@@ -92,7 +92,10 @@ PARQUET: Cases = {
     "a footer of nothing": (parquet(TABLE, lambda x: x[:-8] + bytes(4) + b"PAR1"), NOT),
     "a footer of noise": (parquet(TABLE, lambda x: x[:-300] + bytes(range(256)) + x[-44:]), NOT),
     "pages of noise": (parquet(TABLE, lambda x: x[:4] + bytes(255 - i for i in range(256)) + x[260:]), NOT),
-    "no such column": (parquet(TABLE.drop_columns("text")), "has no column 'text', only .*'n'.*: --text-column"),
+    "no such column": (
+        parquet(TABLE.drop_columns("text")),
+        "has no column 'text', only .*'n'.*: choose one with",
+    ),
     "a column twice": (parquet(TABLE.append_column("text", TABLE["n"])), "has no column 'text', only"),
     "numbers": (parquet(pyarrow.table({"text": [1, 2]})), "column 'text' is of type int64, not a string"),
     "bytes": (parquet(pyarrow.table({"text": [b"a"]})), "column 'text' is of type binary, not a string"),
@@ -152,17 +155,20 @@ def manifest(given: object) -> Writer:
     return write
 
 
-ANOTHER = r"000000-0000/tokens\.bin: is not the one that .*manifest\.json names"
+ANOTHER = r"000000-0000/tokens\.bin: differs from its entry in .*manifest\.json"
 SETS: Cases = {
     "no JSON": (manifest(None), "manifest.json: not readable as JSON"),
     "a list": (manifest([]), "manifest.json: is not the manifest of a data set"),
-    "of the older format": (manifest({"format": "smollm-tokens-1"}), "manifest.json: is of an older format"),
+    "of the older format": (manifest({"format": "smollm-tokens-1"}), "manifest.json: has an older format"),
     "no files": (manifest({"format": "smollm-tokens-2"}), "manifest.json: lacks files"),
     "files that are none": (manifest(lambda entry: "a"), "files must be a list, got 'a'"),
-    "an empty list": (manifest(lambda entry: []), "files must name at least one"),
-    "a file that is a number": (manifest(lambda entry: [7]), "files: 7 names no folder"),
-    "a name in another folder": (manifest(lambda entry: [entry | {"name": "../tokenizer"}]), "names no folder in it"),
-    "the folder itself": (manifest(lambda entry: [entry | {"name": "."}]), "names no folder in it"),
+    "an empty list": (manifest(lambda entry: []), "files must list at least one token file"),
+    "a file that is a number": (manifest(lambda entry: [7]), "files: 7 does not name a folder"),
+    "a name in another folder": (
+        manifest(lambda entry: [entry | {"name": "../tokenizer"}]),
+        "not name a folder next to",
+    ),
+    "the folder itself": (manifest(lambda entry: [entry | {"name": "."}]), "not name a folder next to"),
     "a missing file": (manifest(lambda entry: [entry, entry | {"name": "1-1"}]), r"1-1/tokens\.json: no such file"),
     "another file": (manifest(lambda entry: [entry | {"sha256": "ab" * 32}]), ANOTHER),
     "another count": (manifest(lambda entry: [entry | {"tokens": 5}]), ANOTHER),

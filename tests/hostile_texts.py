@@ -134,9 +134,12 @@ def tokens(content: bytes, length: int | None = None, ends: bytes | None = None,
 GOOD = bytes([5, 0, 6, 0, 3, 1, 0, 0])  # tokens 5, 6, 259, 0
 TOKENS: Cases = {
     "of another format": (tokens(GOOD, format="x"), "tokens.json: is not the sidecar"),
-    "of the older format": (tokens(GOOD, format="smollm-tokens-1"), "tokens.json: is of an older format .* again"),
-    "without its ends": (tokens(GOOD, ends=b""), r"documents\.bin: has 0 bytes, its tokens.json says 1 ends of 8"),
-    "an end flipped": (tokens(GOOD, ends=bytes(8)), r"documents\.bin: has sha256"),
+    "of the older format": (tokens(GOOD, format="smollm-tokens-1"), "tokens.json: has an older format .* again"),
+    "without its ends": (
+        tokens(GOOD, ends=b""),
+        r"documents\.bin: has 0 bytes, not 8 for each of the 1 documents",
+    ),
+    "an end flipped": (tokens(GOOD, ends=bytes(8)), r"documents\.bin: is damaged: its sha256 is"),
     "a largest id in words": (tokens(GOOD, largest_id="9"), "largest_id must be a token id, got '9'"),
     "without a count": (tokens(GOOD, tokens=None), "tokens.json: lacks tokens"),
     "a count in words": (tokens(GOOD, tokens="4"), "tokens.json: tokens must be a count, got '4'"),
@@ -147,13 +150,16 @@ TOKENS: Cases = {
     "a digest that is a number": (tokens(GOOD, sha256=7), "tokens.json: sha256 must be 64 hexadecimal digits, got 7"),
     "a digest cut": (tokens(GOOD, sha256="ab12"), "tokens.json: sha256 must be 64"),
     "an odd size": (tokens(GOOD, 7), r"tokens\.bin: has 7 bytes"),
-    "shrunk": (tokens(GOOD, 6), r"tokens\.bin: has 6 bytes, its tokens.json says 4"),
-    "grown": (tokens(GOOD, tokens=3), r"tokens\.bin: has 8 bytes, its tokens.json says 3"),
+    "shrunk": (tokens(GOOD, 6), r"tokens\.bin: has 6 bytes, not 2 for each of the 4 tokens"),
+    "grown": (tokens(GOOD, tokens=3), r"tokens\.bin: has 8 bytes, not 2 for each of the 3 tokens"),
     "empty": (tokens(b""), r"tokens\.bin: has 0 bytes"),
-    "flipped": (tokens(GOOD, sha256="ab" * 32), r"tokens\.bin: has sha256 .*, its tokens.json says abababababab"),
+    "flipped": (
+        tokens(GOOD, sha256="ab" * 32),
+        r"tokens\.bin: is damaged: its sha256 is .*, but tokens.json has abababababab",
+    ),
     "an id beyond the vocabulary": (
         tokens(GOOD + b"\x04\x01"),
-        r"tokens\.bin: token 4 is 260, the vocabulary ends at 259",
+        r"tokens\.bin: token 4 is 260, but the largest id of the vocabulary is 259",
     ),
     "of another tokenizer": (tokens(GOOD, tokenizer_sha256="cd" * 32), "another tokenizer"),
     "of another eos": (tokens(GOOD, eos_token_id=1), "ends its documents with token 1"),
@@ -197,9 +203,9 @@ TEXT: Cases = {
     ),
     "JSONL, no JSON": (text("x.jsonl", b'{"text": "a"}\n{"text": \n'), "line 2: not readable as JSON"),
     "JSONL, nested too deeply": (text("x.jsonl", b"[" * 100_000), "line 1: .*nested too deeply"),
-    "JSONL, a number": (text("x.jsonl", b'{"text": 3}'), "line 1 is no JSON object with a 'text'"),
-    "JSONL, a list": (text("x.jsonl", b'["a"]'), "line 1 is no JSON object"),
-    "JSONL, no text": (text("x.jsonl", b'{"txt": "a"}'), "line 1 is no JSON object"),
+    "JSONL, a number": (text("x.jsonl", b'{"text": 3}'), "line 1 is not a JSON object whose 'text'"),
+    "JSONL, a list": (text("x.jsonl", b'["a"]'), "line 1 is not a JSON object"),
+    "JSONL, no text": (text("x.jsonl", b'{"txt": "a"}'), "line 1 is not a JSON object"),
     "JSONL, text twice": (text("x.jsonl", b'{"text": "a", "text": "b"}'), "line 1: key 'text' occurs twice"),
     "JSONL, one line of 100 MB": (
         text("x.jsonl", sparse("x.jsonl", LONG, fill=b" " * MIB)),
@@ -209,10 +215,13 @@ TEXT: Cases = {
 
 FRAMED = "looks like an HTML or XML page: extract its text"
 STRANGERS: Cases = {
-    "JSON lines called .txt": (text("x.txt", b'{"text": "a"}\n{"text": "b"}\n'), r"holds JSON lines.*ends in \.jsonl"),
+    "JSON lines called .txt": (
+        text("x.txt", b'{"text": "a"}\n{"text": "b"}\n'),
+        r"holds JSON lines.*to end in \.jsonl",
+    ),
     "JSON lines called .md": (text("x.md", b'{"id": 1}\n'), "holds JSON lines"),
-    "an array called .txt": (text("x.txt", b'[\n {"text": "a"},\n {"text": "b"}\n]'), "holds JSON, no plain text"),
-    "strings called .txt": (text("x.txt", b'["a", "b"]'), "holds JSON, no plain text"),
+    "an array called .txt": (text("x.txt", b'[\n {"text": "a"},\n {"text": "b"}\n]'), "holds JSON, not plain text"),
+    "strings called .txt": (text("x.txt", b'["a", "b"]'), "holds JSON, not plain text"),
     "a page called .txt": (text("x.txt", b"\n<!doctype HTML>\n<html></html>"), FRAMED),
     "a page": (text("x.html", b"<p>hello"), "is an HTML page by its name: extract its text"),
     "XML called .text": (text("x.text", b'<?xml version="1.0"?><a/>'), FRAMED),
@@ -237,9 +246,9 @@ STRANGERS: Cases = {
 TABLES: Cases = {
     "no header": (
         text("x.csv", b"hello\nyou\n"),
-        r"has no column 'text', only \['hello'\]: --text-column .* names another",
+        r"has no column 'text', only \['hello'\]: choose one with --text-column",
     ),
-    "semicolons": (text("x.csv", b"n;text\n1;a\n"), "fields are divided by ';': save it with ','"),
+    "semicolons": (text("x.csv", b"n;text\n1;a\n"), "its delimiter is ';': save it with ','"),
     "a column twice": (text("x.csv", b"text,text\na,b\n"), "has no column 'text', only"),
     "a field too many": (text("x.tsv", b"text\tn\na\t1\t2\n"), "line 2 has 3 fields, the header 2"),
     "a field too few": (text("x.csv", b"n,text\n1\n"), "line 2: 'text' is null"),
@@ -256,18 +265,18 @@ TABLES: Cases = {
 }
 JSON: Cases = {
     "prose": (text("x.json", b"hello"), "object 1: not readable as JSON"),
-    "an array of numbers": (text("x.json", b"[1, 2]"), "element 1 is no JSON object with a 'text'"),
-    "an array of arrays": (text("x.json", b'[[{"text": "a"}]]'), "element 1 is no JSON object"),
+    "an array of numbers": (text("x.json", b"[1, 2]"), "element 1 is not a JSON object whose 'text'"),
+    "an array of arrays": (text("x.json", b'[[{"text": "a"}]]'), "element 1 is not a JSON object"),
     "an object of others": (text("x.json", b'{"version": 1, "data": []}'), r"only \['version', 'data'\]"),
-    "columns": (text("x.json", b'{"text": ["a", "b"]}'), r"a 'text' that is a string: it is \['a', 'b'\]"),
+    "columns": (text("x.json", b'{"text": ["a", "b"]}'), r"whose 'text' is a string: it is \['a', 'b'\]"),
     "conversations": (
         text("x.json", b'[{"messages": []}]'),
         "element 1 .* 'messages' is a conversation",
     ),
     "an array cut short": (text("x.json", b'[{"text": "a"}, {"te'), "element 2: not readable as JSON"),
-    "an array without its end": (text("x.json", b'[{"text": "a"}'), "element 1 of its array is followed by neither"),
+    "an array without its end": (text("x.json", b'[{"text": "a"}'), r"no , or \] after element 1 of its array"),
     "a comma too many": (text("x.json", b'[{"text": "a"},]'), "element 2: not readable as JSON"),
-    "more than an array": (text("x.json", b'[{"text": "a"}] [1]'), "goes on after its array"),
+    "more than an array": (text("x.json", b'[{"text": "a"}] [1]'), "has more content after its array"),
     "text twice": (text("x.json", b'[{"text": "a", "text": "b"}]'), "element 1: key 'text' occurs twice"),
     "null": (text("x.json", b'["a", {"text": null}]'), "element 2: 'text' is null"),
     "not UTF-8": (text("x.json", b'[{"text": "caf\xe9"}]'), "byte 14 is not UTF-8"),

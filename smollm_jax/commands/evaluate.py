@@ -64,12 +64,12 @@ def main(argv: list[str] | None = None) -> None:
     if not flags.weights:
         raise errors.UsageError("--weights: name at least one")
     paths = [path for given in flags.weights for path in checkpoints_of(given, flags.every_checkpoint)]
-    from smollm_jax.data.text_sources import choose
+    from smollm_jax.data.text_sources import select_files
     from smollm_jax.evaluation.quality import Texts, measure
     from smollm_jax.runtime import compilation_cache
 
     compilation_cache.enable()
-    choose(flags.data, flags.text_column)  # a path that is not there is said before weights are read
+    select_files(flags.data, flags.text_column)  # reports a missing path before weights are read
     if flags.out and flags.out.exists() and not flags.out.is_dir():
         raise errors.UsageError(f"--out {flags.out}: is no folder")
     texts = Texts(flags.data, flags.text_column, flags.on_bad_text, flags.special_tokens)

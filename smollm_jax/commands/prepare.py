@@ -60,7 +60,7 @@ GROUPS = {
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__)
     from smollm_jax.data.plan import Settings, make_plan
-    from smollm_jax.data.prepare import prepare_set, report_of
+    from smollm_jax.data.prepare import build_dataset, summary_lines
     from smollm_jax.data.token_file import MANIFEST, TokenSet
     from smollm_jax.runtime.lock import RunLock
     from smollm_jax.runtime.signals import StopSignal
@@ -92,9 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     size = sum(sum(unit.sizes) for unit in plan.units)
     print(f"{len(plan.files):,} files, {size / 1e6:,.0f} MB, in {len(plan.units):,} units of work", flush=True)
     with RunLock(flags.out, "preparation"):
-        prepare_set(flags.out, plan, settings, flags.workers, stop)
+        build_dataset(flags.out, plan, settings, flags.workers, stop)
     print(f"{flags.out}: {_counts(TokenSet.open(flags.out))}")
-    for line in report_of(flags.out):
+    for line in summary_lines(flags.out):
         print(line)
     print(f"\nnext: {as_typed('python scripts/train_jax.py')} --data {flags.out}")
 

@@ -1,6 +1,6 @@
-"""What becomes of a text without tokens: a character the vocabulary lacks, NUL, half a surrogate pair, no UTF-8, null.
+"""The policy for text without tokens: a character that the vocabulary lacks, NUL, a lone surrogate, not UTF-8, null.
 
-It stops the reading, is left out, or has U+FFFD for each such character.
+Such a text stops the reading, or its document is skipped, or U+FFFD replaces each such character.
 """
 
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from smollm_jax.errors import InputFileError
 
 Policy = Literal["stop", "skip", "replace"]
 REPLACEMENT = "\ufffd"
-ADVICE = "; --on-bad-text skip leaves out such a document, replace such a character"
+ADVICE = "; --on-bad-text skip leaves out such documents, --on-bad-text replace puts U+FFFD for such characters"
 
 
 class BadTextError(InputFileError):
-    """A document that is not, or holds what is not, text with tokens."""
+    """A document has content that cannot be tokenized, or is not text."""
 
 
-class BadText:
-    """A policy, and the counts of what it did: documents left out, and characters replaced.
+class BadTextHandler:
+    """Applies a policy to each text, and counts skipped documents and replaced characters.
 
-    `unencodable` says why a text has no tokens, as `Tokenizer.unencodable` does; without it only what is no text in any
-    vocabulary is bad.
+    `unencodable` returns why a text has no tokens, or None, as `Tokenizer.unencodable` does; without it only text that
+    no vocabulary could encode is bad.
     """
 
     def __init__(self, policy: Policy = "stop", unencodable: Callable[[str], str | None] | None = None):
@@ -31,31 +31,31 @@ class BadText:
         self.skipped = self.replaced = 0
         self._advice = ADVICE if unencodable else ""
 
-    def decoded(self, content: bytes, file: Path, place: int) -> str:
-        """The text of bytes that begin at some place of a file; a byte that is not UTF-8 becomes a lone surrogate.
+    def decode(self, content: bytes, file: Path, offset: int) -> str:
+        """The text of bytes that start at `offset` in a file; a byte that is not UTF-8 becomes a lone surrogate.
 
-        Raises `BadTextError` naming it where it is to stop the reading.
+        Raises `BadTextError` naming that byte if the policy is "stop".
         """
         try:
             return content.decode()
         except UnicodeDecodeError as error:
             if self.policy == "stop":
-                raise self.error(f"{file}: byte {place + error.start} is not UTF-8") from error
+                raise self.error(f"{file}: byte {offset + error.start} is not UTF-8") from error
             return content.decode(errors="surrogateescape")
 
     def error(self, reason: str) -> BadTextError:
-        """What stops the reading, with what a user can do where there is the choice."""
+        """The error for the policy "stop", with the flag that changes the policy where there is one."""
         return BadTextError(reason + self._advice)
 
-    def checked(self, text: str | None, where: str, field: str = "") -> str | None:
-        """A document's text as it is to be encoded, or None when it is left out; `where` and `field` are for an error.
+    def clean(self, text: str | None, where: str, field: str = "") -> str | None:
+        """A document's text, with bad characters replaced if that is the policy, or None if the document is skipped.
 
-        Raises `BadTextError` where it is to stop the reading.
+        Raises `BadTextError` naming `where` and `field` if the policy is "stop".
         """
         if text is None:
             reason = f"{where}{field} is null"
-        elif (place := text.find("\0")) >= 0:
-            reason = f"{where}{field}: character {place} is NUL: this is no text"
+        elif (index := text.find("\0")) >= 0:
+            reason = f"{where}{field}: character {index} is NUL, so this is not text"
         elif self.unencodable and (why := self.unencodable(text)):
             reason = f"{where} cannot be encoded: {why}"
         else:
@@ -65,15 +65,15 @@ class BadText:
         if self.policy == "skip" or text is None:  # null has no character to replace
             self.skipped += 1
             return None
-        return self.replaced_in(text, where)
+        return self.replace(text, where)
 
-    def replaced_in(self, text: str, where: str) -> str:
-        """A text whose bad characters are U+FFFD, and its bytes that are not UTF-8 as Python's `errors="replace"`."""
-        lacks = self.unencodable or _surrogate
-        if reason := lacks(REPLACEMENT):
-            raise InputFileError(f"{where}: U+FFFD, which would replace a character, has no token either: {reason}")
+    def replace(self, text: str, where: str) -> str:
+        """The text with U+FFFD for each bad character, and for bytes that are not UTF-8 as `errors="replace"` does."""
+        unencodable = self.unencodable or _surrogate
+        if reason := unencodable(REPLACEMENT):
+            raise InputFileError(f"{where}: the tokenizer cannot encode the replacement character U+FFFD: {reason}")
         escaped = {c for c in set(text) if "\udc80" <= c <= "\udcff"}
-        bad = {c for c in set(text) - escaped if c == "\0" or lacks(c)}
+        bad = {c for c in set(text) - escaped if c == "\0" or unencodable(c)}
         self.replaced += sum(map(text.count, bad))
         text = text.translate(dict.fromkeys(map(ord, bad), REPLACEMENT))
         if escaped:

@@ -1,4 +1,4 @@
-"""Prepared data sets, alone or mixed by weight, and which of them each window comes from. Imports no framework."""
+"""Prepared data sets, alone or mixed by weight, and the source of each training window. Imports no framework."""
 
 import dataclasses
 import functools
@@ -14,102 +14,105 @@ import numpy as np
 
 from smollm_jax.data.bad_text import Policy
 from smollm_jax.data.plan import Settings
-from smollm_jax.data.prepare import prepared
+from smollm_jax.data.prepare import cached_dataset
 from smollm_jax.data.token_file import MANIFEST, TokenSet
 from smollm_jax.errors import UsageError
 from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.tokenizer import Tokenizer
 
-LONGEST_PERIOD = 1_000_000
+MAX_PERIOD = 1_000_000  # windows
 
 
-class Turns:
-    """Which source each window of a mixture comes from, and which of that source's windows it is.
+class Interleaver:
+    """Assigns each window of a mixture to a source and to an index among that source's windows.
 
-    Exact over every `period` windows, and within one window of the shares after any number of them.
+    Each source gets its exact share of every `period` windows, and its share give or take one window of any first n.
     """
 
     def __init__(self, shares: Sequence[Fraction]):
         self.period = math.lcm(*(share.denominator for share in shares))
-        if self.period > LONGEST_PERIOD:
-            raise UsageError(f"the weights come out even after {self.period:,} windows only, at most 1,000,000: round")
+        if self.period > MAX_PERIOD:
+            raise UsageError(
+                f"--data: these weights repeat only every {self.period:,} windows, at most {MAX_PERIOD:,} are allowed: "
+                "round the weights"
+            )
         self.counts = np.array([int(share * self.period) for share in shares])
-        self._table = np.array(_fair(self.counts.tolist()), np.int32)
-        self._rank = np.empty(self.period, np.int64)
+        self._source = np.array(_schedule(self.counts.tolist()), np.int32)
+        self._index = np.empty(self.period, np.int64)
         for source, count in enumerate(self.counts):
-            self._rank[self._table == source] = np.arange(count)
+            self._index[self._source == source] = np.arange(count)
 
     def __call__(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The sources of these windows of the mixture, and the numbers of the windows there."""
-        period, place = np.divmod(windows, self.period)
-        sources = self._table[place]
-        return sources, period * self.counts[sources] + self._rank[place]
+        """The source of each of these windows, and its index among the windows of that source."""
+        period, slot = np.divmod(windows, self.period)
+        sources = self._source[slot]
+        return sources, period * self.counts[sources] + self._index[slot]
 
 
-def _fair(counts: list[int]) -> list[int]:
-    """A turn for each of `sum(counts)` places: after n, source i had n * counts[i] / sum(counts) turns, give or take 1.
+def _schedule(counts: list[int]) -> list[int]:
+    """The source of each of `sum(counts)` slots: of the first n, source i has its share give or take 1.
 
-    Source: Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980: of the sources that are not too
-    early, the one whose deadline is first.
+    Each slot goes to the source with the earliest deadline among those that are not ahead of their share.
+    Source: Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980.
     """
     if len(counts) == 1:
         return [0] * counts[0]
-    period, twice = sum(counts), 2 * len(counts) - 2
-    whole = math.lcm(*counts)
-    paces = [twice * (whole // count) for count in counts]
-    deadlines = [pace - pace // twice for pace in paces]
-    given, turns = [0] * len(counts), []
-    for place in range(1, period + 1):
-        ready = (i for i, n in enumerate(given) if twice * (counts[i] * place - period * n) >= period)
-        chosen = min(ready, key=deadlines.__getitem__)
-        given[chosen] += 1
-        deadlines[chosen] += paces[chosen]
-        turns.append(chosen)
-    return turns
+    period, scale = sum(counts), 2 * len(counts) - 2  # times and deadlines are integers in units of 1 / scale
+    multiple = math.lcm(*counts)
+    intervals = [scale * (multiple // count) for count in counts]
+    deadlines = [interval - interval // scale for interval in intervals]
+    assigned, schedule = [0] * len(counts), []
+    for slot in range(1, period + 1):
+        eligible = (i for i, n in enumerate(assigned) if scale * (counts[i] * slot - period * n) >= period)
+        source = min(eligible, key=deadlines.__getitem__)
+        assigned[source] += 1
+        deadlines[source] += intervals[source]
+        schedule.append(source)
+    return schedule
 
 
-ORDER = "feistel-1"  # names the order of the windows: another one is other data
+ORDER = "feistel-1"  # names the algorithm that orders the windows; part of the identity of the data
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """What a run trains on: sources, each one or more sets, and the share of all windows that comes from each."""
+    """The data of a run: sources of one or more sets each, and the share of the windows that comes from each source."""
 
     sources: tuple[tuple[TokenSet, ...], ...]
     shares: tuple[Fraction, ...] = (Fraction(1),)
-    vocab_size: int = 1 << 16  # no token may be as large
+    vocab_size: int = 1 << 16  # all token ids are below it
 
     @property
     def sets(self) -> list[TokenSet]:
         """All sets, in order."""
-        return [one for source in self.sources for one in source]
+        return [token_set for source in self.sources for token_set in source]
 
     @property
     def tokens(self) -> int:
-        """How many, in all sets."""
-        return sum(one.tokens for one in self.sets)
+        """The number of tokens of all sets."""
+        return sum(token_set.tokens for token_set in self.sets)
 
     @property
     def documents(self) -> int:
-        """How many, in all sets."""
-        return sum(one.documents for one in self.sets)
+        """The number of documents of all sets."""
+        return sum(token_set.documents for token_set in self.sets)
 
     @property
-    def places(self) -> str:
-        """Where they lie, and of what is too large to have been read how to verify it."""
-        named = ", ".join(str(one.path) for one in self.sets)
-        unread = " ".join(str(one.path) for one in self.sets if not one.verified)
-        return named + (f"; every byte checked by: prepare_data.py --verify {unread}" if unread else "")
+    def location(self) -> str:
+        """The folders of the sets, and the command that verifies those too large to be hashed when opened."""
+        folders = ", ".join(str(token_set.path) for token_set in self.sets)
+        unverified = " ".join(str(token_set.path) for token_set in self.sets if not token_set.verified)
+        return folders + (f"; to check every byte: prepare_data.py --verify {unverified}" if unverified else "")
 
     @property
     def tokenizer_sha256(self) -> str:
-        """Of the one tokenizer that made them all."""
+        """The hash of the tokenizer, which is the same for all sets."""
         return self.sets[0].files[0].tokenizer_sha256
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The identity of the data and of the order it is read in."""
-        digests = [[file.sha256 for one in source for file in one.files] for source in self.sources]
+        """A hash of the files, the shares and the algorithm that orders the windows."""
+        digests = [[file.sha256 for token_set in source for file in token_set.files] for source in self.sources]
         content = [ORDER, digests, [str(share) for share in self.shares]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -124,39 +127,40 @@ def open_mixture(
     on_bad_text: Policy = "stop",
     special_tokens: bool = False,
 ) -> Mixture:
-    """The data that sources name, each PATH or PATH:WEIGHT; without weights, one source of all of them.
+    """The data of sources, each PATH or PATH:WEIGHT; without weights, all paths together are one source.
 
     A path is a prepared set or token file, or a source of text as `scripts/prepare_data.py` takes it, which is
-    prepared once and kept under `cache`, by the hash of its content and of the tokenizer. The last two are how text is
-    read; raises `UsageError` for a set that was prepared without the special tokens that are asked for.
+    prepared once and cached under `cache` by the hash of its content and of the tokenizer. `on_bad_text` and
+    `special_tokens` apply to text; raises `UsageError` for a set that was prepared without the requested
+    `special_tokens`.
     """
-    named = [_weighted(str(s)) for s in ([sources] if isinstance(sources, (str, Path)) else sources)]
-    weights = [weight for _, weight in named if weight is not None]
-    if not named or (weights and len(weights) != len(named)):
-        raise UsageError("data: give a weight to every source or to none: PATH:WEIGHT")
+    weighted = [parse_source(str(s)) for s in ([sources] if isinstance(sources, (str, Path)) else sources)]
+    weights = [weight for _, weight in weighted if weight is not None]
+    if not weighted or (weights and len(weights) != len(weighted)):
+        raise UsageError("--data: give a weight to every source or to none: PATH:WEIGHT")
     tokenizer = tokenizer or Tokenizer.load(tokenizer_folder)
     settings = Settings(tokenizer_folder, on_bad_text=on_bad_text, special_tokens=special_tokens)
     sets = []
-    for path, _ in named:
+    for path, _ in weighted:
         path = path.parent if path.name == "tokens.bin" else path
-        whole = any((path / name).is_file() for name in (MANIFEST, "tokens.json"))
-        sets.append(TokenSet.open(path if whole else prepared(path, settings, cache, stop, tokenizer)))
+        is_prepared = any((path / name).is_file() for name in (MANIFEST, "tokens.json"))
+        sets.append(TokenSet.open(path if is_prepared else cached_dataset(path, settings, cache, stop, tokenizer)))
         if special_tokens and not sets[-1].special_tokens:
-            again = "leave --special-tokens out, or prepare it again with it"
-            raise UsageError(f"{path}: was prepared without --special-tokens: {again}")
+            advice = "prepare it again with that flag, or train without it"
+            raise UsageError(f"{path}: was prepared without --special-tokens: {advice}")
         for file in sets[-1].files:
             file.check(tokenizer, tokenizer_folder, tokenizer.sha256)
     if not weights:
         return Mixture((tuple(sets),), vocab_size=tokenizer.vocab_size)
     shares = tuple(weight / sum(weights) for weight in weights)
-    return Mixture(tuple((one,) for one in sets), shares, tokenizer.vocab_size)
+    return Mixture(tuple((token_set,) for token_set in sets), shares, tokenizer.vocab_size)
 
 
-def _weighted(source: str) -> tuple[Path, Fraction | None]:
-    """The path and the weight of PATH:WEIGHT; the weight is the decimal number as it is written."""
+def parse_source(source: str) -> tuple[Path, Fraction | None]:
+    """The path and the weight of PATH:WEIGHT, the weight as an exact decimal; None without a weight."""
     path, colon, weight = source.rpartition(":")
     if not colon or not re.fullmatch(r"\d+(\.\d+)?", weight):
         return Path(source), None
     if not Fraction(weight):
-        raise UsageError(f"data: {source}: a weight must be above 0")
+        raise UsageError(f"--data {source}: a weight must be above 0")
     return Path(path), Fraction(weight)

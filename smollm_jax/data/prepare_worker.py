@@ -1,6 +1,6 @@
-"""One unit of the preparation of a data set: some text to some token files, the same ones whoever does it and when.
+"""Tokenizes one work unit of a data set into its token files, whose bytes depend on the unit and the job alone.
 
-    python -m smollm_jax.data.prepare_worker JOB    # does the units it reads from stdin, says how far it is on stdout
+    python -m smollm_jax.data.prepare_worker JOB    # tokenizes the units it reads from stdin, reports on stdout
 
 Imports no framework.
 """
@@ -21,192 +21,201 @@ from typing import Any
 import numpy as np
 
 from smollm_jax import errors
-from smollm_jax.data.bad_text import BadText, Policy
-from smollm_jax.data.text import passages
+from smollm_jax.data.bad_text import BadTextHandler, Policy
+from smollm_jax.data.file_types import FileSlice, TextChunk
+from smollm_jax.data.text import text_chunks
 from smollm_jax.data.text_counts import SpecialTokens, counts_of
-from smollm_jax.data.text_kinds import Part, Passage
 from smollm_jax.data.token_file import write_token_file
 from smollm_jax.errors import SmolLMError
 from smollm_jax.tokenizer import Tokenizer
 
-AT_ONCE = (512, 1 << 21)  # passages and characters in a call into the tokenizer, which spreads them over its threads
-Tell = Callable[[float, int], None]  # takes how many bytes of the source and how many tokens more are done
+# Limits of a batch for one call of the tokenizer, which spreads it over its threads.
+BATCH_CHUNKS, BATCH_CHARACTERS = 512, 1 << 21
+OnProgress = Callable[[float, int], None]  # called with the source bytes and tokens done since the last call
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is the same for every unit."""
+    """The settings that all work units share."""
 
     folder: str
-    tokenizer: str  # folder
+    tokenizer: str  # its folder
     tokenizer_sha256: str
     text_column: str
     shard_tokens: int
-    cut: bool  # whether a long plain text may be encoded in pieces
+    cut: bool  # whether a long plain text may be encoded in chunks
     on_bad_text: Policy
     special_tokens: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
-    """Parts of files that become token files of their own, and how far they did."""
+class WorkUnit:
+    """File slices that become token files of their own, and how many of these are already on disk."""
 
     number: int
-    parts: list[tuple[str, int, int]]
-    sizes: list[int]  # bytes of the source in each part
-    files: int = 0  # that are written
-    passages: int = 0  # that are in them
+    slices: list[tuple[str, int, int]]  # file, start, stop: see `FileSlice`
+    sizes: list[int]  # source bytes in each slice
+    files_written: int = 0
+    chunks_written: int = 0  # text chunks in these files
 
     def file_name(self, number: int) -> str:
-        """The name of one of its token files."""
+        """The folder name of the unit's token file `number`."""
         return f"{self.number:06}-{number:04}"
 
 
-class _Writer:
-    """Gathers a unit's documents into files of at least `shard_tokens` tokens each, but for the last.
+class _ShardWriter:
+    """Collects a unit's documents into token files of at least `shard_tokens` tokens each, except the last.
 
-    A document that is as long as that by itself is spread over files that hold nothing else.
+    A document with `shard_tokens` tokens or more is spread over files that contain nothing else.
     """
 
-    def __init__(self, unit: Unit, job: Job, eos: int):
+    def __init__(self, unit: WorkUnit, job: Job, eos: int):
         self._unit, self._folder, self._limit = unit, Path(job.folder), job.shard_tokens
-        self._about = {"tokenizer_sha256": job.tokenizer_sha256, "eos_token_id": eos}
-        self._files, self._passages = unit.files, unit.passages
+        self._metadata = {"tokenizer_sha256": job.tokenizer_sha256, "eos_token_id": eos}
+        self._files, self._chunks = unit.files_written, unit.chunks_written
         self._documents: list[np.ndarray] = []
-        self._pieces: list[np.ndarray] = []  # of a document that has not ended
-        self._lengths = [0, 0]  # of those two, in tokens
-        self._before = unit.passages  # passages that came before that document
+        self._unfinished: list[np.ndarray] = []  # chunks of a document that has not ended
+        self._document_tokens = self._unfinished_tokens = 0
+        self._chunks_before = unit.chunks_written  # chunks before the unfinished document
 
     def add(self, ids: np.ndarray, ends: bool) -> None:
-        """Takes the tokens of the next passage."""
-        # Files are written before it is taken in, so that the unit's last one is not empty and can say that it is.
-        if self._documents and sum(self._lengths) >= self._limit:
-            self._write(self._documents, self._before if self._pieces else self._passages)
-            self._documents, self._lengths[0] = [], 0
-        if self._lengths[1] >= self._limit:
-            self._write([np.concatenate(self._pieces)], self._passages)
-            self._pieces, self._lengths[1] = [], 0
-        if not self._pieces:
-            self._before = self._passages
-        self._passages += 1
-        self._pieces.append(ids)
-        self._lengths[1] += len(ids)
+        """Appends the tokens of the next chunk, which `ends` its document or not."""
+        # A file is written only once another chunk follows, so that the unit's last file is never empty: it alone
+        # has "last" in its metadata.
+        if self._documents and self._document_tokens + self._unfinished_tokens >= self._limit:
+            self._write(self._documents, self._chunks_before if self._unfinished else self._chunks)
+            self._documents, self._document_tokens = [], 0
+        if self._unfinished_tokens >= self._limit:
+            self._write([np.concatenate(self._unfinished)], self._chunks)
+            self._unfinished, self._unfinished_tokens = [], 0
+        if not self._unfinished:
+            self._chunks_before = self._chunks
+        self._chunks += 1
+        self._unfinished.append(ids)
+        self._unfinished_tokens += len(ids)
         if ends:
-            self._documents.append(np.concatenate(self._pieces))
-            self._pieces, self._lengths = [], [self._lengths[0] + self._lengths[1], 0]
+            self._documents.append(np.concatenate(self._unfinished))
+            self._document_tokens += self._unfinished_tokens
+            self._unfinished, self._unfinished_tokens = [], 0
 
-    def end(self, counts: dict[str, int]) -> None:
-        """Writes what is left, which is whole documents or a piece of one, and with it what was counted, if not 0."""
-        self._about |= {"counts": counts} if counts else {}
-        if self._pieces:  # the document goes on in another unit, which is why this one holds nothing else
-            self._documents.append(np.concatenate(self._pieces))
+    def finish(self, counts: dict[str, int]) -> None:
+        """Writes the last file, with the unit's nonzero counts in its metadata."""
+        self._metadata |= {"counts": counts} if counts else {}
+        if self._unfinished:  # the document continues in the next unit, and this unit has no other document
+            self._documents.append(np.concatenate(self._unfinished))
         if self._documents:
-            self._write(self._documents, self._passages, last=True)
+            self._write(self._documents, self._chunks, last=True)
 
-    def _write(self, documents: list[np.ndarray], passages: int, *, last: bool = False) -> None:
-        place = {"unit": self._unit.number, "passages": passages, "last": last}
+    def _write(self, documents: list[np.ndarray], chunks: int, *, last: bool = False) -> None:
+        position = {"unit": self._unit.number, "passages": chunks, "last": last}
         target, seed = self._folder / self._unit.file_name(self._files), (self._unit.number, self._files)
-        write_token_file(target, documents, self._about | place, seed)
+        write_token_file(target, documents, self._metadata | position, seed)
         self._files += 1
 
 
-def prepare_unit(unit: Unit, job: Job, tokenizer: Tokenizer, tell: Tell) -> dict[str, int]:
-    """Writes a unit's token files, but for those that are written, and returns what it counted."""
+def tokenize_unit(unit: WorkUnit, job: Job, tokenizer: Tokenizer, on_progress: OnProgress) -> dict[str, int]:
+    """Writes the token files of a unit that are not on disk yet; returns the counts of the whole unit."""
     eos = tokenizer.eos_token_id
     assert eos is not None
-    bad, special = BadText(job.on_bad_text, tokenizer.unencodable), SpecialTokens(tokenizer)
-    prefix, suffix = tokenizer.prefix_ids, tokenizer.suffix_ids  # of a whole document: `may_cut` has no other then
-    writer, before = _Writer(unit, job, eos), 0.0
-    for position, passage, encoding in _encoded(unit, job, tokenizer, bad, special):
+    bad_text, special = BadTextHandler(job.on_bad_text, tokenizer.unencodable), SpecialTokens(tokenizer)
+    # With a prefix or suffix, `can_cut` is False: each chunk is a whole document.
+    prefix, suffix = tokenizer.prefix_ids, tokenizer.suffix_ids
+    writer, reported = _ShardWriter(unit, job, eos), 0.0
+    for position, chunk, encoding in _encode_chunks(unit, job, tokenizer, bad_text, special):
         ids = [*prefix, *encoding.ids, *suffix] if prefix or suffix else encoding.ids
-        if passage.ends and not ((job.special_tokens or suffix) and ids[-1] == eos):  # which the text may say itself
+        already_ended = (job.special_tokens or suffix) and ids[-1] == eos  # the text itself may end with eos
+        if chunk.ends and not already_ended:
             ids.append(eos)
-        writer.add(np.array(ids, np.uint16), passage.ends)
-        tell(position - before, len(ids))
-        before = position
-    writer.end(counts := counts_of(bad, special))
-    tell(sum(unit.sizes) - before, 0)
+        writer.add(np.array(ids, np.uint16), chunk.ends)
+        on_progress(position - reported, len(ids))
+        reported = position
+    writer.finish(counts := counts_of(bad_text, special))
+    on_progress(sum(unit.sizes) - reported, 0)
     return counts
 
 
-def _encoded(
-    unit: Unit, job: Job, tokenizer: Tokenizer, bad: BadText, special: SpecialTokens
-) -> Iterator[tuple[float, Passage, Any]]:
-    """Every passage that is not written yet, how many bytes of the source are read by then, and its encoding.
+def _encode_chunks(
+    unit: WorkUnit, job: Job, tokenizer: Tokenizer, bad_text: BadTextHandler, special: SpecialTokens
+) -> Iterator[tuple[float, TextChunk, Any]]:
+    """Each chunk that is not on disk yet, with the source bytes read up to its end, and its encoding.
 
-    The tokenizer has two batches, so that its threads need not wait for the longest passage of one of them, while
-    this thread reads the next and its caller works on the one before.
+    Two batches are in the tokenizer at a time, so that its threads do not idle during the longest chunk of one batch,
+    while this thread reads the next batch and the caller consumes the previous one.
     """
     tokenizer.core.encode_special_tokens = not job.special_tokens
     encode = functools.partial(tokenizer.core.encode_batch_fast, add_special_tokens=False)
-    found = itertools.islice(_passages(unit, job, bad, special), unit.passages, None)
-    under_way: collections.deque[tuple[list[tuple[float, Passage]], Future[Any]]] = collections.deque()
+    new_chunks = itertools.islice(_read_chunks(unit, job, bad_text, special), unit.chunks_written, None)
+    in_flight: collections.deque[tuple[list[tuple[float, TextChunk]], Future[Any]]] = collections.deque()
     with ThreadPoolExecutor(2) as pool:
-        while (batch := _next(found)) or under_way:
+        while (batch := _next_batch(new_chunks)) or in_flight:
             if batch:
-                under_way.append((batch, pool.submit(encode, [passage.text for _, passage in batch])))
-            if len(under_way) > 2 or not batch:
-                first, encodings = under_way.popleft()
-                for (position, passage), encoding in zip(first, encodings.result(), strict=True):
-                    yield position, passage, encoding
+                in_flight.append((batch, pool.submit(encode, [chunk.text for _, chunk in batch])))
+            if len(in_flight) > 2 or not batch:
+                oldest, encodings = in_flight.popleft()
+                for (position, chunk), encoding in zip(oldest, encodings.result(), strict=True):
+                    yield position, chunk, encoding
 
 
-def _passages(unit: Unit, job: Job, bad: BadText, special: SpecialTokens) -> Iterator[tuple[float, Passage]]:
-    """All passages with text in them, and how many bytes of the unit's source are read by then.
+def _read_chunks(
+    unit: WorkUnit, job: Job, bad_text: BadTextHandler, special: SpecialTokens
+) -> Iterator[tuple[float, TextChunk]]:
+    """All chunks of a unit that are not empty, each with the source bytes read up to its end.
 
-    Those that are written are read again, so that what is counted of a unit does not depend on where it was stopped.
+    Chunks that are on disk are read again, so that the unit's counts do not depend on where an earlier start stopped.
     """
     read = 0
-    for (file, start, stop), size in zip(unit.parts, unit.sizes, strict=True):
-        for passage in passages(Part(Path(file), start, stop), job.text_column, cut=job.cut, bad=bad):
-            if passage.text:
+    for (file, start, stop), size in zip(unit.slices, unit.sizes, strict=True):
+        for chunk in text_chunks(FileSlice(Path(file), start, stop), job.text_column, cut=job.cut, bad_text=bad_text):
+            if chunk.text:
                 if not job.special_tokens:
-                    special.see(passage.text, passage.ends)
-                yield read + passage.position * size, passage
+                    special.count(chunk.text, chunk.ends)
+                yield read + chunk.position * size, chunk
         read += size
 
 
-def _next(found: Iterator[tuple[float, Passage]]) -> list[tuple[float, Passage]]:
-    """The passages of the next batch."""
+def _next_batch(chunks: Iterator[tuple[float, TextChunk]]) -> list[tuple[float, TextChunk]]:
     batch, characters = [], 0
-    for position, passage in itertools.islice(found, AT_ONCE[0]):
-        batch.append((position, passage))
-        characters += len(passage.text)
-        if characters >= AT_ONCE[1]:
+    for position, chunk in itertools.islice(chunks, BATCH_CHUNKS):
+        batch.append((position, chunk))
+        characters += len(chunk.text)
+        if characters >= BATCH_CHARACTERS:
             break
     return batch
 
 
 def main() -> None:
     job, parent = Job(**json.loads(sys.argv[1])), os.getppid()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print to stdout goes to stderr: the parent parses each line of stdout
 
-    def say(**what: Any) -> None:
-        print(json.dumps(what), file=answers, flush=True)
+    def reply(**content: Any) -> None:
+        print(json.dumps(content), file=replies, flush=True)
 
-    told = {"bytes": 0.0, "tokens": 0, "at": time.monotonic()}
+    unreported = {"bytes": 0.0, "tokens": 0}
+    reported_at = time.monotonic()
 
-    def tell(size: float, tokens: int) -> None:
-        told["bytes"] += size
-        told["tokens"] += tokens
-        if time.monotonic() - told["at"] < 0.1:
+    def on_progress(size: float, tokens: int) -> None:
+        nonlocal reported_at
+        unreported["bytes"] += size
+        unreported["tokens"] += tokens
+        if time.monotonic() - reported_at < 0.1:
             return
-        if os.getppid() != parent:  # killed: another preparation may be at work by now
+        if os.getppid() != parent:  # the parent was killed, and another preparation may use this folder by now
             os._exit(1)
-        say(bytes=told["bytes"], tokens=told["tokens"])
-        told.update(bytes=0.0, tokens=0, at=time.monotonic())
+        reply(**unreported)
+        unreported.update(bytes=0.0, tokens=0)
+        reported_at = time.monotonic()
 
     try:
         tokenizer = Tokenizer.load(job.tokenizer)
         for line in sys.stdin:
-            unit = Unit(**json.loads(line))
-            counts = prepare_unit(unit, job, tokenizer, tell)
-            say(done=unit.number, counts=counts, bytes=told["bytes"], tokens=told["tokens"])
-            told.update(bytes=0.0, tokens=0)
+            unit = WorkUnit(**json.loads(line))
+            counts = tokenize_unit(unit, job, tokenizer, on_progress)
+            reply(done=unit.number, counts=counts, **unreported)
+            unreported.update(bytes=0.0, tokens=0)
     except SmolLMError as error:
-        kind = next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
-        say(error=[kind, str(error)])
+        error_name = next(cls.__name__ for cls in type(error).__mro__ if hasattr(errors, cls.__name__))
+        reply(error=[error_name, str(error)])
 
 
 if __name__ == "__main__":

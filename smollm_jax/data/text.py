@@ -1,7 +1,7 @@
-"""Text out of files: documents, or pieces of long ones. Read a block of lines, a value or a page at a time.
+"""Reads documents, or chunks of long ones, from text files, one block of lines, JSON value or page at a time.
 
-What a file is, is decided by `text_kinds`, which files a folder means by `text_sources`, what becomes of a text without
-tokens by `bad_text`. Memory is bounded by `MAX_LINE`, whatever a file holds.
+`file_types` detects a file's type, `text_sources` selects the files of a folder, and `bad_text` handles text without
+tokens. Memory is bounded by `MAX_LINE`, whatever a file contains.
 """
 
 import codecs
@@ -12,240 +12,269 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smollm_jax.data import text_tables
-from smollm_jax.data.bad_text import BadText, BadTextError
-from smollm_jax.data.compression import opened
-from smollm_jax.data.text_kinds import ARROW, CSV, JSON, JSON_LINES, PARQUET, TSV, Kind, Part, Passage, kind_of
+from smollm_jax.data.bad_text import BadTextError, BadTextHandler
+from smollm_jax.data.compression import open_decompressed
+from smollm_jax.data.file_types import (
+    ARROW,
+    CSV,
+    JSON,
+    JSON_LINES,
+    PARQUET,
+    TSV,
+    FileSlice,
+    FileType,
+    TextChunk,
+    detect_file_type,
+)  # fmt: skip
 from smollm_jax.data.text_sources import text_files as text_files
 from smollm_jax.errors import InputFileError
 from smollm_jax.runtime.files import parse_json, reject_utf16
 
 MAX_LINE = 16 << 20  # bytes; a whole book has 1 MB
-PIECE = 1 << 16  # characters of a long text that are encoded at once, and bytes that are read at once
-# Where SmolLM2's pre-tokenizer (Digits, then GPT-2's pattern) ends a word whatever lies around: before or, a newline,
-# after one space between two characters that are none. A run of spaces would be split differently at a text's end.
+PIECE = 1 << 16  # characters in a chunk of a long text, and bytes in a read
+# Positions at which SmolLM2's pre-tokenizer (Digits, then GPT-2's pattern) splits in any context: a single space
+# between two other characters. A run of spaces would be split differently at the end of a text.
 CUT = re.compile(r"(?<=\S)[ \n\t](?=\S)")
 DELIMITERS = {CSV: ",", TSV: "\t"}
-BINARY = 0.3, 16  # the share and number of a file's first bytes that are no text, where replacing them makes none
+# A file is binary if more of its first bytes than this share and this number are not text.
+BINARY_SHARE, BINARY_BYTES = 0.3, 16
 
 
-def documents(file: Path, column: str = "text", bad: BadText | None = None) -> Iterator[str]:
+def documents(file: Path, column: str = "text", bad_text: BadTextHandler | None = None) -> Iterator[str]:
     """The documents of one file: its whole text, or the text of each line, row or object."""
-    pieces: list[str] = []
-    for passage in passages(whole(file), column, cut=False, bad=bad):
-        pieces.append(passage.text)
-        if passage.ends:
-            yield "".join(pieces)
-            pieces = []
+    texts: list[str] = []
+    for chunk in text_chunks(whole_file(file), column, cut=False, bad_text=bad_text):
+        texts.append(chunk.text)
+        if chunk.ends:
+            yield "".join(texts)
+            texts = []
 
 
-def whole(file: Path) -> Part:
-    """All of a file."""
-    is_parquet = kind_of(file).form == PARQUET
-    return Part(file, 0, text_tables.parquet(file).num_row_groups if is_parquet else file.stat().st_size)
+def whole_file(file: Path) -> FileSlice:
+    """The slice that is all of a file."""
+    is_parquet = detect_file_type(file).form == PARQUET
+    return FileSlice(file, 0, text_tables.open_parquet(file).num_row_groups if is_parquet else file.stat().st_size)
 
 
-def passages(part: Part, column: str = "text", *, cut: bool = True, bad: BadText | None = None) -> Iterator[Passage]:
-    """What a part of a file says, a document at a time; a long plain text in pieces if they may be `cut`.
+def text_chunks(
+    file_slice: FileSlice, column: str = "text", *, cut: bool = True, bad_text: BadTextHandler | None = None
+) -> Iterator[TextChunk]:
+    """The documents of a file slice, a long plain text in several chunks if `cut`.
 
-    Line ends of plain text become a newline, as in Python's own reading of text. `bad` counts what it leaves out: of a
-    plain text, all of the part.
+    Line ends of plain text become a newline, as when Python reads text. Where `bad_text` skips a plain text, it skips
+    the whole slice.
     """
-    kind, bad = kind_of(part.file), bad or BadText()
-    file = part.file
-    if kind.form == PARQUET:
-        return text_tables.parquet_rows(part, column, bad)
-    if kind.form == ARROW:
-        return text_tables.arrow_rows(file, column, bad)
-    if kind.form == JSON:
-        return text_tables.json_documents(_chunks(part, kind, bad), file, column, bad, MAX_LINE)
-    if kind.form in DELIMITERS:
-        delimiter = DELIMITERS[kind.form]
-        return text_tables.csv_rows(_lines(part, kind, bad), file, delimiter, column, bad, MAX_LINE)
-    if kind.form == JSON_LINES:
-        return _json_lines(part, kind, column, bad)
-    return _plain_or_none(part, kind, cut, bad) if bad.policy == "skip" else _plain(part, kind, cut, bad)
+    file, file_type, bad_text = file_slice.file, detect_file_type(file_slice.file), bad_text or BadTextHandler()
+    if file_type.form == PARQUET:
+        return text_tables.parquet_rows(file_slice, column, bad_text)
+    if file_type.form == ARROW:
+        return text_tables.arrow_rows(file, column, bad_text)
+    if file_type.form == JSON:
+        return text_tables.json_documents(
+            _characters(file_slice, file_type, bad_text), file, column, bad_text, MAX_LINE
+        )
+    if file_type.form in DELIMITERS:
+        delimiter = DELIMITERS[file_type.form]
+        lines = _lines(file_slice, file_type, bad_text)
+        return text_tables.csv_rows(lines, file, delimiter, column, bad_text, MAX_LINE)
+    if file_type.form == JSON_LINES:
+        return _json_lines(file_slice, file_type, column, bad_text)
+    read_plain = _plain_or_skipped if bad_text.policy == "skip" else _plain
+    return read_plain(file_slice, file_type, cut, bad_text)
 
 
-def _plain_or_none(part: Part, kind: Kind, cut: bool, bad: BadText) -> Iterator[Passage]:
-    """A plain text if all of it can be encoded: it is read twice, for its beginning is used before its end is known."""
+def _plain_or_skipped(
+    file_slice: FileSlice, file_type: FileType, cut: bool, bad_text: BadTextHandler
+) -> Iterator[TextChunk]:
+    """The chunks of a plain text, or none if any of it is bad. Reads it twice: bad text may follow a good chunk."""
     try:
-        for _ in _plain(part, kind, cut, BadText("stop", bad.unencodable)):
+        for _ in _plain(file_slice, file_type, cut, BadTextHandler("stop", bad_text.unencodable)):
             pass
     except BadTextError:
-        bad.skipped += 1
+        bad_text.skipped += 1
         return
-    yield from _plain(part, kind, cut, bad)
+    yield from _plain(file_slice, file_type, cut, bad_text)
 
 
-def _plain(part: Part, kind: Kind, cut: bool, bad: BadText) -> Iterator[Passage]:
-    where, ends = f"{part.file}: document 1", part.stop == part.file.stat().st_size
+def _plain(file_slice: FileSlice, file_type: FileType, cut: bool, bad_text: BadTextHandler) -> Iterator[TextChunk]:
+    file = file_slice.file
+    where, ends = f"{file}: document 1", file_slice.stop == file.stat().st_size
     texts: list[str] = []
     length, limit = 0, PIECE
-    for block in _blocks(part, kind):
-        if bad.policy == "replace" and not part.start and block.number == 1:
-            _refuse_binary(block.content[:4096], part.file)
-        texts.append(_decoded(part, block, bad).replace("\r\n", "\n").replace("\r", "\n"))
+    for block in _blocks(file_slice, file_type):
+        if bad_text.policy == "replace" and not file_slice.start and block.line_number == 1:
+            _refuse_binary(block.content[:4096], file)
+        texts.append(_decode_block(file_slice, block, bad_text).replace("\r\n", "\n").replace("\r", "\n"))
         length += len(texts[-1])
         if not cut or length < limit:
             continue
         text = "".join(texts)
-        places = [m.start() for m in CUT.finditer(text, len(text) - 4096)] or [m.start() for m in CUT.finditer(text)]
-        if places:
-            if piece := bad.checked(text[: places[-1]], where):
-                yield Passage(piece, False, where, block.position)
-            where = f"{part.file}: document 1, {block.position:.0%} into it"
-            texts, length, limit = [text[places[-1] :]], len(text) - places[-1], PIECE
+        cuts = [m.start() for m in CUT.finditer(text, len(text) - 4096)] or [m.start() for m in CUT.finditer(text)]
+        if cuts:
+            if chunk := bad_text.clean(text[: cuts[-1]], where):
+                yield TextChunk(chunk, False, where, block.position)
+            where = f"{file}: document 1, {block.position:.0%} into it"
+            texts, length, limit = [text[cuts[-1] :]], len(text) - cuts[-1], PIECE
         elif length > MAX_LINE:
-            raise InputFileError(f"{part.file}: no lone space between two words in {MAX_LINE:,} bytes: this is no text")
+            raise InputFileError(
+                f"{file}: no single space between two words in {MAX_LINE:,} bytes, so this is not text"
+            )
         else:
             limit = 2 * length
-    if text := bad.checked("".join(texts), where):
-        yield Passage(text, ends, where, 1.0)
+    if text := bad_text.clean("".join(texts), where):
+        yield TextChunk(text, ends, where, 1.0)
 
 
 def _refuse_binary(head: bytes, file: Path) -> None:
-    """Raises `InputFileError` when too many of a file's first bytes are control characters or no UTF-8."""
+    """Raises `InputFileError` when too many of a file's first bytes are control characters or not UTF-8."""
     text = head.decode(errors="ignore")
-    strange = len(head) - len(text.encode()) + sum(c < " " and c not in "\t\n\r\f\b\x1b" for c in text)
-    if strange > max(BINARY[0] * len(head), BINARY[1]):
-        reason = f"{strange} of its first {len(head)} bytes are no UTF-8 text"
+    not_text = len(head) - len(text.encode()) + sum(c < " " and c not in "\t\n\r\f\b\x1b" for c in text)
+    if not_text > max(BINARY_SHARE * len(head), BINARY_BYTES):
+        reason = f"{not_text} of its first {len(head)} bytes are not UTF-8 text"
         raise InputFileError(f"{file}: looks like binary data or another encoding: {reason}")
 
 
-def _json_lines(part: Part, kind: Kind, column: str, bad: BadText) -> Iterator[Passage]:
-    for block in _blocks(part, kind):
+def _json_lines(
+    file_slice: FileSlice, file_type: FileType, column: str, bad_text: BadTextHandler
+) -> Iterator[TextChunk]:
+    for block in _blocks(file_slice, file_type):
         for line in block.lines():
-            text = bad.decoded(line.content, part.file, line.place)
+            text = bad_text.decode(line.content, file_slice.file, line.offset)
             if not text.strip():
                 continue
-            where = line.where(part)
-            if "\0" in text and (text := bad.checked(text, where)) is None:
+            where = line.where(file_slice)
+            if "\0" in text and (text := bad_text.clean(text, where)) is None:
                 continue
-            value = text_tables.text_of(parse_json(text, where, finite=False), column, where, bad)
-            if (value := bad.checked(value, where, f": {column!r}")) is not None:
-                yield Passage(value, True, where, line.position)
+            value = text_tables.text_of(parse_json(text, where, finite=False), column, where, bad_text)
+            if (value := bad_text.clean(value, where, f": {column!r}")) is not None:
+                yield TextChunk(value, True, where, line.position)
 
 
-def _lines(part: Part, kind: Kind, bad: BadText) -> text_tables.Lines:
-    """The lines of a table, with their ends, which may be a carriage return alone."""
-    for block in _blocks(part, kind):
-        for line in io.StringIO(bad.decoded(block.content, part.file, block.place), newline=""):
+def _lines(file_slice: FileSlice, file_type: FileType, bad_text: BadTextHandler) -> text_tables.Lines:
+    """The lines of a table with their line ends, which may be a lone carriage return."""
+    for block in _blocks(file_slice, file_type):
+        for line in io.StringIO(bad_text.decode(block.content, file_slice.file, block.offset), newline=""):
             yield line, block.position
 
 
-def _chunks(part: Part, kind: Kind, bad: BadText) -> text_tables.Lines:
-    """The text of a file, `PIECE` bytes at a time, wherever its lines end."""
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if bad.policy != "stop" else "strict")
-    place = 0
+def _characters(file_slice: FileSlice, file_type: FileType, bad_text: BadTextHandler) -> text_tables.Lines:
+    """The text of a file, `PIECE` bytes at a time, regardless of lines."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if bad_text.policy != "stop" else "strict")
+    offset = 0
 
-    def decoded(content: bytes) -> str:
-        before, _ = decoder.getstate()
+    def decode(content: bytes) -> str:
+        incomplete, _ = decoder.getstate()
         try:
             return decoder.decode(content, final=not content)
         except UnicodeDecodeError as error:
-            byte = place - len(content) - len(before) + error.start
-            raise bad.error(f"{part.file}: byte {byte} is not UTF-8") from error
+            byte = offset - len(content) - len(incomplete) + error.start
+            raise bad_text.error(f"{file_slice.file}: byte {byte} is not UTF-8") from error
 
-    with opened(part.file, kind.packing) as (stream, raw):
-        place = _skip_mark(stream, part.file)
+    with open_decompressed(file_slice.file, file_type.compression) as (stream, raw):
+        offset = _skip_bom(stream, file_slice.file)
         while content := stream.read(PIECE):
-            place += len(content)
-            done = raw.tell() if kind.packing else place
-            yield decoded(content), min(1.0, done / part.stop)
-        yield decoded(b""), 1.0
+            offset += len(content)
+            done = raw.tell() if file_type.compression else offset
+            yield decode(content), min(1.0, done / file_slice.stop)
+        yield decode(b""), 1.0
 
 
 class _Block(NamedTuple):
-    """Whole lines of a file, but for the last one of a part."""
+    """Whole lines of a file; the last line of a slice may be cut."""
 
     content: bytes
-    place: int  # of its first byte
-    number: int  # of its first line, counted from the part's
-    position: float  # how far into the part it ends, 0 to 1
+    offset: int  # of its first byte in the file
+    line_number: int  # of its first line, counted from 1 at the start of the slice
+    position: float  # the fraction of the slice up to its end, 0 to 1
 
     def lines(self) -> "Iterator[_Block]":
         """Each line, without its line end."""
-        place = self.place
-        for number, line in enumerate(self.content.split(b"\n"), self.number):
-            yield _Block(line, place, number, self.position)
-            place += len(line) + 1
+        offset = self.offset
+        for line_number, line in enumerate(self.content.split(b"\n"), self.line_number):
+            yield _Block(line, offset, line_number, self.position)
+            offset += len(line) + 1
 
-    def where(self, part: Part) -> str:
-        """Where it begins, for an error."""
-        line = f"the line at byte {self.place}" if part.start else f"line {self.number}"
-        return f"{part.file}: {line}"
+    def where(self, file_slice: FileSlice) -> str:
+        """The file and the line where it begins, for error messages."""
+        line = f"the line at byte {self.offset}" if file_slice.start else f"line {self.line_number}"
+        return f"{file_slice.file}: {line}"
 
 
-def _decoded(part: Part, block: _Block, bad: BadText) -> str:
-    """The text of a block; where bad text stops the reading, `BadTextError` names the byte, or the line with a NUL."""
-    text = bad.decoded(block.content, part.file, block.place)
-    if "\0" in text and bad.policy == "stop":
+def _decode_block(file_slice: FileSlice, block: _Block, bad_text: BadTextHandler) -> str:
+    """The text of a block; under the policy "stop" `BadTextError` names the byte, or the line that contains NUL."""
+    text = bad_text.decode(block.content, file_slice.file, block.offset)
+    if "\0" in text and bad_text.policy == "stop":
         for line in block.lines():
-            bad.checked(line.content.decode(), line.where(part))
+            bad_text.clean(line.content.decode(), line.where(file_slice))
     return text
 
 
-def _blocks(part: Part, kind: Kind) -> Iterator[_Block]:
-    """A part of a file, `PIECE` bytes and the rest of their last line at a time.
+def _blocks(file_slice: FileSlice, file_type: FileType) -> Iterator[_Block]:
+    """Blocks of a file slice, each `PIECE` bytes and the remainder of the last line.
 
     Raises `InputFileError` for UTF-16, and for a line that is too long.
     """
-    file, packed = part.file, bool(kind.packing)
-    place, number = part.start, 1
-    with opened(file, kind.packing) as (stream, raw):
-        if not part.start:
-            place = _skip_mark(stream, file)
+    file, compressed = file_slice.file, bool(file_type.compression)
+    offset, line_number = file_slice.start, 1
+    with open_decompressed(file, file_type.compression) as (stream, raw):
+        if not file_slice.start:
+            offset = _skip_bom(stream, file)
         else:
-            stream.seek(part.start)
-        while packed or place < part.stop:
-            left = MAX_LINE + PIECE if packed else part.stop - place
-            content = stream.read(min(PIECE, MAX_LINE, left))
+            stream.seek(file_slice.start)
+        while compressed or offset < file_slice.stop:
+            remaining = MAX_LINE + PIECE if compressed else file_slice.stop - offset
+            content = stream.read(min(PIECE, MAX_LINE, remaining))
             if not content:
                 break
             if not content.endswith(b"\n"):
-                content += stream.readline(min(MAX_LINE + 1, left - len(content)))
-            done = raw.tell() if packed else place + len(content) - part.start
-            block = _Block(content, place, number, min(1.0, done / (part.stop - part.start)))
-            if len(content) - (last := content.rfind(b"\n", 0, -1) + 1) > MAX_LINE:  # no other line can be as long
-                line = block._replace(place=place + last, number=number + content.count(b"\n", 0, last))
-                raise InputFileError(f"{line.where(part)} is longer than {MAX_LINE:,} bytes: this is no text")
+                content += stream.readline(min(MAX_LINE + 1, remaining - len(content)))
+            done = raw.tell() if compressed else offset + len(content) - file_slice.start
+            position = min(1.0, done / (file_slice.stop - file_slice.start))
+            block = _Block(content, offset, line_number, position)
+            last_line = content.rfind(b"\n", 0, -1) + 1
+            if len(content) - last_line > MAX_LINE:  # no other line can be as long
+                lines_before = content.count(b"\n", 0, last_line)
+                line = block._replace(offset=offset + last_line, line_number=line_number + lines_before)
+                where = line.where(file_slice)
+                raise InputFileError(f"{where} is longer than {MAX_LINE:,} bytes, so this is not text")
             yield block
-            place, number = place + len(content), number + content.count(b"\n")
+            offset, line_number = offset + len(content), line_number + content.count(b"\n")
 
 
-def _skip_mark(stream: io.BufferedReader, file: Path) -> int:
-    """The bytes of the UTF-8 byte order mark a file begins with, 0 or 3, which are left out as by Python's utf-8-sig.
+def _skip_bom(stream: io.BufferedReader, file: Path) -> int:
+    """Skips a UTF-8 byte order mark at the start, as Python's utf-8-sig does; returns its length, 0 or 3.
 
-    Editors on Windows and spreadsheets write one. Raises `InputFileError` for UTF-16.
+    Windows editors and spreadsheets write one. Raises `InputFileError` for UTF-16.
     """
     head = stream.peek(4096)[:4096]
-    mark = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
-    stream.read(mark)
-    reject_utf16(head[mark:], file)
-    return mark
+    length = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+    stream.read(length)
+    reject_utf16(head[length:], file)
+    return length
 
 
-def border(file: Path, kind: Kind, at: int) -> int:
-    """The first byte after `at - 1` where a file may be divided: a JSON line begins, or see `CUT`; or its end.
+def find_cut(file: Path, file_type: FileType, at: int) -> int:
+    """The first offset from `at` on where a file may be divided, or its size if there is none.
 
-    A line that is too long, or no UTF-8, is left whole for its reader to refuse.
+    JSON lines are divided between lines, plain text at a `CUT`. A file is not divided after a line that is too long or
+    not UTF-8: whoever reads it reports that line.
     """
     size = file.stat().st_size
     with file.open("rb") as raw:
         raw.seek(at - 1)
-        line, before = raw.readline(MAX_LINE + 1), ""
-        place = at - 1 + len(line)
-        while len(line) <= MAX_LINE and place < size:
-            if kind.form == JSON_LINES:
-                return place
+        line, previous = raw.readline(MAX_LINE + 1), ""
+        offset = at - 1 + len(line)
+        while len(line) <= MAX_LINE and offset < size:
+            if file_type.form == JSON_LINES:
+                return offset
             line = raw.readline(MAX_LINE + 1)
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError:
                 return size
-            if re.search(r"\S\r?\n$", before) and re.match(r"\S", text):
-                return place
+            if re.search(r"\S\r?\n$", previous) and re.match(r"\S", text):
+                return offset
             if match := CUT.search(text):
-                return place + len(text[: match.start()].encode())
-            place, before = place + len(line), text
+                return offset + len(text[: match.start()].encode())
+            offset, previous = offset + len(line), text
     return size

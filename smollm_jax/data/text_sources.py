@@ -1,8 +1,8 @@
-"""Which files a source of text means: a file, a folder or a glob. What of a folder is left out is counted and said.
+"""Selects the files of a source of text, which is a file, a folder or a glob, and reports the files it skips.
 
-Of a folder are read the files whose names say that they are text (`text_kinds.FORMS`). Hidden files, dataset cards and
-other books about a data set are not, and of its splits only the one to train on. The words that name splits are those
-of Hugging Face's datasets (data_files.py, SPLIT_KEYWORDS).
+Of a folder it selects the files with a suffix of a text format (`file_types.FORMS`), except hidden files, dataset cards
+and other metadata, and only those of the training split. The words that name splits are those of Hugging Face's
+datasets (data_files.py, SPLIT_KEYWORDS).
 """
 
 import collections
@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from smollm_jax.data.compression import opened
-from smollm_jax.data.text_kinds import ARROW, CSV, FORMS, JSON, PLAIN, TSV, named_kind, suffixes_of
+from smollm_jax.data.compression import open_decompressed
+from smollm_jax.data.file_types import ARROW, CSV, FORMS, JSON, PLAIN, TSV, suffixes_of, type_by_name
 from smollm_jax.errors import InputFileError
 from smollm_jax.runtime.files import one_line
 
@@ -26,23 +26,24 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
-SEPARATORS = re.compile(r"[-._ 0-9]+")  # what stands around a split's word in a name
-HIDDEN, CARD, LICENCE, RECORD, STRANGE, LINK, AGAIN = (
+SEPARATORS = re.compile(r"[-._ 0-9]+")  # around the word for a split in a name
+# Reasons to skip a file, as the user reads them behind their count.
+HIDDEN, CARD, LICENCE, METADATA, NOT_TEXT, NOT_A_FILE, DUPLICATE = (
     "hidden",
     "dataset card",
     "licence",
-    "record about a data set",
-    "not text by name",
-    "link to a folder, or no file",
-    "link to a file that is read itself",
+    "metadata of a data set",
+    "with another suffix",
+    "linked folder or special file",
+    "link to a file that is also read",
 )
-RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
-NO_FOLDERS = ("_delta_log", "_temporary", "@eaDir", "$RECYCLE.BIN")  # next to those whose names begin with . or __
-NAMED = 3  # of what is left out for one reason
+METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+HIDDEN_FOLDERS = ("_delta_log", "_temporary", "@eaDir", "$RECYCLE.BIN")  # besides names that begin with . or __
+MAX_NAMES = 3  # that a note shows of the files skipped for one reason
 
 
-class Chosen(NamedTuple):
-    """The files of a source, in order, and what to say of those that were left out."""
+class SelectedFiles(NamedTuple):
+    """The files of a source, in order, and notes for the user about skipped ones."""
 
     files: list[Path]
     notes: list[str]
@@ -50,146 +51,150 @@ class Chosen(NamedTuple):
 
 def text_files(source: Path) -> list[Path]:
     """The files a source consists of, in order: a file, a folder or a glob; `InputFileError` when there are none."""
-    return choose(source).files
+    return select_files(source).files
 
 
-def choose(source: Path, column: str = "text", splits: tuple[str, ...] = ("train",)) -> Chosen:
-    """The files of a source and what is said of the others; of a data set's splits the first there is of `splits`.
+def select_files(source: Path, column: str = "text", splits: tuple[str, ...] = ("train",)) -> SelectedFiles:
+    """The files of a source, of a data set with splits those of the first split in `splits` that it has.
 
     Raises `InputFileError` when there is nothing to read.
     """
     if source.is_file():
-        return Chosen([source], [])
+        return SelectedFiles([source], [])
     if source.is_dir():
-        return _folder(source, column, splits)
+        return _from_folder(source, column, splits)
     if re.search(r"[*?\[]", str(source)) and (matches := sorted(glob.glob(str(source), recursive=True))):
-        return _matches(source, [Path(match) for match in matches], column, splits)
+        return _from_glob(source, [Path(match) for match in matches], column, splits)
     if source.exists():
-        raise InputFileError(f"{source}: is no file on a disk, which can be read twice: save it as one")
-    raise InputFileError(f"{source}: no such file or folder{_elsewhere(source)}")
+        raise InputFileError(f"{source}: is not a regular file, and it must be read twice: save it as a file")
+    raise InputFileError(f"{source}: no such file or folder{_download_advice(source)}")
 
 
-def _elsewhere(source: Path) -> str:
-    """What to do where a path that is not there is an address, or can be a data set's name on the hub; "" otherwise."""
+def _download_advice(source: Path) -> str:
+    """What to do if a missing path is a URL, or may be the name of a data set on the Hugging Face hub; else ""."""
     if re.match(r"\w+:/", str(source)):
-        return ": an address is not fetched: download the file and give its path"
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and not source.parent.exists() and not named_kind(source)[0]:
-        name = f"hf download --repo-type dataset {source} --local-dir {source.name}"
-        return f"; a data set of the Hugging Face hub is downloaded first: {name}"
+        return ": URLs are not downloaded: download the file and give its path"
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and not type_by_name(source)[0]
+    if is_hub_name and not source.parent.exists():
+        command = f"hf download --repo-type dataset {source} --local-dir {source.name}"
+        return f"; to use a data set of the Hugging Face hub, download it first: {command}"
     return ""
 
 
-def _matches(source: Path, matches: list[Path], column: str, splits: tuple[str, ...]) -> Chosen:
-    """The files a glob names, whatever they are called, and the text of the folders it names."""
-    again: list[str] = []
+def _from_glob(source: Path, matches: list[Path], column: str, splits: tuple[str, ...]) -> SelectedFiles:
+    """The files that match a glob, whatever their names, and the text files of matching folders."""
+    duplicates: list[str] = []
     files = dict.fromkeys(
-        _once([match for match in matches if match.is_file()], lambda _, path: again.append(str(path)))
+        _without_duplicates(
+            [match for match in matches if match.is_file()], lambda _, path: duplicates.append(str(path))
+        )
     )
-    notes = [f"{source}: leaves out {_counted(AGAIN, again)}"] if again else []
+    notes = [f"{source}: skips {_count_and_names(DUPLICATE, duplicates)}"] if duplicates else []
     for match in matches:
-        # Of `folder/**` the folders are matched as well as what is in them.
+        # `folder/**` matches the folders as well as the files in them.
         if match.is_dir() and not any(match in file.parents for file in files):
-            more = _folder(match, column, splits)
-            files |= dict.fromkeys(more.files)
-            notes += more.notes
+            selected = _from_folder(match, column, splits)
+            files |= dict.fromkeys(selected.files)
+            notes += selected.notes
     if not files:
         raise InputFileError(f"{source}: no such file or folder")
     note = note_of_splits(source, list(files))
-    return Chosen(list(files), notes + ([note] if note else []))
+    return SelectedFiles(list(files), notes + ([note] if note else []))
 
 
 def note_of_splits(source: object, files: list[Path]) -> str | None:
-    """What to say of files that were named one by one, and are read, where only some are of the split to train on."""
+    """A note if files that the user named one by one, all of which are read, belong to other splits besides train."""
     counts = collections.Counter(split_of(Path(file.name)) for file in files)
     others = [f"{split} ({_plural(counts[split], 'file')})" for split in ("validation", "test") if counts[split]]
     if not counts["train"] or not others:
         return None
-    return f"{source}: note: reads all that is named, of these splits too: {', '.join(others)}"
+    return f"{source}: note: reads every named file, also of other splits: {', '.join(others)}"
 
 
-def _folder(source: Path, column: str, splits: tuple[str, ...]) -> Chosen:
+def _from_folder(source: Path, column: str, splits: tuple[str, ...]) -> SelectedFiles:
     skipped: dict[str, list[str]] = collections.defaultdict(list)
     files = _walk(source, lambda reason, path: skipped[reason].append(str(path.relative_to(source))))
-    tables = any(named_kind(file)[0] not in (PLAIN, None) for file in files)
-    kept = []
+    has_tables = any(type_by_name(file)[0] not in (PLAIN, None) for file in files)
+    selected = []
     for file in files:
-        if reason := _book(file, tables, column):
+        if reason := _metadata_reason(file, has_tables, column):
             skipped[reason].append(str(file.relative_to(source)))
         else:
-            kept.append(file)
-    rows = [file for file in kept if named_kind(file)[0] != PLAIN]
-    if rows and len(rows) < len(kept) and not any(_may_have(file, column) for file in rows):
-        skipped[RECORD] += [str(file.relative_to(source)) for file in rows]
-        kept = [file for file in kept if file not in rows]
-    kept, note = _of_split(source, kept, splits)
-    others = ", ".join(_counted(reason, names) for reason, names in skipped.items())
-    if not kept:
-        kinds = ", ".join(FORMS)
-        also = f"; it has {others}" if others else ""
-        raise InputFileError(f"{source}: holds no file that ends in {kinds} (or .gz, .zst, .xz, .bz2 after that){also}")
-    notes = [f"{source}: reads {_plural(len(kept), 'file')}, leaves out {others}"] if others else []
-    return Chosen(kept, notes + ([note] if note else []))
+            selected.append(file)
+    tables = [file for file in selected if type_by_name(file)[0] != PLAIN]
+    if tables and len(tables) < len(selected) and not any(_may_have_column(file, column) for file in tables):
+        skipped[METADATA] += [str(file.relative_to(source)) for file in tables]
+        selected = [file for file in selected if file not in tables]
+    selected, note = _select_split(source, selected, splits)
+    others = ", ".join(_count_and_names(reason, names) for reason, names in skipped.items())
+    if not selected:
+        suffixes = ", ".join(FORMS)
+        only = f"; it has only {others}" if others else ""
+        compressed = "or one of these and .gz, .zst, .xz or .bz2"
+        raise InputFileError(f"{source}: holds no file with the suffix {suffixes}, {compressed}{only}")
+    notes = [f"{source}: reads {_plural(len(selected), 'file')}, skips {others}"] if others else []
+    return SelectedFiles(selected, notes + ([note] if note else []))
 
 
 def _walk(source: Path, skip: Callable[[str, Path], None]) -> list[Path]:
-    """The files under a folder whose names say that they are text, in order; the others go to `skip`."""
+    """The files under a folder whose suffixes are of text formats, in order; calls `skip` with each other one."""
 
-    def refuse(error: OSError) -> None:
+    def raise_error(error: OSError) -> None:
         raise InputFileError(f"{error.filename}: cannot be read: {one_line(error)}") from error
 
     files = []
-    for place, folders, names in os.walk(source, onerror=refuse):
+    for parent, folders, names in os.walk(source, onerror=raise_error):
         for name in sorted(folders):
-            path = Path(place, name)
-            hidden = name.startswith((".", "__")) or name in NO_FOLDERS
+            path = Path(parent, name)
+            hidden = name.startswith((".", "__")) or name in HIDDEN_FOLDERS
             if hidden or path.is_symlink():
-                skip(HIDDEN if hidden else LINK, path)
+                skip(HIDDEN if hidden else NOT_A_FILE, path)
                 folders.remove(name)
         for name in sorted(names):
-            path = Path(place, name)
+            path = Path(parent, name)
             if name.startswith("."):
                 skip(HIDDEN, path)
-            elif not named_kind(path)[0]:
-                skip(LICENCE if _is_licence(name) else STRANGE, path)
-            elif not path.is_file():  # a pipe would be waited for
-                skip(LINK, path)
+            elif not type_by_name(path)[0]:
+                skip(LICENCE if _is_licence(name) else NOT_TEXT, path)
+            elif not path.is_file():  # reading a pipe would block
+                skip(NOT_A_FILE, path)
             else:
                 files.append(path)
-    return _once(sorted(files), skip)
+    return _without_duplicates(sorted(files), skip)
 
 
-def _once(files: list[Path], skip: Callable[[str, Path], None]) -> list[Path]:
-    """The files without links to others of them, which go to `skip`; of several links to one file the first is kept."""
+def _without_duplicates(files: list[Path], skip: Callable[[str, Path], None]) -> list[Path]:
+    """The files, calling `skip` with links to others of them and with all but the first of several links to a file."""
     if not any(file.is_symlink() for file in files):
         return files
-    places = {os.path.realpath(file) for file in files if not file.is_symlink()}
-    kept = []
+    real_paths = {os.path.realpath(file) for file in files if not file.is_symlink()}
+    unique = []
     for file in files:
         if not file.is_symlink():
-            kept.append(file)
-        elif (real := os.path.realpath(file)) in places:
-            skip(AGAIN, file)
+            unique.append(file)
+        elif (real := os.path.realpath(file)) in real_paths:
+            skip(DUPLICATE, file)
         else:
-            places.add(real)
-            kept.append(file)
-    return kept
+            real_paths.add(real)
+            unique.append(file)
+    return unique
 
 
 def _is_licence(name: str) -> bool:
     return re.fullmatch(r"(?i)(un)?(licen[cs]e|copying|notice)([-._]\w+)*", name) is not None
 
 
-def _book(file: Path, tables: bool, column: str) -> str | None:
-    """Why a file is about a data set rather than of it, or None; `tables` tells that files of rows lie with it."""
-    name, form = file.name.lower(), named_kind(file)[0]
+def _metadata_reason(file: Path, has_tables: bool, column: str) -> str | None:
+    """The reason to skip a file that describes a data set, or None; `has_tables`: whether its source has tables."""
+    name, form = file.name.lower(), type_by_name(file)[0]
     if form == PLAIN and _is_licence(file.name):
         return LICENCE
-    if name in ("readme.md", "readme.txt", "readme.rst") and (tables or _has_front_matter(file)):
+    if name in ("readme.md", "readme.txt", "readme.rst") and (has_tables or _has_front_matter(file)):
         return CARD
-    if name in RECORDS or (form == JSON and _is_record(file, column)):
-        return RECORD
-    if form == ARROW and name.startswith("cache-"):  # what `datasets` keeps of what it computed
-        return RECORD
+    if name in METADATA_FILES or (form == JSON and _is_object_without(column, file)):
+        return METADATA
+    if form == ARROW and name.startswith("cache-"):  # a cache of `datasets`
+        return METADATA
     return None
 
 
@@ -199,8 +204,8 @@ def _has_front_matter(file: Path) -> bool:
         return re.match(rb"(?:\xef\xbb\xbf)?---\r?\n(?:.*\n)*?---\s", raw.read(1 << 16)) is not None
 
 
-def _is_record(file: Path, column: str) -> bool:
-    """Whether a file of JSON is one object that has no text in it."""
+def _is_object_without(column: str, file: Path) -> bool:
+    """Whether a JSON file is a single object that lacks the text column."""
     if suffixes_of(file)[1] or file.stat().st_size > 1 << 20:
         return False
     try:
@@ -210,12 +215,12 @@ def _is_record(file: Path, column: str) -> bool:
     return isinstance(value, dict) and column not in value
 
 
-def _may_have(file: Path, column: str) -> bool:
-    """Whether a file of rows has a column of text: but for CSV, TSV and JSON, which record anything, it should."""
-    form, packing = named_kind(file)
+def _may_have_column(file: Path, column: str) -> bool:
+    """Whether the head of a CSV, TSV or JSON file has the text column; True for other tables, whose schema says it."""
+    form, compression = type_by_name(file)
     if form not in (CSV, TSV, JSON):
         return True
-    with opened(file, packing) as (stream, _):
+    with open_decompressed(file, compression) as (stream, _):
         head = stream.read(1 << 16).decode("utf-8-sig", errors="replace")
     if form == JSON:
         return f'"{column}"' in head or re.match(r'\s*\[\s*"', head) is not None
@@ -226,7 +231,7 @@ def _may_have(file: Path, column: str) -> bool:
 
 
 def split_of(path: Path) -> str | None:
-    """The split that a path within a data set names: by a folder, the outermost first, else by the file's name."""
+    """The split that a path within a data set names, in its outermost folder that names one, else in its file name."""
     for part in (*path.parts[:-1], path.name):
         for word in SEPARATORS.split(part.lower()):
             if word in SPLIT_OF:
@@ -234,35 +239,37 @@ def split_of(path: Path) -> str | None:
     return None
 
 
-def _of_split(source: Path, files: list[Path], splits: tuple[str, ...]) -> tuple[list[Path], str | None]:
-    """The files of the split that is wanted and those of none, and what to say of it.
+def _select_split(source: Path, files: list[Path], splits: tuple[str, ...]) -> tuple[list[Path], str | None]:
+    """The files of the wanted split and of no split, and a note about the other ones.
 
-    A plain text is of another split only if its name is that of a file of the wanted one but for the split's word:
-    among essays, test.txt is an essay.
+    A plain text belongs to another split only if a file of the wanted split has the same name except for the word for
+    the split: in a folder of essays, test.txt is an essay.
     """
-    named = {file: split_of(file.relative_to(source)) for file in files}
-    present = collections.Counter(named.values())
+    split_by_file = {file: split_of(file.relative_to(source)) for file in files}
+    present = collections.Counter(split_by_file.values())
     wanted = next((split for split in splits if present[split]), None)
     if wanted is None:
-        there = " and ".join(sorted(split for split in present if split))
-        note = f"{source}: has no {splits[0]} split: reads {there}" if there and not present[None] else None
+        available = " and ".join(sorted(split for split in present if split))
+        note = f"{source}: has no {splits[0]} split: reads {available}" if available and not present[None] else None
         return files, note
-    shapes = {_shape(file.relative_to(source)) for file, split in named.items() if split == wanted}
-    kept, others = [], collections.Counter()
-    for file, split in named.items():
-        plain = named_kind(file)[0] == PLAIN
-        if split in (None, wanted) or (plain and _shape(file.relative_to(source)) not in shapes):
-            kept.append(file)
+    patterns = {
+        _name_without_split(file.relative_to(source)) for file, split in split_by_file.items() if split == wanted
+    }
+    selected, others = [], collections.Counter()
+    for file, split in split_by_file.items():
+        plain = type_by_name(file)[0] == PLAIN
+        if split in (None, wanted) or (plain and _name_without_split(file.relative_to(source)) not in patterns):
+            selected.append(file)
         else:
             others[str(split)] += 1
     if not others:
         return files, None
-    left_out = ", ".join(f"{split} ({_plural(count, 'file')})" for split, count in sorted(others.items()))
-    return kept, f"{source}: reads the {wanted} split ({_plural(len(kept), 'file')}), leaves out {left_out}"
+    skipped = ", ".join(f"{split} ({_plural(count, 'file')})" for split, count in sorted(others.items()))
+    return selected, f"{source}: reads the {wanted} split ({_plural(len(selected), 'file')}), skips {skipped}"
 
 
-def _shape(path: Path) -> tuple[str, ...]:
-    """What of a path does not depend on the split and the shard."""
+def _name_without_split(path: Path) -> tuple[str, ...]:
+    """The words of a path that do not depend on the split and the shard number."""
     by_folder = split_of(path.parent / "_") is not None
     words = SEPARATORS.split(str(path.parent if by_folder else path).lower())
     suffixes = {suffix.lstrip(".") for suffix in suffixes_of(path)}
@@ -270,15 +277,15 @@ def _shape(path: Path) -> tuple[str, ...]:
     return tuple(part for part in parts if part and part not in SPLIT_OF and part not in ("of", *suffixes))
 
 
-def _counted(reason: str, names: list[str]) -> str:
-    """How many files were left out for a reason, and some of their names; of strange ones the suffixes."""
-    if reason == STRANGE:
-        kinds = collections.Counter(Path(name).suffix.lower() or Path(name).name for name in names)
-        shown = [f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.most_common()]
+def _count_and_names(reason: str, names: list[str]) -> str:
+    """The number of files skipped for a reason and the first names, or suffixes where these are the reason."""
+    if reason == NOT_TEXT:
+        suffixes = collections.Counter(Path(name).suffix.lower() or Path(name).name for name in names)
+        shown = [f"{suffix} ({count})" if count > 1 else suffix for suffix, count in suffixes.most_common()]
     else:
         shown = names
-    more = ", ..." if len(shown) > NAMED else ""
-    text = f"{len(names)} {reason} ({', '.join(shown[:NAMED])}{more})"
+    more = ", ..." if len(shown) > MAX_NAMES else ""
+    text = f"{len(names)} {reason} ({', '.join(shown[:MAX_NAMES])}{more})"
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

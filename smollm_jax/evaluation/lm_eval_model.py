@@ -14,7 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from rich.progress import Progress, track
 
-from smollm_jax.data.bad_text import BadText, Policy
+from smollm_jax.data.bad_text import BadTextHandler, Policy
 from smollm_jax.errors import UsageError, short_repr
 from smollm_jax.evaluation.loglikelihood import Request, score
 from smollm_jax.generation.engine import Engine
@@ -86,7 +86,7 @@ class SmolLMHarness(TemplateLM):
     def _replaced(self, text: str) -> str:
         """A text of a task whose characters without tokens, if any, are U+FFFD."""
         unencodable = self.engine.tokenizer.unencodable
-        return BadText("replace", unencodable).replaced_in(text, "a text of the task") if unencodable(text) else text
+        return BadTextHandler("replace", unencodable).replace(text, "a text of the task") if unencodable(text) else text
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The tokenizer's own, which has only one."""

@@ -14,10 +14,10 @@ from rich.progress import Progress
 
 from smollm_jax import weights
 from smollm_jax.config import Config
-from smollm_jax.data.bad_text import BadText
+from smollm_jax.data.bad_text import BadTextHandler
 from smollm_jax.data.text import documents
 from smollm_jax.data.text_counts import SpecialTokens, counts_of, sentences
-from smollm_jax.data.text_sources import choose
+from smollm_jax.data.text_sources import select_files
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.evaluation.loglikelihood import Request, score
 from smollm_jax.model.smollm import SmolLM
@@ -151,15 +151,15 @@ def encoded(texts: Texts, tokenizer: Tokenizer, config: Config) -> tuple[list[tu
     opening = tokenizer.prefix_ids or [i for i in (begin,) if i is not None]
     if not opening:
         raise UsageError("neither the config nor the tokenizer names a token that begins a text")
-    bad, special = BadText(texts.on_bad_text, tokenizer.unencodable), SpecialTokens(tokenizer)
-    chosen, rows = choose(texts.data, texts.text_column, splits=("test", "validation")), []
-    for file in chosen.files:
-        for text in filter(None, documents(file, texts.text_column, bad=bad)):
+    bad_text, special = BadTextHandler(texts.on_bad_text, tokenizer.unencodable), SpecialTokens(tokenizer)
+    selected, rows = select_files(texts.data, texts.text_column, splits=("test", "validation")), []
+    for file in selected.files:
+        for text in filter(None, documents(file, texts.text_column, bad_text=bad_text)):
             if not texts.special_tokens:
-                special.see(text)
+                special.count(text)
             ids = tokenizer.encode(text, parse_special=texts.special_tokens)
             rows.append(([*opening, *ids], len(text.encode())))
-    counted = sentences(counts_of(bad, special))
+    counted = sentences(counts_of(bad_text, special))
     if not rows:
         raise InputFileError(f"{texts.data}: {'; '.join(['holds no text', *counted])}")
-    return rows, chosen.notes + [f"{texts.data}: {sentence}" for sentence in counted]
+    return rows, selected.notes + [f"{texts.data}: {sentence}" for sentence in counted]

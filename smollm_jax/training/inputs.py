@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smollm_jax import weights
-from smollm_jax.data.mixture import _weighted
+from smollm_jax.data.mixture import parse_source
 from smollm_jax.data.text_sources import text_files
 from smollm_jax.data.token_file import MANIFEST
 from smollm_jax.errors import InputFileError, UsageError
@@ -32,7 +32,7 @@ def check(flags: TrainingFlags) -> None:
 
 def check_sources(sources: Sequence[str]) -> None:
     """Raises `InputFileError` for a source that is missing or holds no text, `UsageError` for wrong weights."""
-    named = [_weighted(source) for source in sources]
+    named = [parse_source(source) for source in sources]
     if not named or len({weight is None for _, weight in named}) > 1:
         raise UsageError("--data: give a weight to every source or to none: PATH:WEIGHT")
     for path, _ in named:

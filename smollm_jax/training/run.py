@@ -170,7 +170,7 @@ def open_data(flags: TrainingFlags, setup: Setup) -> Data:
     held_out = np.concatenate([batch[:, 1:].ravel() for batch in batches.validation(setup.cadence.eval_batches)])
     bytes_per_token = tokenizer.byte_count(held_out.tolist()) / held_out.size
     source = shlex.join(start.source)
-    print(f"data        {source}: {mixture.documents:,} documents, {mixture.tokens:,} tokens in {mixture.places}")
+    print(f"data        {source}: {mixture.documents:,} documents, {mixture.tokens:,} tokens in {mixture.location}")
     hashes = mixture.sha256, mixture.tokenizer_sha256
     return Data(batches, Provenance(start.recipe, start.config, source, *hashes, start.start_from), bytes_per_token)
 

@@ -10,16 +10,16 @@ import pytest
 
 import smollm_jax.data.text
 from smollm_jax.commands import prepare as prepare_data
-from smollm_jax.data.bad_text import BadText
+from smollm_jax.data.bad_text import BadTextHandler
 from smollm_jax.data.mixture import open_mixture
-from smollm_jax.data.plan import Settings, make_plan, may_cut
+from smollm_jax.data.plan import Settings, can_cut, make_plan
 from smollm_jax.data.text import documents
 from smollm_jax.data.token_file import TokenSet
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.tokenizer.gguf import build, tokenizer_files
 from smollm_jax.tokenizer.special_tokens import byte_symbols
-from tests.data.test_text_kinds import folder
+from tests.data.test_file_types import folder
 from tests.hostile_data import strings
 from tests.small_files import tokenizer_folder
 
@@ -81,10 +81,10 @@ def test_an_object_without_the_field_is_null_as_it_is_to_datasets(tmp_path, toke
     (tmp_path / name).write_text('{"text": "a"}\n{"other": "b"}\n{"text": "c"}\n')
     with pytest.raises(InputFileError, match=r"2 .* has no column 'text', only"):
         list(documents(tmp_path / name))
-    bad = BadText(policy, tokenizer.unencodable)
-    assert list(documents(tmp_path / name, bad=bad)) == ["a", "c"]
-    assert bad.skipped == 1
-    with pytest.raises(InputFileError, match="left out, 3, none has a usable 'body'"):
+    bad_text = BadTextHandler(policy, tokenizer.unencodable)
+    assert list(documents(tmp_path / name, bad_text=bad_text)) == ["a", "c"]
+    assert bad_text.skipped == 1
+    with pytest.raises(InputFileError, match=r"skipped every document \(3\), none has a usable 'body'"):
         run(tmp_path / "set", tmp_path / name, tokenizer_path, "--on-bad-text", policy, "--text-column", "body")
 
 
@@ -92,24 +92,24 @@ def test_an_object_without_the_field_is_null_as_it_is_to_datasets(tmp_path, toke
 def test_bad_text_stops_is_skipped_or_replaced_in_every_kind_of_file(tmp_path, tokenizer, name):
     content, stops, skipped, replaced = CASES[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputFileError, match=f"{stops}.*; --on-bad-text skip leaves out"):
-        list(documents(tmp_path / name, bad=BadText("stop", tokenizer.unencodable)))
-    bad = BadText("skip", tokenizer.unencodable)
-    assert list(documents(tmp_path / name, bad=bad)) == skipped
-    assert bad.skipped == {"j.csv": 2, "m.parquet": 2}.get(name, 1)
-    bad = BadText("replace", tokenizer.unencodable)
-    found = list(documents(tmp_path / name, bad=bad))
+    with pytest.raises(InputFileError, match=f"{stops}.*; --on-bad-text skip leaves out such documents"):
+        list(documents(tmp_path / name, bad_text=BadTextHandler("stop", tokenizer.unencodable)))
+    bad_text = BadTextHandler("skip", tokenizer.unencodable)
+    assert list(documents(tmp_path / name, bad_text=bad_text)) == skipped
+    assert bad_text.skipped == {"j.csv": 2, "m.parquet": 2}.get(name, 1)
+    bad_text = BadTextHandler("replace", tokenizer.unencodable)
+    found = list(documents(tmp_path / name, bad_text=bad_text))
     assert found == replaced
-    assert bad.replaced == "".join(found).count("�")
+    assert bad_text.replaced == "".join(found).count("�")
     assert all(tokenizer.unencodable(text) is None for text in found)
 
 
 def test_what_is_no_text_at_all_is_not_made_one_by_replacing(tmp_path, tokenizer):
     (tmp_path / "x.txt").write_bytes(bytes(range(256)) * 9)
     with pytest.raises(InputFileError, match="looks like binary data"):
-        list(documents(tmp_path / "x.txt", bad=BadText("replace", tokenizer.unencodable)))
-    with pytest.raises(InputFileError, match=r"U\+FFFD, which would replace a character, has no token either"):
-        BadText("replace", lambda text: "no" if "�" in text or "x" in text else None).checked("x", "a place")
+        list(documents(tmp_path / "x.txt", bad_text=BadTextHandler("replace", tokenizer.unencodable)))
+    with pytest.raises(InputFileError, match=r"cannot encode the replacement character U\+FFFD"):
+        BadTextHandler("replace", lambda text: "no" if "�" in text or "x" in text else None).clean("x", "a place")
 
 
 def run(out: Path, source: Path, tokenizer: Path, *flags: str) -> dict:
@@ -135,7 +135,7 @@ def test_what_was_skipped_and_replaced_is_counted_said_and_recorded(tmp_path, to
             "replace",
             3,
             {"documents_skipped": 3, "characters_replaced": 40},
-            "--on-bad-text put U+FFFD for 40 characters",
+            "--on-bad-text replaced 40 characters by U+FFFD",
         ),
     ):
         manifest = run(tmp_path / policy, tmp_path / "source", tokenizer_path, "--on-bad-text", policy)
@@ -148,7 +148,7 @@ def test_what_was_skipped_and_replaced_is_counted_said_and_recorded(tmp_path, to
         assert said in capsys.readouterr().out, "a second start does not say so"
     (tmp_path / "all").mkdir()
     (tmp_path / "all/x.jsonl").write_bytes(jsonl(CONTROL))
-    with pytest.raises(InputFileError, match="holds no text: all its documents were left out, 1"):
+    with pytest.raises(InputFileError, match=r"holds no text: --on-bad-text skipped every document \(1\)"):
         run(tmp_path / "none", tmp_path / "all", tokenizer_path, "--on-bad-text", "skip")
 
 
@@ -187,9 +187,9 @@ def test_a_begun_set_is_gone_on_with_under_its_own_settings(tmp_path, tokenizer_
     (tmp_path / "x.jsonl").write_bytes(jsonl("a", CHAT))
     run(tmp_path / "set", tmp_path / "x.jsonl", tokenizer_path, "--on-bad-text", "skip", "--special-tokens")
     for flags, named in (
-        ([], "was begun with on_bad_text 'skip', not 'stop'"),
+        ([], "was started with on_bad_text 'skip', not 'stop'"),
         (["--on-bad-text", "replace", "--special-tokens"], "on_bad_text 'skip', not 'replace'"),
-        (["--on-bad-text", "skip"], "was begun with special_tokens True, not False"),
+        (["--on-bad-text", "skip"], "was started with special_tokens True, not False"),
     ):
         with pytest.raises(UsageError, match=named):
             run(tmp_path / "set", tmp_path / "x.jsonl", tokenizer_path, *flags)
@@ -199,7 +199,7 @@ def test_a_begun_set_is_gone_on_with_under_its_own_settings(tmp_path, tokenizer_
         {*manifest, *json.loads((tmp_path / "old/plan.json").read_text())}
     )
     run(tmp_path / "old", tmp_path / "x.jsonl", tokenizer_path)
-    with pytest.raises(UsageError, match="was begun with special_tokens False, not True"):
+    with pytest.raises(UsageError, match="was started with special_tokens False, not True"):
         run(tmp_path / "old", tmp_path / "x.jsonl", tokenizer_path, "--special-tokens")
 
 
@@ -222,7 +222,7 @@ def test_special_tokens_of_a_corpus_are_special_on_request_and_else_there_is_a_w
     (tmp_path / "x.jsonl").write_bytes(jsonl(*texts))
     manifest = run(tmp_path / "plain", tmp_path / "x.jsonl", tokenizer_path)
     assert manifest["counts"] == {"documents_with_special_tokens": 2}
-    said = f"{tmp_path / 'plain'}: warning: a special token is written out in 2 documents and read as plain text"
+    said = f"{tmp_path / 'plain'}: warning: special tokens in 2 documents are read as plain text"
     assert [said in line and "add --special-tokens" in line for line in capsys.readouterr().out.splitlines()].count(
         True
     ) == 1
@@ -250,8 +250,8 @@ def test_a_long_text_is_not_cut_within_a_special_token(tmp_path, tokenizer_path,
     assert len(TokenSet.open(tmp_path / "set").files) > 3
     assert found == [*tokenizer.encode(text, parse_special=True), 0]
     other = Tokenizer.load(tokenizer_folder(tmp_path / "t"))
-    assert may_cut(other, special_tokens=True)
+    assert can_cut(other, special_tokens=True)
     other.core.add_special_tokens(["<|two words|>"])
-    assert (may_cut(other), may_cut(other, special_tokens=True)) == (True, False)
+    assert (can_cut(other), can_cut(other, special_tokens=True)) == (True, False)
     other.core.add_tokens(["New York"])  # found in a text whether special tokens are or not
-    assert not may_cut(other)
+    assert not can_cut(other)

@@ -21,6 +21,8 @@ from tests.hostile_texts import TOKENS
 from tests.small_files import of_tokens, tokenizer_folder
 from tests.trainer import ENVIRONMENT, ROOT
 
+BEYOND = r"tokens\.bin: token 4 is 260, but the largest id of the vocabulary is 259"
+
 
 def recipe(**changes) -> Recipe:
     base = {"steps": 10, "batch_size": 3, "sequence_length": 16, "learning_rate": 1e-3, "warmup_steps": 0}
@@ -144,14 +146,14 @@ def test_the_largest_id_is_known_and_one_beyond_the_vocabulary_is_refused(tmp_pa
     (file,) = found.files
     assert file.largest_id == 260
     tokenizer = Tokenizer.load(tmp_path / "tokenizer")
-    with pytest.raises(InputFileError, match=r"tokens\.bin: token 4 is 260, the vocabulary ends at 259"):
+    with pytest.raises(InputFileError, match=BEYOND):
         file.check(tokenizer, tmp_path / "tokenizer", file.tokenizer_sha256)
     tokenizer.vocab_size = 261
     file.check(tokenizer, tmp_path / "tokenizer", file.tokenizer_sha256)
     only = recipe(sequence_length=1, batch_size=1)
     batches = [Batches(Mixture(((found,),), vocab_size=size), only) for size in (260, 261)]  # as if it said 259
     assert [batches[1].batch(step)[0].tolist() for step in range(2)] in ([[5, 6], [6, 259]], [[6, 259], [5, 6]])
-    with pytest.raises(InputFileError, match=r"tokens\.bin: token 4 is 260, the vocabulary ends at 259"):
+    with pytest.raises(InputFileError, match=BEYOND):
         list(batches[0].validation(1))
 
 
@@ -249,7 +251,7 @@ def test_the_identity_of_data_is_its_files_its_shares_and_its_order():
     [
         (["a:1", "b"], "a weight to every source or to none"),
         (["a:0"], "a:0: a weight must be above 0"),
-        (["a:0.3333333", "b:1"], "even after 13,333,333 windows only"),
+        (["a:0.3333333", "b:1"], "repeat only every 13,333,333 windows"),
         ([], "a weight to every source"),
     ],
 )
@@ -293,6 +295,6 @@ def test_a_run_on_a_mixture_is_resumed_on_it(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "data        'a b.txt:0.25' c.txt:0.75: 2 documents" in done.stdout
-        assert done.stdout.count("--on-bad-text put U+FFFD for 300 characters\n") == 2
+        assert done.stdout.count("--on-bad-text replaced 300 characters by U+FFFD\n") == 2
     for manifest in (tmp_path / "data").glob("*/manifest.json"):
         assert json.loads(manifest.read_text())["special_tokens"] is True

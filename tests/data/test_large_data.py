@@ -28,26 +28,26 @@ batches = Batches(data, Recipe(10**9, 8, 2048, 1e-3, 0, "float32"))
 for step in (0, 1, 10**6, 10**9):
     assert batches.batch(step).shape == (8, 2049)
 assert sum(len(batch) for batch in batches.validation(8)) == 64
-print(batches.windows, data.places, resident() - before, sep="\\n")
+print(batches.windows, data.location, resident() - before, sep="\\n")
 """
 
 
 def test_50_gb_are_opened_and_read_in_little_memory(tmp_path):
-    about = {"tokenizer_sha256": "ab" * 32, "eos_token_id": 0}
+    metadata = {"tokenizer_sha256": "ab" * 32, "eos_token_id": 0}
     names = ["000000-0000", "000000-0001"]
     for name in names:
         folder = tmp_path / "set" / name
-        write_token_file(folder, [np.array([1, 0], np.uint16)], about, (0,))
+        write_token_file(folder, [np.array([1, 0], np.uint16)], metadata, (0,))
         with (folder / "tokens.bin").open("r+b") as file:
             file.truncate(25 * GB)  # a hole, which takes no room
         sidecar = json.loads((folder / "tokens.json").read_text())
         (folder / "tokens.json").write_text(json.dumps(sidecar | {"tokens": 25 * GB // 2}))
-    write_manifest(tmp_path / "set", names, about)
+    write_manifest(tmp_path / "set", names, metadata)
     assert not TokenSet.open(tmp_path / "set").verified
     command = [sys.executable, "-c", READ, tmp_path / "set"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
-    windows, places, megabytes = done.stdout.splitlines()
+    windows, location, megabytes = done.stdout.splitlines()
     assert int(windows) == 2 * ((25 * GB // 2 - 25 * GB // 200 - 1) // 2048)
-    assert places.endswith(f"set; every byte checked by: prepare_data.py --verify {tmp_path / 'set'}")
+    assert location.endswith(f"set; to check every byte: prepare_data.py --verify {tmp_path / 'set'}")
     assert float(megabytes) < 100

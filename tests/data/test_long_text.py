@@ -1,4 +1,4 @@
-"""A long text is encoded in pieces, and by several processes, to the tokens it has as a whole."""
+"""A long text is encoded in pieces, and by several processes, to the tokens it has as a whole_file."""
 
 import gzip
 import itertools
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 import smollm_jax.data.text
-from smollm_jax.data.plan import Settings, make_plan, may_cut
-from smollm_jax.data.prepare import prepare_set
-from smollm_jax.data.text import CUT, passages, whole
-from smollm_jax.data.text_kinds import Part
+from smollm_jax.data.file_types import FileSlice
+from smollm_jax.data.plan import Settings, can_cut, make_plan
+from smollm_jax.data.prepare import build_dataset
+from smollm_jax.data.text import CUT, text_chunks, whole_file
 from smollm_jax.data.token_file import TokenSet
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def test_a_text_cut_anywhere_it_may_be_has_the_tokens_of_the_whole(real, text):
 def test_cutting_is_for_tokenizers_that_split_like_ours(real, small):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core = Tokenizer.load(small)
-    assert may_cut(real)
+    assert can_cut(real)
     for splits, fits in [
         (byte_level, True),
         (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]), True),
@@ -64,19 +64,19 @@ def test_cutting_is_for_tokenizers_that_split_like_ours(real, small):
         (pre_tokenizers.Metaspace(), False),
     ]:
         core.core.pre_tokenizer = splits
-        assert may_cut(core) == fits, splits
+        assert can_cut(core) == fits, splits
 
 
 def test_a_long_text_in_pieces_and_in_parts_is_one_document(real, text_path, tokenizer_path, tmp_path, monkeypatch):
     monkeypatch.setattr(smollm_jax.data.text, "PIECE", 1000)
     text = (text_path / "1861-Lincoln-1.txt").read_text(encoding="utf-8")
     (tmp_path / "x.txt").write_bytes(text.replace("\n", "\r\n").encode())
-    pieces = list(passages(whole(tmp_path / "x.txt")))
+    pieces = list(text_chunks(whole_file(tmp_path / "x.txt")))
     assert len(pieces) > 20
     assert max(len(piece.text) for piece in pieces) < 3000
     plan = make_plan([tmp_path / "x.txt"], chosen := Settings(tokenizer_path, shard_tokens=900))
     (tmp_path / "set").mkdir()
-    prepare_set(tmp_path / "set", plan, chosen)
+    build_dataset(tmp_path / "set", plan, chosen)
     found = TokenSet.open(tmp_path / "set")
     assert len(found.files) > 5
     assert np.concatenate([file.tokens for file in found.files]).tolist() == [*real.encode(text), 0]
@@ -93,7 +93,7 @@ def test_a_unit_goes_on_from_any_of_its_files(small, tmp_path, monkeypatch):
     plan = make_plan(sorted(tmp_path.glob("*.gz")), chosen)
     assert len(plan.units) == 1
     out.mkdir()
-    prepare_set(out, plan, chosen)
+    build_dataset(out, plan, chosen)
     whole_ = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
     files = sorted(out.glob("0*"))
     assert len(files) > 8
@@ -102,19 +102,19 @@ def test_a_unit_goes_on_from_any_of_its_files(small, tmp_path, monkeypatch):
         (out / "manifest.json").unlink()
         for file in files[kept:]:
             shutil.rmtree(file)
-        prepare_set(out, plan, chosen)
+        build_dataset(out, plan, chosen)
         assert {path: path.read_bytes() for path in whole_} == whole_, kept
     (out / "manifest.json").unlink()
     shutil.rmtree(files[1])
     with pytest.raises(UsageError, match="000000-0002: exists already"):
-        prepare_set(out, plan, chosen)
+        build_dataset(out, plan, chosen)
 
 
 def test_a_text_without_a_place_to_cut_is_refused_before_it_fills_memory(tmp_path, monkeypatch):
     for name, value in (("PIECE", 100), ("MAX_LINE", 1000)):
         monkeypatch.setattr(smollm_jax.data.text, name, value)
     (tmp_path / "x.txt").write_text("word\n\n" * 1000)
-    with pytest.raises(InputFileError, match=r"x\.txt: no lone space between two words in 1,000 bytes"):
-        list(passages(whole(tmp_path / "x.txt")))
-    assert len(list(passages(whole(tmp_path / "x.txt"), cut=False))) == 1
-    assert [p.ends for p in passages(Part(tmp_path / "x.txt", 0, 600))] == [False]
+    with pytest.raises(InputFileError, match=r"x\.txt: no single space between two words in 1,000 bytes"):
+        list(text_chunks(whole_file(tmp_path / "x.txt")))
+    assert len(list(text_chunks(whole_file(tmp_path / "x.txt"), cut=False))) == 1
+    assert [p.ends for p in text_chunks(FileSlice(tmp_path / "x.txt", 0, 600))] == [False]

@@ -17,7 +17,7 @@ import pytest
 
 from smollm_jax.commands import prepare as prepare_data
 from smollm_jax.data.plan import Settings, make_plan
-from smollm_jax.data.prepare import prepare_set
+from smollm_jax.data.prepare import build_dataset
 from smollm_jax.data.token_file import TokenSet
 from smollm_jax.errors import InputFileError, LockedError, StorageError, UsageError
 from smollm_jax.runtime.lock import RunLock
@@ -160,7 +160,7 @@ def test_a_signal_leaves_what_is_finished_and_says_so(sources, straight, small, 
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
     *before, last = said.splitlines()
-    assert last == f"stopped by {sent.name}: {out}: what was finished is kept; the same command goes on"
+    assert last == f"stopped by {sent.name}: {out}: finished files are kept; run the same command again to continue"
     # A thread answers the signal; on a busy machine the main thread may have ended all before it can.
     assert len(before) <= 1, "a worker spoke"
     assert all(line.startswith(f"{sent.name}: ") for line in before)
@@ -181,7 +181,7 @@ def test_a_worker_that_dies_is_said_in_one_line(sources, small, tmp_path):
     os.kill(int(children[0]), signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert said == "error: a process that prepares data ended with status -9; the same command goes on\n"
+    assert said == "error: a preparation worker exited with status -9; run the same command again to continue\n"
 
 
 def test_a_full_disk_is_one_line_and_exit_5(sources, small, tmp_path):
@@ -206,14 +206,14 @@ def test_a_set_by_a_version_that_cut_elsewhere_is_taken_whole_or_not_at_all(smal
     (tmp_path / "x.txt").write_text("the a.\n")
     (tmp_path / "set").mkdir()
     plan = make_plan([tmp_path / "x.txt"], chosen := Settings(small))
-    prepare_set(tmp_path / "set", plan, chosen)
+    build_dataset(tmp_path / "set", plan, chosen)
     older = json.loads((tmp_path / "set/plan.json").read_text())
     del older["cuts"]
     (tmp_path / "set/plan.json").write_text(json.dumps(older))
-    prepare_set(tmp_path / "set", plan, chosen)
+    build_dataset(tmp_path / "set", plan, chosen)
     (tmp_path / "set/manifest.json").unlink()
-    with pytest.raises(UsageError, match="was begun by a version that cut long texts elsewhere"):
-        prepare_set(tmp_path / "set", plan, chosen)
+    with pytest.raises(UsageError, match="was started by a version that cuts long texts at other positions"):
+        build_dataset(tmp_path / "set", plan, chosen)
 
 
 def test_what_changed_since_a_set_was_begun_is_named(small, tmp_path):
@@ -225,19 +225,19 @@ def test_what_changed_since_a_set_was_begun_is_named(small, tmp_path):
     changed = {"tokenizer_config.json": b'{"eos_token": "!"}', "special_tokens_map.json": b"{}"}
     other = tokenizer_folder(tmp_path / "t", **changed)
     cases = [
-        ({"shard_tokens": 7}, given, small, "was begun with shard_tokens 2000, not 7"),
-        ({}, given, other, "was begun with eos_token_id 0, not 34"),
-        ({}, given[:1], small, f"was begun with {given[1]}"),
+        ({"shard_tokens": 7}, given, small, "was started with shard_tokens 2000, not 7"),
+        ({}, given, other, "was started with eos_token_id 0, not 34"),
+        ({}, given[:1], small, f"was started with {given[1]}"),
         ({}, given[::-1], small, "in another order"),
     ]
     for settings_, names, tokenizer, named in cases:
         with pytest.raises(UsageError, match=named):
             prepare(out, tokenizer, *names, **settings_)
     (tmp_path / "source.txt").write_text("x")
-    with pytest.raises(UsageError, match=r"was begun without .*source\.txt"):
+    with pytest.raises(UsageError, match=r"was started without .*source\.txt"):
         prepare(out, small, *given, tmp_path / "source.txt")
     (tmp_path / "b.txt").write_text("some other text")
-    with pytest.raises(UsageError, match=r"b\.txt: has changed since .*set was begun"):
+    with pytest.raises(UsageError, match=r"b\.txt: has changed since .*set was started"):
         prepare(out, small, *given)
 
 
@@ -250,7 +250,7 @@ def test_two_preparations_of_one_folder_and_a_folder_of_something_else_are_refus
         prepare(tmp_path / "a.txt", small, tmp_path / "a.txt")
     (tmp_path / "set").mkdir()
     (tmp_path / "set/thesis.doc").touch()
-    with pytest.raises(UsageError, match=r"set: holds 'thesis\.doc' and no data set"):
+    with pytest.raises(UsageError, match=r"set: holds 'thesis\.doc' but no data set"):
         prepare(tmp_path / "set", small, tmp_path / "a.txt")
     assert [path.name for path in (tmp_path / "set").iterdir() if path.name != "lock"] == ["thesis.doc"]
 
@@ -296,12 +296,12 @@ def test_a_source_named_twice_and_a_glob(small, tmp_path):
         prepare(tmp_path / "set", small, tmp_path / "a.txt", tmp_path)
     other = tmp_path / "set" / ".." / "a.txt"
     (tmp_path / "set").mkdir()
-    with pytest.raises(UsageError, match=rf"{other}: is among the sources twice, as {tmp_path}/a\.txt too"):
+    with pytest.raises(UsageError, match=rf"{other}: is among the sources twice, also as {tmp_path}/a\.txt"):
         prepare(tmp_path / "set", small, tmp_path / "a.txt", other)
     assert prepare(tmp_path / "set", small, tmp_path / "*.txt").documents == 2
     with pytest.raises(InputFileError, match="no such file or folder"):
         prepare(tmp_path / "none", small, tmp_path / "*.jsonl")
-    with pytest.raises(InputFileError, match="/dev/null: is no file on a disk"):
+    with pytest.raises(InputFileError, match="/dev/null: is not a regular file"):
         prepare(tmp_path / "none", small, "/dev/null")
 
 

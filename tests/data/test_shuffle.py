@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from smollm_jax.data.mixture import Turns
-from smollm_jax.data.shuffle import shuffled
+from smollm_jax.data.mixture import Interleaver
+from smollm_jax.data.shuffle import permute
 from smollm_jax.errors import UsageError
 
 SIZES = [*range(1, 18), 97, 100, 1009, 4096, 65537]
@@ -18,13 +18,13 @@ SIZES = [*range(1, 18), 97, 100, 1009, 4096, 65537]
 @pytest.mark.parametrize("size", SIZES)
 def test_a_shuffle_has_every_number_once(size):
     for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (2**40, 7, 3)):
-        assert sorted(shuffled(np.arange(size), size, key)) == list(range(size))
+        assert sorted(permute(np.arange(size), size, key)) == list(range(size))
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 60])
 def test_every_number_comes_everywhere_about_equally_often(size):
     keys = 3000
-    found = np.stack([shuffled(np.arange(size), size, (seed, 0, 0)) for seed in range(keys)])
+    found = np.stack([permute(np.arange(size), size, (seed, 0, 0)) for seed in range(keys)])
     counts = np.stack([np.bincount(column, minlength=size) for column in found.T])
     expected = keys / size
     chi_square = float(((counts - expected) ** 2 / expected).sum())
@@ -34,7 +34,7 @@ def test_every_number_comes_everywhere_about_equally_often(size):
 
 def test_neighbours_are_torn_apart_and_keys_have_nothing_in_common():
     size = 100_000
-    one, other = (shuffled(np.arange(size), size, (0, epoch, 0)) for epoch in (0, 1))
+    one, other = (permute(np.arange(size), size, (0, epoch, 0)) for epoch in (0, 1))
     for found in (one, one - other, np.diff(one)):
         # Of two independent even numbers below `size`, or of their difference: correlation 0 give or take 1/sqrt(size).
         assert abs(np.corrcoef(found[:-1], found[1:])[0, 1] - (-0.5 if len(found) < size else 0)) < 0.02
@@ -44,12 +44,12 @@ def test_neighbours_are_torn_apart_and_keys_have_nothing_in_common():
 
 def test_a_billion_windows_take_no_memory_and_a_part_is_what_the_whole_says():
     places = np.array([0, 10**9 - 1, 5])
-    found = shuffled(places, 10**9, (3, 4, 5))
+    found = permute(places, 10**9, (3, 4, 5))
     assert ((found >= 0) & (found < 10**9)).all()
-    assert shuffled(places[2:], 10**9, (3, 4, 5)) == found[2]
-    assert shuffled(np.array([2**61]), 2**62, (0,))[0] < 2**62
-    small = shuffled(np.arange(1009), 1009, (3, 4, 5))
-    np.testing.assert_array_equal(shuffled(np.arange(1009)[::7], 1009, (3, 4, 5)), small[::7])
+    assert permute(places[2:], 10**9, (3, 4, 5)) == found[2]
+    assert permute(np.array([2**61]), 2**62, (0,))[0] < 2**62
+    small = permute(np.arange(1009), 1009, (3, 4, 5))
+    np.testing.assert_array_equal(permute(np.arange(1009)[::7], 1009, (3, 4, 5)), small[::7])
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,7 +58,7 @@ def test_a_billion_windows_take_no_memory_and_a_part_is_what_the_whole_says():
 @example([1, 1, 1, 11])
 def test_a_mixture_is_within_one_window_of_its_shares_at_any_point_and_exact_over_periods(weights):
     shares = [Fraction(weight, sum(weights)) for weight in weights]
-    turns = Turns(shares)
+    turns = Interleaver(shares)
     numbers = np.arange(2 * turns.period)
     sources, places = turns(numbers)
     for source, share in enumerate(shares):
@@ -71,6 +71,6 @@ def test_a_mixture_is_within_one_window_of_its_shares_at_any_point_and_exact_ove
 
 
 def test_weights_that_never_come_out_even_are_refused():
-    with pytest.raises(UsageError, match="even after 3,000,000 windows only, at most 1,000,000"):
-        Turns([Fraction(1, 3_000_000), Fraction(2_999_999, 3_000_000)])
-    assert Turns([Fraction(1)]).period == 1
+    with pytest.raises(UsageError, match="repeat only every 3,000,000 windows, at most 1,000,000"):
+        Interleaver([Fraction(1, 3_000_000), Fraction(2_999_999, 3_000_000)])
+    assert Interleaver([Fraction(1)]).period == 1

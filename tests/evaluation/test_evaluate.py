@@ -101,9 +101,9 @@ def test_bad_text_and_special_tokens_are_read_as_asked_and_said(place, tmp_path,
         evaluate.main([*given, *flags, "--out", str(tmp_path / "q")])
         (row,) = json.loads((tmp_path / "q/quality.json").read_text())
         said = capsys.readouterr().err
-        assert "reads the test split (1 file), leaves out train (1 file)" in said
-        assert ("skipped 1 document" in said, "put U+FFFD for 1 character" in said) == (not special, special)
-        assert ("warning: a special token is written out in 1 document and" in said) == (not special)
+        assert "reads the test split (1 file), skips train (1 file)" in said
+        assert ("skipped 1 document" in said, "replaced 1 character by U+FFFD" in said) == (not special, special)
+        assert ("warning: special tokens in 1 document are" in said) == (not special)
         tokens = sum(len(tokenizer.encode(text, parse_special=special)) for text in read)
         assert (row["documents"], row["tokens"], row["bytes"]) == (
             len(read),

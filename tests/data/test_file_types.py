@@ -12,9 +12,9 @@ import pyarrow.parquet
 import pytest
 
 import smollm_jax.data.text
-from smollm_jax.data.bad_text import BadText
+from smollm_jax.data.bad_text import BadTextHandler
 from smollm_jax.data.text import documents
-from smollm_jax.data.text_sources import choose, text_files
+from smollm_jax.data.text_sources import select_files, text_files
 from smollm_jax.errors import InputFileError
 from tests.hostile_data import zst
 
@@ -100,13 +100,13 @@ def test_what_is_plain_text_and_was_named_is_one_document(tmp_path, name):
             assert list(documents(tmp_path / f"{name}{suffix}")) == [content.decode()]
 
 
-@pytest.mark.parametrize("bad", ["stop", "skip", "replace"])
-def test_one_byte_order_mark_is_left_out_as_by_utf_8_sig(tmp_path, bad):
+@pytest.mark.parametrize("bad_text", ["stop", "skip", "replace"])
+def test_one_byte_order_mark_is_left_out_as_by_utf_8_sig(tmp_path, bad_text):
     for content in (MARK + PLAIN, MARK + MARK + PLAIN, MARK + b"no line end", PLAIN + MARK):
         (tmp_path / "x.txt").write_bytes(content)
-        assert list(documents(tmp_path / "x.txt", bad=BadText(bad))) == [content.decode("utf-8-sig")]
+        assert list(documents(tmp_path / "x.txt", bad_text=BadTextHandler(bad_text))) == [content.decode("utf-8-sig")]
     (tmp_path / "x.txt").write_bytes(MARK + LINES)
-    with pytest.raises(InputFileError, match="holds JSON lines, no plain text"):
+    with pytest.raises(InputFileError, match="holds JSON lines, not plain text"):
         list(documents(tmp_path / "x.txt"))
 
 
@@ -155,9 +155,9 @@ def folder(place: Path, *names: str, **contents: bytes) -> Path:
     [
         (
             "HuggingFaceFW/fineweb",
-            "folder; a data set of .* first: hf download --repo-type dataset Hugg",
+            "folder; to use a data set of .* first: hf download --repo-type dataset Hugg",
         ),
-        ("https://a.org/x.jsonl", "an address is not fetched: download the file"),
+        ("https://a.org/x.jsonl", "URLs are not downloaded: download the file"),
         ("nowhere/x.jsonl", "no such file or folder$"),
         ("here/x", "no such file or folder$"),
     ],
@@ -166,7 +166,7 @@ def test_what_is_not_on_the_disk_is_named_with_what_to_do(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     with pytest.raises(InputFileError, match=said):
-        choose(Path(source))
+        select_files(Path(source))
 
 
 def test_a_link_to_a_file_that_is_read_itself_is_left_out(tmp_path):
@@ -174,16 +174,16 @@ def test_a_link_to_a_file_that_is_read_itself_is_left_out(tmp_path):
     blob = folder(tmp_path / "cache", "blob") / "blob"  # as in the hub's cache
     for name, target in {"a.txt": "b.txt", "z.txt": "sub/c.txt", "x.txt": blob, "y.txt": blob}.items():
         (place / name).symlink_to(target)
-    files, (note,) = choose(place)
+    files, (note,) = select_files(place)
     assert [file.name for file in files] == ["b.txt", "c.txt", "x.txt"]
-    assert note == f"{place}: reads 3 files, leaves out 3 link to a file that is read itself (a.txt, y.txt, z.txt)"
-    files, (note,) = choose(place / "*.txt")
+    assert note == f"{place}: reads 3 files, skips 3 link to a file that is also read (a.txt, y.txt, z.txt)"
+    files, (note,) = select_files(place / "*.txt")
     assert [file.name for file in files] == ["b.txt", "x.txt", "z.txt"]
-    assert "leaves out 2 link to a file that is read itself" in note
+    assert "skips 2 link to a file that is also read" in note
 
 
 def names(place: Path, **options) -> list[str]:
-    return [str(file.relative_to(place)) for file in choose(place, **options).files]
+    return [str(file.relative_to(place)) for file in select_files(place, **options).files]
 
 
 def test_what_is_hidden_strange_or_about_the_data_is_left_out_counted_and_said(tmp_path):
@@ -192,17 +192,17 @@ def test_what_is_hidden_strange_or_about_the_data_is_left_out_counted_and_said(t
         ".DS_Store", "__MACOSX/a.txt", "photo.png", "other.PNG", "LICENSE", "b/LICENSE-MIT.txt", "notes.docx",
     )  # fmt: skip
     (place / "link").symlink_to(tmp_path)
-    (note,) = choose(place).notes
+    (note,) = select_files(place).notes
     assert names(place) == ["a.txt", "b/c.md"]
-    assert note.startswith(f"{place}: reads 2 files, leaves out ")
+    assert note.startswith(f"{place}: reads 2 files, skips ")
     for part in (
         "5 hidden (.git, __MACOSX, .DS_Store, ...)",
-        "3 not text by name (.png (2), .docx)",
+        "3 with another suffix (.png (2), .docx)",
         "2 licence (LICENSE, b/LICENSE-MIT.txt)",
-        "1 link to a folder, or no file (link)",
+        "1 linked folder or special file (link)",
     ):
         assert part in note
-    assert choose(folder(tmp_path / "plain", "a.txt", "b.txt")).notes == []
+    assert select_files(folder(tmp_path / "plain", "a.txt", "b.txt")).notes == []
 
 
 def test_a_data_set_is_told_from_the_files_about_it(tmp_path):
@@ -211,29 +211,31 @@ def test_a_data_set_is_told_from_the_files_about_it(tmp_path):
         "data/test-00000-of-00001.parquet", README=CARD,
     )  # fmt: skip
     assert names(hub) == ["data/train-00000-of-00001.parquet"]
-    left_out, split = choose(hub).notes
-    assert "1 dataset card (README.md)" in left_out
-    assert "1 record about a data set (dataset_infos.json)" in left_out
-    assert split == f"{hub}: reads the train split (1 file), leaves out test (1 file)"
+    skipped, split = select_files(hub).notes
+    assert "1 dataset card (README.md)" in skipped
+    assert "1 metadata of a data set (dataset_infos.json)" in skipped
+    assert split == f"{hub}: reads the train split (1 file), skips test (1 file)"
     assert names(folder(tmp_path / "card", "README.md", "a.txt", README=CARD)) == ["a.txt"]
     assert names(folder(tmp_path / "docs", "README.md", "a.md")) == ["README.md", "a.md"]
     assert names(folder(tmp_path / "saved", "state.json", "x.jsonl", "cache-1.arrow")) == ["x.jsonl"]
     essays = folder(tmp_path / "essays", "a.txt", "meta.csv", "all.json", meta=b"id,title\n1,x\n", all=b'{"id": 1}')
     assert names(essays) == ["a.txt"]
-    assert "2 record about a data set (all.json, meta.csv)" in choose(essays).notes[0]
+    assert "2 metadata of a data set (all.json, meta.csv)" in select_files(essays).notes[0]
     assert names(essays, column="title") == ["a.txt", "meta.csv"]
-    with pytest.raises(InputFileError, match=r"holds no file that ends in .*; it has 1 not text by name \(\.png\)"):
-        choose(folder(tmp_path / "none", "a.png"))
+    with pytest.raises(
+        InputFileError, match=r"holds no file with the suffix .*; it has only 1 with another suffix \(\.png\)"
+    ):
+        select_files(folder(tmp_path / "none", "a.png"))
 
 
 @pytest.mark.parametrize(
     ("files", "read", "said"),
     [
-        (["train.jsonl", "test.jsonl", "valid.csv"], ["train.jsonl"], "leaves out test (1 file), validation (1 file)"),
+        (["train.jsonl", "test.jsonl", "valid.csv"], ["train.jsonl"], "skips test (1 file), validation (1 file)"),
         (["train.txt", "test.txt", "val.txt"], ["train.txt"], "reads the train split (1 file)"),
-        (["wiki.train.txt", "wiki.valid.txt"], ["wiki.train.txt"], "leaves out validation"),
-        (["Train/a.txt", "Train/b.txt", "Dev/a.txt"], ["Train/a.txt", "Train/b.txt"], "leaves out validation"),
-        (["en/train-0.json", "en/test-0.json", "x.json"], ["en/train-0.json", "x.json"], "leaves out test"),
+        (["wiki.train.txt", "wiki.valid.txt"], ["wiki.train.txt"], "skips validation"),
+        (["Train/a.txt", "Train/b.txt", "Dev/a.txt"], ["Train/a.txt", "Train/b.txt"], "skips validation"),
+        (["en/train-0.json", "en/test-0.json", "x.json"], ["en/train-0.json", "x.json"], "skips test"),
         # Essays: a word in a name makes no split of a data set.
         (["a.txt", "b.txt", "test.txt"], ["a.txt", "b.txt", "test.txt"], None),
         (["my train ride.txt", "test.txt", "to val.txt"], ["my train ride.txt", "test.txt", "to val.txt"], None),
@@ -243,10 +245,10 @@ def test_a_data_set_is_told_from_the_files_about_it(tmp_path):
     ],
 )
 def test_of_splits_the_one_to_train_on_is_read_and_said(tmp_path, files, read, said):
-    chosen = choose(folder(tmp_path / "x", *files))
+    selected = select_files(folder(tmp_path / "x", *files))
     assert names(tmp_path / "x") == read
-    assert bool(chosen.notes) == bool(said)
-    assert said is None or said in chosen.notes[0]
+    assert bool(selected.notes) == bool(said)
+    assert said is None or said in selected.notes[0]
 
 
 def test_evaluation_takes_the_split_to_test_on(tmp_path):
@@ -258,7 +260,7 @@ def test_evaluation_takes_the_split_to_test_on(tmp_path):
 
 def test_what_is_named_is_read_and_splits_among_it_are_said(tmp_path):
     place = folder(tmp_path / "x", "train-0.jsonl", "test-0.jsonl", "sub/a.py")
-    chosen = choose(place / "*.jsonl")
-    assert [file.name for file in chosen.files] == ["test-0.jsonl", "train-0.jsonl"]
-    assert chosen.notes == [f"{place}/*.jsonl: note: reads all that is named, of these splits too: test (1 file)"]
-    assert [file.name for file in choose(place / "**").files] == ["a.py", "test-0.jsonl", "train-0.jsonl"]
+    selected = select_files(place / "*.jsonl")
+    assert [file.name for file in selected.files] == ["test-0.jsonl", "train-0.jsonl"]
+    assert selected.notes == [f"{place}/*.jsonl: note: reads every named file, also of other splits: test (1 file)"]
+    assert [file.name for file in select_files(place / "**").files] == ["a.py", "test-0.jsonl", "train-0.jsonl"]

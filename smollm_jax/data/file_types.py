@@ -1,7 +1,7 @@
-"""What a file of text is: its form and how it is compressed, by its content and its name, or why it is no text.
+"""The type of a text file, its form and compression, from its first bytes and its name; or why it is not text.
 
-A name says what a file should be. Its first bytes may prove it to be something else, which is then read as what it is,
-or refused: a file of JSON is never read as plain text.
+Where the first bytes contradict the name, they decide: the file is read as what it is, or refused. A file named as
+plain text that holds JSON is refused.
 """
 
 import codecs
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from smollm_jax.data.compression import PACKINGS, opened, packing_of
+from smollm_jax.data.compression import COMPRESSIONS, detect_compression, open_decompressed
 from smollm_jax.errors import InputFileError
 from smollm_jax.runtime.files import one_line
 
@@ -32,14 +32,14 @@ FORMS = {
     ".arrow": ARROW,
     ".feather": ARROW,
 }
-HEAD = 4096  # bytes that tell most files apart
-SAMPLE = 1 << 20  # bytes in which a JSON value that ends within them is known to be one
+HEAD = 4096  # bytes, enough to recognise most types
+SAMPLE = 1 << 20  # bytes that are parsed to recognise JSON
 
 UNPACK = "unpack it and name the files in it"
 EXTRACT = "extract its text into a .txt or .jsonl first"
 CONVERT = "convert it to Parquet or JSONL first"
-ONLY = "only text is read, and what prepare_data.py wrote"
-STRANGERS = (  # (place, first bytes, what they show, what to do)
+ONLY = "give text, or a folder that prepare_data.py wrote"
+NOT_TEXT = (  # (offset, bytes there, what they indicate, what to do)
     (0, b"version https://git-lfs.github.com/spec/", "a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
     (0, b"PK\x03\x04", "a ZIP archive (.zip, .docx, .epub, .xlsx, .npz)", UNPACK),
     (0, b"PK\x05\x06", "a ZIP archive", UNPACK),
@@ -68,7 +68,7 @@ STRANGERS = (  # (place, first bytes, what they show, what to do)
     (0, b"\xff\xd8\xff", "an image", "it holds no text"),
 )
 MARKUP = re.compile(rb"\s*(?:<!doctype\s+html|<html[\s>]|<\?xml\s)", re.IGNORECASE)
-BY_NAME = {  # suffixes of files that are text to Python, but not what their owner wants to train on
+NOT_TEXT_BY_NAME = {  # suffixes of files that may decode as text, but are not meant to be trained on
     **dict.fromkeys((".html", ".htm", ".xhtml", ".mhtml"), ("an HTML page", EXTRACT)),
     **dict.fromkeys((".xml", ".rtf", ".fb2"), ("markup around a text", EXTRACT)),
     ".ipynb": ("a Jupyter notebook", "export it (`jupyter nbconvert --to markdown`)"),
@@ -80,51 +80,51 @@ BY_NAME = {  # suffixes of files that are text to Python, but not what their own
 }
 
 
-class Part(NamedTuple):
-    """What of a file is read: bytes of one that can be divided, row groups of Parquet, else all of it."""
+class FileSlice(NamedTuple):
+    """A range of a file: row groups of Parquet, otherwise bytes; the whole file if it cannot be divided."""
 
     file: Path
     start: int
     stop: int
 
 
-class Passage(NamedTuple):
-    """A document or, of a long text, a piece of one."""
+class TextChunk(NamedTuple):
+    """A document, or a chunk of a long one."""
 
     text: str
-    ends: bool  # the document does
-    where: str  # it stands, for an error
-    position: float  # how much of its file is read, 0 to 1
+    ends: bool  # whether the document ends with it
+    where: str  # its file and line, row or document, for error messages
+    position: float  # the fraction of the slice that is read, 0 to 1
 
 
-class Kind(NamedTuple):
-    """What a file is."""
+class FileType(NamedTuple):
+    """The form of a file's content and its compression."""
 
     form: str
-    packing: str | None  # how it is compressed as a whole, so that it can only be read from its start
+    compression: str | None  # of the file as a whole, which can then only be read from its start
 
     @property
     def divisible(self) -> bool:
-        """Whether it can be read from other places than its start."""
-        return not self.packing and self.form in (PLAIN, JSON_LINES)
+        """Whether it can be read from other positions than its start."""
+        return not self.compression and self.form in (PLAIN, JSON_LINES)
 
 
 def suffixes_of(file: Path) -> tuple[str, str]:
-    """The suffix that names a file's form and the one that names its packing, in lower case, "" where there is none."""
+    """The suffixes that name a file's form and its compression, in lower case, "" where there is none."""
     name = file.name.lower()
-    packing = next((suffix for suffix in PACKINGS if name.endswith(suffix)), "")
-    return Path(name.removesuffix(packing)).suffix, packing
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    return Path(name.removesuffix(compression)).suffix, compression
 
 
-def named_kind(file: Path) -> tuple[str | None, str | None]:
-    """The form and the packing that a name says, None for what it does not say."""
-    form, packing = suffixes_of(file)
-    return FORMS.get(form), PACKINGS.get(packing)
+def type_by_name(file: Path) -> tuple[str | None, str | None]:
+    """The form and the compression that a file's suffixes name, each None where there is no known suffix."""
+    form, compression = suffixes_of(file)
+    return FORMS.get(form), COMPRESSIONS.get(compression)
 
 
-def kind_of(file: Path) -> Kind:
-    """What a file is; raises `InputFileError` that says what it looks like and what to do when it is no text."""
-    form, packing = named_kind(file)
+def detect_file_type(file: Path) -> FileType:
+    """A file's type; raises `InputFileError` saying what it looks like and what to do if it is not text."""
+    form, compression = type_by_name(file)
     try:
         with file.open("rb") as raw:
             head = raw.read(HEAD)
@@ -132,32 +132,33 @@ def kind_of(file: Path) -> Kind:
             tail = raw.read(4)
     except OSError as error:
         raise InputFileError(f"{file}: cannot be read: {one_line(error)}") from error
-    if head and packing and not packing_of(head):
-        unpacked = f"if it is not compressed, name it without {suffixes_of(file)[1]}"
-        raise InputFileError(f"{file}: cannot be decompressed: it does not begin as {packing} does; {unpacked}")
-    packing = packing_of(head) or packing
-    if packing and head:
-        with opened(file, packing) as (stream, _):
+    if head and compression and not detect_compression(head):
+        advice = f"if it is not compressed, rename it without {suffixes_of(file)[1]}"
+        raise InputFileError(f"{file}: cannot be decompressed: its first bytes are not {compression}; {advice}")
+    compression = detect_compression(head) or compression
+    if compression and head:
+        with open_decompressed(file, compression) as (stream, _):
             head = stream.read(HEAD)
-        if packing_of(head):
+        if detect_compression(head):
             raise InputFileError(f"{file}: is compressed twice: decompress it once")
     head = head.removeprefix(codecs.BOM_UTF8)
-    _refuse_strangers(head, file)
-    # Parquet ends as it begins; a text may begin with PARENTS.
+    _refuse_not_text(head, file)
+    # Parquet has the same four bytes at both ends; a text may begin with "PARENTS".
     binary = PARQUET if head[:4] == tail in (b"PAR1", b"PARE") else ARROW if _is_arrow(head) else None
     if binary or form in (PARQUET, ARROW):
-        if packing:
-            raise InputFileError(f"{file}: {binary or form} in {packing}: decompress it first")
-        return Kind(binary or str(form), None)
-    if not form and (name := BY_NAME.get(suffixes_of(file)[0])):
-        raise InputFileError(f"{file}: is {name[0]} by its name: {name[1]}")
-    if form not in (CSV, TSV) and (seen := _json_form(file, packing, head)):
+        if compression:
+            raise InputFileError(f"{file}: {binary or form} in {compression}: decompress it first")
+        return FileType(binary or str(form), None)
+    if not form and (not_text := NOT_TEXT_BY_NAME.get(suffixes_of(file)[0])):
+        what, advice = not_text
+        raise InputFileError(f"{file}: is {what} by its name: {advice}")
+    if form not in (CSV, TSV) and (json_form := _json_form(file, compression, head)):
         if form == PLAIN:
-            raise InputFileError(f"{file}: holds {seen}, no plain text: give it a name that ends in .jsonl or .json")
-        # A line of JSON lines may be a list: only one of objects is a whole file's.
+            raise InputFileError(f"{file}: holds {json_form}, not plain text: rename it to end in .jsonl or .json")
+        # A line of JSON lines may itself be an array; only an array of objects is taken for the whole file.
         if form != JSON_LINES or not re.match(rb"\s*\[(?!\s*\{)", head):
-            form = seen
-    return Kind(form or PLAIN, packing)
+            form = json_form
+    return FileType(form or PLAIN, compression)
 
 
 def _is_arrow(head: bytes) -> bool:
@@ -165,31 +166,31 @@ def _is_arrow(head: bytes) -> bool:
     return head.startswith(b"ARROW1\0\0") or (head.startswith(b"\xff\xff\xff\xff") and len(head) > 8)
 
 
-def _refuse_strangers(head: bytes, file: Path) -> None:
-    for place, magic, what, advice in STRANGERS:
-        if head.startswith(magic, place):
+def _refuse_not_text(head: bytes, file: Path) -> None:
+    for offset, magic, what, advice in NOT_TEXT:
+        if head.startswith(magic, offset):
             raise InputFileError(f"{file}: looks like {what}: {advice}")
     if MARKUP.match(head):
         markup = "to train on the markup itself, put it into JSONL"
         raise InputFileError(f"{file}: looks like an HTML or XML page: {EXTRACT}; {markup}")
 
 
-def _json_form(file: Path, packing: str | None, head: bytes) -> str | None:
-    """Which form of JSON a file is in: lines of objects, one value or several over many lines, or None for neither."""
+def _json_form(file: Path, compression: str | None, head: bytes) -> str | None:
+    """`JSON_LINES` for one object a line, `JSON` for an array or for objects over several lines, None for neither."""
     if not re.match(rb"\s*[\[{]", head):
         return None
-    with opened(file, packing) as (stream, _):
+    with open_decompressed(file, compression) as (stream, _):
         content = stream.read(SAMPLE)
     text = content.decode("utf-8-sig", errors="ignore").lstrip()
     whole = len(content) < SAMPLE
     if text.startswith("{"):
         lines = [line for line in text.split("\n") if line.strip()]
-        first = [_is_json(line, dict) for line in (lines if whole else lines[:-1])[:2]]
-        if first[:1] == [True]:
-            return JSON_LINES if all(first) else None
-        if not whole and len(lines) < 2:  # a line of a megabyte
+        are_objects = [_is_json(line, dict) for line in (lines if whole else lines[:-1])[:2]]
+        if are_objects[:1] == [True]:
+            return JSON_LINES if all(are_objects) else None
+        if not whole and len(lines) < 2:  # the first line is longer than the sample
             return JSON_LINES if re.match(r'\{\s*"[^"\\]*"\s*:', text) else None
-    return JSON if _begins_values(text, whole) else None
+    return JSON if _begins_with_values(text, whole) else None
 
 
 def _is_json(text: str, kinds: type | tuple[type, ...] = object) -> bool:
@@ -199,17 +200,17 @@ def _is_json(text: str, kinds: type | tuple[type, ...] = object) -> bool:
         return False
 
 
-def _begins_values(text: str, whole: bool) -> bool:
-    """Whether a text begins with an object, or with an array of objects or strings; one cut short may be either."""
-    place = len(text) - len(text[1:].lstrip()) if text.startswith("[") else 0
+def _begins_with_values(text: str, whole: bool) -> bool:
+    """Whether a text begins with an object, or an array of objects or strings; unless `whole` it may be cut off."""
+    start = len(text) - len(text[1:].lstrip()) if text.startswith("[") else 0
     try:
-        value, end = json.JSONDecoder().raw_decode(text, place)
+        value, end = json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
-        begins = re.match(r'\{\s*"[^"\\]*"\s*:', text[place : place + HEAD])
+        begins = re.match(r'\{\s*"[^"\\]*"\s*:', text[start : start + HEAD])
         return not whole and begins is not None
     follows = text[end:].lstrip()[:1]
-    if place and whole and isinstance(value, str):  # or a text that begins with ["Hello", she said]
+    if start and whole and isinstance(value, str):  # it may be prose: ["Hello", she said]
         return _is_json(text)
-    if place:
+    if start:
         return isinstance(value, dict | str) and (follows in (",", "]") or not (whole or follows))
     return isinstance(value, dict) and (follows == "{" or not follows)
