@@ -63,7 +63,7 @@ docs: .venv-docs/.docs
 
 .venv-docs/.docs: pyproject.toml
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet "mkdocs-material>=9.6,<10"
+	.venv-docs/bin/python -m pip install --quiet "mkdocs-material>=9.6,<10" "mkdocs-jupyter>=0.26.3,<0.28"
 	@touch $@
 
 gpu-program: .venv-cuda/.test

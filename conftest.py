@@ -47,7 +47,8 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 # The Makefile says so explicitly; PyTorch missing otherwise is a failure, not a silent skip.
 WITHOUT_TORCH = bool(os.environ.get("SMOLLM_WITHOUT_TORCH"))
-collect_ignore = ["tests/weights/test_torch_files.py", "tests/benchmarks/test_benchmark.py"] if WITHOUT_TORCH else []
+NEED_TORCH = ["tests/weights/test_torch_files.py", "tests/benchmarks/test_benchmark.py", "tests/test_tour.py"]
+collect_ignore = [*NEED_TORCH] if WITHOUT_TORCH else []
 if not os.environ.get("SMOLLM_SOAK"):  # llama.cpp takes ten minutes to build: `make soak` does
     collect_ignore += ["parity_tests/test_llamacpp.py"]
 if not os.environ.get("SMOLLM_CUDA"):  # JAX's CUDA plugin and what it loads are 4.6 GB: `make gpu-program` does
