@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     inputs = [np.asarray(jax.numpy.asarray(x, "bfloat16"), np.float32) for x in workload.heads()]
     segments = workload.segments()
 
-    def plain(q: Any, k: Any, v: Any, memory: Any) -> tuple[Any, Any]:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla"), memory
+    def plain(q: Any, k: Any, v: Any, cache: Any) -> tuple[Any, Any]:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla"), cache
 
     alone_or_causal = forward_and_backward(plain)  # compiled once a length
 

@@ -57,7 +57,7 @@ def step(workload: Workload, folder: Path) -> tuple[Unit, dict[str, Any]]:
     gpu = device.platform == "gpu"
     tokens, tx = jnp.asarray(workload.tokens()), optimizer.adamw(workload.recipe())
     unroll = layers_at_once(workload.config, implementation(workload)) if workload.unroll is None else workload.unroll
-    dtype, operands = precision.activations_and_operands(workload.dtype, device.platform)
+    dtype, operands = precision.activation_and_operand_dtypes(workload.dtype, device.platform)
     options: Any = {"remat": workload.remat or "dots", "unroll": unroll, "operands": operands}
     compute = Compute(dtype, implementation(workload), **options)
     if workload.remat is None:

@@ -22,7 +22,7 @@ from smollm_jax import weights
 from smollm_jax.config import PRESETS, preset
 from smollm_jax.config.hf_config import config_to_hf
 from smollm_jax.model.attention import causal
-from smollm_jax.model.ops import rms_norm, rotary_angles, rotate
+from smollm_jax.model.ops import apply_rope, rms_norm, rope_cos_sin
 from smollm_jax.model.smollm import SmolLM
 from smollm_parity.ladder import precisely
 from smollm_parity.tolerances import MODULE_FLOAT32, MODULE_FLOAT32_HUGE, MODULE_FLOAT64, within
@@ -90,17 +90,17 @@ def test_rotary(offset):
     theirs = LlamaRotaryEmbedding(LlamaConfig(**config_to_hf(CONFIG)))
     cos, sin = theirs(torch.tensor(x), torch.tensor(positions))
     expected = apply_rotary_pos_emb(torch.tensor(x).transpose(1, 2), torch.tensor(x).transpose(1, 2), cos, sin)[0]
-    ours = rotate(jnp.asarray(x), *rotary_angles(jnp.asarray(positions), CONFIG, jnp.float32))
+    ours = apply_rope(jnp.asarray(x), *rope_cos_sin(jnp.asarray(positions), CONFIG, jnp.float32))
     within(relative(ours, expected.transpose(1, 2)), MODULE_FLOAT32, f"rotary at {offset}")
     # The angle itself: float32 position x float32 frequency, one rounding.
     exact = positions[0, -1] * np.array(CONFIG.rotary_frequencies)
     rounding = max(float(exact.max()) * 2**-24, 1e-6)
-    cos, sin = rotary_angles(jnp.asarray(positions), CONFIG, jnp.float32)
+    cos, sin = rope_cos_sin(jnp.asarray(positions), CONFIG, jnp.float32)
     within(np.abs(np.asarray(cos)[0, -1, 0] - np.cos(exact)).max() / rounding, 1.5, f"cos at {offset}, in roundings")
     with precisely("float64"):
-        ours = rotate(jnp.asarray(x, float), *rotary_angles(jnp.asarray(positions), CONFIG, jnp.float64))
-        angles = torch_model.rotary_angles(torch.tensor(positions), CONFIG, torch.float64)
-        twin = torch_model.rotate(torch.tensor(x).double().transpose(1, 2), *angles).transpose(1, 2)
+        ours = apply_rope(jnp.asarray(x, float), *rope_cos_sin(jnp.asarray(positions), CONFIG, jnp.float64))
+        angles = torch_model.rope_cos_sin(torch.tensor(positions), CONFIG, torch.float64)
+        twin = torch_model.apply_rope(torch.tensor(x).double().transpose(1, 2), *angles).transpose(1, 2)
         within(relative(ours, twin), MODULE_FLOAT64, f"rotary at {offset}, float64")
 
 
@@ -137,12 +137,12 @@ def test_attention_and_layer(part, kind, length, layer_bundle):
     for dtype, bound in (("float32", MODULE_FLOAT32), ("float64", MODULE_FLOAT64)):
         with precisely(dtype):
             layer = layer_of(layer_bundle, dtype)
-            angles = rotary_angles(jnp.asarray(positions), CONFIG, dtype)
+            angles = rope_cos_sin(jnp.asarray(positions), CONFIG, dtype)
             module = layer.self_attn if part == "attention" else layer
             ours, _ = module(jnp.asarray(x, dtype), *angles, causal(), None)
             if dtype == "float64":
                 twin = smollm_torch.weights.from_bundle(layer_bundle, torch.float64).model.layers[0]
-                angles = torch_model.rotary_angles(torch.tensor(positions), CONFIG, torch.float64)
+                angles = torch_model.rope_cos_sin(torch.tensor(positions), CONFIG, torch.float64)
                 expected = (twin.self_attn if part == "attention" else twin)(torch.tensor(x).double(), *angles)
             bound = MODULE_FLOAT32_HUGE if (part, kind, dtype) == ("attention", "one huge", "float32") else bound
             within(relative(ours, expected), bound, f"{part}, {kind}, T={length}, {dtype}")

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     attention, _ = fastest_attention(device, flags.dtype, flags.sequence_length, config.head_dim, documents=False)
     unroll = layers_at_once(config, attention) if flags.unroll is None else flags.unroll
-    dtype, operands = precision.activations_and_operands(flags.dtype, platform)
+    dtype, operands = precision.activation_and_operand_dtypes(flags.dtype, platform)
     compute = Compute(dtype, attention, flags.remat or "dots", unroll, operands=operands)
     if flags.remat is None:
         compute = memory.fastest(config, recipe, compute, platform, memory.available(device))

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"model       {cost.count_parameters(config):,} parameters, {config}")
     print(f"recipe      {recipe}")
     if flags.device == "cuda" and not cost.peak_flops(device, recipe.dtype):
-        print(cost.without_mfu(device, recipe.dtype))
+        print(cost.no_mfu_note(device, recipe.dtype))
     with metrics.RunLog(
         flags.out,
         log_every=flags.log_every,

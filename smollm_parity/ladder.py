@@ -17,8 +17,8 @@ import numpy as np
 
 from smollm_jax import weights
 from smollm_jax.generation.quantized import Quantize, Quantized
-from smollm_jax.model.attention import Implementation, KVCache, LayerCaches, cached_by_layer, causal
-from smollm_jax.model.ops import rms_norm, rotary_angles
+from smollm_jax.model.attention import Implementation, KVCache, UnstackedKVCache, cached_unstacked, causal
+from smollm_jax.model.ops import rms_norm, rope_cos_sin
 from smollm_jax.model.smollm import Remat, SmolLM
 from smollm_jax.runs.pytree import flatten
 from smollm_jax.training.execution import Compute
@@ -42,7 +42,7 @@ def precisely(dtype: str) -> Iterator[None]:
 
 @functools.partial(jax.jit, static_argnames=("dtype", "implementation"))
 def _jax_stream(model: SmolLM, tokens: Any, dtype: str, implementation: Implementation) -> tuple[Any, Any]:
-    cos, sin = rotary_angles(jnp.arange(tokens.shape[1])[None], model.config, dtype)
+    cos, sin = rope_cos_sin(jnp.arange(tokens.shape[1])[None], model.config, dtype)
     layers, norm = jax.tree.map(lambda p: p.astype(dtype), (model.layers, model.norm[...]))
 
     def step(x, layer):
@@ -91,11 +91,14 @@ def decoded(bundle: Bundle, tokens: np.ndarray, kind: Quantize) -> np.ndarray:
 
     @jax.jit
     def step(model, cache, column):
-        positions, attend = (cache.length - start)[:, None], cached_by_layer(start)
-        hidden, cache = model.hidden_states(column[:, None], positions=positions, attend=attend, memory=cache)
+        positions, attend = (cache.length - start)[:, None], cached_unstacked(start)
+        hidden, cache = model.hidden_states(column[:, None], positions=positions, attend=attend, cache=cache)
         return cache.advance(1), model.logits(hidden)[:, 0]
 
-    cache, logits = LayerCaches.of(KVCache.empty(bundle.config, len(tokens), tokens.shape[1], jnp.float32)), []
+    cache, logits = (
+        UnstackedKVCache.from_stacked(KVCache.empty(bundle.config, len(tokens), tokens.shape[1], jnp.float32)),
+        [],
+    )
     for column in tokens.T:
         cache, row = step(model, cache, jnp.asarray(column))
         logits.append(np.asarray(row))

@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-def rotary_angles(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin `[B, 1, T, H/2]` of every position and frequency, evaluated in at least float32."""
     wide = torch.promote_types(dtype, torch.float32)
     frequency = torch.tensor(config.rotary_frequencies, dtype=wide, device=positions.device)
@@ -36,7 +36,7 @@ def rotary_angles(positions: Tensor, config: Config, dtype: torch.dtype) -> tupl
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads `[B, heads, T, H]` turned by their position, in HF's half-split layout."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -56,8 +56,8 @@ class Attention(nn.Module):
         self.head_dim = H
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q = rotate(self._heads(self.q_proj(x)), cos, sin)
-        k = rotate(self._heads(self.k_proj(x)), cos, sin)
+        q = apply_rope(self._heads(self.q_proj(x)), cos, sin)
+        k = apply_rope(self._heads(self.k_proj(x)), cos, sin)
         v = self._heads(self.v_proj(x))
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -133,7 +133,7 @@ class SmolLM(nn.Module):
         """The last norm's output `[B, T, D]`. Raises `IndexError` for a token id outside the vocabulary."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if positions is None else positions
         x = self.model.embed_tokens(tokens)
-        cos, sin = rotary_angles(positions, self.config, x.dtype)
+        cos, sin = rope_cos_sin(positions, self.config, x.dtype)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
         return self.model.norm(x)

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [field.name for field in dataclasses.fields(memory.Plan)]
     columns: dict[str, list[str]] = {}
     for remat in get_args(Remat):
-        dtype, operands = precision.activations_and_operands(flags.dtype, platform)
+        dtype, operands = precision.activation_and_operand_dtypes(flags.dtype, platform)
         compute = Compute(dtype, attention, remat, 1, parts, mesh, operands=operands)
         planned = memory.plan(config, recipe, compute, platform)
         cells = [f"{getattr(planned, name) / 1e9:.3f}" for name in names]

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from smollm_jax.errors import UsageError
 from smollm_jax.model.attention import Attend, attention, causal
 from smollm_jax.model.cross_entropy import CHUNK_TOKENS, CPU_CHUNK_TOKENS
-from smollm_jax.model.precision import float32_as_it_is
+from smollm_jax.model.precision import without_tf32
 from smollm_jax.model.smollm import SmolLM
 
 SMALLEST_ROW = 64  # tokens; rows are filled up to it, twice it, ..., so that few programs are compiled
@@ -48,8 +48,8 @@ def shared_context(segments: Int[Array, "B T"]) -> Attend:
     own = segments[:, :, None] == segments[:, None, :]
     mask = (order <= order[:, None]) & (own | (segments == CONTEXT)[:, None, :])
 
-    def attend(q, k, v, memory):
-        return attention(q, k, v, mask[:, None]), memory
+    def attend(q, k, v, cache):
+        return attention(q, k, v, mask[:, None]), cache
 
     return attend
 
@@ -113,7 +113,7 @@ def score(
     for rows in _batches(_rows(requests), CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS, config.max_position_embeddings):
         arrays, owners = _laid_out(rows, config.max_position_embeddings)
         tree = any(len(row.members) > 1 for row in rows)
-        with float32_as_it_is(model.embed_tokens.dtype):
+        with without_tf32(model.embed_tokens.dtype):
             got = _score(model, *arrays, chunk=min(chunk, arrays[-1].size), tree=tree)
         # Summed in float64: a text of 10,000 tokens has 13 more bits than each of them.
         numbers, best = np.asarray(got[0], np.float64)[: owners.size], np.asarray(got[1])[: owners.size]

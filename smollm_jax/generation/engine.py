@@ -14,7 +14,7 @@ from smollm_jax.generation import generate, programs
 from smollm_jax.generation.quantized import Blocks, Quantize, Quantized, check
 from smollm_jax.generation.sampling import GREEDY, Sampling
 from smollm_jax.generation.unrolled import Unrolled
-from smollm_jax.model.precision import float32_as_it_is
+from smollm_jax.model.precision import without_tf32
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.tokenizer.conversation import Message
 from smollm_jax.tokenizer.tokenizer import TextStream
@@ -207,7 +207,7 @@ class Engine:
         counts = [0] * rows
         running = set(range(rows))
         while running:
-            with float32_as_it_is(self.model.head.dtype):
+            with without_tf32(self.model.head.dtype):
                 chosen = next(calls)
             for row in sorted(running):
                 text, tokens, finish = "", [], None

@@ -30,8 +30,8 @@ def archive(model: SmolLM) -> dict[str, np.ndarray]:
         order = jnp.arange(tokens.shape[1])
         mask = (order <= order[:, None])[None, None]
 
-        def attend(q, k, v, memory):
-            return attention(q, k, v, mask), memory
+        def attend(q, k, v, cache):
+            return attention(q, k, v, mask), cache
 
         return jax.tree.unflatten(structure, parameters)(tokens, attend=attend)
 
@@ -40,7 +40,7 @@ def archive(model: SmolLM) -> dict[str, np.ndarray]:
         cache = KVCache(keys, values, length, jnp.zeros((), jnp.int32))
         positions = length + jnp.arange(tokens.shape[1])[None]
         attend = cached(jnp.zeros(tokens.shape[0], jnp.int32))
-        hidden, cache = model.hidden_states(tokens, positions=positions, attend=attend, memory=cache)
+        hidden, cache = model.hidden_states(tokens, positions=positions, attend=attend, cache=cache)
         return model.logits(hidden), cache.keys, cache.values
 
     def ids(*shape: Any) -> jax.ShapeDtypeStruct:

@@ -179,7 +179,7 @@ class Session:
         self.slots = min(max(tokens.shape[1], least), self.context)
         stacked = self.model if isinstance(self.model, SmolLM) else self.model.model
         cache, logits = programs.prefill(stacked, tokens, start, self.used, slots=self.slots)
-        cache = programs.taken_apart(cache) if quantized else cache
+        cache = programs.unstack_cache(cache) if quantized else cache
         count = jnp.full(self.rows, self.max_new_tokens - self.remaining, jnp.int32)
         state = Decoding(cache, start, jnp.zeros_like(start), jnp.array(self.done), count, jnp.array(seen))
         self.state, chosen = programs.begin(state, logits, self.knobs, **self.options)

@@ -15,7 +15,7 @@ from smollm_jax.config import Config
 from smollm_jax.generation.quantized import Quantized
 from smollm_jax.generation.sampling import Knobs, choose
 from smollm_jax.generation.unrolled import Unrolled
-from smollm_jax.model.attention import KVCache, LayerCaches, cached, cached_by_layer
+from smollm_jax.model.attention import KVCache, UnstackedKVCache, cached, cached_unstacked
 from smollm_jax.model.smollm import SmolLM
 
 SMALLEST_BUCKET = 64  # prompt slots
@@ -30,7 +30,7 @@ MOST_ALTERNATIVES = 20
 class Decoding:
     """What one decoded token needs from those before it."""
 
-    cache: KVCache | LayerCaches
+    cache: KVCache | UnstackedKVCache
     start: Int[Array, "B"]  # the first slot that is no padding
     token: Int[Array, "B"]  # chosen last, not yet in the cache
     done: Bool[Array, "B"]
@@ -76,22 +76,22 @@ def prefill(
     used = jnp.asarray(T if used is None else used, jnp.int32)
     cache = KVCache.empty(model.config, B, slots, model.embed_tokens.dtype)
     positions = jnp.maximum(jnp.arange(T) - start[:, None], 0)
-    hidden, cache = model.hidden_states(tokens, positions=positions, attend=cached(start, empty=True), memory=cache)
+    hidden, cache = model.hidden_states(tokens, positions=positions, attend=cached(start, empty=True), cache=cache)
     last = jax.lax.dynamic_slice_in_dim(hidden, used - 1, 1, axis=1)
     # Slots from `used` on hold nothing of use: they are written again before anything sees them.
     return dataclasses.replace(cache.advance(0), length=used), model.logits(last)[:, 0]
 
 
 @jax.jit
-def taken_apart(cache: KVCache) -> LayerCaches:
+def unstack_cache(cache: KVCache) -> UnstackedKVCache:
     """The cache as a `Quantized` model decodes with it."""
-    return LayerCaches.of(cache)
+    return UnstackedKVCache.from_stacked(cache)
 
 
 @functools.partial(jax.jit, static_argnames="slots")
 def grow(state: Decoding, *, slots: int) -> Decoding:
     """The same state with a cache of `slots`."""
-    return dataclasses.replace(state, cache=state.cache.grown(slots))
+    return dataclasses.replace(state, cache=state.cache.grow(slots))
 
 
 @functools.partial(jax.jit, static_argnames=("greedy", "eos", "report"), donate_argnames="state")
@@ -120,7 +120,7 @@ def _decode(
     numbers = jnp.zeros((B, most), jnp.float32)
     many = jnp.zeros((B, most, M), jnp.int32), jnp.zeros((B, most, M), jnp.float32)
     out = Chosen(ids, state.done, *((numbers, *many) if report else (None, None, None)))
-    attend = cached_by_layer if isinstance(model, Quantized) else cached
+    attend = cached_unstacked if isinstance(model, Quantized) else cached
 
     def more(carry):
         i, state, _ = carry
@@ -131,7 +131,7 @@ def _decode(
         positions = (state.cache.length - state.start)[:, None]
         # advance(0): where the layers are laid out, each finds its place in the cache when the program is compiled.
         hidden, cache = model.hidden_states(
-            state.token[:, None], positions=positions, attend=attend(state.start), memory=state.cache.advance(0)
+            state.token[:, None], positions=positions, attend=attend(state.start), cache=state.cache.advance(0)
         )
         state = dataclasses.replace(state, cache=cache.advance(1))
         state, new = _step(state, model.logits(hidden)[:, 0], knobs, greedy, eos, report)

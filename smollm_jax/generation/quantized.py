@@ -20,7 +20,7 @@ from smollm_jax import weights
 from smollm_jax.config import Config
 from smollm_jax.errors import UsageError, short_repr
 from smollm_jax.model.attention import Attend
-from smollm_jax.model.ops import rms_norm, rotary_angles, rotate, swiglu_of_both
+from smollm_jax.model.ops import apply_rope, fused_swiglu, rms_norm, rope_cos_sin
 from smollm_jax.model.smollm import SmolLM
 
 Quantize = Literal["bf16", "int8"]
@@ -135,21 +135,21 @@ class Quantized:
         return self.model.config
 
     def hidden_states(
-        self, tokens: Int[Array, "B T"], *, positions: Int[Array, "B T"], attend: Attend, memory: Any
+        self, tokens: Int[Array, "B T"], *, positions: Int[Array, "B T"], attend: Attend, cache: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
         """`SmolLM.hidden_states` of tokens known to be in the vocabulary."""
         N, H, eps = self.config.num_attention_heads, self.config.head_dim, self.config.rms_norm_eps
         x = self.model.embed_tokens[...][tokens]
-        cos, sin = (turn / self.ones[: H // 2] for turn in rotary_angles(positions, self.config, x.dtype))  # once, too
+        cos, sin = (turn / self.ones[: H // 2] for turn in rope_cos_sin(positions, self.config, x.dtype))  # once, too
         for layer in self.layers:
             qkv = product(rms_norm(x, layer.input_layernorm, eps), layer.qkv_proj, self.ones)
             qkv = qkv.reshape(*tokens.shape, -1, H)
             q, k, v = jnp.split(qkv, (N, (N + qkv.shape[-2]) // 2), axis=-2)
-            out, memory = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, memory)
+            out, cache = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, cache)
             x = x + product(out.reshape(*tokens.shape, N * H), layer.o_proj, self.ones)
             gate_up = product(rms_norm(x, layer.post_attention_layernorm, eps), layer.gate_up_proj, self.ones)
-            x = x + product(swiglu_of_both(gate_up), layer.down_proj, self.ones)
-        return rms_norm(x, self.model.norm[...], eps), memory
+            x = x + product(fused_swiglu(gate_up), layer.down_proj, self.ones)
+        return rms_norm(x, self.model.norm[...], eps), cache
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """`SmolLM.logits`."""

@@ -1,7 +1,7 @@
-"""The ways a query may attend, each an `attend` function the caller hands to the model.
+"""Attention variants (causal, packed documents, cached), each an `attend` function that the caller passes to the model.
 
-`attend(q, k, v, memory) -> (out, memory)`: the layers know neither masks nor caches. `memory` is None, or the
-KV cache that travels with the activations from layer to layer.
+`attend(q, k, v, cache) -> (out, cache)`: the layers know neither masks nor caches. `cache` is None or the KV cache,
+which is passed along with the activations from layer to layer.
 
 B batch, T query tokens, S cached tokens, N query heads, K KV heads, H head dim, L layers.
 """
@@ -27,7 +27,7 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention scaled by H**-0.5, softmax in at least float32; query head i reads KV head i // (N/K)."""
     if q.dtype == jnp.float64:
-        # jax.nn.dot_product_attention rounds the scores to float32 before its softmax whatever the inputs are.
+        # jax.nn.dot_product_attention rounds the scores to float32 before its softmax, even for float64 inputs.
         B, T, N, H = q.shape
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q.reshape(B, T, k.shape[2], -1, H), k) * H**-0.5
         scores = jnp.where(mask[..., None, :, :], scores, -0.7 * jnp.finfo(scores.dtype).max)
@@ -36,21 +36,21 @@ def attention(
 
 
 def causal(implementation: Implementation = "xla", operands: jax.typing.DTypeLike | None = None) -> Attend:
-    """Every token sees itself and all tokens before it: by cuDNN's kernel, or in blocks that XLA compiles."""
+    """Causal attention, by cuDNN's kernel ("cudnn") or by `block_attention` ("xla")."""
 
-    def attend(q, k, v, memory):
+    def attend(q, k, v, cache):
         if implementation == "xla":
-            return block_attention(q, k, v, operands=operands), memory
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation), memory
+            return block_attention(q, k, v, operands=operands), cache
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation), cache
 
     return attend
 
 
-def lacks_cudnn(device: Any, dtype: str) -> str:
-    """What cuDNN's attention needs that a device or a dtype does not give, to follow "cudnn"; "" where it runs.
+def cudnn_device_problem(device: Any, dtype: str) -> str:
+    """Why cuDNN attention cannot run on this device in this dtype, as the end of a sentence ("needs ..."), or "".
 
-    JAX itself reads a device's compute capability as two numbers (jax 0.10.2, jax/_src/cudnn/
-    fused_attention_stablehlo.py, check_compute_capability): "gfx90a", ROCm's, and "9.0a" end in its ValueError.
+    JAX parses a device's compute capability as two numbers (jax 0.10.2, jax/_src/cudnn/fused_attention_stablehlo.py,
+    check_compute_capability), so ROCm's "gfx90a" and "9.0a" would raise a ValueError there.
     """
     if device.platform != "gpu" or dtype != "bfloat16":
         return f"needs a CUDA GPU and bfloat16, not {device.platform}, {dtype}"
@@ -60,14 +60,14 @@ def lacks_cudnn(device: Any, dtype: str) -> str:
     return "" if float(capability) >= 8 else f"needs compute capability 8.0 or later, not {capability}"
 
 
-def beyond_cudnn(length: int, head_dim: int, documents: bool) -> str:
-    """What cuDNN's attention, or its gradient, needs that a shape does not give, to follow "cudnn"; "" where it does.
+def cudnn_shape_problem(length: int, head_dim: int, documents: bool) -> str:
+    """Why cuDNN attention or its gradient does not support this shape, as the end of a sentence ("needs ..."), or "".
 
-    JAX (0.10.2) refuses the gradient of odd lengths, causal ones too, for a bias of no elements counts as one there.
-    Even ones are right: NVIDIA/cudnn-frontend pads those that 128 does not divide from 1.15 on (#160), and XLA has
-    1.16.1. With documents one that leaves 64 of 128 can give NaN gradients on Hopper (pytorch#196678). Before jax 0.11
-    the gradient of the documents' bias is always computed, for which cuDNN keeps the scores' gradients, 2 N T**2 bytes
-    a row (cudnn-frontend, CompositeSDPABackwardNode): what would turn it off is private.
+    JAX 0.10.2 refuses the gradient for odd lengths, even without documents, because it treats an empty bias as a bias.
+    Even lengths are correct: cudnn-frontend pads lengths that 128 does not divide from 1.15 on (#160), and XLA has
+    1.16.1. With documents, a length of 64 modulo 128 can give NaN gradients on Hopper (pytorch#196678). Before jax 0.11
+    the gradient of the documents' bias is always computed, for which cuDNN stores the gradients of the scores,
+    2 N T**2 bytes per row (cudnn-frontend, CompositeSDPABackwardNode); the switch that turns it off is private.
     """
     if head_dim % 8 or head_dim > 128:
         return f"needs a head_dim that is a multiple of 8, up to 128, not {head_dim}"
@@ -85,18 +85,18 @@ def packed(
     implementation: Implementation = "xla",
     operands: jax.typing.DTypeLike | None = None,
 ) -> Attend:
-    """Causal within a document: a token sees only earlier tokens of its own segment.
+    """Causal attention within documents: a token attends only to earlier tokens of its own segment.
 
-    cuDNN gets the segments as a bias `[B, 1, T, T]`, which a compiled step makes once for all layers: 2 T**2 bytes a
-    row in bfloat16. Its entry for the offsets of documents is private to JAX (jax#25812). `beyond_cudnn` says of which
-    lengths its gradients are right.
+    cuDNN gets the segments as a bias `[B, 1, T, T]`, computed once per step for all layers: 2 T**2 bytes per row in
+    bfloat16. Its interface for document offsets is private to JAX (jax#25812). `cudnn_shape_problem` lists the lengths
+    whose gradients are correct.
     """
 
-    def attend(q, k, v, memory):
+    def attend(q, k, v, cache):
         if implementation == "xla":
-            return block_attention(q, k, v, segment_ids, operands=operands), memory
+            return block_attention(q, k, v, segment_ids, operands=operands), cache
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation), memory
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation), cache
 
     return attend
 
@@ -104,7 +104,7 @@ def packed(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer. Slots below `length` are written; `layer` is where the next `attend` writes."""
+    """Keys and values of all layers. Slots below `length` are filled; the next `attend` writes to layer `layer`."""
 
     keys: Float[Array, "L B S K H"]
     values: Float[Array, "L B S K H"]
@@ -112,32 +112,32 @@ class KVCache:
     layer: Int[Array, ""]
 
     @classmethod
-    def empty(cls, config: Config, batch_size: int, slots: int, dtype: jax.typing.DTypeLike) -> "KVCache":
-        """A cache for `slots` tokens a row: `cost.cache_bytes_per_token` bytes each."""
-        shape = (config.num_hidden_layers, batch_size, slots, config.num_key_value_heads, config.head_dim)
+    def empty(cls, config: Config, batch_size: int, cache_size: int, dtype: jax.typing.DTypeLike) -> "KVCache":
+        """A cache for `cache_size` tokens per row, each of `cost.cache_bytes_per_token` bytes."""
+        shape = (config.num_hidden_layers, batch_size, cache_size, config.num_key_value_heads, config.head_dim)
         zero = jnp.zeros((), jnp.int32)
         return cls(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype), length=zero, layer=zero)
 
     def advance(self, tokens: int) -> "KVCache":
-        """The cache as the next forward pass wants it, `tokens` slots later and back at the first layer."""
+        """The cache for the next forward pass: `length` grows by `tokens`, `layer` is the first again."""
         return dataclasses.replace(self, length=self.length + tokens, layer=jnp.zeros((), jnp.int32))
 
-    def grown(self, slots: int) -> "KVCache":
-        """The same cache with `slots`."""
-        room = [(0, 0), (0, 0), (0, slots - self.keys.shape[2]), (0, 0), (0, 0)]
-        return dataclasses.replace(self, keys=jnp.pad(self.keys, room), values=jnp.pad(self.values, room))
+    def grow(self, cache_size: int) -> "KVCache":
+        """The cache padded to `cache_size` tokens per row."""
+        padding = [(0, 0), (0, 0), (0, cache_size - self.keys.shape[2]), (0, 0), (0, 0)]
+        return dataclasses.replace(self, keys=jnp.pad(self.keys, padding), values=jnp.pad(self.values, padding))
 
 
 def cached(start: Int[Array, "B"], *, empty: bool = False) -> Attend:
-    """Causal over the cache: row b sees slots `start[b]` to its own, and never the left padding below `start`.
+    """Causal attention over the cache: row b attends to slots `start[b]` up to its own, never to its left padding.
 
-    `empty` says that nothing was written before: queries then meet only the keys that come with them, in blocks.
+    `empty`: the cache holds no tokens yet, so queries attend only to the new keys, by `block_attention`.
     """
 
     def attend(q, k, v, cache: KVCache):
         zero = jnp.zeros((), jnp.int32)
         at = (cache.layer, zero, cache.length, zero, zero)
-        # The cache stays whole in the scan's carry: as scanned inputs and outputs XLA copies it three times.
+        # The whole cache is part of the scan's carry: as scanned inputs and outputs XLA would copy it three times.
         keys = jax.lax.dynamic_update_slice(cache.keys, k[None].astype(cache.keys.dtype), at)
         values = jax.lax.dynamic_update_slice(cache.values, v[None].astype(cache.values.dtype), at)
         if empty:
@@ -154,10 +154,11 @@ def cached(start: Int[Array, "B"], *, empty: bool = False) -> Attend:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerCaches:
-    """A `KVCache` taken apart: a layer's heads of all rows one after another, keys with slots last.
+class UnstackedKVCache:
+    """A `KVCache` with one array per layer, batch and heads merged, keys transposed.
 
-    The products of one query read it as it lies. Of a stacked cache XLA:CPU copies and turns each layer for each token.
+    The matmuls of a single query read this layout directly. XLA:CPU would copy and transpose every layer of a stacked
+    cache for each token.
     """
 
     keys: tuple[Float[Array, "BK H S"], ...]
@@ -166,25 +167,25 @@ class LayerCaches:
     layer: int = dataclasses.field(default=0, metadata={"static": True})
 
     @classmethod
-    def of(cls, cache: KVCache) -> "LayerCaches":
+    def from_stacked(cls, cache: KVCache) -> "UnstackedKVCache":
         L, B, S, K, H = cache.keys.shape
         keys = cache.keys.transpose(0, 1, 3, 4, 2).reshape(L, B * K, H, S)
         values = cache.values.transpose(0, 1, 3, 2, 4).reshape(L, B * K, S, H)
         return cls(tuple(keys), tuple(values), cache.length)
 
-    def advance(self, tokens: int) -> "LayerCaches":
+    def advance(self, tokens: int) -> "UnstackedKVCache":
         """As `KVCache.advance`."""
         return dataclasses.replace(self, length=self.length + tokens, layer=0)
 
-    def grown(self, slots: int) -> "LayerCaches":
-        """As `KVCache.grown`."""
-        more = (0, slots - self.keys[0].shape[2])
-        keys = tuple(jnp.pad(layer, [(0, 0), (0, 0), more]) for layer in self.keys)
-        values = tuple(jnp.pad(layer, [(0, 0), more, (0, 0)]) for layer in self.values)
+    def grow(self, cache_size: int) -> "UnstackedKVCache":
+        """As `KVCache.grow`."""
+        padding = (0, cache_size - self.keys[0].shape[2])
+        keys = tuple(jnp.pad(layer, [(0, 0), (0, 0), padding]) for layer in self.keys)
+        values = tuple(jnp.pad(layer, [(0, 0), padding, (0, 0)]) for layer in self.values)
         return dataclasses.replace(self, keys=keys, values=values)
 
-    def put(self, k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"]) -> "LayerCaches":
-        """The cache with one more token of the layer whose turn it is."""
+    def append(self, k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"]) -> "UnstackedKVCache":
+        """The cache with the keys and values of one more token in layer `layer`."""
         i, H, zero = self.layer, k.shape[3], jnp.zeros((), jnp.int32)
         keys = jax.lax.dynamic_update_slice(self.keys[i], k.reshape(-1, H, 1), (zero, zero, self.length))
         values = jax.lax.dynamic_update_slice(self.values[i], v.reshape(-1, 1, H), (zero, self.length, zero))
@@ -196,19 +197,19 @@ class LayerCaches:
         )
 
 
-def cached_by_layer(start: Int[Array, "B"]) -> Attend:
-    """`cached` for one query a row, over `LayerCaches`, in float32."""
+def cached_unstacked(start: Int[Array, "B"]) -> Attend:
+    """`cached` for one query per row, over an `UnstackedKVCache`, in float32."""
 
-    def attend(q, k, v, cache: LayerCaches):
+    def attend(q, k, v, cache: UnstackedKVCache):
         (B, _, N, H), K = q.shape, k.shape[2]
-        after = cache.put(k, v)
-        keys, values = after.keys[cache.layer], after.values[cache.layer]
+        updated = cache.append(k, v)
+        keys, values = updated.keys[cache.layer], updated.values[cache.layer]
         slot = jnp.arange(keys.shape[2])
-        seen = (slot <= cache.length) & (slot >= start[:, None])
+        mask = (slot <= cache.length) & (slot >= start[:, None])
         scores = jnp.einsum("JGH,JHS->JGS", q.reshape(B * K, N // K, H) * H**-0.5, keys)
-        scores = jnp.where(jnp.repeat(seen, K, axis=0)[:, None], scores, -jnp.inf)
+        scores = jnp.where(jnp.repeat(mask, K, axis=0)[:, None], scores, -jnp.inf)
         weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         out = jnp.einsum("JGS,JSH->JGH", weights, values) / weights.sum(axis=-1, keepdims=True)
-        return out.reshape(B, 1, N, H), after
+        return out.reshape(B, 1, N, H), updated
 
     return attend

@@ -1,17 +1,17 @@
-"""What a model costs, by arithmetic from its config (parameters, FLOPs, cache bytes), and what a GPU can do.
+"""A model's parameters, FLOPs and cache bytes, computed from its config, and the peak speeds of GPUs.
 
 `python -m smollm_jax.model.cost` prints the parameter table of docs/quickstart.md.
 """
 
 from smollm_jax.config import Config, preset
 
-# Of a GPU, by the whole name its driver gives it (jax's `device_kind`, less "NVIDIA "): products of dense bfloat16
-# matrices summed in float32, in TFLOP/s, and memory in GB/s. Where NVIDIA gives a figure with sparsity alone, half of
-# it. A part of a name is not enough: "H100" is in those of cards of three speeds and of a seventh of a card (MIG),
-# "H200" in a GH200's, "RTX 4090" in a laptop's. A GeForce card sums in float32 at half the speed it sums in float16.
+# (TFLOP/s of dense bfloat16 matmuls with float32 accumulation, memory bandwidth in GB/s) by the full name the driver
+# reports (JAX's `device_kind` without "NVIDIA "). Where NVIDIA publishes only the figure with sparsity, half of it.
+# Names must match in full: "H100" is part of the names of cards of three speeds and of MIG slices, "H200" of a GH200's,
+# "RTX 4090" of a laptop's. GeForce cards accumulate in float32 at half the speed of float16.
 # Source: NVIDIA's data sheets, and for RTX cards the appendices of its architecture whitepapers (GA102, Ada, RTX
 # Blackwell).
-PEAKS = {
+GPU_PEAKS = {
     "GeForce RTX 3090": (71, 936),
     "GeForce RTX 3090 Ti": (80, 1008),
     "GeForce RTX 4090": (165.2, 1008),
@@ -56,38 +56,38 @@ def count_parameters(config: Config) -> int:
 
 
 def flops_per_token(config: Config, sequence_length: int) -> float:
-    """FLOPs to train on one token: forward x 3, counting every matrix product and the causal half of attention.
+    """FLOPs to train on one token: forward x 3, counting every matmul and the causal half of attention.
 
-    2 FLOPs a multiply-add. A token attends to (T + 1) / 2 keys on average, so the two attention products cost
-    2 x 2 x N x H x (T + 1) / 2 a layer. Elementwise work and the optimizer are not counted.
+    2 FLOPs per multiply-add. A token attends to (T + 1) / 2 keys on average, so the two attention matmuls cost
+    2 x 2 x N x H x (T + 1) / 2 per layer. Elementwise operations and the optimizer are not counted.
     """
     D, F, L, V = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    products = L * (D * (2 * query + 2 * key_value) + 3 * D * F) + V * D
+    matmuls = L * (D * (2 * query + 2 * key_value) + 3 * D * F) + V * D
     attention = L * query * (sequence_length + 1)
-    return 3.0 * 2.0 * (products + attention)
+    return 3.0 * 2.0 * (matmuls + attention)
 
 
 def cache_bytes_per_token(config: Config, bytes_per_number: int) -> int:
-    """Bytes of keys and values one token leaves in the cache: 23,040 for SmolLM2-135M in bfloat16."""
+    """Bytes of keys and values that the cache stores per token: 23,040 for SmolLM2-135M in bfloat16."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_number
 
 
 def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
-    """The dense peak of a device in FLOP/s, or None when we do not know it: of bfloat16's products alone we do."""
-    found = PEAKS.get(device_kind.removeprefix("NVIDIA "))
-    return 1e12 * found[0] if found and dtype == "bfloat16" else None
+    """The peak FLOP/s of dense matmuls on a device, or None if unknown; only known for bfloat16."""
+    peaks = GPU_PEAKS.get(device_kind.removeprefix("NVIDIA "))
+    return 1e12 * peaks[0] if peaks and dtype == "bfloat16" else None
 
 
 def bandwidth(device_kind: str) -> float | None:
-    """The bytes/s a device's memory moves by its data sheet, or None when we do not know it."""
-    found = PEAKS.get(device_kind.removeprefix("NVIDIA "))
-    return 1e9 * found[1] if found else None
+    """A device's memory bandwidth in bytes/s by its data sheet, or None if unknown."""
+    peaks = GPU_PEAKS.get(device_kind.removeprefix("NVIDIA "))
+    return 1e9 * peaks[1] if peaks else None
 
 
-def without_mfu(device_kind: str, dtype: str) -> str:
-    """What is said where MFU is left out."""
-    return f"note: no MFU, for the peak of {device_kind} in {dtype} is not in smollm_jax/model/cost.py"
+def no_mfu_note(device_kind: str, dtype: str) -> str:
+    """The note that explains why a run reports no MFU."""
+    return f"note: MFU is not reported: smollm_jax/model/cost.py has no peak for {device_kind} in {dtype}"
 
 
 if __name__ == "__main__":

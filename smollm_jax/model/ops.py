@@ -1,4 +1,4 @@
-"""The operations of the model: RMSNorm, rotary positions, matrix products and SwiGLU, with their gradients."""
+"""The operations of the model: RMSNorm, rotary positions, linear layers and SwiGLU, with their gradients."""
 
 import functools
 from typing import Any
@@ -10,9 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from smollm_jax.config import Config
-from smollm_jax.model.precision import exactly, in_blocks
+from smollm_jax.model.precision import blocked_matmul, wants_full_precision
 
-EXACT_BLOCK = 96  # terms summed at once where products must be as exact as float32 allows
+EXACT_BLOCK = 96  # terms per block of a `blocked_matmul`
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -20,66 +20,66 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> F
     """Root-mean-square norm, computed in at least float32 and rounded to `x.dtype` before scaling.
 
     The order matters: HF rounds first and scales second, so scaling in float32 differs in bf16. The gradient is
-    computed in at least float32 too: from jax's own rule a GPU sums the scale's over all tokens in bfloat16.
+    computed in at least float32 too: JAX's own rule lets a GPU sum the gradient of `scale` over tokens in bfloat16.
     Source: transformers, models/llama/modeling_llama.py, LlamaRMSNorm.forward; Zhang and Sennrich 2019.
     """
-    return _normed(x, eps)[0].astype(x.dtype) * scale
+    return _normalize(x, eps)[0].astype(x.dtype) * scale
 
 
-def _normed(x, eps):
-    """x over its root mean square, and one over that, in at least float32."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    factor = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return wide * factor, factor
+def _normalize(x, eps):
+    """x divided by its root mean square, and the inverse of that, in at least float32."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    return x * inverse_rms, inverse_rms
 
 
-def _rms_norm_backward(eps, inputs, gradient):
-    x, scale = inputs
-    normed, factor = _normed(x, eps)
-    gradient = gradient.astype(normed.dtype)
-    of_scale = jnp.sum(gradient * normed, axis=range(x.ndim - 1))
+def _rms_norm_backward(eps, residuals, gradient):
+    x, scale = residuals
+    normalized, inverse_rms = _normalize(x, eps)
+    gradient = gradient.astype(normalized.dtype)
+    dscale = jnp.sum(gradient * normalized, axis=range(x.ndim - 1))
     gradient *= scale
-    of_x = factor * (gradient - normed * jnp.mean(gradient * normed, axis=-1, keepdims=True))
-    return of_x.astype(x.dtype), of_scale.astype(scale.dtype)
+    dx = inverse_rms * (gradient - normalized * jnp.mean(gradient * normalized, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), dscale.astype(scale.dtype)
 
 
 rms_norm.defvjp(lambda x, scale, eps: (rms_norm(x, scale, eps), (x, scale)), _rms_norm_backward)
 
 
-def rotary_angles(positions: Int[Array, "*B T"], config: Config, dtype: jax.typing.DTypeLike) -> tuple[Array, Array]:
+def rope_cos_sin(positions: Int[Array, "*B T"], config: Config, dtype: jax.typing.DTypeLike) -> tuple[Array, Array]:
     """cos and sin `[*B, T, 1, H/2]` of every position and frequency, evaluated in at least float32.
 
     Source: Su et al. 2021 (RoFormer), section 3.2; transformers, modeling_llama.py, LlamaRotaryEmbedding.
     """
     # Constants on purpose: inside jit XLA may evaluate 1 / theta**x another way, one ulp off PyTorch.
     frequency = np.array(config.rotary_frequencies)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    angle = positions[..., None, None].astype(wide) * frequency.astype(wide)
+    angle_dtype = jnp.promote_types(dtype, jnp.float32)
+    angle = positions[..., None, None].astype(angle_dtype) * frequency.astype(angle_dtype)
     return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
 
 
-def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Array, "B T heads H"]:
-    """Heads turned by their position, in HF's half-split layout: dimension i pairs with i + H/2."""
+def apply_rope(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Float[Array, "B T heads H"]:
+    """Heads rotated by position, in HF's half-split layout: dimension i pairs with i + H/2."""
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def project(
+def linear(
     x: Float[Array, "B T I"],
     w: Float[Array, "I ..."],
     *,
-    kept: bool = True,
+    save: bool = True,
     operands: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "B T ..."]:
-    """x @ w in x's dtype, of numbers rounded to `operands` (default: that dtype).
+    """x @ w in x's dtype, with both inputs rounded to `operands` (default: that dtype).
 
-    Under `jax.default_matmul_precision("highest")` as exact as float32 allows, see `precision.py`. `kept` is whether
-    `Remat` "dots" (and so "swiglu") keeps it for the backward pass.
+    Under `jax.default_matmul_precision("highest")` summation is blocked, see `precision.py`. `save`: `Remat` "dots"
+    and "swiglu" save the result for the backward pass.
     """
     flat, operands = w.reshape(w.shape[0], -1), jnp.dtype(x.dtype if operands is None else operands)
-    out: Any = in_blocks(x, flat, EXACT_BLOCK) if exactly(operands) else _matmul(x, flat, operands)
+    out: Any = blocked_matmul(x, flat, EXACT_BLOCK) if wants_full_precision(operands) else _matmul(x, flat, operands)
     out = out.reshape(*x.shape[:-1], *w.shape[1:])
-    return checkpoint_name(out, "kept") if kept else out
+    return checkpoint_name(out, "dots") if save else out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -87,15 +87,15 @@ def _matmul(x, w, operands):
     return jnp.matmul(x.astype(operands), w.astype(operands), preferred_element_type=x.dtype)
 
 
-def _matmul_backward(operands, inputs, gradient):
-    x, w = inputs
+def _matmul_backward(operands, residuals, gradient):
+    x, w = residuals
     dtype = gradient.dtype
-    narrow_x, narrow_w, gradient = (y.astype(operands) for y in (x, w, gradient))
-    of_x = jnp.matmul(gradient, narrow_w.T, preferred_element_type=dtype)
-    # Written out for w: from jax's own rule, dot(gradient, x) transposed, XLA:CPU makes a transposed copy of each
-    # elementwise chain that leads to `gradient`, which costs a third of the MLP's backward pass at 2,048 tokens.
-    flat = (y.reshape(-1, y.shape[-1]) for y in (narrow_x, gradient))
-    return of_x, jnp.einsum("mi,mo->io", *flat, preferred_element_type=dtype).astype(w.dtype)
+    rounded_x, rounded_w, gradient = (y.astype(operands) for y in (x, w, gradient))
+    dx = jnp.matmul(gradient, rounded_w.T, preferred_element_type=dtype)
+    # JAX's own rule for w, dot(gradient, x) transposed, makes XLA:CPU copy and transpose each elementwise chain that
+    # leads to `gradient`, which costs a third of the MLP's backward pass at 2,048 tokens.
+    flat = (y.reshape(-1, y.shape[-1]) for y in (rounded_x, gradient))
+    return dx, jnp.einsum("mi,mo->io", *flat, preferred_element_type=dtype).astype(w.dtype)
 
 
 _matmul.defvjp(lambda x, w, operands: (_matmul(x, w, operands), (x, w)), _matmul_backward)
@@ -107,8 +107,8 @@ def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array,
 
 
 @jax.custom_vjp
-def swiglu_of_both(gate_up: Float[Array, "*B both"]) -> Float[Array, "*B F"]:
-    """`swiglu` of two halves side by side. Its gradient is one kernel on a GPU; jax's own is three and a copy."""
+def fused_swiglu(gate_up: Float[Array, "*B both"]) -> Float[Array, "*B F"]:
+    """`swiglu` of gate and up concatenated. Its gradient is one kernel on a GPU; JAX's own is three and a copy."""
     return swiglu(*jnp.split(gate_up, 2, axis=-1))
 
 
@@ -116,8 +116,8 @@ def _swiglu_backward(gate_up, gradient):
     halves = gate_up.reshape(*gate_up.shape[:-1], 2, -1).astype(jnp.promote_types(gate_up.dtype, jnp.float32))
     gate, up = halves[..., :1, :], halves[..., 1:, :]
     sigmoid = jax.nn.sigmoid(gate)
-    slope = jnp.where(jnp.arange(2)[:, None] == 0, up * sigmoid * (1 + gate * (1 - sigmoid)), gate * sigmoid)
-    return ((gradient[..., None, :] * slope).reshape(gate_up.shape).astype(gate_up.dtype),)
+    derivative = jnp.where(jnp.arange(2)[:, None] == 0, up * sigmoid * (1 + gate * (1 - sigmoid)), gate * sigmoid)
+    return ((gradient[..., None, :] * derivative).reshape(gate_up.shape).astype(gate_up.dtype),)
 
 
-swiglu_of_both.defvjp(lambda gate_up: (swiglu_of_both(gate_up), gate_up), _swiglu_backward)
+fused_swiglu.defvjp(lambda gate_up: (fused_swiglu(gate_up), gate_up), _swiglu_backward)

@@ -20,7 +20,7 @@ from smollm_jax.config import Config
 from smollm_jax.config.recipe import Remat
 from smollm_jax.errors import UsageError
 from smollm_jax.model.attention import Attend, causal
-from smollm_jax.model.ops import project, rms_norm, rotary_angles, rotate, swiglu, swiglu_of_both
+from smollm_jax.model.ops import apply_rope, fused_swiglu, linear, rms_norm, rope_cos_sin, swiglu
 
 
 def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -40,22 +40,22 @@ class Attention(nnx.Module):
         self.k_proj = normal(k, (D, K, H), std)
         self.v_proj = normal(v, (D, K, H), std)
         self.o_proj = normal(o, (N, H, D), residual_std(config))
-        self.qkv_proj: Any = nnx.data(None)  # see `fused`
-        self.operands: Any = None  # see `multiplying`
+        self.qkv_proj: Any = nnx.data(None)  # set by `fuse_projections`
+        self.operands: Any = None  # see `with_operand_dtype`
 
-    def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, memory: Any):
+    def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, cache: Any):
         N, H, D = self.o_proj.shape
-        product = functools.partial(project, operands=self.operands)
+        matmul = functools.partial(linear, operands=self.operands)
         if self.qkv_proj is None:
-            q, k, v = (product(x, w[...], kept=False) for w in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (matmul(x, w[...], save=False) for w in (self.q_proj, self.k_proj, self.v_proj))
         else:
-            qkv = product(x, self.qkv_proj[...], kept=False)
+            qkv = matmul(x, self.qkv_proj[...], save=False)
             q, k, v = jnp.split(qkv, (N, (N + qkv.shape[-2]) // 2), axis=-2)
         with jax.named_scope("attention"):  # a name for `scripts/profile_train.py`
-            # Kept once they are turned: their gradients ask for nothing of what they were before.
-            q, k, v = (checkpoint_name(y, "kept") for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
-            out, memory = attend(q, k, v, memory)
-        return product(out.reshape(*x.shape[:-1], N * H), self.o_proj.reshape(N * H, D)), memory
+            # Saved after the rotation: its gradient needs cos and sin, not the unrotated q and k.
+            q, k, v = (checkpoint_name(y, "dots") for y in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
+            out, cache = attend(q, k, v, cache)
+        return matmul(out.reshape(*x.shape[:-1], N * H), self.o_proj.reshape(N * H, D)), cache
 
 
 class MLP(nnx.Module):
@@ -67,16 +67,16 @@ class MLP(nnx.Module):
         self.gate_proj = normal(gate, (D, F), config.initializer_range)
         self.up_proj = normal(up, (D, F), config.initializer_range)
         self.down_proj = normal(down, (F, D), residual_std(config))
-        self.gate_up_proj: Any = nnx.data(None)  # see `fused`
-        self.operands: Any = None  # see `multiplying`
+        self.gate_up_proj: Any = nnx.data(None)  # set by `fuse_projections`
+        self.operands: Any = None  # see `with_operand_dtype`
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        product = functools.partial(project, operands=self.operands)
+        matmul = functools.partial(linear, operands=self.operands)
         if self.gate_up_proj is None:
-            hidden = swiglu(product(x, self.gate_proj[...]), product(x, self.up_proj[...]))
+            hidden = swiglu(matmul(x, self.gate_proj[...]), matmul(x, self.up_proj[...]))
         else:
-            hidden = swiglu_of_both(product(x, self.gate_up_proj[...]))
-        return product(checkpoint_name(hidden, "swiglu"), self.down_proj[...])
+            hidden = fused_swiglu(matmul(x, self.gate_up_proj[...]))
+        return matmul(checkpoint_name(hidden, "swiglu"), self.down_proj[...])
 
 
 class DecoderLayer(nnx.Module):
@@ -90,18 +90,18 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, key=mlp)
         self.eps = config.rms_norm_eps
 
-    def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, memory: Any):
-        h, memory = self.self_attn(rms_norm(x, self.input_layernorm[...], self.eps), cos, sin, attend, memory)
+    def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, cache: Any):
+        h, cache = self.self_attn(rms_norm(x, self.input_layernorm[...], self.eps), cos, sin, attend, cache)
         x = x + h
-        return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps)), memory
+        return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps)), cache
 
 
-def fused(layers: DecoderLayer) -> DecoderLayer:
-    """Layers that compute q, k and v in one product, and gate and up in one: from weights laid side by side.
+def fuse_projections(layers: DecoderLayer) -> DecoderLayer:
+    """Layers with concatenated weights: one matmul for q, k and v, and one for gate and up.
 
-    Only for computing with: parameters, optimizer and files keep Hugging Face's names.
+    Only for computation: parameters, optimizer state and files keep Hugging Face's names.
     """
-    layers = jax.tree.map(lambda parameter: parameter, layers)  # a copy; the modules in it are ours to change
+    layers = jax.tree.map(lambda parameter: parameter, layers)  # a copy of the modules, which are changed below
     attention: Any = layers.self_attn
     mlp: Any = layers.mlp
     qkv = attention.q_proj[...], attention.k_proj[...], attention.v_proj[...]
@@ -111,12 +111,13 @@ def fused(layers: DecoderLayer) -> DecoderLayer:
     return layers
 
 
-def multiplying(layers: DecoderLayer, operands: jax.typing.DTypeLike) -> DecoderLayer:
-    """Layers whose products multiply numbers rounded to `operands`, each where it is used, and give what they gave.
+def with_operand_dtype(layers: DecoderLayer, operands: jax.typing.DTypeLike) -> DecoderLayer:
+    """Layers whose matmuls round their inputs to `operands`; the results keep their dtype.
 
-    Not one cast for all layers: to write one layer of a bfloat16 stack, XLA:CPU turns all of it into float32 and back.
+    Each weight is cast where it is used, not all layers at once: to write the gradient of one layer into a bfloat16
+    stack, XLA:CPU converts the whole stack to float32 and back.
     """
-    layers = jax.tree.map(lambda parameter: parameter, layers)  # a copy; the modules in it are ours to change
+    layers = jax.tree.map(lambda parameter: parameter, layers)  # a copy of the modules, which are changed below
     layers.self_attn.operands = layers.mlp.operands = jnp.dtype(operands)
     return layers
 
@@ -139,7 +140,7 @@ class SmolLM(nnx.Module):
             jax.random.split(layers, config.num_hidden_layers)
         )
         self.norm = nnx.Param(jnp.ones(config.hidden_size, jnp.float32))
-        # A tied head is the embedding itself, stored once; None keeps the attribute readable.
+        # A tied head is the embedding itself, stored once.
         self.lm_head = None if config.tie_word_embeddings else normal(head, vocabulary, config.initializer_range)
 
     @property
@@ -155,39 +156,39 @@ class SmolLM(nnx.Module):
         operands: jax.typing.DTypeLike | None = None,
         positions: Int[Array, "#B T"] | None = None,
         attend: Attend | None = None,
-        memory: Any = None,
+        cache: Any = None,
         remat: Remat = "dots",
         unroll: int = 1,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """The last norm's output in `dtype` (default: the parameters'), and what `attend` left in `memory`.
+        """The last norm's output in `dtype` (default: the parameters' dtype), and the cache that `attend` updated.
 
-        Matrix products multiply numbers rounded to `operands` (default: `dtype`) and give `dtype`. `remat` says what
-        each layer keeps for the backward pass; `unroll` layers are unrolled per step of the scan. A token id outside
-        the vocabulary gives NaN (indexing alone would clamp it).
+        Matmuls round their inputs to `operands` (default: `dtype`) and return `dtype`. `remat` selects what each layer
+        saves for the backward pass; `unroll` layers are unrolled per step of the scan. A token id outside the
+        vocabulary gives NaN (indexing alone would clamp it).
         """
         dtype = jnp.dtype(self.embed_tokens.dtype if dtype is None else dtype)
         operands = dtype if operands is None else jnp.dtype(operands)
         attend = causal(operands=operands) if attend is None else attend
         positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
-        cos, sin = rotary_angles(positions, self.config, dtype)
-        # Gathered before the cast, so that the gradients of a token's many occurrences are summed in float32.
-        rows = self.embed_tokens[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        cos, sin = rope_cos_sin(positions, self.config, dtype)
+        # Gathered before the cast, so that the gradients of repeated tokens are summed in float32.
+        embeddings = self.embed_tokens[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         layers, norm = jax.tree.map(lambda parameter: parameter.astype(dtype), (self.layers, self.norm[...]))
-        if dtype != self.embed_tokens.dtype:  # the cast copies every weight, so that laying some together costs nothing
-            layers = fused(layers)
+        if dtype != self.embed_tokens.dtype:  # the cast copies every weight anyway, so concatenating is free
+            layers = fuse_projections(layers)
         if operands != dtype:
-            layers = multiplying(layers, operands)
+            layers = with_operand_dtype(layers, operands)
 
         def step(carry, layer: DecoderLayer):
-            x, memory = carry
-            return layer(x, cos, sin, attend, memory), None
+            x, cache = carry
+            return layer(x, cos, sin, attend, cache), None
 
         if remat != "none":
-            # Where one loop runs forward and another backward, nothing can be found equal and kept after all.
-            loops = unroll < self.config.num_hidden_layers
-            step = jax.checkpoint(step, prevent_cse=not loops, policy=KEEP[remat])
-        (x, memory), _ = jax.lax.scan(step, (rows.astype(dtype), memory), layers, unroll=unroll)
-        return rms_norm(x, norm, self.config.rms_norm_eps), memory
+            # Between a forward and a backward loop, CSE cannot undo the remat; in fully unrolled code it can.
+            fully_unrolled = unroll >= self.config.num_hidden_layers
+            step = jax.checkpoint(step, prevent_cse=fully_unrolled, policy=REMAT_POLICIES[remat])
+        (x, cache), _ = jax.lax.scan(step, (embeddings.astype(dtype), cache), layers, unroll=unroll)
+        return rms_norm(x, norm, self.config.rms_norm_eps), cache
 
     def logits(
         self, hidden: Float[Array, "B T D"], operands: jax.typing.DTypeLike | None = None
@@ -195,51 +196,53 @@ class SmolLM(nnx.Module):
         """Logits of hidden states, in at least float32: no scale, no bias. `operands` as in `hidden_states`."""
         operands = jnp.dtype(hidden.dtype if operands is None else operands)
         if operands == jnp.bfloat16:
-            pair = hidden.astype(operands), self.head.astype(operands)
-            return jnp.einsum("BTD,VD->BTV", *pair, preferred_element_type=jnp.float32)
-        return project(hidden, self.head.astype(hidden.dtype).T)
+            hidden, head = hidden.astype(operands), self.head.astype(operands)
+            return jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
+        return linear(hidden, self.head.astype(hidden.dtype).T)
 
     def __call__(self, tokens: Any, **options: Any) -> Float[Array, "B T V"]:
         """Next-token logits, float32 (float64 when computed in float64); options as in `hidden_states`.
 
-        `tokens` are integers [B, T]: a JAX array, or lists or a NumPy array, whose ids are checked (`UsageError`).
+        `tokens` are integers [B, T]. Ids in lists and NumPy arrays are checked (`UsageError`), those in a JAX array
+        are not.
         """
         hidden, _ = self.hidden_states(_token_ids(tokens, self.config.vocab_size), **options)
         return self.logits(hidden, options.get("operands"))
 
 
 def _token_ids(tokens: Any, vocab_size: int) -> Int[Array, "B T"]:
-    """Token ids as the model takes them; those of a JAX array are not looked at, which would wait for the device."""
+    """Checked token ids as int32; a JAX array's values are not checked, because that would wait for the device."""
     try:
         ids = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
     except ValueError as error:
-        raise UsageError("tokens must be rows of equal length") from error
+        raise UsageError("tokens must be rows of equal length: pad them, or pass one row at a time") from error
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise UsageError(f"tokens must be integers [batch, length], got {ids.dtype} {list(ids.shape)}")
     if isinstance(ids, jax.Array):
         return ids
-    # Before the cast to int32, which would make a valid id of 2**32 + 5.
+    # Checked before the cast to int32, which would turn 2**32 + 5 into a valid id.
     if ids.size == 0:
-        raise UsageError(f"tokens must hold at least one, got {list(ids.shape)}")
+        raise UsageError(f"tokens must hold at least one token, got shape {list(ids.shape)}")
     if (wrong := ids[(ids < 0) | (ids >= vocab_size)]).size:
         raise UsageError(f"token ids {wrong[:5].tolist()} are outside the vocabulary of {vocab_size}")
     return jnp.asarray(ids, jnp.int32)
 
 
-def _keep_dots(primitive: Any, *_: Any, **options: Any) -> bool:
-    """Whether `Remat` "dots" keeps what a primitive gives."""
-    named = primitive.name == "name" and options["name"] in ("kept", "attention")
-    return named or primitive.name.startswith("dot_product_attention_fwd")  # cuDNN's, which names nothing
+def _save_dots(primitive: Any, *_: Any, **options: Any) -> bool:
+    """Whether `Remat` "dots" saves the result of a primitive."""
+    named = primitive.name == "name" and options["name"] in ("dots", "attention")
+    # cuDNN attention has no checkpoint_name, so its primitive is matched.
+    return named or primitive.name.startswith("dot_product_attention_fwd")
 
 
-def _keep_dots_and_swiglu(primitive: Any, *_: Any, **options: Any) -> bool:
-    """Whether `Remat` "swiglu" keeps what a primitive gives."""
-    return _keep_dots(primitive, **options) or (primitive.name == "name" and options["name"] == "swiglu")
+def _save_dots_and_swiglu(primitive: Any, *_: Any, **options: Any) -> bool:
+    """Whether `Remat` "swiglu" saves the result of a primitive."""
+    return _save_dots(primitive, **options) or (primitive.name == "name" and options["name"] == "swiglu")
 
 
-KEEP = {"swiglu": _keep_dots_and_swiglu, "dots": _keep_dots, "full": None}  # as `jax.checkpoint` takes it
+REMAT_POLICIES = {"swiglu": _save_dots_and_swiglu, "dots": _save_dots, "full": None}  # for `jax.checkpoint`
 
 
 def residual_std(config: Config) -> float:
-    """Init std of the projections that add to the residual stream: their 2 L sums then keep its variance."""
+    """Init std of the projections into the residual stream, scaled so that 2 L additions do not grow its variance."""
     return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5

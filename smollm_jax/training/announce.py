@@ -31,7 +31,7 @@ def announce(run: Path, flags: TrainingFlags, setup: Setup, device: Any, *, reta
     attention = f"attention {compute.implementation}{instead}"
     print(f"products    {recipe.dtype}{results}, {attention}; weights, moments and loss float32")
     if device.platform == "gpu" and not cost.peak_flops(device.device_kind, recipe.dtype):
-        print(cost.without_mfu(device.device_kind, recipe.dtype))
+        print(cost.no_mfu_note(device.device_kind, recipe.dtype))
     tokens_per_step = f"{recipe.batch_size} x {recipe.sequence_length} = {recipe.tokens_per_step:,} tokens a step"
     if flags.recipe or not saved:
         print(f"recipe      {setup.recipe_name}")

@@ -8,7 +8,7 @@ import jax
 from smollm_jax.config import Config
 from smollm_jax.config.recipe import Remat
 from smollm_jax.errors import UsageError
-from smollm_jax.model.attention import Implementation, beyond_cudnn, lacks_cudnn
+from smollm_jax.model.attention import Implementation, cudnn_device_problem, cudnn_shape_problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ def fastest_attention(
 
     `device` is a `jax.Device`, or anything with the `platform` and `compute_capability` of one.
     """
-    needs = lacks_cudnn(device, dtype) or beyond_cudnn(sequence_length, head_dim, documents)
+    needs = cudnn_device_problem(device, dtype) or cudnn_shape_problem(sequence_length, head_dim, documents)
     return ("xla", needs) if needs else ("cudnn", "")
 
 

@@ -94,7 +94,7 @@ def set_up(flags: TrainingFlags, run: Path, read: Callable[[], Bundle] | None) -
     check_batch_divides(recipe.batch_size, devices, parts)
     document_end = tokenizer.eos_token_id if recipe.mask_documents else None
     unroll = layers_at_once(config, attention) if flags.unroll is None else flags.unroll
-    dtype, operands = precision.activations_and_operands(recipe.dtype, device.platform)
+    dtype, operands = precision.activation_and_operand_dtypes(recipe.dtype, device.platform)
     compute = Compute(dtype, attention, flags.remat or "dots", unroll, parts, mesh, document_end, operands)
     if largest and not start.saved:
         if not limit:

@@ -11,7 +11,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from smollm_jax.config import Recipe, preset
 from smollm_jax.config.recipe import Remat
-from smollm_jax.model.attention import Implementation, attention, beyond_cudnn, causal, packed
+from smollm_jax.model.attention import Implementation, attention, causal, cudnn_shape_problem, packed
 from smollm_jax.training import optimizer, train_step
 from smollm_jax.training.execution import Compute
 from smollm_jax.training.state import abstract_state
@@ -138,13 +138,13 @@ def test_documents_that_do_not_see_each_other_are_cudnns_too(lowered):
 @pytest.mark.parametrize("length", [1, 2, 65, 192, 1001])
 @pytest.mark.parametrize("documents", [False, True])
 def test_what_jax_itself_refuses_of_a_length_is_never_tried(lowered, length, documents):
-    """Odd ones, of the gradient alone; with documents `beyond_cudnn` leaves out more."""
+    """Odd ones, of the gradient alone; with documents `cudnn_shape_problem` leaves out more."""
     shapes = [jax.ShapeDtypeStruct((1, length, heads, 16), jnp.bfloat16) for heads in (6, 2, 2)]
     attend = packed(jnp.zeros((1, length), jnp.int32), "cudnn") if documents else causal("cudnn")
     gradient = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v, None)[0].astype(jnp.float32).sum()))
     if length % 2:
         with pytest.raises(NotImplementedError, match=f"Unsupported sequence length Q {length}"):
             gradient.trace(*shapes)
-        assert beyond_cudnn(length, 16, documents)
+        assert cudnn_shape_problem(length, 16, documents)
     else:
         assert "__cudnn$fmha" in gradient.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()

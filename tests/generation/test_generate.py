@@ -140,8 +140,8 @@ def test_layers_laid_out_give_the_models_logits(tiny, dtype):
         start, token = jnp.asarray([0, 3], jnp.int32), jnp.asarray([[7], [300]], jnp.int32)
         cache, _ = programs.prefill(model, jnp.arange(20).reshape(2, 10), start, slots=16)
         positions, attend = (cache.length - start)[:, None], cached(start)
-        hidden, after = model.hidden_states(token, positions=positions, attend=attend, memory=cache)
-        theirs, other = unrolled.hidden_states(token, positions=positions, attend=attend, memory=cache)
+        hidden, after = model.hidden_states(token, positions=positions, attend=attend, cache=cache)
+        theirs, other = unrolled.hidden_states(token, positions=positions, attend=attend, cache=cache)
         close = {"rtol": 0, "atol": 1e-5 if dtype == jnp.float32 else 0.1}  # measured: 2.6e-6, 0.039
         np.testing.assert_allclose(model.logits(hidden), unrolled.logits(theirs), **close)
         np.testing.assert_allclose(*(np.asarray(c.keys, np.float32) for c in (after, other)), **close)

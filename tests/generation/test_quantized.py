@@ -15,7 +15,7 @@ from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.generate import generate
 from smollm_jax.generation.quantized import Blocks, Quantized, product, to_blocks, wide
 from smollm_jax.generation.sampling import GREEDY, Sampling
-from smollm_jax.model.attention import LayerCaches, cached, cached_by_layer
+from smollm_jax.model.attention import UnstackedKVCache, cached, cached_unstacked
 from smollm_jax.model.smollm import SmolLM
 
 PROMPTS = [[5, 17, 400], [9], list(range(100, 140))]
@@ -66,15 +66,15 @@ def test_it_computes_what_the_rounded_model_does(quantized):
     """A prompt of two rows, padded, and three tokens after it: logits and the cache as of the float32 model."""
     start = jnp.asarray([0, 3], jnp.int32)
     cache, _ = programs.prefill(quantized.model, jnp.arange(20).reshape(2, 10) * 7, start, slots=16)
-    ours = programs.taken_apart(cache)
+    ours = programs.unstack_cache(cache)
     for token in ([7, 300], [12, 5], [400, 1]):
         tokens, positions = jnp.asarray(token, jnp.int32)[:, None], (cache.length - start)[:, None]
-        hidden, ours = quantized.hidden_states(tokens, positions=positions, attend=cached_by_layer(start), memory=ours)
-        theirs, cache = quantized.model.hidden_states(tokens, positions=positions, attend=cached(start), memory=cache)
+        hidden, ours = quantized.hidden_states(tokens, positions=positions, attend=cached_unstacked(start), cache=ours)
+        theirs, cache = quantized.model.hidden_states(tokens, positions=positions, attend=cached(start), cache=cache)
         expected = np.asarray(quantized.model.logits(theirs))
         np.testing.assert_allclose(quantized.logits(hidden), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
         cache, ours = cache.advance(1), ours.advance(1)
-    again = LayerCaches.of(cache)
+    again = UnstackedKVCache.from_stacked(cache)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 

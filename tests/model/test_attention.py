@@ -140,7 +140,7 @@ def test_prefill_in_chunks_equals_at_once(tiny_model, tiny, chunks):
     @jax.jit
     def forward(model, tokens, positions, cache):
         attend = cached(jnp.zeros(2, jnp.int32))
-        hidden, cache = model.hidden_states(tokens, positions=positions, attend=attend, memory=cache)
+        hidden, cache = model.hidden_states(tokens, positions=positions, attend=attend, cache=cache)
         return model.logits(hidden), cache.advance(tokens.shape[1])
 
     for size in chunks:
@@ -160,7 +160,7 @@ def test_left_padding_is_never_attended(tiny_model, tiny):
         jnp.asarray(padded),
         positions=positions,
         attend=cached(start),
-        memory=KVCache.empty(tiny, 2, 16, jnp.float32),
+        cache=KVCache.empty(tiny, 2, 16, jnp.float32),
     )
     logits = tiny_model.logits(hidden)[:, 7:]
     np.testing.assert_array_equal(logits[0], logits[1])

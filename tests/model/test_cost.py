@@ -78,12 +78,12 @@ def test_float32_has_no_peak_of_bfloat16():
         (
             "Tesla T4",
             "bfloat16",
-            ["note: no MFU, for the peak of Tesla T4 in bfloat16 is not in smollm_jax/model/cost.py"],
+            ["note: MFU is not reported: smollm_jax/model/cost.py has no peak for Tesla T4 in bfloat16"],
         ),
         (
             "NVIDIA L4",
             "float32",
-            ["note: no MFU, for the peak of NVIDIA L4 in float32 is not in smollm_jax/model/cost.py"],
+            ["note: MFU is not reported: smollm_jax/model/cost.py has no peak for NVIDIA L4 in float32"],
         ),
     ],
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smollm_jax.model.cross_entropy import linear_cross_entropy, logsumexp_in_one_pass
+from smollm_jax.model.cross_entropy import linear_cross_entropy, online_logsumexp
 
 
 def dense(hidden, head, targets):
@@ -88,5 +88,5 @@ def test_a_sum_in_one_pass_holds_numbers_of_any_size():
     )
     largest = x.max(axis=1, keepdims=True).astype(float)
     expected = (largest + np.log(np.exp(x.astype(float) - largest).sum(axis=1, keepdims=True)))[:, 0]
-    np.testing.assert_allclose(logsumexp_in_one_pass(jnp.asarray(x), axis=-1), expected, rtol=3e-7)
-    assert jnp.isnan(logsumexp_in_one_pass(jnp.array([[1.0, jnp.nan, 2.0]]), axis=-1)).all()
+    np.testing.assert_allclose(online_logsumexp(jnp.asarray(x), axis=-1), expected, rtol=3e-7)
+    assert jnp.isnan(online_logsumexp(jnp.array([[1.0, jnp.nan, 2.0]]), axis=-1)).all()

@@ -10,7 +10,7 @@ import pytest
 from smollm_jax.config import preset
 from smollm_jax.errors import UsageError
 from smollm_jax.model import cost
-from smollm_jax.model.ops import rms_norm, swiglu, swiglu_of_both
+from smollm_jax.model.ops import fused_swiglu, rms_norm, swiglu
 from smollm_jax.model.smollm import SmolLM
 from smollm_jax.runs.pytree import flatten
 
@@ -135,7 +135,7 @@ def plain_norm(x, scale):
 # Each with what jax differentiates by itself, and its inputs' shapes: 4,096 tokens of 24 channels.
 WRITTEN_OUT = {
     "norm": (lambda x, scale: rms_norm(x, scale, 1e-5), plain_norm, [(2, 2048, 24), (24,)]),
-    "swiglu": (swiglu_of_both, lambda y: swiglu(*jnp.split(y, 2, axis=-1)), [(2, 2048, 24)]),
+    "swiglu": (fused_swiglu, lambda y: swiglu(*jnp.split(y, 2, axis=-1)), [(2, 2048, 24)]),
 }
 
 

@@ -11,8 +11,8 @@ import pytest
 from smollm_jax.config import preset
 from smollm_jax.model.cross_entropy import linear_cross_entropy
 from smollm_jax.model.flash_attention import block_attention
-from smollm_jax.model.ops import project
-from smollm_jax.model.precision import activations_and_operands
+from smollm_jax.model.ops import linear
+from smollm_jax.model.precision import activation_and_operand_dtypes
 from smollm_jax.runs.pytree import flatten
 from smollm_jax.training import setup as training_setup
 from smollm_jax.training.execution import Compute
@@ -39,7 +39,7 @@ def apart(a, b):
 
 def test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else():
     x, w, gradient = numbers(0, 2, 5, 96), numbers(1, 96, 64), numbers(2, 2, 5, 64)
-    out, pull = jax.vjp(lambda x, w: project(x, w, operands="bfloat16"), jnp.asarray(x), jnp.asarray(w))
+    out, pull = jax.vjp(lambda x, w: linear(x, w, operands="bfloat16"), jnp.asarray(x), jnp.asarray(w))
     of_x, of_w = pull(jnp.asarray(gradient))
     assert {y.dtype for y in (out, of_x, of_w)} == {jnp.dtype("float32")}
     assert apart(out, rounded(x) @ rounded(w)) < ROUNDED
@@ -113,7 +113,7 @@ def test_attention_multiplies_rounded_numbers_and_gives_float32(segments):
     ],
 )
 def test_only_a_cpu_keeps_float32_between_products(dtype, platform, both):
-    assert activations_and_operands(dtype, platform) == both
+    assert activation_and_operand_dtypes(dtype, platform) == both
 
 
 @pytest.mark.parametrize("fast", [True, False])

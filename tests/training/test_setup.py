@@ -13,7 +13,7 @@ from scripts import benchmark
 from smollm_jax.commands import plan_memory
 from smollm_jax.config import Recipe, preset
 from smollm_jax.errors import SmolLMError, UsageError
-from smollm_jax.model.attention import beyond_cudnn, lacks_cudnn
+from smollm_jax.model.attention import cudnn_device_problem, cudnn_shape_problem
 from smollm_jax.training import memory
 from smollm_jax.training import setup as training_setup
 from smollm_jax.training.announce import announce
@@ -52,24 +52,24 @@ def jax_version(request, monkeypatch):
     ],
 )
 def test_cudnn_runs_on_cuda_gpus_from_ampere_on(device, dtype, said):
-    assert lacks_cudnn(device, dtype) == said
+    assert cudnn_device_problem(device, dtype) == said
 
 
 @pytest.mark.parametrize("length", [1, 2, 64, 65, 127, 1000, 2047, 2048])
 def test_cudnn_takes_every_even_causal_length(length, jax_version):
     said = f"needs an even --sequence-length, not {length}"
-    assert beyond_cudnn(length, 64, documents=False) == (said if length % 2 else "")
+    assert cudnn_shape_problem(length, 64, documents=False) == (said if length % 2 else "")
 
 
 @pytest.mark.parametrize("length", [64, 65, 127, 192, 1000, 2047, 2112])
 def test_cudnn_takes_documents_in_multiples_of_128_tokens_alone(length, jax_version):
     said = f"with --mask-documents needs a --sequence-length that is a multiple of 128, not {length}"
-    assert beyond_cudnn(length, 64, documents=True) == said
+    assert cudnn_shape_problem(length, 64, documents=True) == said
 
 
 def test_cudnn_takes_documents_where_jax_leaves_the_masks_gradient_out(jax_version):
     old = "with --mask-documents needs jax 0.11, not 0.10.2, which adds the mask's gradient"
-    assert beyond_cudnn(2048, 64, documents=True) == (old if jax_version < (0, 11) else "")
+    assert cudnn_shape_problem(2048, 64, documents=True) == (old if jax_version < (0, 11) else "")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_cudnn_takes_documents_where_jax_leaves_the_masks_gradient_out(jax_versi
 )
 def test_cudnn_takes_heads_of_a_multiple_of_8_up_to_128(head_dim, fits):
     said = f"needs a head_dim that is a multiple of 8, up to 128, not {head_dim}"
-    assert beyond_cudnn(2048, head_dim, documents=False) == ("" if fits else said)
+    assert cudnn_shape_problem(2048, head_dim, documents=False) == ("" if fits else said)
 
 
 def chosen(device: Any, attention: Any = None, **changes: Any) -> tuple[str, str]:
@@ -89,8 +89,11 @@ def test_a_gpu_attends_by_cudnn_where_it_runs_and_else_in_blocks_and_says_why(ja
     assert chosen(gpu()) == ("cudnn", "")
     assert chosen(gpu(), sequence_length=1000) == ("cudnn", "")
     assert chosen(gpu(), sequence_length=1001) == ("xla", "needs an even --sequence-length, not 1001")
-    assert chosen(gpu("gfx90a")) == ("xla", lacks_cudnn(gpu("gfx90a"), "bfloat16"))
-    assert chosen(gpu(), mask_documents=True, sequence_length=1000) == ("xla", beyond_cudnn(1000, 64, documents=True))
+    assert chosen(gpu("gfx90a")) == ("xla", cudnn_device_problem(gpu("gfx90a"), "bfloat16"))
+    assert chosen(gpu(), mask_documents=True, sequence_length=1000) == (
+        "xla",
+        cudnn_shape_problem(1000, 64, documents=True),
+    )
     assert chosen(gpu(), mask_documents=True)[0] == ("xla" if jax_version < (0, 11) else "cudnn")
     assert chosen(SimpleNamespace(platform="cpu"), dtype="float32") == ("xla", ""), "nobody expected it there"
 
