@@ -86,7 +86,7 @@ def inference(workload: Workload, folder: Path) -> tuple[Unit, dict[str, Any]]:
     model, tokens = weights.load(folder, jnp.dtype(workload.dtype))[0], jnp.asarray(workload.tokens())
     prepared: Any = model
     if workload.what == "decode":  # as the engine does, once
-        prepared = Quantized.of(model, workload.quantize) if workload.quantize else Unrolled.of(model)
+        prepared = Quantized.from_model(model, workload.quantize) if workload.quantize else Unrolled.from_model(model)
 
     def decode() -> dict[str, Any]:
         # Not from the first tokens to the last: when those are read, the next call is under way already.
@@ -102,7 +102,7 @@ def inference(workload: Workload, folder: Path) -> tuple[Unit, dict[str, Any]]:
 
     def prefill() -> dict[str, Any]:
         start = jnp.zeros(workload.batch_size, jnp.int32)
-        jax.block_until_ready(programs.prefill(model, tokens[:, :-1], start, slots=workload.sequence_length))
+        jax.block_until_ready(programs.prefill(model, tokens[:, :-1], start, cache_size=workload.sequence_length))
         return {}
 
     unit = decode if workload.what == "decode" else prefill

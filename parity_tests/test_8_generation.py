@@ -9,8 +9,8 @@ import torch
 from transformers.generation import logits_process
 
 from smollm_jax.generation.generate import generate
-from smollm_jax.generation.programs import NO_TOKEN
-from smollm_jax.generation.sampling import Knobs, Sampling, kept, penalized
+from smollm_jax.generation.programs import PAD_ID
+from smollm_jax.generation.sampling import BatchedSampling, Sampling, apply_repetition_penalty, filter_mask
 from smollm_jax.generation.unrolled import Unrolled
 from smollm_parity import ladder
 from smollm_parity.tolerances import ARGMAX_MARGIN, within
@@ -42,7 +42,7 @@ def hf_texts(hf, tokenizer):
 
 @pytest.fixture(scope="module")
 def unrolled(jax_model):
-    return Unrolled.of(jax_model)
+    return Unrolled.from_model(jax_model)
 
 
 @pytest.mark.parametrize(("layers", "batched"), [("stacked", True), ("unrolled", True), ("unrolled", False)])
@@ -54,7 +54,7 @@ def test_greedy_text_equals_hugging_faces(layers, batched, jax_model, unrolled, 
     for group in [ids] if batched else [[one] for one in ids]:
         pieces = generate(model, group, max_new_tokens=NEW_TOKENS, eos_token_ids=eos)
         rows += list(np.concatenate(list(pieces), axis=1))
-    ours = [[int(token) for token in row if token != NO_TOKEN] for row in rows]
+    ours = [[int(token) for token in row if token != PAD_ID] for row in rows]
     assert ours == hf_texts
     assert any(len(text) == NEW_TOKENS for text in ours), "every text ended early: nothing was decoded at length"
 
@@ -68,7 +68,7 @@ def test_the_repetition_penalty_is_hugging_faces_to_one_rounding():
     np.put_along_axis(seen, ids, True, axis=1)
     for penalty in (0.7, 1.1, 1.3, 5.0):
         theirs = logits_process.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(ids), torch.tensor(logits))
-        ours = penalized(jnp.asarray(logits), jnp.asarray(seen), jnp.full(4, penalty, jnp.float32))
+        ours = apply_repetition_penalty(jnp.asarray(logits), jnp.asarray(seen), jnp.full(4, penalty, jnp.float32))
         np.testing.assert_array_max_ulp(np.asarray(ours), theirs.numpy(), maxulp=1)
 
 
@@ -77,7 +77,7 @@ def test_greedy_text_with_a_penalty_equals_hugging_faces(unrolled, hf, tokenizer
     sampling = Sampling(repetition_penalty=1.3)
     eos = unrolled.config.eos_token_ids
     rows = generate(unrolled, ids, max_new_tokens=NEW_TOKENS, sampling=sampling, eos_token_ids=eos)
-    ours = [[int(i) for i in row if i != NO_TOKEN] for row in np.concatenate(list(rows), axis=1)]
+    ours = [[int(i) for i in row if i != PAD_ID] for row in np.concatenate(list(rows), axis=1)]
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "repetition_penalty": 1.3}
     for prompt, row in zip(ids, ours, strict=True):
         tokens = torch.tensor([prompt])
@@ -97,7 +97,7 @@ def test_the_tokens_kept_are_hugging_faces(temperature):
             scores = scores if warper is None else warper(None, scores)
         theirs = torch.softmax(scores, dim=-1).numpy()
         scaled = jnp.asarray((logits - logits.max()) / np.float32(temperature))
-        ours = np.asarray(kept(scaled, Knobs.of([Sampling(temperature, top_k, top_p, min_p)])))
+        ours = np.asarray(filter_mask(scaled, BatchedSampling.stack([Sampling(temperature, top_k, top_p, min_p)])))
         # Two ways to sum 49,152 numbers in float32 may cross top_p one unlikely token apart.
         assert theirs[ours != (theirs > 0)].sum() < 1e-5
         assert (ours != (theirs > 0)).sum() <= (1 if top_p < 1 else 0)
@@ -118,7 +118,7 @@ def test_greedy_256_tokens_on_50_real_prompts(bundle, jax_model, hf, tokenizer, 
     ours = np.concatenate(list(generate(jax_model, prompts, max_new_tokens=LONG, eos_token_ids=eos)), axis=1).tolist()
     equal = 0
     for index, (prompt, mine, other) in enumerate(zip(prompts, ours, theirs, strict=True)):
-        mine = [token for token in mine if token != NO_TOKEN]
+        mine = [token for token in mine if token != PAD_ID]
         other = other[: len(mine)] if set(mine) & set(eos) else other  # after eos transformers pads
         if mine == other:
             equal += 1

@@ -13,7 +13,7 @@ from smollm_jax import weights
 from smollm_jax.config import Recipe
 from smollm_jax.errors import UsageError
 from smollm_jax.generation.generate import generate
-from smollm_jax.generation.programs import NO_TOKEN
+from smollm_jax.generation.programs import PAD_ID
 from smollm_jax.model.attention import packed
 from smollm_jax.training import optimizer, train_step
 from smollm_jax.training.execution import Compute
@@ -88,8 +88,8 @@ def greedy(bundle: Bundle, job: Job, out: Path) -> None:
     model, eos = weights.from_bundle(bundle), bundle.config.eos_token_ids
     pieces = generate(model, prompts_of(job), max_new_tokens=NEW_TOKENS, eos_token_ids=eos)
     new = np.concatenate(list(pieces), axis=1)
-    assert NO_TOKEN == -1
-    write(out, "greedy", np.pad(new, ((0, 0), (0, NEW_TOKENS - new.shape[1])), constant_values=NO_TOKEN))
+    assert PAD_ID == -1
+    write(out, "greedy", np.pad(new, ((0, 0), (0, NEW_TOKENS - new.shape[1])), constant_values=PAD_ID))
 
 
 def packing(bundle: Bundle, job: Job, out: Path) -> None:

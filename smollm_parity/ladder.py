@@ -86,7 +86,7 @@ def autocast_logits(module: Any, tokens: np.ndarray) -> np.ndarray:
 
 def decoded(bundle: Bundle, tokens: np.ndarray, kind: Quantize) -> np.ndarray:
     """Logits `[B, T, V]` of the quantised model, one token after another through its cache."""
-    model = Quantized.of(weights.from_bundle(bundle), kind)
+    model = Quantized.from_model(weights.from_bundle(bundle), kind)
     start = jnp.zeros(len(tokens), jnp.int32)
 
     @jax.jit

@@ -31,7 +31,7 @@ from smollm_jax.runtime import streams
 from smollm_jax.runtime.startup import QuickStart
 
 if TYPE_CHECKING:
-    from smollm_jax.generation.engine import Engine, Piece
+    from smollm_jax.generation.engine import Chunk, Engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def encode(engine: "Engine", prompt: str, flags: Flags) -> list[int]:
     return engine.chat([*system, {"role": "user", "content": prompt}])
 
 
-def timed(pieces: Iterator["Piece"], rows: int, timings: dict[str, float]) -> Iterator["Piece"]:
+def timed(pieces: Iterator["Chunk"], rows: int, timings: dict[str, float]) -> Iterator["Chunk"]:
     """The same pieces; when they end, `timings` says how long they took.
 
     The clock of the speed starts after the second call, for each of the first two may have compiled its program.

@@ -1,1 +1,1 @@
-"""Text continued by a model: prompts in, tokens and text out."""
+"""Text generation: prompts in, tokens and text out."""

@@ -1,6 +1,6 @@
-"""A model's programs through `jax.export`, for whoever runs them without this package.
+"""A model's forward and decode programs through `jax.export`, to be run without this package.
 
-B rows, T or N tokens, S slots of the cache, L layers, K KV heads, H head dim, V vocab.
+B rows, T or N tokens, S cache slots, L layers, K KV heads, H head dim, V vocab.
 """
 
 from typing import Any
@@ -18,17 +18,17 @@ PLATFORMS = ("cpu", "cuda")
 
 
 def archive(model: SmolLM) -> dict[str, np.ndarray]:
-    """The serialised programs `forward` and `decode`, and every parameter as `parameter_000`, `parameter_001`, ...
+    """The serialised programs `forward` and `decode`, and all parameters as `parameter_000`, `parameter_001`, ...
 
-    bfloat16 parameters are stored as their bits, uint16, for which the programs have bfloat16 parameters.
+    NumPy cannot store bfloat16: such parameters are stored as uint16 and must be viewed as bfloat16 for the programs.
     """
     leaves, structure = jax.tree.flatten(model)
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     config = model.config
 
     def forward(parameters: list[Array], tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        order = jnp.arange(tokens.shape[1])
-        mask = (order <= order[:, None])[None, None]
+        positions = jnp.arange(tokens.shape[1])
+        mask = (positions <= positions[:, None])[None, None]
 
         def attend(q, k, v, cache):
             return attention(q, k, v, mask), cache
@@ -46,11 +46,12 @@ def archive(model: SmolLM) -> dict[str, np.ndarray]:
     def ids(*shape: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
+    # Each program needs dimension names of its own.
     b, t = jax.export.symbolic_shape("b, t")
-    c, n, s = jax.export.symbolic_shape("c, n, s", constraints=["n <= s"])  # sizes of the other program: its own names
+    c, n, s = jax.export.symbolic_shape("c, n, s", constraints=["n <= s"])
     shape = (config.num_hidden_layers, c, s, config.num_key_value_heads, config.head_dim)
-    room = jax.ShapeDtypeStruct(shape, model.embed_tokens.dtype)
-    programs = {"forward": (forward, (ids(b, t),)), "decode": (decode, (ids(c, n), room, room, ids()))}
+    cache = jax.ShapeDtypeStruct(shape, model.embed_tokens.dtype)
+    programs = {"forward": (forward, (ids(b, t),)), "decode": (decode, (ids(c, n), cache, cache, ids()))}
     arrays = {}
     for name, (function, arguments) in programs.items():
         exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shapes, *arguments)

@@ -1,4 +1,4 @@
-"""How the next token is chosen, as flags of generate.py and chat.py. Imports no JAX, so that --help is quick."""
+"""The sampling flags of generate.py and chat.py. Imports no JAX, so that --help is quick."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFlags:
-    """The fields of `Sampling`, by mlx-lm's names too. One left out is the weights' own, else what keeps all tokens."""
+    """The fields of `Sampling`, also by mlx-lm's names. The default is the weights' own value, else no filtering."""
 
     temperature: Annotated[float | None, tyro.conf.arg(aliases=["--temp"])] = None
     """0 is greedy, the default where the weights' generation_config.json does not ask for sampling."""
@@ -21,33 +21,33 @@ class SamplingFlags:
     top_p: float | None = None
     """Keep the likeliest tokens up to this total probability; 1 keeps all."""
     min_p: float | None = None
-    """Keep tokens with at least this part of the likeliest one's probability; 0 keeps all."""
+    """Keep tokens with at least this fraction of the largest probability; 0 keeps all."""
     repetition_penalty: float | None = None
-    """Above 1 makes tokens of the prompt and of the text less likely."""
+    """Above 1 makes tokens that occur in the prompt or the text less likely."""
     seed: int = 0
-    """Same seed, same text. In a chat that of the first answer: each later one takes the next."""
+    """Same seed, same text. In a chat, the seed of the first answer; each later answer uses the next seed."""
 
     def given(self) -> dict[str, Any]:
-        """The fields that were given."""
+        """The fields that the user gave."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     def checked(self) -> "Sampling":
-        """The given fields alone; raises `UsageError` naming the one that makes no sense, before weights are read."""
+        """The given fields as a `Sampling`; raises `UsageError` for an invalid one before weights are read."""
         from smollm_jax.generation.sampling import Sampling
 
         return Sampling(**self.given())
 
     def over(self, generation: "GenerationConfig") -> "Sampling":
-        """The weights' own way of sampling with the given fields instead of theirs."""
+        """The weights' own sampling parameters, overridden by the given fields."""
         from smollm_jax.generation.sampling import Sampling
 
         return Sampling(**(generation.sampling | self.given()))
 
     def said(self, generation: "GenerationConfig") -> str:
-        """One line on how the next token is chosen and who says so."""
+        """One line with the sampling parameters and where they come from."""
         from smollm_jax.config.generation_config import describe_sampling
 
-        chosen = generation.sampling | {name: value for name, value in self.given().items() if name != "seed"}
-        flags = chosen != generation.sampling
-        whose = " and ".join(filter(None, [generation.source, "flags" if flags else ""]))
-        return f"sampling: {describe_sampling(chosen)}" + (f" ({whose})" if whose else "")
+        sampling = generation.sampling | {name: value for name, value in self.given().items() if name != "seed"}
+        flags = "flags" if sampling != generation.sampling else ""
+        sources = " and ".join(filter(None, [generation.source, flags]))
+        return f"sampling: {describe_sampling(sampling)}" + (f" ({sources})" if sources else "")

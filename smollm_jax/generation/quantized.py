@@ -1,7 +1,7 @@
-"""A model whose matrices are stored in fewer bytes, for decoding on a CPU: a token does little else than read them.
+"""A model with quantized weight matrices, for decoding on a CPU, whose speed is limited by reading the weights.
 
-"bf16" rounds each number to bfloat16. "int8" is GGUF's q8_0: blocks of 32 numbers along the input axis, an int8 each
-and a float16 scale for all. Everything between the matrices, and every sum, is float32; so is the cache.
+"bf16" rounds the weights to bfloat16. "int8" is GGUF's q8_0: blocks of 32 weights along the input axis, each an int8,
+with one float16 scale per block. Activations, accumulation and the cache are float32.
 
 B batch, T query tokens, I and O a matrix's inputs and outputs, D hidden, N query heads, H head dim, F MLP, V vocab.
 """
@@ -24,23 +24,23 @@ from smollm_jax.model.ops import apply_rope, fused_swiglu, rms_norm, rope_cos_si
 from smollm_jax.model.smollm import SmolLM
 
 Quantize = Literal["bf16", "int8"]
-BLOCK = 32  # numbers with one scale
+BLOCK = 32  # weights per scale
 
 
-def check(kind: object, dtype: Any) -> None:
-    """Raises `UsageError` for a kind there is not, another dtype than float32, and another device than a CPU."""
+def validate_quantize(kind: object, dtype: Any) -> None:
+    """Raises `UsageError` for an unknown kind, a dtype other than float32, or a device that is not a CPU."""
     if kind not in get_args(Quantize):
         raise UsageError(f"quantize must be one of {', '.join(get_args(Quantize))}, got {short_repr(kind)}")
     if jnp.dtype(dtype) != jnp.float32:
-        raise UsageError(f"--quantize {kind} is computed in float32, not {jnp.dtype(dtype)}")
+        raise UsageError(f"--quantize {kind} computes in float32: use --dtype float32, not {jnp.dtype(dtype)}")
     if (platform := jax.default_backend()) != "cpu":
-        raise UsageError(f"--quantize {kind} is for CPUs, this is a {platform}: take --dtype bfloat16")
+        raise UsageError(f"--quantize {kind} is only for CPUs, not a {platform}: use --dtype bfloat16")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A matrix in q8_0: row o is values[o, i] * scales[o, i // 32]."""
+    """A matrix in q8_0: entry (o, i) is values[o, i] * scales[o, i // 32]."""
 
     values: Int8[Any, "O I"]
     scales: Float16[Any, "O blocks"]
@@ -50,48 +50,48 @@ Matrix = Blocks | Array  # [O, I] of bfloat16
 
 
 def to_blocks(matrix: np.ndarray) -> Blocks:
-    """A matrix [O, I] in q8_0.
+    """Quantizes a matrix [O, I] to q8_0.
 
     Rounds as ggml's reference: by the float32 scale, halves away from zero; the scale is then stored as float16.
-    Source: ggml, src/ggml-quants.c, `quantize_row_q8_0_ref`. Raises `UsageError` where it is not of blocks of 32.
+    Source: ggml, src/ggml-quants.c, `quantize_row_q8_0_ref`. Raises `UsageError` unless I is a multiple of 32.
     """
     if matrix.shape[1] % BLOCK:
-        raise UsageError(f"--quantize int8: rows of {matrix.shape[1]} numbers do not divide into blocks of {BLOCK}")
+        raise UsageError(f"--quantize int8 needs rows of a multiple of {BLOCK} values, got {matrix.shape[1]}")
     blocks = np.asarray(matrix, np.float32).reshape(len(matrix), -1, BLOCK)
     scales = np.abs(blocks).max(axis=-1) / np.float32(127)
     with np.errstate(over="ignore"):
         stored = scales.astype(np.float16)
     if not np.isfinite(stored).all():
-        raise UsageError("--quantize int8: a matrix has numbers beyond 127 times float16's largest, 65,504")
+        raise UsageError("--quantize int8: a matrix has values beyond 127 times 65,504, the largest float16")
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
     x = blocks * inverse[..., None]
     values = np.trunc(x + np.copysign(np.float32(0.5), x)).astype(np.int8)
     return Blocks(values.reshape(matrix.shape), stored)
 
 
-def wide(matrix: Matrix) -> Float[Any, "O I"]:
-    """The float32 numbers that a matrix stands for, which are exact."""
+def dequantize(matrix: Matrix) -> Float[Any, "O I"]:
+    """The exact float32 values of a matrix."""
     if not isinstance(matrix, Blocks):
         return matrix.astype(jnp.float32)
     values = matrix.values.reshape(*matrix.scales.shape, BLOCK).astype(jnp.float32)
     return (values * matrix.scales[..., None].astype(jnp.float32)).reshape(matrix.values.shape)
 
 
-def product(x: Float[Array, "B T I"], matrix: Matrix, ones: Float[Array, "most"]) -> Float[Array, "B T O"]:
-    """x @ matrix.T, where `ones` are at least as many as x has columns.
+def quantized_linear(x: Float[Array, "B T I"], matrix: Matrix, ones: Float[Array, "max"]) -> Float[Array, "B T O"]:
+    """x @ matrix.T; `ones` must have at least I entries.
 
-    The barrier keeps the cast beside the product, which then reads the matrix as it is stored: XLA would else take it
-    out of the loop over tokens, and that loop would read float32. The division makes XLA:CPU compute x once: anything
-    cheaper it computes anew for every row of the matrix.
+    The barrier keeps the cast next to the matmul, which then reads the quantized matrix: XLA would otherwise hoist the
+    cast out of the decode loop, which would then read float32. The division makes XLA:CPU compute x only once: cheaper
+    operations it would fuse into the matmul and repeat for every row of the matrix.
     """
     x, matrix = jax.lax.optimization_barrier((x / ones[: x.shape[-1]], matrix))
-    return x @ wide(matrix).T
+    return x @ dequantize(matrix).T
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One decoder layer: `model.DecoderLayer` with q, k and v in one matrix, and gate and up in one."""
+    """`DecoderLayer` with quantized matrices: q, k and v in one, and gate and up in one."""
 
     input_layernorm: Float[Array, "D"]
     qkv_proj: Matrix
@@ -104,26 +104,26 @@ class Layer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A model beside the matrices it decodes with. The model's parameters are float32, of the same rounded numbers."""
+    """Quantized matrices for decoding, and a float32 `model` with the same rounded weights for the prefill."""
 
     model: SmolLM
     layers: tuple[Layer, ...]
     head: Matrix
-    ones: Float[Array, "most"]  # see `product`
+    ones: Float[Array, "max"]  # see `quantized_linear`
 
     @classmethod
-    def of(cls, model: SmolLM, kind: Quantize, stored: Mapping[str, Blocks] | None = None) -> "Quantized":
-        """A float32 model's matrices as `kind`; those of `stored`, by Hugging Face's names, as they are.
+    def from_model(cls, model: SmolLM, kind: Quantize, stored: Mapping[str, Blocks] | None = None) -> "Quantized":
+        """Quantizes a float32 model; matrices in `stored` (by Hugging Face's name) are used as they are.
 
-        Raises `UsageError` as `check` and `to_blocks` do.
+        Raises `UsageError` as `validate_quantize` and `to_blocks` do.
         """
-        check(kind, model.embed_tokens.dtype)
+        validate_quantize(kind, model.embed_tokens.dtype)
         bundle = weights.to_bundle(model)
         tensors: dict[str, Any] = dict(bundle.tensors)
         for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
-            tensors[name] = (stored or {}).get(name) or _rounded(tensors[name], kind)
-        exact = {name: np.asarray(wide(t)) if isinstance(t, Blocks) else t for name, t in tensors.items()}
-        rounded = weights.from_bundle(dataclasses.replace(bundle, tensors=exact))
+            tensors[name] = (stored or {}).get(name) or _quantize(tensors[name], kind)
+        dequantized = {name: np.asarray(dequantize(t)) if isinstance(t, Blocks) else t for name, t in tensors.items()}
+        rounded = weights.from_bundle(dataclasses.replace(bundle, tensors=dequantized))
         head = tensors["model.embed_tokens.weight" if model.lm_head is None else "lm_head.weight"]
         layers = tuple(_layer(tensors, f"model.layers.{i}.") for i in range(model.config.num_hidden_layers))
         c = model.config
@@ -137,35 +137,36 @@ class Quantized:
     def hidden_states(
         self, tokens: Int[Array, "B T"], *, positions: Int[Array, "B T"], attend: Attend, cache: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """`SmolLM.hidden_states` of tokens known to be in the vocabulary."""
+        """`SmolLM.hidden_states` for tokens already known to be in the vocabulary."""
         N, H, eps = self.config.num_attention_heads, self.config.head_dim, self.config.rms_norm_eps
         x = self.model.embed_tokens[...][tokens]
-        cos, sin = (turn / self.ones[: H // 2] for turn in rope_cos_sin(positions, self.config, x.dtype))  # once, too
+        # Divided by one to be computed only once, as x in `quantized_linear`.
+        cos, sin = (angle / self.ones[: H // 2] for angle in rope_cos_sin(positions, self.config, x.dtype))
         for layer in self.layers:
-            qkv = product(rms_norm(x, layer.input_layernorm, eps), layer.qkv_proj, self.ones)
+            qkv = quantized_linear(rms_norm(x, layer.input_layernorm, eps), layer.qkv_proj, self.ones)
             qkv = qkv.reshape(*tokens.shape, -1, H)
             q, k, v = jnp.split(qkv, (N, (N + qkv.shape[-2]) // 2), axis=-2)
             out, cache = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, cache)
-            x = x + product(out.reshape(*tokens.shape, N * H), layer.o_proj, self.ones)
-            gate_up = product(rms_norm(x, layer.post_attention_layernorm, eps), layer.gate_up_proj, self.ones)
-            x = x + product(fused_swiglu(gate_up), layer.down_proj, self.ones)
+            x = x + quantized_linear(out.reshape(*tokens.shape, N * H), layer.o_proj, self.ones)
+            gate_up = quantized_linear(rms_norm(x, layer.post_attention_layernorm, eps), layer.gate_up_proj, self.ones)
+            x = x + quantized_linear(fused_swiglu(gate_up), layer.down_proj, self.ones)
         return rms_norm(x, self.model.norm[...], eps), cache
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """`SmolLM.logits`."""
-        return product(hidden, self.head, self.ones)
+        return quantized_linear(hidden, self.head, self.ones)
 
 
-def _rounded(matrix: np.ndarray, kind: Quantize) -> Any:
+def _quantize(matrix: np.ndarray, kind: Quantize) -> Any:
     return to_blocks(matrix) if kind == "int8" else matrix.astype(ml_dtypes.bfloat16)
 
 
 def _layer(tensors: Mapping[str, Any], prefix: str) -> Layer:
-    """A layer of Hugging Face's tensors, which lie `[out, in]` already."""
+    """A layer from Hugging Face's tensors, which are `[out, in]` as needed here."""
 
     def joined(*names: str) -> Any:
-        parts = [tensors[f"{prefix}{name}.weight"] for name in names]
-        return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
+        matrices = [tensors[f"{prefix}{name}.weight"] for name in names]
+        return jax.tree.map(lambda *rows: jnp.concatenate(rows), *matrices)
 
     return Layer(
         joined("input_layernorm"),

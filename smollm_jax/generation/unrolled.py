@@ -1,7 +1,7 @@
 """The model in a layout for decoding: layers unrolled, projections fused, head transposed.
 
-A scan over stacked layers copies each layer's weights before it multiplies, which costs decoding half its speed: one
-token does little else than read the weights. Its program is ten times quicker to compile, so prefill keeps the scan.
+A scan over stacked layers copies each layer's weights before the matmul. DecodeState a token does little more than read
+the weights, so the copy would halve its speed. Prefill keeps the scan, which compiles ten times faster.
 """
 
 import dataclasses
@@ -20,17 +20,18 @@ from smollm_jax.model.smollm import DecoderLayer, SmolLM, fuse_projections
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unrolled:
-    """A model beside copies of its layers and of its head: about twice the memory, and twice the speed on a CPU."""
+    """A model with copies of its layers and head for decoding: about twice the memory, twice the speed on a CPU."""
 
     model: SmolLM
     layers: tuple[DecoderLayer, ...]
     head: Float[Array, "D V"]
 
     @classmethod
-    def of(cls, model: SmolLM) -> "Unrolled":
-        """The model's weights, laid out anew; its embedding and norms are shared."""
-        count, layers = range(model.config.num_hidden_layers), fuse_projections(model.layers)
-        layers = tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in count)
+    def from_model(cls, model: SmolLM) -> "Unrolled":
+        """Copies the weights of the layers and the head; the embedding and the last norm are shared."""
+        stacked = fuse_projections(model.layers)
+        indices = range(model.config.num_hidden_layers)
+        layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in indices)
         return cls(model, layers, jnp.array(model.head.T))
 
     @property
@@ -40,7 +41,7 @@ class Unrolled:
     def hidden_states(
         self, tokens: Int[Array, "B T"], *, positions: Int[Array, "B T"], attend: Attend, cache: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """`SmolLM.hidden_states` of tokens known to be in the vocabulary."""
+        """`SmolLM.hidden_states` for tokens already known to be in the vocabulary."""
         x = self.model.embed_tokens[...][tokens]
         cos, sin = rope_cos_sin(positions, self.config, x.dtype)
         for layer in self.layers:

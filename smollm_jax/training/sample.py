@@ -10,7 +10,7 @@ import numpy as np
 from smollm_jax.config import Config
 from smollm_jax.errors import UsageError
 from smollm_jax.generation.generate import generate
-from smollm_jax.generation.programs import NO_TOKEN
+from smollm_jax.generation.programs import PAD_ID
 from smollm_jax.model.smollm import SmolLM
 from smollm_jax.parallel import processes
 from smollm_jax.runtime.signals import StopSignal
@@ -53,7 +53,7 @@ class Sampler:
         ids = [list(self.start)]
         pieces = generate(model, ids, max_new_tokens=NEW_TOKENS, eos_token_ids=model.config.eos_token_ids)
         new = np.concatenate([np.empty((1, 0), int), *itertools.takewhile(lambda _: not self.stop, pieces)], axis=1)[0]
-        return None if self.stop else self.tokenizer.decode(new[new != NO_TOKEN])
+        return None if self.stop else self.tokenizer.decode(new[new != PAD_ID])
 
     def line(self, model: SmolLM) -> str | None:
         """Prompt and continuation in one line; None when a signal came in between.

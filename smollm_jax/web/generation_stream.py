@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from smollm_jax.errors import UsageError
-from smollm_jax.generation.engine import Piece
+from smollm_jax.generation.engine import Chunk
 from smollm_jax.web.model_store import Loaded
 from smollm_jax.web.requests import Ask
 from smollm_jax.web.token_html import ALTERNATIVES, TintedText
@@ -53,7 +53,7 @@ class Writing:
         self.count, self.finish = 0, ""
         self._began = 0.0
 
-    def frames(self, seconds: float = FRAME_SECONDS) -> Iterator[list[Piece]]:
+    def frames(self, seconds: float = FRAME_SECONDS) -> Iterator[list[Chunk]]:
         """The pieces of each frame of the page."""
         frame, last = [], 0.0
         with contextlib.closing(self._pieces):
@@ -70,7 +70,7 @@ class Writing:
                 if self.finish:
                     return
 
-    def _reason(self, piece: Piece, now: float) -> str:
+    def _reason(self, piece: Chunk, now: float) -> str:
         if piece.finish == "length" and len(self._ids) >= self._context:
             return "context"
         return piece.finish or ("time" if now > self._deadline else "")

@@ -4,7 +4,7 @@ import html
 import json
 import math
 
-from smollm_jax.generation.engine import Piece, Token
+from smollm_jax.generation.engine import Chunk, Token
 from smollm_jax.tokenizer import Tokenizer
 
 ALTERNATIVES = 6
@@ -29,7 +29,7 @@ class TintedText:
         self._waiting: list[Token] = []
         self._text = ""  # not shown yet
 
-    def add(self, piece: Piece) -> str:
+    def add(self, piece: Chunk) -> str:
         """The HTML of the tokens whose text is now known."""
         self._text += piece.text
         self._waiting += piece.tokens

@@ -96,7 +96,7 @@ def write(path: str | Path, bundle: Bundle, kind: Kind, *, gguf_type: GgufType |
 
 
 def generation_of(path: Path) -> GenerationConfig:
-    """How weights ask to be written with, without reading a tensor; greedy for the kinds that would need that."""
+    """How weights ask to be written with, without reading a tensor; greedy for the kinds that would import_optional that."""
     kind, source = kind_of(path), f"{path}: generation_config"
     if kind == "gguf":
         config, values = gguf_reader.read_generation(path)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from smollm_jax.errors import UsageError
 from smollm_jax.generation import generate, programs
-from smollm_jax.generation.engine import Engine, StoppedText
+from smollm_jax.generation.engine import Engine, StopStringFilter
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.model.smollm import SmolLM
 
@@ -114,7 +114,7 @@ def test_a_text_cut_inside_a_character_says_so(parrot):
 
 
 def test_held_text_is_released_in_order(tokenizer):
-    text = StoppedText(tokenizer, ["abc", "bcd"])
+    text = StopStringFilter(tokenizer, ["abc", "bcd"])
     shown = [text.add(i) for letter in "xababx" for i in tokenizer.encode(letter)]
     assert shown == ["x", "", "", "ab", "", "abx"]
     assert [text.add(i) for letter in "xbcd" for i in tokenizer.encode(letter)] == ["x", "", "", ""]
@@ -132,7 +132,7 @@ def test_a_stream_a_completion_and_the_programs_give_the_same_tokens(engine, tin
         list(generate.generate(tiny_model, PROMPTS, max_new_tokens=20, sampling=sampling, eos_token_ids=(0,))), axis=1
     )
     for row, (completion, ids) in enumerate(zip(done, rows, strict=True)):
-        assert [token.id for token in completion.tokens] == ids[ids != programs.NO_TOKEN].tolist()
+        assert [token.id for token in completion.tokens] == ids[ids != programs.PAD_ID].tolist()
         alone = list(engine.stream(PROMPTS[row : row + 1], max_new_tokens=20, sampling=sampling))
         assert "".join(piece.text for piece in alone) == completion.text
         assert completion.prompt_tokens == len(PROMPTS[row])

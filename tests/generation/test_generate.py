@@ -9,8 +9,8 @@ import pytest
 
 from smollm_jax.errors import UsageError
 from smollm_jax.generation import programs
-from smollm_jax.generation.generate import generate, run
-from smollm_jax.generation.programs import NO_TOKEN, buckets
+from smollm_jax.generation.generate import generate, stream_tokens
+from smollm_jax.generation.programs import PAD_ID, buckets
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.generation.unrolled import Unrolled
 from smollm_jax.model.attention import cached
@@ -57,7 +57,7 @@ def test_a_row_ends_at_its_own_eos(tiny_model):
     for row, whole in zip(stopped, free, strict=True):
         end = whole.tolist().index(eos) + 1 if eos in whole else len(whole)
         np.testing.assert_array_equal(row[:end], whole[:end])
-        assert (row[end:] == NO_TOKEN).all()
+        assert (row[end:] == PAD_ID).all()
     alone = new_tokens(tiny_model, PROMPTS[:1], eos_token_ids=[eos], tokens_per_call=2)
     assert alone.shape[1] <= 6, "decoding went on after every row had ended"
 
@@ -67,7 +67,7 @@ def test_every_row_may_end_at_another_eos(tiny_model):
     eos = [row[3 + i] for i, row in enumerate(free)]
     ends = [1 + min(row.index(one) for one in eos if one in row) for row in free]
     rows = new_tokens(tiny_model, PROMPTS, eos_token_ids=eos)
-    assert [row[row != NO_TOKEN].tolist() for row in rows] == [row[:end] for row, end in zip(free, ends, strict=True)]
+    assert [row[row != PAD_ID].tolist() for row in rows] == [row[:end] for row, end in zip(free, ends, strict=True)]
     assert len({row[end - 1] for row, end in zip(free, ends, strict=True)}) > 1, "all rows ended at the same one"
 
 
@@ -127,7 +127,9 @@ def test_the_repetition_penalty_counts_prompt_and_text(tiny_model):
 
 @pytest.mark.parametrize("sampling", [Sampling(), ALL_KNOBS])
 def test_layers_laid_out_for_decoding_give_the_same_text(tiny_model, sampling):
-    stacked, unrolled = (new_tokens(m, PROMPTS, sampling=sampling) for m in (tiny_model, Unrolled.of(tiny_model)))
+    stacked, unrolled = (
+        new_tokens(m, PROMPTS, sampling=sampling) for m in (tiny_model, Unrolled.from_model(tiny_model))
+    )
     np.testing.assert_array_equal(stacked, unrolled)
 
 
@@ -136,9 +138,9 @@ def test_layers_laid_out_give_the_models_logits(tiny, dtype):
     untied = dataclasses.replace(tiny, tie_word_embeddings=False)
     for config in (tiny, untied):
         model = jax.tree.map(lambda x: x.astype(dtype), SmolLM(config, key=jax.random.key(1)))
-        unrolled = Unrolled.of(model)
+        unrolled = Unrolled.from_model(model)
         start, token = jnp.asarray([0, 3], jnp.int32), jnp.asarray([[7], [300]], jnp.int32)
-        cache, _ = programs.prefill(model, jnp.arange(20).reshape(2, 10), start, slots=16)
+        cache, _ = programs.prefill(model, jnp.arange(20).reshape(2, 10), start, cache_size=16)
         positions, attend = (cache.length - start)[:, None], cached(start)
         hidden, after = model.hidden_states(token, positions=positions, attend=attend, cache=cache)
         theirs, other = unrolled.hidden_states(token, positions=positions, attend=attend, cache=cache)
@@ -150,9 +152,9 @@ def test_layers_laid_out_give_the_models_logits(tiny, dtype):
 def test_a_cache_that_grows_changes_nothing(tiny_model, monkeypatch):
     whole = new_tokens(tiny_model, PROMPTS, max_new_tokens=200)
     monkeypatch.setattr(programs, "SMALLEST_CACHE", 64)  # then 128, 256
-    grown = programs.grow._cache_size()
+    grown = programs.grow_cache._cache_size()
     np.testing.assert_array_equal(new_tokens(tiny_model, PROMPTS, max_new_tokens=200), whole)
-    assert programs.grow._cache_size() == grown + 2
+    assert programs.grow_cache._cache_size() == grown + 2
 
 
 def test_prompts_of_any_length_in_a_context_of_8192_call_for_8_prefill_programs(tiny, monkeypatch):
@@ -161,8 +163,8 @@ def test_prompts_of_any_length_in_a_context_of_8192_call_for_8_prefill_programs(
     assert buckets(config) == [64, 128, 256, 512, 1024, 2048, 4096, 8192]
     called = set()
 
-    def prefill(model, tokens, start, used, *, slots):
-        called.add((tokens.shape, slots))
+    def prefill(model, tokens, start, length, *, cache_size):
+        called.add((tokens.shape, cache_size))
         raise InterruptedError
 
     monkeypatch.setattr(programs, "prefill", prefill)
@@ -176,7 +178,7 @@ def test_prompts_of_any_length_in_a_context_of_8192_call_for_8_prefill_programs(
 def test_any_length_of_prompt_needs_at_most_one_program_a_bucket(tiny, tiny_model):
     assert buckets(dataclasses.replace(tiny, max_position_embeddings=100)) == [64, 100]
     assert buckets(dataclasses.replace(tiny, max_position_embeddings=20)) == [20]
-    for function in (programs.prefill, programs.begin, programs.decode):
+    for function in (programs.prefill, programs.sample_first, programs.decode):
         function.clear_cache()
     rng = np.random.default_rng(0)
     lengths = [1, 2, 63, 64, 65, 127, 128, 129, 200, 256, 257, 300, 500, 509]
@@ -200,7 +202,7 @@ def test_the_bucket_of_a_prompt_changes_nothing(tiny_model):
 
 def slid(model, prompts, **options):
     options = {"samplings": [Sampling()] * len(prompts), "slide": True} | options
-    return np.concatenate([chosen.ids for chosen in run(model, prompts, **options)], axis=1)
+    return np.concatenate([chosen.ids for chosen in stream_tokens(model, prompts, **options)], axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +236,7 @@ def test_a_row_that_has_ended_takes_no_context_from_the_others(short_model):
     eos = int(slid(short_model, prompts[:1], max_new_tokens=1)[0, 0])
     assert eos not in alone
     both = slid(short_model, prompts, max_new_tokens=28, eos_token_ids=[eos])
-    assert (both[0, 1:] == NO_TOKEN).all()
+    assert (both[0, 1:] == PAD_ID).all()
     np.testing.assert_array_equal(both[1], alone)
 
 

@@ -13,7 +13,7 @@ from smollm_jax.errors import UsageError
 from smollm_jax.generation import programs
 from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.generate import generate
-from smollm_jax.generation.quantized import Blocks, Quantized, product, to_blocks, wide
+from smollm_jax.generation.quantized import Blocks, Quantized, dequantize, quantized_linear, to_blocks
 from smollm_jax.generation.sampling import GREEDY, Sampling
 from smollm_jax.model.attention import UnstackedKVCache, cached, cached_unstacked
 from smollm_jax.model.smollm import SmolLM
@@ -28,7 +28,7 @@ def texts(model, prompts=PROMPTS, max_new_tokens=12, sampling=GREEDY):
 
 @pytest.fixture(scope="module", params=["bf16", "int8"])
 def quantized(request, tiny_model) -> Quantized:
-    return Quantized.of(tiny_model, request.param)
+    return Quantized.from_model(tiny_model, request.param)
 
 
 def test_blocks_are_ggmls():
@@ -41,7 +41,7 @@ def test_blocks_are_ggmls():
     raw = gguf.quants.quantize(matrix, Q8_0).reshape(64, 3, 34)
     np.testing.assert_array_equal(blocks.scales.view(np.uint16), raw[..., :2].copy().view(np.uint16)[..., 0])
     np.testing.assert_array_equal(blocks.values.reshape(64, 3, 32), raw[..., 2:].view(np.int8))
-    np.testing.assert_array_equal(wide(blocks), gguf.quants.dequantize(raw.reshape(64, -1), Q8_0))
+    np.testing.assert_array_equal(dequantize(blocks), gguf.quants.dequantize(raw.reshape(64, -1), Q8_0))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
@@ -58,14 +58,14 @@ def test_a_product_is_that_of_the_numbers_stored(kind, rows):
         numbers = np.asarray(stored, np.float64)
     x = rng.normal(size=(rows, 1, 96)).astype(np.float32)
     truth, sizes = x.astype(np.float64) @ numbers.T, np.abs(x).astype(np.float64) @ np.abs(numbers.T)
-    error = np.abs(np.asarray(jax.jit(product)(jnp.asarray(x), stored, jnp.ones(100))) - truth) / sizes
+    error = np.abs(np.asarray(jax.jit(quantized_linear)(jnp.asarray(x), stored, jnp.ones(100))) - truth) / sizes
     assert error.max() < 96 * 2**-24
 
 
 def test_it_computes_what_the_rounded_model_does(quantized):
     """A prompt of two rows, padded, and three tokens after it: logits and the cache as of the float32 model."""
     start = jnp.asarray([0, 3], jnp.int32)
-    cache, _ = programs.prefill(quantized.model, jnp.arange(20).reshape(2, 10) * 7, start, slots=16)
+    cache, _ = programs.prefill(quantized.model, jnp.arange(20).reshape(2, 10) * 7, start, cache_size=16)
     ours = programs.unstack_cache(cache)
     for token in ([7, 300], [12, 5], [400, 1]):
         tokens, positions = jnp.asarray(token, jnp.int32)[:, None], (cache.length - start)[:, None]
@@ -112,8 +112,8 @@ def test_a_cache_that_grows_changes_nothing(quantized, monkeypatch):
 
 def test_an_untied_head_is_the_one_that_is_used(tiny):
     model = SmolLM(dataclasses.replace(tiny, tie_word_embeddings=False), key=jax.random.key(1))
-    quantized = Quantized.of(model, "int8")
-    np.testing.assert_array_equal(wide(quantized.head), quantized.model.head)
+    quantized = Quantized.from_model(model, "int8")
+    np.testing.assert_array_equal(dequantize(quantized.head), quantized.model.head)
     np.testing.assert_array_equal(texts(quantized), texts(quantized.model))
 
 
@@ -138,7 +138,7 @@ def test_a_q8_0_gguf_is_decoded_as_it_lies(tiny_model, tokenizer_path, tmp_path)
         pieces = [in_halves(raw[f"blk.{i}.{name}.weight"].data, count) for name, count in heads]
         assert_is_stored(layer.qkv_proj, np.concatenate(pieces))
     assert_is_stored(stored.head, raw["token_embd.weight"].data)
-    np.testing.assert_array_equal(stored.model.head, wide(stored.head))
+    np.testing.assert_array_equal(stored.model.head, dequantize(stored.head))
     assert isinstance(stored.head, Blocks)
     assert np.abs(stored.head.values).max() <= 64
 
@@ -168,7 +168,10 @@ def halve_values(path):
     ("change", "named"),
     [
         ({"quantize": "int4"}, "quantize must be one of bf16, int8, got 'int4'"),
-        ({"quantize": "int8", "dtype": "bfloat16"}, "--quantize int8 is computed in float32, not bfloat16"),
+        (
+            {"quantize": "int8", "dtype": "bfloat16"},
+            "--quantize int8 computes in float32: use --dtype float32, not bfloat16",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(change, named, tiny_model, tokenizer_path, tmp_path):
@@ -180,11 +183,11 @@ def test_what_makes_no_sense_is_refused(change, named, tiny_model, tokenizer_pat
 
 
 def test_rows_that_are_no_blocks_are_refused():
-    with pytest.raises(UsageError, match="rows of 40 numbers do not divide into blocks of 32"):
+    with pytest.raises(UsageError, match="--quantize int8 needs rows of a multiple of 32 values, got 40"):
         to_blocks(np.ones((2, 40), np.float32))
 
 
 def test_a_gpu_is_refused(tiny_model, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(UsageError, match="--quantize bf16 is for CPUs, this is a gpu: take --dtype bfloat16"):
-        Quantized.of(tiny_model, "bf16")
+    with pytest.raises(UsageError, match="--quantize bf16 is only for CPUs, not a gpu: use --dtype bfloat16"):
+        Quantized.from_model(tiny_model, "bf16")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from smollm_jax.errors import UsageError
-from smollm_jax.generation.sampling import Knobs, Sampling, choose, kept, penalized
+from smollm_jax.generation.sampling import BatchedSampling, Sampling, apply_repetition_penalty, filter_mask, sample
 
 LOGITS = np.array([2.0, 1.0, 1.5, -1.0, 0.5, 0.0, -3.0, 1.2, 1.9, -0.2])
 SEEN = np.array([1, 0, 1, 1, 0, 0, 0, 0, 1, 0], bool)
@@ -41,8 +41,8 @@ def reference(logits: np.ndarray, seen: np.ndarray, sampling: Sampling) -> np.nd
     return p / p.sum()
 
 
-def repeated(sampling: Sampling, rows: int) -> Knobs:
-    return jax.tree.map(lambda x: jnp.repeat(x, rows), Knobs.of([sampling]))
+def repeated(sampling: Sampling, rows: int) -> BatchedSampling:
+    return jax.tree.map(lambda x: jnp.repeat(x, rows), BatchedSampling.stack([sampling]))
 
 
 def chi_square(draws: np.ndarray, p: np.ndarray) -> float:
@@ -56,16 +56,16 @@ def chi_square(draws: np.ndarray, p: np.ndarray) -> float:
 def test_draws_follow_the_reference_distribution(sampling):
     """From one seed, over the counts of a text."""
     logits, seen = (jnp.asarray(np.tile(x, (DRAWS, 1))) for x in (LOGITS.astype(np.float32), SEEN))
-    draws = choose(logits, repeated(sampling, DRAWS), jnp.arange(DRAWS), seen)
+    draws = sample(logits, repeated(sampling, DRAWS), jnp.arange(DRAWS), seen)
     # At most 9 degrees of freedom: p < 1e-4 beyond 34.
     assert chi_square(np.asarray(draws), reference(LOGITS, SEEN, sampling)) < 34
 
 
 def test_draws_of_many_seeds_follow_the_distribution_too():
-    knobs = repeated(Sampling(temperature=1.0), DRAWS)
-    knobs = Knobs(**{**vars(knobs), "seed": jnp.arange(DRAWS, dtype=jnp.uint32) * 42_949})
+    sampling = repeated(Sampling(temperature=1.0), DRAWS)
+    sampling = BatchedSampling(**{**vars(sampling), "seed": jnp.arange(DRAWS, dtype=jnp.uint32) * 42_949})
     logits = jnp.asarray(np.tile(LOGITS.astype(np.float32), (DRAWS, 1)))
-    draws = choose(logits, knobs, jnp.zeros(DRAWS, jnp.int32), jnp.zeros(logits.shape, bool))
+    draws = sample(logits, sampling, jnp.zeros(DRAWS, jnp.int32), jnp.zeros(logits.shape, bool))
     assert chi_square(np.asarray(draws), reference(LOGITS, 0 * SEEN, Sampling(temperature=1.0))) < 34
 
 
@@ -75,9 +75,9 @@ def test_every_row_is_drawn_as_if_it_were_alone():
     logits = jnp.asarray(rng.normal(size=(len(rows), 500)).astype(np.float32) * 4)
     seen = jnp.asarray(rng.random(logits.shape) < 0.1)
     count = jnp.asarray(rng.integers(0, 9, len(rows)))
-    together = choose(logits, Knobs.of(rows), count, seen)
+    together = sample(logits, BatchedSampling.stack(rows), count, seen)
     for i, row in enumerate(rows):
-        alone = choose(logits[i : i + 1], Knobs.of([row]), count[i : i + 1], seen[i : i + 1])
+        alone = sample(logits[i : i + 1], BatchedSampling.stack([row]), count[i : i + 1], seen[i : i + 1])
         assert int(alone[0]) == int(together[i]), row
     assert int(together[-2]) == int(logits[-2].argmax())
 
@@ -88,7 +88,7 @@ def test_the_tokens_kept_of_a_real_vocabulary_are_the_references(spread):
     logits = (rng.normal(size=49_152) * spread).astype(np.float32)
     for top_k, top_p, min_p in itertools.product([0, 1, 50, 49_152, 10**12], [1.0, 0.95, 1e-9], [0.0, 0.01]):
         sampling = Sampling(1.0, top_k, top_p, min_p)
-        ours = np.asarray(kept(jnp.asarray(logits - logits.max())[None], Knobs.of([sampling])))[0]
+        ours = np.asarray(filter_mask(jnp.asarray(logits - logits.max())[None], BatchedSampling.stack([sampling])))[0]
         p = reference(logits, np.zeros(logits.shape, bool), sampling)
         # A float32 sum over the vocabulary may cross top_p some tokens earlier or later.
         assert p[ours != (p > 0)].sum() + (ours != (p > 0)).sum() * p[p > 0].min() < 1e-5, sampling
@@ -99,21 +99,21 @@ def test_the_tokens_kept_of_a_real_vocabulary_are_the_references(spread):
 def test_equal_tokens_are_kept_or_cut_together():
     scaled = jnp.asarray([[0.0, -1.0, -1.0, -1.0, -2.0, -np.inf]])
     for sampling, count in ((Sampling(1, top_k=2), 4), (Sampling(1, top_p=0.6), 4), (Sampling(1, top_k=1), 1)):
-        assert int(kept(scaled, Knobs.of([sampling])).sum()) == count
+        assert int(filter_mask(scaled, BatchedSampling.stack([sampling])).sum()) == count
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 5e-324])
 def test_a_temperature_near_0_is_greedy(temperature):
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(64, 1000)).astype(np.float32) * 10)
     count = jnp.arange(64)
-    draws = choose(logits, repeated(Sampling(temperature=temperature), 64), count, jnp.zeros(logits.shape, bool))
+    draws = sample(logits, repeated(Sampling(temperature=temperature), 64), count, jnp.zeros(logits.shape, bool))
     np.testing.assert_array_equal(draws, logits.argmax(axis=-1))
 
 
 def test_the_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
     logits = jnp.asarray([[2.0, -2.0, 3.0, -3.0]])
     seen = jnp.asarray([[True, True, False, False]])
-    np.testing.assert_array_equal(penalized(logits, seen, jnp.asarray([4.0])), [[0.5, -8.0, 3.0, -3.0]])
+    np.testing.assert_array_equal(apply_repetition_penalty(logits, seen, jnp.asarray([4.0])), [[0.5, -8.0, 3.0, -3.0]])
 
 
 @pytest.mark.parametrize(
