@@ -135,9 +135,9 @@ def test_old_spellings_of_the_frequencies_are_the_same_frequencies_and_a_near_th
     for spelling in spellings:
         for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
             buffer = {FREQUENCIES: spelling.numpy().astype(dtype)}
-            assert tensor_names.standard(buffer, model) == ({}, [])
+            assert tensor_names.to_hf_names(buffer, model) == ({}, [])
     near = (1.0 / ((theta * 1.00001) ** (steps / dim))).numpy()
-    assert tensor_names.standard({FREQUENCIES: near}, model)[1]
+    assert tensor_names.to_hf_names({FREQUENCIES: near}, model)[1]
 
 
 def wrapped(prefix):

@@ -67,7 +67,7 @@ def rounded(bundle: Bundle, job: Job, out: Path, device: str) -> None:
             continue
         logits = ladder.jax_stream(dataclasses.replace(bundle, tensors=tensors), job["texts"], "float32")[1]
         write(out, f"logits-{kind}", logits)
-        write(out, f"lost-{kind}", gguf_writer.lost(bundle.tensors, tensors))
+        write(out, f"lost-{kind}", gguf_writer.rounding_error(bundle.tensors, tensors))
         if device == "cpu" and kind in DECODED:  # quantised decoding is for CPUs
             write(out, f"decoded-{kind}", ladder.decoded(bundle, job["texts"], DECODED[kind]))
 

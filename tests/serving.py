@@ -142,7 +142,7 @@ def tiny_run(folder: Path, tokenizer: Path, name: str, steps: tuple[int, ...]) -
             weights.write(run, source, "orbax")  # as step 0
         else:
             with CheckpointStore(run / "checkpoints") as store:
-                store.save(step, {"params": mapping.to_ours(source.tensors, source.config)}, {})
+                store.save(step, {"params": mapping.from_hf(source.tensors, source.config)}, {})
     rows = [{"step": step, "loss": 9 - step / 20, "tokens_per_second": 7.0} for step in range(1, steps[-1] + 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run

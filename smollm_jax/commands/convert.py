@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
         f"{flags.dst}: {len(bundle.tensors)} tensors, {numbers:,} parameters, {flags.type or bundle.dtype}, kind {kind}"
     )
     if kind == "gguf":
-        from smollm_jax.weights.gguf_writer import lost
+        from smollm_jax.weights.gguf_writer import rounding_error
 
-        share = lost(bundle.tensors, weights.read(flags.dst).tensors)
-        print(f"what it lost: {f'{share:.2e} of the weights, RMS' if share else 'no bit'}")
+        share = rounding_error(bundle.tensors, weights.read(flags.dst).tensors)
+        print(f"what it rounding_error: {f'{share:.2e} of the weights, RMS' if share else 'no bit'}")
     if bundle.tokenizer_files and kind in ("pt", "safetensors"):
         print(f"the tokenizer stays in {flags.src}: a {flags.dst.suffix} file holds weights and config only")
     if not bundle.tokenizer_files and kind in ("hf", "orbax"):

@@ -1,7 +1,7 @@
-"""Weights between formats: a `Bundle` of tensors, config and tokenizer files.
+"""The common form of weights in any format: a `Bundle` of tensors, config and tokenizer files.
 
-Every reader gives, and every writer takes, one: Hugging Face's tensor names and layout as NumPy arrays. What the
-tensors must be is checked in `mapping.py`. Framework-free.
+Every reader returns a bundle and every writer takes one: NumPy arrays with Hugging Face's names and layout, checked by
+`mapping.py`. Framework-free.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from smollm_jax.errors import InputFileError
 
 @dataclasses.dataclass
 class Bundle:
-    """Weights on their way between formats. `origin` says in words where the numbers come from.
+    """Weights independent of a file format. `origin` describes in words where they come from.
 
-    `generation_config` is the content of `generation_config.json`, None where the weights have none.
+    `generation_config` is the content of `generation_config.json`, or None if the weights have no such file.
     """
 
     tensors: dict[str, np.ndarray]
@@ -30,14 +30,14 @@ class Bundle:
 
     @property
     def dtype(self) -> str:
-        """The dtype most of the numbers have, by numpy's name."""
+        """NumPy's name for the most common dtype, counted by elements."""
         sizes: dict[str, int] = {}
         for tensor in self.tensors.values():
             sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.size
         return max(sizes, key=lambda name: sizes[name])
 
 
-def config_beside(path: Path) -> Config:
+def config_in_same_folder(path: Path) -> Config:
     if not (path.parent / "config.json").is_file():
-        raise InputFileError(f"{path}: carries no config, and no config.json lies beside it")
+        raise InputFileError(f"{path}: holds no config: put the model's config.json into the same folder")
     return read_config(path.parent / "config.json")

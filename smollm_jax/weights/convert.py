@@ -1,12 +1,12 @@
-"""Weights of any format: `read` and `write` convert, `kind_of` says what a path holds.
+"""Weights of any format: `read` and `write` convert, `kind_of` detects the format of a path.
 
-One file a format: `huggingface`, `safetensors_file`, `torch_file`, `gguf_reader` and `gguf_writer`, `orbax_checkpoint`.
-Framework-free until a format needs one.
+Each format has its module: `huggingface`, `safetensors_file`, `torch_file`, `gguf_reader` and `gguf_writer`,
+`orbax_checkpoint`. A framework is imported only by the formats that need it.
 """
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from smollm_jax.config.generation_config import UNKNOWN, GenerationConfig, generation_of_folder
 from smollm_jax.config.hf_config import read_config
@@ -19,22 +19,19 @@ from smollm_jax.weights.hub import locate
 from smollm_jax.weights.mapping import check
 from smollm_jax.weights.orbax_checkpoint import read_orbax, write_orbax
 
-if TYPE_CHECKING:
-    pass
-
 Kind = Literal["orbax", "hf", "pt", "safetensors", "gguf"]
 
 PICKLES = (".bin", ".npy", ".npz", ".pkl", ".pickle", ".pth", ".ckpt")
-INSTEAD = "give model.safetensors, or a .pt that torch.save wrote from the state dict (read as tensors only)"
+PICKLE_HINT = "give model.safetensors, or a .pt that torch.save wrote from the state dict (loaded as tensors only)"
 
 
 def kind_of(path: Path) -> Kind:
-    """What kind of weights a path holds; raises `InputFileError` when none can be recognised."""
+    """The format of the weights at a path; raises `InputFileError` if it is not recognised."""
     if not path.exists():
         raise InputFileError(f"{path}: no such file or folder")
     suffix = path.suffix.lower()
     if path.is_file() and suffix in PICKLES:
-        raise InputFileError(f"{path}: a {path.suffix} file can hold code that runs when it is read; {INSTEAD}")
+        raise InputFileError(f"{path}: a {path.suffix} file can run code when it is loaded; {PICKLE_HINT}")
     if path.is_file() and suffix in (".pt", ".safetensors", ".gguf"):
         return suffix[1:]  # type: ignore[return-value]  # one of the three just tested
     steps = path / "checkpoints"
@@ -45,7 +42,9 @@ def kind_of(path: Path) -> Kind:
     if run_folder(path):
         return "orbax"
     if path.is_dir() and any(path.glob("pytorch_model*.bin")):
-        raise InputFileError(f"{path}: holds pytorch_model.bin only, which can run code when it is read; {INSTEAD}")
+        raise InputFileError(
+            f"{path}: holds pytorch_model.bin only, which can run code when it is loaded; {PICKLE_HINT}"
+        )
     raise InputFileError(
         f"{path}: not recognised as weights; give a run folder (or one step under its checkpoints/), "
         "a Hugging Face folder with model.safetensors, or a .pt, .safetensors or .gguf file"
@@ -53,16 +52,16 @@ def kind_of(path: Path) -> Kind:
 
 
 def _is_hf(path: Path) -> bool:
-    """Whether a path is a folder with weights by Hugging Face's names."""
+    """Whether a path is a folder with `model*.safetensors` files."""
     return path.is_dir() and any(path.glob("model*.safetensors"))
 
 
 def read(path: str | Path, *, allow_unverified: bool = False, mapped: bool = False) -> Bundle:
-    """The weights at a path of any kind, checked, in Hugging Face's names and layout at their stored precision.
+    """The validated weights at a path of any kind, with Hugging Face's names and layout, at their stored precision.
 
-    Where there is no such path it may be a model's name on the Hugging Face hub, see `hub.locate`.
-    A checkpoint whose files are not what was written is a `CheckpointError`; one without a manifest too, unless
-    `allow_unverified`. `mapped`: for who copies the tensors at once; those of a safetensors file are views of it.
+    A path that does not exist may be the name of a model on the Hugging Face hub, see `hub.locate`.
+    Raises `CheckpointError` for a checkpoint whose files do not match its manifest, or that has none unless
+    `allow_unverified`. `mapped`: tensors of safetensors files are memory-mapped, so copy them before the file changes.
     """
     path = locate(path)
     readers = {
@@ -76,9 +75,9 @@ def read(path: str | Path, *, allow_unverified: bool = False, mapped: bool = Fal
 
 
 def write(path: str | Path, bundle: Bundle, kind: Kind, *, gguf_type: GgufType | None = None) -> None:
-    """Writes checked weights as `kind`; the target must not exist, and is complete or not there at all.
+    """Validates weights and writes them as `kind`, atomically; the target must not exist.
 
-    `gguf_type` is how a GGUF stores its matrices (None: what keeps every bit) and goes with no other kind.
+    `gguf_type` is the type of a GGUF's matrices (None: the lossless one) and is an error with other kinds.
     """
     path = Path(path)
     if gguf_type is not None and kind != "gguf":
@@ -96,7 +95,7 @@ def write(path: str | Path, bundle: Bundle, kind: Kind, *, gguf_type: GgufType |
 
 
 def generation_of(path: Path) -> GenerationConfig:
-    """How weights ask to be written with, without reading a tensor; greedy for the kinds that would import_optional that."""
+    """The generation settings of weights, without reading tensors; greedy for kinds that would have to read them."""
     kind, source = kind_of(path), f"{path}: generation_config"
     if kind == "gguf":
         config, values = gguf_reader.read_generation(path)

@@ -16,7 +16,7 @@ from smollm_jax.tokenizer.gguf import ENDS_BY_TEXT, ForeignTokenizerError, files
 from smollm_jax.weights import gguf_reader
 from smollm_jax.weights.bundle import Bundle
 
-_LAYER = {
+_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -27,7 +27,7 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_TOP_LEVEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INTEGERS = {
     "vocab_size": "llama.vocab_size",
     "hidden_size": "llama.embedding_length",
@@ -40,14 +40,14 @@ _INTEGERS = {
 }
 _FLOATS = {"rope_theta": "llama.rope.freq_base", "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon"}
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-# More tokens that end a text, which Hugging Face's layout has in one list with eos.
-_ENDS = ("eos", "eot", "eom")
-ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in _ENDS)
-# Hugging Face's generation_config.json: whole under a key of ours ("null": there is none), and what llama.cpp has a
-# key for.
-GENERATION = "smollm_jax.generation_config"
-CONFIG_ENDS = "smollm_jax.config.eos_token_id"  # where config.json itself has a list
-SAMPLING = {
+# GGUF has a key for each kind of end token; Hugging Face lists them all under eos.
+_END_ROLES = ("eos", "eot", "eom")
+END_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in _END_ROLES)
+# Hugging Face's generation_config.json is stored whole under a key of our own ("null": there is none), and the
+# sampling parameters also under llama.cpp's keys.
+GENERATION_KEY = "smollm_jax.generation_config"
+CONFIG_EOS_KEY = "smollm_jax.config.eos_token_id"  # where config.json itself has a list
+SAMPLING_KEYS = {
     "temperature": "general.sampling.temp",
     "top_k": "general.sampling.top_k",
     "top_p": "general.sampling.top_p",
@@ -60,11 +60,11 @@ _SAMPLING_RANGE = {
     "top_p": (0.0, 1.0),
     "min_p": (0.0, math.inf),
 }
-# Those of which llama.cpp also reads an array, a value for each layer.
+# Keys for which llama.cpp also reads an array with one value per layer.
 _PER_LAYER = ("llama.feed_forward_length", "llama.attention.head_count", "llama.attention.head_count_kv")
 _HEAD_DIM = ("llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length")
-# Keys with a few values that this model computes. A scaling factor of 0 is llama.cpp's own for none.
-_FIXED: dict[str, tuple[Any, ...]] = {
+# Keys of which this model supports only these values. A scaling factor of 0 is llama.cpp's way to say none.
+_SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "llama.rope.scaling.type": ("none", "linear"),
     "llama.rope.scaling.factor": (1.0, 0.0),
     "llama.rope.scale_linear": (1.0, 0.0),  # its old name
@@ -84,9 +84,9 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "llama.residual_scale": (0.0, 1.0),
     "llama.embedding_scale": (0.0, 1.0),
 }
-# How long contexts were before a scaling that is refused, and whether the model was trained with it; the epsilon of
-# another kind of norm.
-_BOOKKEEPING = (
+# Ignored keys: the context length before a RoPE scaling (a scaling itself is refused), whether the model was trained
+# with it, and the epsilon of LayerNorm, which Llama does not use.
+_IGNORED_KEYS = (
     "llama.rope.scaling.original_context_length",
     "llama.rope.scaling.finetuned",
     "llama.attention.layer_norm_epsilon",
@@ -96,39 +96,40 @@ _BOOKKEEPING = (
 def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], str, dict[str, Any] | None]:
     """Tensors in float32, config, tokenizer files, origin, and what `generation_config.json` would say.
 
-    A tokenizer of a kind that is not read here gives no tokenizer files. `InputFileError` names the key or tensor at
-    fault.
+    An unsupported kind of tokenizer gives no tokenizer files. `InputFileError` names the invalid key or tensor.
 
-    GGUF stores the rows of q and k for interleaved rotary pairs; here they go back to HF's half-split order, each
-    with its own number of heads. Source: llama.cpp, conversion of LlamaModel (`permute`).
+    GGUF stores the rows of q and k in interleaved rotary order; here they are permuted back to HF's half-split order,
+    each with its own number of heads. Source: llama.cpp, conversion of LlamaModel (`permute`).
     """
     gguf = import_optional("gguf", path)
     fields, infos = read_header(path, gguf.GGML_QUANT_SIZES)
     if fields.get("split.count") not in (None, 0, 1):
         raise InputFileError(
             f"{path}: is one of {short_repr(fields['split.count'])} pieces of a GGUF; "
-            "`llama-gguf-split --merge FIRST-PIECE WHOLE` of llama.cpp joins them"
+            "join them with llama.cpp's `llama-gguf-split --merge FIRST-PIECE OUTPUT`"
         )
     config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
     try:
         files = files_from_gguf(fields, path)
-    except ForeignTokenizerError:  # for who needs it to say: weights are whole without
+    except ForeignTokenizerError:  # the weights are usable without it; whoever needs the tokenizer reports it missing
         files = {}
     tokens = len(fields["tokenizer.ggml.tokens"]) if files else 0
     if tokens > config.vocab_size:
-        raise InputFileError(f"{path}: metadata tokenizer.ggml.tokens: {tokens} tokens for {config.vocab_size} rows")
+        raise InputFileError(
+            f"{path}: metadata tokenizer.ggml.tokens has {tokens} tokens, the embedding only {config.vocab_size} rows"
+        )
     data = np.memmap(path, np.uint8, mode="r") if infos else np.empty(0, np.uint8)
     tensors: dict[str, np.ndarray] = {}
     for info in infos:
         rows = data[info.start : info.start + info.bytes].reshape(*info.shape[:-1], info.row_bytes)
         try:
             array = np.array(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(info.kind)), np.float32)
-        except (NotImplementedError, MemoryError, ValueError) as error:  # a kind gguf only writes; a size, a shape
+        except (NotImplementedError, MemoryError, ValueError) as error:  # a type gguf can only write; a bad shape
             raise InputFileError(f"{path}: tensor {info.name} cannot be dequantised: {one_line(error)}") from error
         name = _hf_name(info.name)
         array = _in_hf_order(array, name, config)
-        if name in tensors:  # once by GGUF's name for it, once by Hugging Face's
-            raise InputFileError(f"{path}: tensor {info.name} is {name} a second time")
+        if name in tensors:  # stored under GGUF's name and under Hugging Face's
+            raise InputFileError(f"{path}: tensor {info.name}: there is already a tensor for {name}")
         tensors[name] = array
     kinds = sorted({gguf.GGMLQuantizationType(info.kind).name for info in infos})
     title = fields.get("general.name", path.name)
@@ -139,22 +140,22 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], s
 
 
 def q8_0(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The matrices stored as q8_0, by HF's name, as they lie: int8 values `[O, I]` and float16 scales `[O, I / 32]`."""
+    """The matrices stored as q8_0, by HF's name, as stored: int8 values `[O, I]` and float16 scales `[O, I / 32]`."""
     gguf = import_optional("gguf", path)
     fields, infos = read_header(path, gguf.GGML_QUANT_SIZES)
     config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
-    data, found = np.memmap(path, np.uint8, mode="r"), {}
+    data, matrices = np.memmap(path, np.uint8, mode="r"), {}
     for info in infos:
         if info.kind == gguf.GGMLQuantizationType.Q8_0 and len(info.shape) == 2:
             name, rows = _hf_name(info.name), data[info.start : info.start + info.bytes].reshape(info.shape[0], -1)
             blocks = _in_hf_order(rows, name, config).reshape(info.shape[0], -1, 34)  # a float16, then 32 int8
             scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0].astype(np.float16)
-            found[name] = blocks[..., 2:].view(np.int8).reshape(info.shape), scales
-    return found
+            matrices[name] = blocks[..., 2:].view(np.int8).reshape(info.shape), scales
+    return matrices
 
 
 def _in_hf_order(rows: np.ndarray, name: str, config: Config) -> np.ndarray:
-    """A tensor whose rows of q and k, interleaved rotary pairs in a GGUF, are split in halves."""
+    """A tensor with the rows of q_proj and k_proj permuted from interleaved to half-split rotary order."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for projection, count in heads.items():
         if name.endswith(f"self_attn.{projection}.weight") and rows.ndim == 2 and len(rows) % (2 * count) == 0:
@@ -163,43 +164,44 @@ def _in_hf_order(rows: np.ndarray, name: str, config: Config) -> np.ndarray:
 
 
 def read_generation(path: Path) -> tuple[Config, dict[str, Any] | None]:
-    """Config and what `generation_config.json` would say, of the metadata alone."""
+    """The config and the equivalent of `generation_config.json`, from the metadata alone."""
     fields, infos = read_header(path, import_optional("gguf", path).GGML_QUANT_SIZES)
     config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
     return config, _generation(fields, config, path)
 
 
 def _hf_name(name: str) -> str:
-    """Hugging Face's name for a GGUF tensor; an unknown name comes back as it is, for the check to name it."""
+    """Hugging Face's name for a GGUF tensor; an unknown name is returned unchanged, for validation to report."""
     parts = name.split(".")
-    if parts[0] == "blk" and len(parts) == 4 and parts[2] in _LAYER:
-        return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{parts[3]}"
-    if len(parts) == 2 and parts[0] in _TOP:
-        return f"{_TOP[parts[0]]}.{parts[1]}"
+    if parts[0] == "blk" and len(parts) == 4 and parts[2] in _LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    if len(parts) == 2 and parts[0] in _TOP_LEVEL_NAMES:
+        return f"{_TOP_LEVEL_NAMES[parts[0]]}.{parts[1]}"
     return name
 
 
 def _config(fields: dict[str, Any], path: Path, tied: bool) -> Config:
-    """The config in the metadata; a key of the architecture that this model does not support is refused, as in HF's."""
+    """The config in the metadata; unsupported keys of the architecture are an error, as in HF's config.json."""
     if fields.get("general.architecture") != "llama":
         architecture = short_repr(fields.get("general.architecture"))
         raise InputFileError(f"{path}: metadata general.architecture is {architecture}, only 'llama' is supported")
     keys = _INTEGERS | _FLOATS
-    for key, allowed in _FIXED.items():
+    for key, allowed in _SUPPORTED_VALUES.items():
         scaled = key in ("llama.rope.scaling.factor", "llama.rope.scale_linear")
-        if key not in fields or (scaled and fields.get("llama.rope.scaling.type") == "none"):  # llama.cpp: no factor
+        # llama.cpp ignores the factor if the scaling type is "none".
+        if key not in fields or (scaled and fields.get("llama.rope.scaling.type") == "none"):
             continue
-        if not any(type(fields[key]) is type(good) and fields[key] == good for good in allowed):
+        if not any(type(fields[key]) is type(value) and fields[key] == value for value in allowed):
             only = " or ".join(map(repr, allowed))
             raise InputFileError(f"{path}: metadata {key}={short_repr(fields[key])} is not supported, only {only} is")
-    known = {*keys.values(), *_FIXED, *_HEAD_DIM, *_BOOKKEEPING}
+    known = {*keys.values(), *_SUPPORTED_VALUES, *_HEAD_DIM, *_IGNORED_KEYS}
     if unknown := sorted(key for key in fields if key.startswith("llama.") and key not in known):
         raise InputFileError(
             f"{path}: metadata has keys that this model does not support: {short_repr(', '.join(unknown))}"
         )
     fields = _with_defaults(fields)
     if missing := [key for key in keys.values() if key not in fields]:
-        raise InputFileError(f"{path}: metadata lacks {', '.join(missing)}")
+        raise InputFileError(f"{path}: metadata is missing {', '.join(missing)}")
     for kinds, names in (((int,), _INTEGERS), ((int, float), _FLOATS)):
         for key in names.values():
             if type(fields[key]) not in kinds or not fields[key] > 0:
@@ -207,53 +209,57 @@ def _config(fields: dict[str, Any], path: Path, tied: bool) -> Config:
                 raise InputFileError(f"{path}: metadata {key} must be a positive {what}, got {short_repr(fields[key])}")
     for key in _HEAD_DIM:
         if fields.get(key, fields[_INTEGERS["head_dim"]]) != fields[_INTEGERS["head_dim"]]:
-            raise InputFileError(f"{path}: metadata {key}={short_repr(fields[key])} is not llama.rope.dimension_count")
+            raise InputFileError(
+                f"{path}: metadata {key}={short_repr(fields[key])} differs from llama.rope.dimension_count="
+                f"{short_repr(fields[_INTEGERS['head_dim']])}; only one head size is supported"
+            )
     values = {name: fields[key] for name, key in _INTEGERS.items()}
-    # GGUF holds float32: 9.99999974e-06 is 1e-5, found again as the shortest decimal with the same float32.
+    # GGUF stores float32: the shortest decimal of the same float32 restores 1e-5 from 9.99999974e-06.
     values |= {name: float(str(np.float32(fields[key]))) for name, key in _FLOATS.items()}
     values |= {name: token_id(fields, key) for name, key in _TOKENS.items()}
-    ends = [i for i in dict.fromkeys(token_id(fields, name) for name in _ENDS) if i is not None]
-    if CONFIG_ENDS in fields:
-        values["eos_token_id"] = fields[CONFIG_ENDS]
-    elif len(ends) > 1 and GENERATION not in fields:  # where ours is, it has the others
+    ends = [i for i in dict.fromkeys(token_id(fields, name) for name in _END_ROLES) if i is not None]
+    if CONFIG_EOS_KEY in fields:
+        values["eos_token_id"] = fields[CONFIG_EOS_KEY]
+    elif len(ends) > 1 and GENERATION_KEY not in fields:  # otherwise generation_config.json lists the other end tokens
         values["eos_token_id"] = ends
-    # Not in a GGUF and not used by trained weights: the recipe's 1/sqrt(hidden).
+    # initializer_range is not in a GGUF and trained weights do not need it: the recipe's 1/sqrt(hidden).
     values |= {"initializer_range": values["hidden_size"] ** -0.5, "tie_word_embeddings": tied}
     return parse_config(values, path)
 
 
 def _generation(fields: dict[str, Any], config: Config, path: Path) -> dict[str, Any] | None:
-    """What `generation_config.json` would say: ours, else what llama.cpp does with such a file, else None.
+    """The equivalent of `generation_config.json`: our own key, else what llama.cpp would do with the file, else None.
 
-    It samples by keys of its own, and ends a text at every token that is called as one that ends texts.
+    llama.cpp reads its own sampling keys, and treats every token with the text of a known end token as one.
     """
-    if GENERATION in fields:
-        if type(fields[GENERATION]) is not str:
-            got = short_repr(fields[GENERATION])
-            raise InputFileError(f"{path}: metadata {GENERATION} must be a string, got {got}")
-        values = parse_json(fields[GENERATION], f"{path}: metadata {GENERATION}")
+    if GENERATION_KEY in fields:
+        if type(fields[GENERATION_KEY]) is not str:
+            raise InputFileError(
+                f"{path}: metadata {GENERATION_KEY} must be a string, got {short_repr(fields[GENERATION_KEY])}"
+            )
+        values = parse_json(fields[GENERATION_KEY], f"{path}: metadata {GENERATION_KEY}")
         if values is not None and not isinstance(values, dict):
-            raise InputFileError(f"{path}: metadata {GENERATION} must be a JSON object, got {short_repr(values)}")
+            raise InputFileError(f"{path}: metadata {GENERATION_KEY} must be a JSON object, got {short_repr(values)}")
         return values
-    sampling = {name: fields[key] for name, key in SAMPLING.items() if key in fields}
+    sampling = {name: fields[key] for name, key in SAMPLING_KEYS.items() if key in fields}
     tokens = fields.get("tokenizer.ggml.tokens")
     by_text = [i for i, token in enumerate(tokens if type(tokens) is list else []) if token in ENDS_BY_TEXT]
     ends = [*config.eos_token_ids, *(i for i in by_text if i not in config.eos_token_ids)]
     ids = config.special_token_ids() | ({"eos_token_id": ends} if len(ends) > len(config.eos_token_ids) else {})
     if not sampling:
         return ids if ids != config.special_token_ids() else None
-    # GGUF holds float32: 0.9 again, not 0.89999998.
+    # GGUF stores float32: this restores 0.9 from 0.89999998.
     numbers = {name: float(str(np.float32(x))) if type(x) is float else x for name, x in sampling.items()}
-    for name, (least, most) in _SAMPLING_RANGE.items():  # beyond, llama.cpp keeps all tokens, or the likeliest
+    for name, (low, high) in _SAMPLING_RANGE.items():  # llama.cpp treats values outside the range like its ends
         if type(numbers.get(name)) in (int, float):
-            numbers[name] = min(max(numbers[name], least), most)
+            numbers[name] = min(max(numbers[name], low), high)
     return ids | {"do_sample": True} | numbers
 
 
 def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
-    """The metadata with what llama.cpp takes for optional keys that are not there, and one value where layers agree.
+    """The metadata with llama.cpp's defaults for missing optional keys, and equal per-layer values as one value.
 
-    Source: llama.cpp, src/llama-model.cpp, `load_hparams`; the width of a head is hidden size / heads.
+    Source: llama.cpp, src/llama-model.cpp, `load_hparams`; the default head size is hidden size / heads.
     """
     fields = dict(fields)
     for key in _PER_LAYER:
@@ -263,11 +269,11 @@ def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
     hidden, heads = fields.get("llama.embedding_length"), fields.get("llama.attention.head_count")
     if heads is not None:
         fields.setdefault("llama.attention.head_count_kv", heads)
-    width = fields.get("llama.attention.key_length")
-    if width is None and type(hidden) is int and type(heads) is int and heads > 0 and hidden % heads == 0:
-        width = hidden // heads
-    if width is not None:
-        fields.setdefault("llama.rope.dimension_count", width)
+    head_dim = fields.get("llama.attention.key_length")
+    if head_dim is None and type(hidden) is int and type(heads) is int and heads > 0 and hidden % heads == 0:
+        head_dim = hidden // heads
+    if head_dim is not None:
+        fields.setdefault("llama.rope.dimension_count", head_dim)
     fields.setdefault("llama.rope.freq_base", 10_000.0)
     if type(tokens := fields.get("tokenizer.ggml.tokens")) is list:
         fields.setdefault("llama.vocab_size", len(tokens))

@@ -19,35 +19,35 @@ def read_hf(folder: Path, *, mapped: bool = False) -> Bundle:
     """A Hugging Face model folder: config.json, and model.safetensors or its shards."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists() and index.exists():
-        raise InputFileError(f"{folder}: holds both {whole.name} and {index.name}: remove the one that is not meant")
+        raise InputFileError(f"{folder}: holds both {whole.name} and {index.name}: remove the one you do not want")
     tensors = _read_shards(index, mapped) if index.exists() else read_safetensors(whole, mapped=mapped)[0]
     config = read_config(folder / "config.json")
     origin = folder / "ORIGIN.txt"
-    words = " ".join(read_text(origin).split()) if origin.exists() else ""
-    return Bundle(tensors, config, read_tokenizer_files(folder), words, generation_of_folder(folder, config))
+    origin_text = " ".join(read_text(origin).split()) if origin.exists() else ""
+    return Bundle(tensors, config, read_tokenizer_files(folder), origin_text, generation_of_folder(folder, config))
 
 
 def _read_shards(index: Path, mapped: bool) -> dict[str, np.ndarray]:
-    """The tensors of a folder with an index, each from the one shard it names."""
+    """The tensors of all shards, each of which must hold exactly the tensors that the index lists for it."""
     content = read_json(index)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputFileError(f"{index}: has no weight_map of tensor name to file name")
     tensors: dict[str, np.ndarray] = {}
-    for shard in sorted(set(places.values())):
+    for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise InputFileError(f"{index}: shard {short_repr(shard)} is not a plain file name")
-        found, _ = read_safetensors(index.parent / shard, mapped=mapped)
-        expected = {name for name, place in places.items() if place == shard}
-        if differing := sorted(expected ^ set(found)):
+        shard_tensors, _ = read_safetensors(index.parent / shard, mapped=mapped)
+        expected = {name for name, file in weight_map.items() if file == shard}
+        if differing := sorted(expected ^ set(shard_tensors)):
             names = short_repr(", ".join(differing))
             raise InputFileError(f"{index}: {shard} and weight_map disagree on {len(differing)} tensor(s): {names}")
-        tensors |= found
+        tensors |= shard_tensors
     return tensors
 
 
 def write_hf(folder: Path, bundle: Bundle) -> None:
-    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load, with the tied head left out."""
+    """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, without a tied head."""
     config, generation = bundle.config, bundle.generation_config
     with replacing(folder) as temporary:
         temporary.mkdir()
@@ -61,7 +61,7 @@ def write_hf(folder: Path, bundle: Bundle) -> None:
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         for name, content in bundle.tokenizer_files.items():
-            (temporary / name).parent.mkdir(exist_ok=True)  # named chat templates lie in a folder of their own
+            (temporary / name).parent.mkdir(exist_ok=True)  # named chat templates are in a subfolder
             (temporary / name).write_bytes(content)
 
 

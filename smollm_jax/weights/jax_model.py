@@ -1,4 +1,4 @@
-"""Weights as the JAX model: `load` from a file of any format, and to and from a `Bundle`."""
+"""The JAX model from weights of any format (`load`), and from and to a `Bundle`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,23 +10,23 @@ from smollm_jax.errors import UsageError
 from smollm_jax.runs.pytree import flatten, unflatten
 from smollm_jax.weights.bundle import Bundle
 from smollm_jax.weights.convert import read
-from smollm_jax.weights.mapping import stacked, to_hf
+from smollm_jax.weights.mapping import stack_layers, to_hf
 
 if TYPE_CHECKING:
     from smollm_jax.model.smollm import SmolLM
 
 
 def load(path: str | Path, dtype: Any = np.float32) -> "tuple[SmolLM, Config]":
-    """The JAX model at a path of any kind, its parameters as `dtype`, and its config.
+    """The JAX model from a path of any kind, with parameters of `dtype`, and its config.
 
-    float64 needs `jax.config.update("jax_enable_x64", True)` first, else `UsageError`: JAX would truncate in silence.
+    float64 needs `jax.config.update("jax_enable_x64", True)` first, else `UsageError`: JAX would silently truncate.
     """
     bundle = read(path, mapped=True)
     return from_bundle(bundle, dtype), bundle.config
 
 
 def from_bundle(bundle: Bundle, dtype: Any = np.float32) -> "SmolLM":
-    """The JAX model of checked weights."""
+    """The JAX model with validated weights."""
     import jax
     import jax.numpy as jnp
 
@@ -36,10 +36,10 @@ def from_bundle(bundle: Bundle, dtype: Any = np.float32) -> "SmolLM":
     if dtype == np.float64 and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise UsageError("float64 needs jax_enable_x64: set JAX_ENABLE_X64=1")
     abstract = jax.eval_shape(lambda: SmolLM(bundle.config, key=jax.random.key(0)))
-    # One at a time: the next takes the memory of one that JAX has copied. Memory that it only borrowed from NumPy a
-    # training step could not overwrite in place.
-    ours = stacked(bundle.tensors, bundle.config, dtype)
-    return unflatten(abstract, {path: jnp.array(array) for path, array in ours})
+    # One parameter at a time, so that the next one reuses the NumPy memory. `jnp.array` copies: a train step could not
+    # donate buffers that JAX only borrows from NumPy.
+    parameters = stack_layers(bundle.tensors, bundle.config, dtype)
+    return unflatten(abstract, {path: jnp.array(array) for path, array in parameters})
 
 
 def to_bundle(model: "SmolLM", origin: str = "", tokenizer_files: dict[str, bytes] | None = None) -> Bundle:

@@ -1,13 +1,13 @@
-"""Weights by name: one table of rules between our stacked parameters and Hugging Face's tensors, both directions.
+"""The table of rules that maps between our stacked parameters and Hugging Face's tensors, in both directions.
 
-Framework-free, so that the PyTorch twin goes through the same checks."""
+Framework-free, so that the PyTorch twin uses the same validation."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import einops
 import ml_dtypes
@@ -19,11 +19,7 @@ from smollm_jax.weights import tensor_names
 from smollm_jax.weights.bundle import Bundle
 from smollm_jax.weights.safetensors_file import native
 
-if TYPE_CHECKING:
-    pass
-
-
-# HF name ("*" = layer index, stacked to L): (our path, how HF's array becomes ours).
+# HF name ("*": layer index, stacked to L): (our path, einops pattern from HF's array to ours).
 # Load: einops.rearrange(x, rule). Save: the same rule with its two sides swapped.
 RULES = {
     "model.embed_tokens.weight": ("embed_tokens", "V D -> V D"),
@@ -43,12 +39,12 @@ FLOATS = (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)
 
 
 def rules(config: Config) -> dict[str, tuple[str, str]]:
-    """The rules that apply to a config: all but the head's when the head is tied."""
+    """The rules that apply to a config: all of them, without lm_head if the head is tied."""
     return {name: rule for name, rule in RULES.items() if name != "lm_head.weight" or not config.tie_word_embeddings}
 
 
 def dims(config: Config) -> dict[str, int]:
-    """The sizes of the letters in the rules."""
+    """The sizes of the dimensions in the rules."""
     return {
         "V": config.vocab_size,
         "D": config.hidden_size,
@@ -61,30 +57,30 @@ def dims(config: Config) -> dict[str, int]:
 
 
 def hf_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the Hugging Face layout, in the model's order: 272 for SmolLM2-135M."""
+    """Names and shapes of all tensors in the Hugging Face layout, in the model's order: 272 for SmolLM2-135M."""
     sizes = dims(config)
 
     def shape(rule: str) -> tuple[int, ...]:
         groups = re.findall(r"\(([^)]*)\)|(\w)", rule.split("->")[0].replace("L ", ""))
         return tuple(int(np.prod([sizes[letter] for letter in (a or b).split()])) for a, b in groups)
 
-    whole = {name: shape(rule) for name, (_, rule) in rules(config).items()}
-    stacked = [name for name in whole if "*" in name]
-    layers = range(config.num_hidden_layers)
-    expanded = {name.replace("*", str(index)): whole[name] for index in layers for name in stacked}
-    head = {name: whole[name] for name in whole if name == "model.embed_tokens.weight"}
-    tail = {name: whole[name] for name in ("model.norm.weight", "lm_head.weight") if name in whole}
-    return head | expanded | tail
+    shapes = {name: shape(rule) for name, (_, rule) in rules(config).items()}
+    stacked = [name for name in shapes if "*" in name]
+    indices = range(config.num_hidden_layers)
+    layers = {name.replace("*", str(index)): shapes[name] for index in indices for name in stacked}
+    first = {name: shapes[name] for name in shapes if name == "model.embed_tokens.weight"}
+    last = {name: shapes[name] for name in ("model.norm.weight", "lm_head.weight") if name in shapes}
+    return first | layers | last
 
 
 def check(bundle: Bundle, source: str | Path) -> Bundle:
-    """The bundle, complete and in the model's order; raises one `InputFileError` that names every fault.
+    """The bundle with all tensors in the model's order; raises one `InputFileError` that lists every fault.
 
-    Names are made Hugging Face's (`tensor_names.py`). A copy of a tied head is dropped when it equals the embedding and
-    is a fault when it does not; alone, it is the embedding: safetensors' `save_model` keeps one name of a tied pair.
+    Names are converted to Hugging Face's (`tensor_names.py`). A tied head is dropped if it equals the embedding and is
+    a fault otherwise. Without an embedding it becomes one: safetensors' `save_model` keeps one name of a tied pair.
     """
     expected = hf_shapes(bundle.config)
-    tensors, faults = tensor_names.standard(bundle.tensors, bundle.config)
+    tensors, faults = tensor_names.to_hf_names(bundle.tensors, bundle.config)
     tensors = {name: t if t.dtype.isnative else native(t) for name, t in tensors.items()}
     if bundle.config.tie_word_embeddings and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
@@ -109,33 +105,37 @@ def check(bundle: Bundle, source: str | Path) -> Bundle:
     return dataclasses.replace(bundle, tensors={name: tensors[name] for name in expected})
 
 
-def to_ours(tensors: dict[str, np.ndarray], config: Config, dtype: Any = None) -> dict[str, np.ndarray]:
-    """Hugging Face's tensors as our stacked parameters, by path, as `dtype` (default: their own): fresh arrays."""
-    return dict(stacked(tensors, config, dtype))
+def from_hf(tensors: dict[str, np.ndarray], config: Config, dtype: Any = None) -> dict[str, np.ndarray]:
+    """Hugging Face's tensors as our stacked parameters, by path, as copies of `dtype` (default: their own)."""
+    return dict(stack_layers(tensors, config, dtype))
 
 
-def stacked(tensors: dict[str, np.ndarray], config: Config, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Layer by layer into their place: stacking, turning and casting one after another takes 3 times as long."""
+def stack_layers(tensors: dict[str, np.ndarray], config: Config, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields our stacked parameters by path, each a fresh array of `dtype` (None: the dtype of its tensors).
+
+    Every layer is transposed and cast right into the stacked array: separate stack, transpose and cast take 3 times as
+    long.
+    """
     for name, (path, rule) in rules(config).items():
-        sizes, stacked = _split_sizes(rule, config), "*" in name
-        names = [name.replace("*", str(index)) for index in range(config.num_hidden_layers if stacked else 1)]
-        turned = [einops.rearrange(tensors[one], rule.replace("L ", ""), **sizes) for one in names]
-        array = _aligned((len(turned), *turned[0].shape), dtype or np.result_type(*turned))
-        for place, one in zip(array, turned, strict=True):
-            place[...] = one
-        yield path, array if stacked else array[0]
+        sizes, is_stacked = _split_sizes(rule, config), "*" in name
+        names = [name.replace("*", str(index)) for index in range(config.num_hidden_layers if is_stacked else 1)]
+        transposed = [einops.rearrange(tensors[hf_name], rule.replace("L ", ""), **sizes) for hf_name in names]
+        array = _aligned_empty((len(names), *transposed[0].shape), dtype or np.result_type(*transposed))
+        for layer, source in zip(array, transposed, strict=True):
+            layer[...] = source
+        yield path, array if is_stacked else array[0]
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array that begins on a 64-byte line: JAX copies any other twice on a CPU, in 3 times the time."""
+def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array aligned to 64 bytes: on a CPU, JAX copies unaligned arrays twice, in 3 times the time."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + 63, np.uint8)
-    begin = -memory.ctypes.data % 64
-    return memory[begin : begin + size].view(dtype).reshape(shape)
+    offset = -memory.ctypes.data % 64
+    return memory[offset : offset + size].view(dtype).reshape(shape)
 
 
 def to_hf(parameters: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
-    """Our stacked parameters, by path, as Hugging Face's tensors: the inverse of `to_ours`, bit for bit."""
+    """Our stacked parameters, by path, as Hugging Face's tensors: the exact inverse of `from_hf`."""
     tensors = {}
     for name, (path, rule) in rules(config).items():
         left, right = rule.split(" -> ")

@@ -284,7 +284,9 @@ def test_keys_of_a_gguf_that_change_nothing_are_read_and_a_piece_of_one_is_not(t
     assert weights.read(gguf(tmp_path / "x.gguf", **neutral)).config.vocab_size == SMALL.vocab_size
     with pytest.raises(InputFileError, match=r"llama\.logit_scale=2.0 is not supported"):
         weights.read(gguf(tmp_path / "y.gguf", **{"llama.logit_scale": 2.0}))
-    with pytest.raises(InputFileError, match="is one of 2 pieces of a GGUF; `llama-gguf-split --merge"):
+    with pytest.raises(
+        InputFileError, match=r"is one of 2 pieces of a GGUF; join them with llama\.cpp's `llama-gguf-split --merge"
+    ):
         weights.read(gguf(tmp_path / "z.gguf", **{"split.count": 2, "split.no": 0}))
 
 

@@ -51,7 +51,7 @@ def test_the_length_of_keys_is_the_size_of_a_head_where_the_rotary_size_is_left_
     config = dataclasses.replace(PLAIN, head_dim=6)
     lengths = {"llama__attention__key_length": 6, "llama__attention__value_length": 6}
     assert_is(written(tmp_path / "x.gguf", config, without=("llama.rope.dimension_count",), **lengths), config)
-    with pytest.raises(InputFileError, match="value_length=4 is not llama"):
+    with pytest.raises(InputFileError, match="value_length=4 differs from llama"):
         weights.read(written(tmp_path / "y.gguf", config, llama__attention__value_length=4))
 
 

@@ -87,7 +87,7 @@ def test_a_models_name_is_fetched_once_and_then_found_offline(served, tmp_path, 
     done = convert("org/tiny", tmp_path / "a.safetensors")
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"org/tiny: the Hugging Face hub's model, kept in {tmp_path}/home")
+    assert done.stderr.startswith(f"org/tiny: using the Hugging Face hub's model, cached in {tmp_path}/home")
     assert COMMIT in done.stderr, "the path says which revision"
     fetched = [path.rpartition("/")[2] for path in served.asked if "/resolve/" in path]
     assert "model.safetensors" in fetched
@@ -114,7 +114,7 @@ def test_a_models_name_is_fetched_once_and_then_found_offline(served, tmp_path, 
 def test_a_model_that_cannot_be_had_is_one_line_that_says_both_readings(served, tmp_path, name, said):
     done = convert(name, tmp_path / "x.safetensors")
     assert done.returncode == 3
-    assert done.stderr.startswith(f"error: {name}: no such file or folder; as a name, ")
+    assert done.stderr.startswith(f"error: {name}: no such file or folder, and ")
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
@@ -125,7 +125,10 @@ def test_without_a_network_a_name_is_one_line(tmp_path, monkeypatch, address):
     monkeypatch.setenv(*(("HF_ENDPOINT", address) if address else ("HF_HUB_OFFLINE", "1")))
     done = convert("org/tiny", tmp_path / "x.safetensors")
     assert done.returncode == 3
-    assert "as a name, org/tiny is not in the cache of the Hugging Face hub, which cannot be reached" in done.stderr
+    assert (
+        "no such file or folder, and org/tiny is not in the local cache and the Hugging Face hub cannot be reached"
+        in done.stderr
+    )
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
@@ -133,9 +136,9 @@ def test_a_hub_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("HF_HOME", str(tmp_path))
-        program = "from smollm_jax.weights import hub; hub.SECONDS = 0.5; hub.locate('org/tiny')"
+        program = "from smollm_jax.weights import hub; hub.TIMEOUT_SECONDS = 0.5; hub.locate('org/tiny')"
         done = run("-c", program, cwd=tmp_path, timeout=60)
-    assert "org/tiny is not in the cache of the Hugging Face hub, which cannot be reached" in done.stderr
+    assert "org/tiny is not in the local cache and the Hugging Face hub cannot be reached" in done.stderr
 
 
 def test_without_huggingface_hub_a_name_is_one_line_that_says_how_to_get_it(tmp_path):
@@ -143,7 +146,7 @@ def test_without_huggingface_hub_a_name_is_one_line_that_says_how_to_get_it(tmp_
         "import sys; sys.modules['huggingface_hub'] = None; from smollm_jax.weights import hub; hub.locate('org/tiny')"
     )
     done = run("-c", program, cwd=tmp_path)
-    assert "as a name, a model on the Hugging Face hub needs huggingface_hub: pip install" in done.stderr
+    assert "to download a model of this name from the Hugging Face hub, first pip install" in done.stderr
 
 
 def test_a_path_wins_over_a_name_and_a_mistyped_path_is_not_asked_for(tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def test_each_rule_puts_each_number_where_it_belongs(tiny):
     tensors = {}
     for name, shape in mapping.hf_shapes(tiny).items():
         tensors[name] = np.array([next(counter) for _ in range(int(np.prod(shape)))]).reshape(shape)
-    ours = mapping.to_ours(tensors, tiny)
+    ours = mapping.from_hf(tensors, tiny)
     N, K, H = tiny.num_attention_heads, tiny.num_key_value_heads, tiny.head_dim
     for layer in range(tiny.num_hidden_layers):
         of = {n.split(".")[-2]: t for n, t in tensors.items() if f"layers.{layer}." in n}
@@ -177,7 +177,7 @@ def test_a_model_is_made_without_a_second_copy_of_its_weights(tiny, monkeypatch)
 
 def test_parameters_begin_where_jax_need_not_move_them(bundle):
     """On a CPU it takes memory that begins on a 64-byte line as it is, and makes one copy; of any other, two."""
-    stacks = mapping.to_ours(bundle.tensors, bundle.config)
+    stacks = mapping.from_hf(bundle.tensors, bundle.config)
     assert not any(stack.ctypes.data % 64 for stack in stacks.values())
     for stack in stacks.values():
         taken = jax.device_put(stack)
