@@ -66,7 +66,7 @@ def tasks(text_path, tmp_path_factory):
     """A folder of the three tasks, on 200 passages."""
     folder, draw = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0)
     text = " ".join(next(iter(documents(file))) for file in text_files(text_path)[:60])
-    sentences = [" ".join(one.split()) + "." for one in text.split(".") if 8 <= len(one.split()) <= 20]
+    sentences = [" ".join(sentence.split()) + "." for sentence in text.split(".") if 8 <= len(sentence.split()) <= 20]
     rows = []
     for i in range(200):
         choices = [f" {sentences[5 * i + 2]}", *(f" {sentences[j]}" for j in draw.integers(1100, len(sentences), 3))]
@@ -80,10 +80,10 @@ def tasks(text_path, tmp_path_factory):
             }
         )
     (folder / "passages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, about in YAML.items():
+    for name, task in YAML.items():
         where = f"task: {name}\ndataset_path: json\ntest_split: test\n"
         data = f"dataset_kwargs: {{data_files: {{test: {folder / 'passages.jsonl'}}}}}\n"
-        (folder / f"{name}.yaml").write_text(where + data + about.lstrip())
+        (folder / f"{name}.yaml").write_text(where + data + task.lstrip())
     return folder
 
 

@@ -49,15 +49,15 @@ def test_the_twins_loss_in_chunks_is_its_loss(tiny_model, monkeypatch):
     """The benchmark's: 37 tokens in chunks of 10 against all logits at once, in float64."""
     monkeypatch.setattr(smollm_torch.loss, "CPU_CHUNK_TOKENS", 10)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 1000, (1, 38)))
-    values, found = [], []
+    values, gradients = [], []
     for module in (smollm_torch.train, smollm_torch.loss):
         twin = smollm_torch.weights.from_bundle(weights.to_bundle(tiny_model), torch.float64)
         loss = 0.3 * module.mean_loss(twin, tokens, torch.float64)
         loss.backward()
         values.append(loss.item())
-        found.append({name: p.grad.numpy() for name, p in twin.named_parameters()})
+        gradients.append({name: p.grad.numpy() for name, p in twin.named_parameters()})
     assert values[1] == pytest.approx(values[0], rel=1e-13)
-    for name, gradient in found[0].items():
+    for name, gradient in gradients[0].items():
         np.testing.assert_allclose(
-            found[1][name], gradient, rtol=1e-11, atol=1e-13 * np.abs(gradient).max(), err_msg=name
+            gradients[1][name], gradient, rtol=1e-11, atol=1e-13 * np.abs(gradient).max(), err_msg=name
         )

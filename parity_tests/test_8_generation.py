@@ -51,7 +51,7 @@ def test_greedy_text_equals_hugging_faces(layers, batched, jax_model, unrolled, 
     ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
     eos = jax_model.config.eos_token_ids
     rows = []
-    for group in [ids] if batched else [[one] for one in ids]:
+    for group in [ids] if batched else [[prompt] for prompt in ids]:
         pieces = generate(model, group, max_new_tokens=NEW_TOKENS, eos_token_ids=eos)
         rows += list(np.concatenate(list(pieces), axis=1))
     ours = [[int(token) for token in row if token != PAD_ID] for row in rows]

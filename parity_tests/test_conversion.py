@@ -28,8 +28,8 @@ def test_jax_to_hugging_face_loads_whole_and_computes_the_same(tmp_path, jax_mod
     tokens = torch.tensor(real_tokens[:, :64])
     with torch.inference_mode():
         assert torch.equal(exported(tokens).logits, hf(tokens).logits)
-    again, _ = weights.load(tmp_path / "hf")
-    same(weights.to_bundle(again).tensors, weights.to_bundle(jax_model).tensors)
+    reloaded, _ = weights.load(tmp_path / "hf")
+    same(weights.to_bundle(reloaded).tensors, weights.to_bundle(jax_model).tensors)
     theirs = {name: from_torch(tensor) for name, tensor in hf.state_dict().items() if name != "lm_head.weight"}
     same(weights.to_bundle(jax_model).tensors, theirs)
 

@@ -134,7 +134,7 @@ def test_a_corpus_with_special_tokens_has_transformers_ids(tmp_path, tokenizer_p
     (only,) = (
         open_mixture(tmp_path / "x.jsonl", tokenizer_path, tmp_path / "cache", special_tokens=special).sets[0].files
     )
-    found = sorted(ids.tolist() for ids in np.split(only.tokens, only.ends.astype(int)[:-1]))
+    documents = sorted(ids.tolist() for ids in np.split(only.tokens, only.ends.astype(int)[:-1]))
     eos = theirs.eos_token
     # TRL's SFTTrainer (add_eos) appends the end of text unless the text has it.
     whole = [text if text.endswith(eos) and special else text + eos for text in CHATS]
@@ -143,7 +143,7 @@ def test_a_corpus_with_special_tokens_has_transformers_ids(tmp_path, tokenizer_p
         expected = [
             [*theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], 0] for text in CHATS
         ]
-    assert found == sorted(expected)
+    assert documents == sorted(expected)
 
 
 def test_lm_eval_reads_bad_text_as_its_own_hf_model_on_request(weights_path, hf):

@@ -55,18 +55,18 @@ def test_an_export_has_a_card_and_the_ids_that_begin_and_end_a_text(exported, so
 
 def test_a_pipeline_loads_the_instruct_export_and_chats(instruct_export):
     chat = [{"role": "user", "content": "What is two plus two?"}]
-    (said, ids), complaints = piped(instruct_export, chat)
+    (output, ids), complaints = piped(instruct_export, chat)
     assert complaints == ""
     engine = Engine.load(instruct_export)
-    assert said[-1]["content"] == engine.complete([engine.chat(chat)], max_new_tokens=12)[0].text
+    assert output[-1]["content"] == engine.complete([engine.chat(chat)], max_new_tokens=12)[0].text
     assert ids == [[1, 2, 2], [1, 2, 2]]
 
 
 def test_a_pipeline_loads_what_was_trained_here_from_scratch(trained, trained_export):
-    (said, ids), complaints = piped(trained_export, "Fellow citizens")
+    (output, ids), complaints = piped(trained_export, "Fellow citizens")
     assert complaints == ""
     engine = Engine.load(trained)
-    assert said == "Fellow citizens" + engine.complete([engine.encode("Fellow citizens")], max_new_tokens=12)[0].text
+    assert output == "Fellow citizens" + engine.complete([engine.encode("Fellow citizens")], max_new_tokens=12)[0].text
     assert ids == [[0, 0, None], [0, 0, None]]
 
 
@@ -79,9 +79,9 @@ def served(folder: Path, *command: object) -> Iterator[str]:
         process = subprocess.Popen([*map(str, command), "--port", str(port)], stdout=log, stderr=log, env=ENVIRONMENT)
     try:
         deadline = time.monotonic() + 300
-        while "Uvicorn running" not in (said := (folder / "log").read_text()):
-            assert process.poll() is None, said
-            assert time.monotonic() < deadline, said
+        while "Uvicorn running" not in (output := (folder / "log").read_text()):
+            assert process.poll() is None, output
+            assert time.monotonic() < deadline, output
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -103,6 +103,6 @@ def test_transformers_serve_answers_as_our_engine_does(instruct_export, tmp_path
     program = Path(sys.executable).parent / "transformers"
     chat = [{"role": "user", "content": "Name the capital of France."}]
     with served(tmp_path, program, "serve", instruct_export, "--device", "cpu", "--dtype", "float32") as address:
-        said = answer(address, chat, str(instruct_export))
+        output = answer(address, chat, str(instruct_export))
     engine = Engine.load(instruct_export)
-    assert said == engine.complete([engine.chat(chat)], max_new_tokens=12)[0].text
+    assert output == engine.complete([engine.chat(chat)], max_new_tokens=12)[0].text

@@ -100,6 +100,6 @@ def test_its_server_answers_as_our_engine_does(instruct_export, tmp_path):
     weights.write(tmp_path / "x.gguf", weights.read(instruct_export), "gguf")
     chat = [{"role": "user", "content": "Name the capital of France."}]
     with served(tmp_path, sys.executable, "-m", "llama_cpp.server", "--model", tmp_path / "x.gguf") as address:
-        said = answer(address, chat, "x")
+        output = answer(address, chat, "x")
     engine = Engine.load(instruct_export)
-    assert said == engine.complete([engine.chat(chat)], max_new_tokens=12)[0].text
+    assert output == engine.complete([engine.chat(chat)], max_new_tokens=12)[0].text

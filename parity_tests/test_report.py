@@ -164,13 +164,13 @@ def test_every_stage_of_the_gpu_suite_runs(dry_run):
 
 def test_it_reports_every_rung_on_any_weights(dry_run):
     folder, _ = dry_run
-    found = rungs_of(folder / "parity")
-    assert {rung["rung"][0] for rung in found.values()} >= {*"1235789"}
+    rungs = rungs_of(folder / "parity")
+    assert {rung["rung"][0] for rung in rungs.values()} >= {*"1235789"}
     equal = ("logits, JAX against the twin", "gradients, worst tensor", "logits, JAX against transformers")
-    assert all(found[claim]["passed"] for claim in equal)
-    lost = [found[f"what {kind} loses of the weights, RMS"] for kind in ("f16", "bf16", "q8_0")]
-    assert all(rung["passed"] and rung["measured"] > 1e-4 for rung in lost)
-    assert all("perplexity" in rung["noise"] for rung in lost)
+    assert all(rungs[claim]["passed"] for claim in equal)
+    roundings = [rungs[f"what {kind} loses of the weights, RMS"] for kind in ("f16", "bf16", "q8_0")]
+    assert all(rung["passed"] and rung["measured"] > 1e-4 for rung in roundings)
+    assert all("perplexity" in rung["noise"] for rung in roundings)
     shown = (folder / "parity/index.html").read_text()
     assert shown.count("data:image/png;base64,") == 3
     assert "http" not in shown, "the page asks for something from outside"
@@ -182,10 +182,10 @@ def test_a_bug_fails_it_and_missing_transformers_is_said(tiny_weights, tmp_path)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = report(tiny_weights, tmp_path / "report", PYTHONPATH=path, SMOLLM_MUTANT="gate and up swapped")
     assert done.returncode == 1
-    found, shown = rungs_of(tmp_path / "report"), (tmp_path / "report/index.html").read_text()
-    assert not found["logits, JAX against the twin"]["passed"]
-    assert not found["loss of 10 float32 steps, JAX against the twin"]["passed"]
+    rungs, shown = rungs_of(tmp_path / "report"), (tmp_path / "report/index.html").read_text()
+    assert not rungs["logits, JAX against the twin"]["passed"]
+    assert not rungs["loss of 10 float32 steps, JAX against the twin"]["passed"]
     assert "NOT the same function" in shown
     assert "measuring transformers" not in done.stdout
-    assert "logits, JAX against twin" in found
+    assert "logits, JAX against twin" in rungs
     assert "transformers is not installed" in shown

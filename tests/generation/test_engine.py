@@ -78,15 +78,15 @@ def test_a_streamed_text_is_whole_characters_and_ends_before_eos(parrot):
 )
 def test_a_text_ends_before_the_first_stop_string(parrot, stop, tokens_per_call):
     whole = rest(parrot)
-    places = [whole.find(one) for one in stop if one in whole]
+    positions = [whole.find(string) for string in stop if string in whole]
     (done,) = parrot.complete([first(parrot)], max_new_tokens=60, stop=stop, tokens_per_call=tokens_per_call)
-    assert done.text == whole[: min(places, default=len(whole))]
-    assert done.finish == ("stop" if places else "eos")
+    assert done.text == whole[: min(positions, default=len(whole))]
+    assert done.finish == ("stop" if positions else "eos")
     shown = parrot.tokenizer.decode([token.id for token in done.tokens if token.id != EOS])
     assert shown.startswith(done.text)
-    if places:
+    if positions:
         without_last = parrot.tokenizer.decode([token.id for token in done.tokens[:-1]])
-        assert not any(one in without_last for one in stop), "it went on after the stop string"
+        assert not any(string in without_last for string in stop), "it went on after the stop string"
 
 
 def test_nothing_of_a_stop_string_is_shown_before_it_is_sure(parrot):
@@ -174,7 +174,7 @@ def test_streams_of_several_threads_do_not_touch_each_other(engine):
         thread.start()
     for thread in threads:
         thread.join()
-    assert together == [[one] * 3 for one in alone]
+    assert together == [[completion] * 3 for completion in alone]
 
 
 def test_closing_a_stream_ends_its_computing_within_one_token(engine, monkeypatch):

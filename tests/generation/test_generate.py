@@ -65,7 +65,7 @@ def test_a_row_ends_at_its_own_eos(tiny_model):
 def test_every_row_may_end_at_another_eos(tiny_model):
     free = new_tokens(tiny_model, PROMPTS).tolist()
     eos = [row[3 + i] for i, row in enumerate(free)]
-    ends = [1 + min(row.index(one) for one in eos if one in row) for row in free]
+    ends = [1 + min(row.index(token) for token in eos if token in row) for row in free]
     rows = new_tokens(tiny_model, PROMPTS, eos_token_ids=eos)
     assert [row[row != PAD_ID].tolist() for row in rows] == [row[:end] for row, end in zip(free, ends, strict=True)]
     assert len({row[end - 1] for row, end in zip(free, ends, strict=True)}) > 1, "all rows ended at the same one"

@@ -74,8 +74,8 @@ def test_it_computes_what_the_rounded_model_does(quantized):
         expected = np.asarray(quantized.model.logits(theirs))
         np.testing.assert_allclose(quantized.logits(hidden), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
         cache, ours = cache.advance(1), ours.advance(1)
-    again = UnstackedKVCache.from_stacked(cache)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(again), strict=True):
+    unstacked = UnstackedKVCache.from_stacked(cache)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(unstacked), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 

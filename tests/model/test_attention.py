@@ -117,10 +117,10 @@ def test_packed_documents_do_not_see_each_other(tiny_model):
 
 def test_what_cudnn_is_told_of_packed_documents_is_the_formula(monkeypatch):
     """All but the kernel: XLA's stands in for it."""
-    theirs, told = jax.nn.dot_product_attention, []
+    theirs, implementations = jax.nn.dot_product_attention, []
 
     def stand_in(*inputs, implementation, **options):
-        told.append(implementation)
+        implementations.append(implementation)
         return theirs(*inputs, **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
@@ -129,7 +129,7 @@ def test_what_cudnn_is_told_of_packed_documents_is_the_formula(monkeypatch):
     allowed = np.tri(9, dtype=bool) & (segments[:, :, None] == segments[:, None, :])
     out, _ = packed(jnp.asarray(segments), "cudnn")(*map(jnp.asarray, (q, k, v)), None)
     np.testing.assert_allclose(out, reference(q, k, v, allowed), **CLOSE)
-    assert told == ["cudnn"]
+    assert implementations == ["cudnn"]
 
 
 @pytest.mark.parametrize("chunks", [[24], [1] * 24, [7, 1, 16]])

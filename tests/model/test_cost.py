@@ -72,7 +72,7 @@ def test_float32_has_no_peak_of_bfloat16():
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "said"),
+    ("kind", "dtype", "lines"),
     [
         ("NVIDIA H100 PCIe", "bfloat16", []),
         (
@@ -87,11 +87,11 @@ def test_float32_has_no_peak_of_bfloat16():
         ),
     ],
 )
-def test_where_mfu_is_left_out_one_line_says_so(tmp_path, capsys, kind, dtype, said):
+def test_where_mfu_is_left_out_one_line_says_so(tmp_path, capsys, kind, dtype, lines):
     recipe = Recipe(10, 2, 64, learning_rate=1e-3, warmup_steps=0, dtype=dtype)
     start = SimpleNamespace(config=preset("tiny"), recipe=recipe, saved=None, bundle=None, defaults="")
     setup = SimpleNamespace(start=start, recipe_name="demo", compute=Compute(dtype), cadence=Cadence(1, 1))
     setup.limit, setup.planned, setup.without_cudnn = 1 << 30, 1 << 20, ""
     flags: Any = SimpleNamespace(recipe=None, mesh=None, init_from=None, remat=None)
     announce(tmp_path, flags, setup, SimpleNamespace(platform="gpu", device_kind=kind), retained=False)
-    assert [line for line in capsys.readouterr().out.splitlines() if "MFU" in line] == said
+    assert [line for line in capsys.readouterr().out.splitlines() if "MFU" in line] == lines

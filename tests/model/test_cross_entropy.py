@@ -35,8 +35,8 @@ def test_it_equals_the_dense_loss_in_float64(chunk_tokens, masked, backend, monk
         value, gradients = scaled(lambda h, w: linear_cross_entropy(h, w, targets, chunk_tokens))
         expected, expected_gradients = scaled(lambda h, w: dense(h, w, targets))
         np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
-        for found, wanted in zip(gradients, expected_gradients, strict=True):
-            np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
+        for actual, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            np.testing.assert_allclose(actual, expected_gradient, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(
             linear_cross_entropy(hidden, head, targets, chunk_tokens), expected / 0.3, rtol=1e-12
         )

@@ -70,7 +70,7 @@ def test_the_model_takes_lists_and_numpy_arrays(tiny_model, kind):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "said"),
+    ("tokens", "message"),
     [
         ([[1, -1]], "outside the vocabulary"),
         (np.array([[2**32 + 5]]), "outside the vocabulary"),
@@ -83,8 +83,8 @@ def test_the_model_takes_lists_and_numpy_arrays(tiny_model, kind):
         (None, "integers"),
     ],
 )
-def test_tokens_that_are_none_are_refused_in_one_line(tiny_model, tokens, said):
-    with pytest.raises(UsageError, match=said):
+def test_tokens_that_are_none_are_refused_in_one_line(tiny_model, tokens, message):
+    with pytest.raises(UsageError, match=message):
         tiny_model(tokens)
 
 
@@ -149,14 +149,14 @@ def test_gradients_written_out_are_those_of_the_function(name):
         out, pull = jax.vjp(plain, *inputs)
         gradient = jnp.asarray(draw.normal(size=out.shape) + 1).astype(jnp.bfloat16).astype(float)
         expected = pull(gradient)
-        for found, wanted in zip(jax.vjp(ours, *inputs)[1](gradient), expected, strict=True):
-            np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
+        for actual, exact in zip(jax.vjp(ours, *inputs)[1](gradient), expected, strict=True):
+            np.testing.assert_allclose(actual, exact, rtol=1e-12, atol=1e-12)
         narrow = jax.vjp(ours, *(x.astype(jnp.bfloat16) for x in inputs))[1](gradient.astype(jnp.bfloat16))
-        for found, wanted in zip(narrow, expected, strict=True):
-            assert found.dtype == jnp.bfloat16
+        for actual, exact in zip(narrow, expected, strict=True):
+            assert actual.dtype == jnp.bfloat16
             # Rounded once, to 8 bits: RMS 0.9 of 2**-9. By jax's own rules, rounded at every step and the norm's scale
             # summed in bfloat16: swiglu 1.8, scale 6.5.
-            error = jnp.sqrt(jnp.mean((found.astype(float) - wanted) ** 2) / jnp.mean(wanted**2))
+            error = jnp.sqrt(jnp.mean((actual.astype(float) - exact) ** 2) / jnp.mean(exact**2))
             assert float(error) < 2**-9
 
 

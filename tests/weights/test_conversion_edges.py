@@ -80,15 +80,15 @@ def test_every_edge_keeps_every_bit_of_every_model(tmp_path, edge):
             bundle = dataclasses.replace(bundle, config=config, tensors=floats)
         else:
             weights.write(start, bundle, source)
-        found = weights.read(start)
-        same(found.tensors, bundle.tensors)
-        weights.write(end, found, target)
-        again = weights.read(end)
-        same(again.tensors, bundle.tensors)
-        assert found.config == again.config == bundle.config
-        assert source == "gguf" or found.origin == again.origin == bundle.origin
+        loaded = weights.read(start)
+        same(loaded.tensors, bundle.tensors)
+        weights.write(end, loaded, target)
+        reloaded = weights.read(end)
+        same(reloaded.tensors, bundle.tensors)
+        assert loaded.config == reloaded.config == bundle.config
+        assert source == "gguf" or loaded.origin == reloaded.origin == bundle.origin
         if source in ("hf", "orbax") and target in ("hf", "orbax"):
-            assert again.tokenizer_files == bundle.tokenizer_files
+            assert reloaded.tokenizer_files == bundle.tokenizer_files
 
 
 def laid_out(kind: str, array: np.ndarray) -> np.ndarray:
@@ -121,8 +121,8 @@ def test_a_single_number_keeps_its_shape(tmp_path):
     """`np.ascontiguousarray` would make it an array of one."""
     for dtype in (*DTYPES, ">f4"):
         safetensors_file.write_safetensors(tmp_path / "x", {"a": np.array(3.5, dtype)}, {})
-        found, _ = safetensors_file.read_safetensors(tmp_path / "x")
-        same(found, {"a": np.array(3.5, np.dtype(dtype).newbyteorder("="))})
+        loaded, _ = safetensors_file.read_safetensors(tmp_path / "x")
+        same(loaded, {"a": np.array(3.5, np.dtype(dtype).newbyteorder("="))})
 
 
 def test_the_digest_tells_names_dtypes_shapes_and_bytes_apart_and_nothing_else():

@@ -46,10 +46,10 @@ def test_any_model_comes_back_the_same_bits(tmp_path, seed):
     start.tensors = {name: tensor.astype(dtype) for name, tensor in start.tensors.items()}
     start.config = dataclasses.replace(start.config, bos_token_id=(None, 1)[seed % 2], eos_token_id=0)
     weights.write(tmp_path / "x.gguf", start, "gguf")
-    found = weights.read(tmp_path / "x.gguf")
-    same(found.tensors, {name: tensor.astype(np.float32) for name, tensor in start.tensors.items()})
-    assert found.config == dataclasses.replace(start.config, initializer_range=start.config.hidden_size**-0.5)
-    assert found.origin.startswith(start.origin)
+    loaded = weights.read(tmp_path / "x.gguf")
+    same(loaded.tensors, {name: tensor.astype(np.float32) for name, tensor in start.tensors.items()})
+    assert loaded.config == dataclasses.replace(start.config, initializer_range=start.config.hidden_size**-0.5)
+    assert loaded.origin.startswith(start.origin)
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
     kinds = {info.kind for info in header(tmp_path / "x.gguf")[1] if len(info.shape) == 2}
     assert kinds == {gguf.GGMLQuantizationType[("F32", "BF16", "F16")[seed % 3]]}
@@ -118,9 +118,9 @@ def test_the_real_tokenizer_comes_back_whole(tmp_path, tokenizer, weights_path):
     tensors = {n: rng.normal(size=s).astype(np.float32) for n, s in mapping.hf_shapes(config).items()}
     weights.write(tmp_path / "x.gguf", Bundle(tensors, config, files), "gguf")
     weights.write(tmp_path / "hf", weights.read(tmp_path / "x.gguf"), "hf")
-    again = Tokenizer.load(tmp_path / "hf")
-    assert json.loads(again.core.to_str()) == json.loads(tokenizer.core.to_str())
-    assert (again.chat_template, again.eos_token_id) == (tokenizer.chat_template, tokenizer.eos_token_id)
+    reloaded = Tokenizer.load(tmp_path / "hf")
+    assert json.loads(reloaded.core.to_str()) == json.loads(tokenizer.core.to_str())
+    assert (reloaded.chat_template, reloaded.eos_token_id) == (tokenizer.chat_template, tokenizer.eos_token_id)
     before, after = (json.loads((f / "special_tokens_map.json").read_text()) for f in (weights_path, tmp_path / "hf"))
     assert after == before
     assert set(after) == {"bos_token", "eos_token", "unk_token", "pad_token"}
@@ -130,9 +130,9 @@ def test_the_real_tokenizer_comes_back_whole(tmp_path, tokenizer, weights_path):
 def test_a_smaller_type_rounds_the_matrices_and_keeps_the_norms(tmp_path, kind, error):
     model = wide()
     weights.write(tmp_path / "x.gguf", model, "gguf", gguf_type=kind)
-    found = weights.read(tmp_path / "x.gguf").tensors
+    loaded = weights.read(tmp_path / "x.gguf").tensors
     for name, tensor in model.tensors.items():
-        worst = np.abs(found[name] - tensor).max() / np.abs(tensor).max()
+        worst = np.abs(loaded[name] - tensor).max() / np.abs(tensor).max()
         assert worst <= (error if tensor.ndim == 2 else 0), name
         assert (worst > 0) == (tensor.ndim == 2 and kind != "f32"), name
 
@@ -213,14 +213,14 @@ def test_the_command_writes_the_type_that_is_asked_for(tmp_path, capsys):
     main = runpy.run_path(str(ROOT / "scripts/convert_weights.py"))["main"]
     weights.write(tmp_path / "hf", wide(), "hf")
     main([str(tmp_path / "hf"), str(tmp_path / "x.gguf"), "--type", "q8_0"])
-    said = capsys.readouterr().out
-    assert "q8_0, kind gguf" in said
+    output = capsys.readouterr().out
+    assert "q8_0, kind gguf" in output
     before, after = (
         np.concatenate([t.ravel() for t in weights.read(tmp_path / x).tensors.values()]) for x in ("hf", "x.gguf")
     )
-    lost = np.sqrt(np.mean(np.square(after - before)) / np.mean(np.square(before)))
-    assert f"what it lost: {lost:.2e} of the weights, RMS" in said
-    assert 1e-3 < lost < 1e-2  # 8 bits a number
+    error = np.sqrt(np.mean(np.square(after - before)) / np.mean(np.square(before)))
+    assert f"what it lost: {error:.2e} of the weights, RMS" in output
+    assert 1e-3 < error < 1e-2  # 8 bits a number
     main([str(tmp_path / "hf"), str(tmp_path / "y.gguf")])
     assert "what it lost: no bit" in capsys.readouterr().out
     assert {info.kind for info in header(tmp_path / "x.gguf")[1]} == {0, 8}
@@ -255,8 +255,8 @@ def test_every_listed_type_is_read_as_gguf_dequantises_it(tmp_path, kind):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    found = weights.read(tmp_path / "x.gguf")
-    same(found.tensors, expected)
-    assert kind in found.origin
-    weights.write(tmp_path / "hf", found, "hf")
+    loaded = weights.read(tmp_path / "x.gguf")
+    same(loaded.tensors, expected)
+    assert kind in loaded.origin
+    weights.write(tmp_path / "hf", loaded, "hf")
     assert f"dequantised from GGUF ({', '.join(sorted({'F32', kind}))})" in (tmp_path / "hf/README.md").read_text()

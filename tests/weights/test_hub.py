@@ -40,10 +40,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
             content = files["/".join(path[4:])]
             digest = hashlib.sha1(content).hexdigest()
             return self.answer(200, content, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
-        about: object = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+        body: object = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
         if asked == "tree":
-            about = [{"type": "file", "path": file, "size": len(files[file]), "oid": "0" * 40} for file in files]
-        return self.answer(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
+            body = [{"type": "file", "path": file, "size": len(files[file]), "oid": "0" * 40} for file in files]
+        return self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
     do_HEAD = do_GET
 
@@ -104,18 +104,18 @@ def test_a_models_name_is_fetched_once_and_then_found_offline(served, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("org/unknown", "the Hugging Face hub has no model org/unknown, or a private one"),
         ("org/gated", "accept its terms on its page"),
         ("org/only-gguf", "has no model.safetensors: fetch the file of it that you want"),
     ],
 )
-def test_a_model_that_cannot_be_had_is_one_line_that_says_both_readings(served, tmp_path, name, said):
+def test_a_model_that_cannot_be_had_is_one_line_that_says_both_readings(served, tmp_path, name, message):
     done = convert(name, tmp_path / "x.safetensors")
     assert done.returncode == 3
     assert done.stderr.startswith(f"error: {name}: no such file or folder, and ")
-    assert said in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 

@@ -32,11 +32,11 @@ def bundle(tiny_model):
 def test_pt_keeps_every_bit(tmp_path, bundle, dtype):
     cast = dataclasses.replace(bundle, tensors={name: t.astype(dtype) for name, t in bundle.tensors.items()})
     weights.write(tmp_path / "x.pt", cast, "pt")
-    found = weights.read(tmp_path / "x.pt")
-    assert found.config == bundle.config
+    loaded = weights.read(tmp_path / "x.pt")
+    assert loaded.config == bundle.config
     for name, tensor in cast.tensors.items():
-        assert found.tensors[name].dtype == dtype
-        assert found.tensors[name].tobytes() == tensor.tobytes()
+        assert loaded.tensors[name].dtype == dtype
+        assert loaded.tensors[name].tobytes() == tensor.tobytes()
 
 
 def test_a_bare_state_dict_takes_the_config_beside_it(tmp_path, bundle):
@@ -185,7 +185,7 @@ def test_the_twin_refuses_a_run_whose_documents_were_masked(tmp_path, tiny):
     recipe = Recipe(1, 1, 8, learning_rate=1e-3, warmup_steps=0, dtype="float32", mask_documents=True)
     write_run_files(run, tiny, {})
     with CheckpointStore(run / "checkpoints") as store:
-        about = Provenance(recipe, tiny, "text", "aa", "bb").meta()
-        store.save(1, {"params": {"norm": np.ones(1, np.float32)}}, about)
+        metadata = Provenance(recipe, tiny, "text", "aa", "bb").meta()
+        store.save(1, {"params": {"norm": np.ones(1, np.float32)}}, metadata)
     with pytest.raises(UsageError, match=f"{run} was trained with --mask-documents, which the twin does not do"):
         train_torch.main(["--like", str(run), "--out", str(tmp_path / "twin")])

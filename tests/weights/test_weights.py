@@ -54,19 +54,19 @@ def test_each_rule_puts_each_number_where_it_belongs(tiny):
     ours = mapping.from_hf(tensors, tiny)
     N, K, H = tiny.num_attention_heads, tiny.num_key_value_heads, tiny.head_dim
     for layer in range(tiny.num_hidden_layers):
-        of = {n.split(".")[-2]: t for n, t in tensors.items() if f"layers.{layer}." in n}
+        hf = {n.split(".")[-2]: t for n, t in tensors.items() if f"layers.{layer}." in n}
         for head in range(N):
             rows = slice(head * H, (head + 1) * H)
-            np.testing.assert_array_equal(ours["layers.self_attn.q_proj"][layer, :, head], of["q_proj"][rows].T)
-            np.testing.assert_array_equal(ours["layers.self_attn.o_proj"][layer, head], of["o_proj"][:, rows].T)
+            np.testing.assert_array_equal(ours["layers.self_attn.q_proj"][layer, :, head], hf["q_proj"][rows].T)
+            np.testing.assert_array_equal(ours["layers.self_attn.o_proj"][layer, head], hf["o_proj"][:, rows].T)
         for head in range(K):
             rows = slice(head * H, (head + 1) * H)
-            np.testing.assert_array_equal(ours["layers.self_attn.k_proj"][layer, :, head], of["k_proj"][rows].T)
-            np.testing.assert_array_equal(ours["layers.self_attn.v_proj"][layer, :, head], of["v_proj"][rows].T)
+            np.testing.assert_array_equal(ours["layers.self_attn.k_proj"][layer, :, head], hf["k_proj"][rows].T)
+            np.testing.assert_array_equal(ours["layers.self_attn.v_proj"][layer, :, head], hf["v_proj"][rows].T)
         for name in ("gate_proj", "up_proj", "down_proj"):
-            np.testing.assert_array_equal(ours[f"layers.mlp.{name}"][layer], of[name].T)
+            np.testing.assert_array_equal(ours[f"layers.mlp.{name}"][layer], hf[name].T)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            np.testing.assert_array_equal(ours[f"layers.{name}"][layer], of[name])
+            np.testing.assert_array_equal(ours[f"layers.{name}"][layer], hf[name])
     same(mapping.to_hf(ours, tiny), tensors)
 
 
@@ -80,9 +80,9 @@ def test_every_format_keeps_every_bit(tmp_path, tiny, kind, dtype, tied):
     bundle.tensors = {name: tensor.astype(dtype) for name, tensor in bundle.tensors.items()}
     path = tmp_path / ("x.safetensors" if kind == "safetensors" else "folder with ö")
     weights.write(path, bundle, kind)
-    found = weights.read(path)
-    same(found.tensors, bundle.tensors)
-    assert (found.config, found.origin) == (config, "random")
+    loaded = weights.read(path)
+    same(loaded.tensors, bundle.tensors)
+    assert (loaded.config, loaded.origin) == (config, "random")
 
 
 def test_there_and_back_through_jax_is_bit_equal(tmp_path, bundle, tiny_model):
@@ -218,9 +218,9 @@ def after_the_header(monkeypatch, happens):
     check_header = safetensors_file.check_header
 
     def checked(path, file):
-        found = check_header(path, file)
+        loaded = check_header(path, file)
         happens(path)
-        return found
+        return loaded
 
     monkeypatch.setattr(safetensors_file, "check_header", checked)
 
@@ -322,9 +322,9 @@ def arrays():
 
 def test_the_safetensors_writer_keeps_arrays_of_any_memory_order(tmp_path):
     write_safetensors(tmp_path / "x.safetensors", arrays(), {})
-    found, _ = read_safetensors(tmp_path / "x.safetensors")
+    loaded, _ = read_safetensors(tmp_path / "x.safetensors")
     for name, array in arrays().items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name, strict=name != "big endian")
+        np.testing.assert_array_equal(loaded[name], array, err_msg=name, strict=name != "big endian")
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o044, "others cannot read the file"
 
 
