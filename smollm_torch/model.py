@@ -1,6 +1,6 @@
 """SmolLM2 in PyTorch, the reference twin of `smollm_jax/model/smollm.py`: same names, same order, same mathematics.
 
-`state_dict` keys are Hugging Face's. Of ours it imports the config and nothing else.
+`state_dict` keys are Hugging Face's. From `smollm_jax` it imports only the config.
 
 B batch, T query tokens, D hidden, N query heads, K KV heads, H head dim, F MLP, V vocab, L layers.
 """
@@ -23,21 +23,21 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
+        normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normalized.to(dtype)
 
 
 def rope_cos_sin(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin `[B, 1, T, H/2]` of every position and frequency, evaluated in at least float32."""
-    wide = torch.promote_types(dtype, torch.float32)
-    frequency = torch.tensor(config.rotary_frequencies, dtype=wide, device=positions.device)
-    angle = positions[:, None, :, None].to(wide) * frequency
+    angle_dtype = torch.promote_types(dtype, torch.float32)
+    frequency = torch.tensor(config.rotary_frequencies, dtype=angle_dtype, device=positions.device)
+    angle = positions[:, None, :, None].to(angle_dtype) * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads `[B, heads, T, H]` turned by their position, in HF's half-split layout."""
+    """Heads `[B, heads, T, H]` rotated by position, in HF's half-split layout."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -96,7 +96,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below the head: the `model.` prefix of Hugging Face's names."""
+    """All modules but the head: the `model.` prefix of Hugging Face's names."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -141,12 +141,12 @@ class SmolLM(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Next-token logits `[B, T, V]`, rounded to at least float32."""
         hidden = self.hidden_states(tokens, positions)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        # Operands first widened: the products of bfloat16 numbers are exact in float32, as in the JAX model.
-        return functional.linear(hidden.to(wide), self.lm_head.weight.to(hidden.dtype).to(wide))
+        logits_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        # Operands are cast up first: products of two bfloat16 values are exact in float32, as in the JAX model.
+        return functional.linear(hidden.to(logits_dtype), self.lm_head.weight.to(hidden.dtype).to(logits_dtype))
 
 
 def _fill_tied_head(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-    """Lets a file that leaves the tied head out, as Hugging Face's do, load with `strict=True`."""
+    """Lets `strict=True` load state dicts without the tied head, such as Hugging Face's."""
     if "model.embed_tokens.weight" in state_dict:
         state_dict.setdefault("lm_head.weight", state_dict["model.embed_tokens.weight"])

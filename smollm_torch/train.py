@@ -1,4 +1,4 @@
-"""The twin's training: `train_step.py` and `optimizer.py` of `smollm_jax/training` in PyTorch, for its curve."""
+"""The twin's training loop: the train step and optimizer of `smollm_jax/training` in PyTorch."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ from smollm_torch.model import SmolLM
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Learning rate of a step (0 = the first), written out; the JAX side takes the same schedule from optax."""
+    """Learning rate of a step (0 = the first), written out; the JAX trainer takes the same schedule from optax."""
     peak, warmup = recipe.learning_rate, recipe.warmup_steps
     if step < warmup:
         return peak * step / warmup
@@ -28,7 +28,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def adamw(module: SmolLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with the recipe's numbers and decay on every parameter; the learning rate is set each step."""
+    """AdamW with the recipe's hyperparameters and decay on all parameters; the learning rate is set each step."""
     betas = (recipe.beta1, recipe.beta2)
     return torch.optim.AdamW(
         module.parameters(), recipe.learning_rate, betas=betas, eps=recipe.eps, weight_decay=recipe.weight_decay
@@ -36,10 +36,10 @@ def adamw(module: SmolLM, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def mean_loss(module: SmolLM, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mean over tokens `[B, T + 1]` of the next token's -log probability, in at least float32.
+    """The mean next-token cross-entropy of `tokens` `[B, T + 1]`, in at least float32.
 
-    Computed with a copy of the parameters in `dtype`, cast once a step as in the JAX trainer; the gradient arrives at
-    the parameters themselves. (Autocast would keep the residual stream in float32 and round the logits.)
+    Computed with a copy of the parameters in `dtype`, cast once per step as in the JAX trainer; gradients flow to the
+    original parameters. (Autocast would keep the residual stream in float32 and round the logits.)
     """
     parameters = {name: parameter.to(dtype) for name, parameter in module.named_parameters()}
     logits = torch.func.functional_call(module, parameters, (tokens[:, :-1],))
@@ -47,10 +47,10 @@ def mean_loss(module: SmolLM, tokens: torch.Tensor, dtype: torch.dtype) -> torch
 
 
 def clip_gradients(module: SmolLM, clip: float) -> torch.Tensor:
-    """Scales the gradients in place to a global norm of at most `clip`; the norm before.
+    """Scales the gradients in place to a global norm of at most `clip`; returns the norm before clipping.
 
-    Not `torch.nn.utils.clip_grad_norm_`: its float32 norm of the embedding's 28M gradients is 1.6e-3 off on the CPU,
-    where `sum` is exact to 1e-7 (torch 2.13), and it divides by (norm + 1e-6).
+    `torch.nn.utils.clip_grad_norm_` is not used: on a CPU its float32 norm of the embedding's 28M gradients is 1.6e-3
+    off, where `sum` is accurate to 1e-7 (torch 2.13), and it divides by (norm + 1e-6).
     """
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
@@ -63,7 +63,7 @@ def clip_gradients(module: SmolLM, clip: float) -> torch.Tensor:
 def train_step(
     module: SmolLM, optimizer: torch.optim.AdamW, tokens: torch.Tensor, recipe: Recipe, step: int
 ) -> dict[str, float]:
-    """Takes one optimizer step in place; its loss and gradient norm before clipping."""
+    """Takes one optimizer step in place; returns its loss and the gradient norm before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step)
     optimizer.zero_grad(set_to_none=True)
@@ -87,7 +87,7 @@ def validation_loss(module: SmolLM, recipe: Recipe, batches: Batches, count: int
 def train(
     module: SmolLM, recipe: Recipe, batches: Batches, *, eval_every: int, log: RunLog, stop_at: int | None = None
 ) -> SmolLM:
-    """The trained twin, in float32 parameters; the same batches in the same order as the JAX trainer.
+    """Trains the twin with float32 parameters, on the same batches in the same order as the JAX trainer.
 
     `stop_at` ends the run early without changing the schedule.
     """
@@ -101,7 +101,7 @@ def train(
         metrics: dict[str, Any] = train_step(module, optimizer, tokens, recipe, step)
         log.step(step + 1, learning_rate=learning_rate(recipe, step), **metrics)
         if not math.isfinite(metrics["loss"]):
-            raise DivergedError(f"step {step + 1}: loss is {metrics['loss']}")
+            raise DivergedError(f"step {step + 1}: the loss is {metrics['loss']}: lower the learning rate")
         if step + 1 == last or (eval_every and (step + 1) % eval_every == 0):
             log.validation(step + 1, validation_loss(module, recipe, batches, 8))
             log.resume_clock()
@@ -109,7 +109,7 @@ def train(
 
 
 def save(module: SmolLM, path: Path) -> None:
-    """Writes the twin's weights as a safetensors file that carries its config."""
+    """Writes the twin's weights as a safetensors file with its config."""
     from smollm_jax import weights
     from smollm_torch.weights import to_bundle
 

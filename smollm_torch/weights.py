@@ -1,4 +1,4 @@
-"""The twin's weights, through the same door as the JAX model's: any kind of file `smollm_jax.weights.read` knows."""
+"""The twin's weights, from any kind of file that `smollm_jax.weights.read` supports."""
 
 from pathlib import Path
 
@@ -13,24 +13,24 @@ from smollm_torch.model import SmolLM
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[SmolLM, Config]:
-    """The twin at a path of any kind, its parameters as `dtype`, and its config."""
+    """The twin from a path of any kind, with parameters of `dtype`, and its config."""
     bundle = weights.read(path)
     return from_bundle(bundle, dtype), bundle.config
 
 
 def from_bundle(bundle: Bundle, dtype: torch.dtype = torch.float32) -> SmolLM:
-    """The twin with checked weights, as `dtype`."""
-    with torch.device("meta"):  # no time spent on an init that is overwritten
+    """The twin with validated weights, in `dtype`."""
+    with torch.device("meta"):  # skips an initialization that would be overwritten
         module = SmolLM(bundle.config)
     module.to_empty(device="cpu").to(dtype)
-    if bundle.config.tie_word_embeddings:  # to_empty gave each of the two names its own storage
+    if bundle.config.tie_word_embeddings:  # to_empty has untied the two
         module.lm_head.weight = module.model.embed_tokens.weight
     module.load_state_dict({name: to_torch(array) for name, array in bundle.tensors.items()}, strict=True)
     return module.eval()
 
 
 def to_bundle(module: SmolLM, origin: str = "", tokenizer_files: dict[str, bytes] | None = None) -> Bundle:
-    """The twin's parameters as Hugging Face's tensors, a tied head left out."""
+    """The twin's parameters as Hugging Face's tensors, without a tied head."""
     tensors: dict[str, np.ndarray] = {}
     for name, tensor in module.state_dict().items():
         if not (module.config.tie_word_embeddings and name == "lm_head.weight"):
