@@ -343,10 +343,10 @@ def evil_folder(name: str, *more: str) -> Writer:
 
 
 PICKLES: Cases = {
-    ".bin": (evil("x.bin"), r"\.bin file can hold code .* give model\.safetensors"),
-    ".pkl": (evil("x.pkl"), r"\.pkl file can hold code .* give model\.safetensors"),
-    ".npy": (evil_array("x.npy"), r"\.npy file can hold code .* give model\.safetensors"),
-    ".npz": (evil_array("x.npz"), r"\.npz file can hold code .* give model\.safetensors"),
+    ".bin": (evil("x.bin"), r"\.bin file can run code .* give model\.safetensors"),
+    ".pkl": (evil("x.pkl"), r"\.pkl file can run code .* give model\.safetensors"),
+    ".npy": (evil_array("x.npy"), r"\.npy file can run code .* give model\.safetensors"),
+    ".npz": (evil_array("x.npz"), r"\.npz file can run code .* give model\.safetensors"),
     "renamed .pt": (evil("x.pt"), r"a pickle can run code; give a \.safetensors"),
     "renamed .safetensors": (evil("x.safetensors"), "not a readable safetensors file"),
     "renamed .gguf": (evil("x.gguf"), "not a readable GGUF file"),

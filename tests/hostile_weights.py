@@ -112,7 +112,7 @@ SAFETENSORS: Cases = {
     "header nested too deeply": (headed(lambda h: "[" * 100_000), "nested too deeply"),
     "header no UTF-8": (headed(lambda h: b'{"\xff": 1}'), "byte 2 of the header"),
     "header a list": (headed(lambda h: [1, 2]), "not a JSON object of tensors"),
-    "metadata with a number": (headed(lambda h: h["__metadata__"].update(a=3)), "metadata of strings"),
+    "metadata with a number": (headed(lambda h: h["__metadata__"].update(a=3)), "whose metadata are strings"),
     "a name twice": (headed(twice), f"{re.escape(Q0)}' occurs twice"),
     "a name with a line break": (headed(lambda h: h.update({"a\nb": h.pop(Q0)})), r"named 'a\\nb'"),
     "a hole": (headed(shift), "a gap or an overlap"),

@@ -99,9 +99,7 @@ def check_header(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, 
             ):
                 pass
             case _:
-                raise fail(
-                    f"tensor {name} is described by {short_repr(entry)}, not by dtype, shape and data_offsets"
-                )
+                raise fail(f"tensor {name} is described by {short_repr(entry)}, not by dtype, shape and data_offsets")
         if dtype not in DTYPES:
             raise fail(f"tensor {name} has dtype {short_repr(dtype)}, only {', '.join(DTYPES)} are supported")
         if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):

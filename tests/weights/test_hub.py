@@ -106,9 +106,9 @@ def test_a_models_name_is_fetched_once_and_then_found_offline(served, tmp_path, 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("org/unknown", "the Hugging Face hub has no model org/unknown, or a private one"),
+        ("org/unknown", "the Hugging Face hub has no model org/unknown; if it is private, log in"),
         ("org/gated", "accept its terms on its page"),
-        ("org/only-gguf", "has no model.safetensors: fetch the file of it that you want"),
+        ("org/only-gguf", "has no model.safetensors: download the file you want"),
     ],
 )
 def test_a_model_that_cannot_be_had_is_one_line_that_says_both_readings(served, tmp_path, name, message):
