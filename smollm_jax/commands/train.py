@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 def begin(flags: TrainingFlags, stop: "StopSignal", startup: QuickStart, *, first: bool) -> None:
     """Trains in the run folder the flags mean, which the first of a run's processes holds a lock on."""
     from smollm_jax.config import named_runs
-    from smollm_jax.runs.folder import emptied_unless_trained, newest_run, refuse_used
+    from smollm_jax.runs.folder import check_no_checkpoint, clean_up_failed_start, newest_run
     from smollm_jax.runtime.lock import RunLock
     from smollm_jax.training import inputs
 
@@ -79,16 +79,16 @@ def begin(flags: TrainingFlags, stop: "StopSignal", startup: QuickStart, *, firs
             raise errors.UsageError("--allow-change and --allow-unverified say something about --resume only")
         name = flags.preset or named_runs.by_name(flags.recipe or "demo").preset
         run = flags.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}")
-        refuse_used(run)
+        check_no_checkpoint(run)
         # What a run left that died before its first checkpoint is replaced; it has a lock file from its start on.
         if any(run.glob("*")) and not (run / "lock").exists():
             raise errors.UsageError(f"{run}: exists and is no run of this trainer: name another --out")
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(RunLock(run))
-            stack.enter_context(emptied_unless_trained(run))
+            stack.enter_context(clean_up_failed_start(run))
         if not flags.resume:
-            refuse_used(run)  # another trainer may have had it in between
+            check_no_checkpoint(run)  # another trainer may have had it in between
         retained = allocator.retain_freed_memory()  # before there are threads that allocate
         read = read_weights(flags)
         from smollm_jax.training.run import train_in

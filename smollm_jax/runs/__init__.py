@@ -1,1 +1,1 @@
-"""What lies in a run folder: checkpoints with their manifest, provenance, metrics."""
+"""The contents of a run folder: checkpoints with their manifests, provenance, metrics."""

@@ -1,4 +1,4 @@
-"""A run folder: which one is meant, what lies in it beside checkpoints, and that a refused start leaves none behind.
+"""Run folders: finding the newest one, the config and tokenizer files in it, and clean-up after a failed start.
 
 Framework-free.
 """
@@ -20,26 +20,26 @@ from smollm_jax.runtime.lock import FILE as LOCK
 
 
 def newest_run() -> Path:
-    """The run under runs/ that was last at work and has a checkpoint."""
-    begun = sorted((lock.stat().st_mtime, lock.parent) for lock in Path("runs").glob(f"*/{LOCK}"))
-    for _, run in reversed(begun):
+    """The run under runs/ that started last, among those with a checkpoint."""
+    by_start = sorted((lock.stat().st_mtime, lock.parent) for lock in Path("runs").glob(f"*/{LOCK}"))
+    for _, run in reversed(by_start):
         if steps_in(run / "checkpoints"):
             return run
-        print(f"note: {run} has no checkpoint, looking at the run before it")
+        print(f"note: {run} has no checkpoint, trying the run before it")
     raise CheckpointError("--resume: no run under runs/ has a checkpoint; name one with --out")
 
 
-def refuse_used(run: Path) -> None:
-    """Raises `UsageError` when a run folder holds a checkpoint."""
+def check_no_checkpoint(run: Path) -> None:
+    """Raises `UsageError` if a run folder has a checkpoint."""
     if steps := steps_in(run / "checkpoints"):
-        raise UsageError(f"{run}: holds a run up to step {steps[-1]}: add --resume, or name another --out")
+        raise UsageError(f"{run}: has a checkpoint of step {steps[-1]}: add --resume, or choose another --out")
 
 
 @contextlib.contextmanager
-def emptied_unless_trained(run: Path) -> Iterator[None]:
-    """Removes what the block wrote into a run folder that was empty, when it fails before a first step is logged.
+def clean_up_failed_start(run: Path) -> Iterator[None]:
+    """If the block fails before a step is logged, removes what it wrote into a run folder that was empty before.
 
-    Enter it with the folder's lock held; the lock removes its own file and the folder.
+    The caller holds the folder's lock; the lock itself removes its file and the folder.
     """
     was_empty = sorted(path.name for path in run.iterdir()) == [LOCK]
     try:
@@ -55,7 +55,7 @@ def emptied_unless_trained(run: Path) -> Iterator[None]:
 
 
 def _trained(run: Path) -> bool:
-    """Whether a run folder holds a checkpoint or the metrics of a step."""
+    """Whether a run folder has a checkpoint or the metrics of a step."""
     if steps_in(run / "checkpoints"):
         return True
     try:
@@ -64,7 +64,7 @@ def _trained(run: Path) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
-        return True  # written to by more than this start: nothing is removed
+        return True  # the file is not from this start alone: keep everything
 
 
 def write_run_files(
@@ -74,7 +74,7 @@ def write_run_files(
     dtype: str = "float32",
     generation_config: dict[str, Any] | None = None,
 ) -> None:
-    """What lies beside the checkpoints of a run: configs and the tokenizer's files, each whole or as it was."""
+    """Writes the configs and tokenizer files of a run, each atomically: complete, or unchanged after a failure."""
     run.mkdir(parents=True, exist_ok=True)
     texts = {"config.json": json.dumps(config_to_hf(config, dtype), indent=2) + "\n"}
     if generation_config is not None:

@@ -1,6 +1,6 @@
-"""A folder and its manifest, `integrity.json`: every file's size and sha256. Imports no framework.
+"""The manifest of a checkpoint, `integrity.json`: the size and sha256 of every file. Imports no framework.
 
-Neither Orbax nor tensorstore checks what it reads: a flipped bit in an array file restores as another weight.
+Neither Orbax nor tensorstore verifies what it reads: an array file with a flipped bit restores as a wrong weight.
 """
 
 import fnmatch
@@ -18,9 +18,9 @@ from smollm_jax.runtime.atomic import sync
 
 MANIFEST = "integrity.json"
 FORMAT = "smollm-integrity-1"
-# Files and folders that operating systems and tools leave where somebody looked (macOS, Windows, KDE, Synology,
-# Jupyter), edited (vim, Emacs) or synchronised (Dropbox, Syncthing, zip of macOS), or where an open file was removed
-# (NFS, FUSE, trash). Nothing that Orbax writes has such a name. In lower case.
+# Files and folders that other programs create, in lower case: when a user views a folder (macOS, Windows, KDE,
+# Synology, Jupyter), edits in it (vim, Emacs), synchronises it (Dropbox, Syncthing, macOS zip), or removes an open
+# file in it (NFS, FUSE, trash). Orbax writes no file with such a name.
 STRAYS = (
     ".ds_store",
     "._*",
@@ -55,24 +55,24 @@ STRAYS = (
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint is not what was written, as opposed to one that cannot be read or understood now."""
+    """A checkpoint differs from what was written. Not for one that cannot be read now, or not by this version."""
 
 
 class NoManifestError(DamagedError):
-    """The folder was never sealed, or its manifest is gone."""
+    """The folder has no manifest: it was never sealed, or the manifest was deleted."""
 
 
-def seal(folder: Path, about: dict[str, Any]) -> None:
-    """Puts every byte under `folder` on the disk, then writes the manifest: complete, or not there."""
+def seal(folder: Path, metadata: dict[str, Any]) -> None:
+    """Syncs every file under `folder` to disk, then writes the manifest atomically, with `metadata` in it."""
     files, _ = _files(folder)
     with ThreadPoolExecutor() as pool:
         entries = dict(zip(files, pool.map(_size_and_digest, files.values()), strict=True))
     for path in files.values():
         sync(path)
-    content = {"format": FORMAT} | about | {"files": entries}
+    content = {"format": FORMAT} | metadata | {"files": entries}
     temporary = folder / f"{MANIFEST}.tmp"
     with temporary.open("wb") as file:
-        file.write(_signed(content))
+        file.write(_serialize(content))
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(folder / MANIFEST)
@@ -80,50 +80,51 @@ def seal(folder: Path, about: dict[str, Any]) -> None:
         sync(directory)
 
 
-def verify(folder: Path, parts: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The manifest, once every file is what it says; `DamagedError` names the first that is not.
+def verify(folder: Path, items: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The manifest, after checking every file against it; `DamagedError` names the first file that differs.
 
-    Files that the operating system left there (`STRAYS`) are no damage: a line on stderr says once that they are
-    ignored. With `parts`, only files in these folders and at the top are read; all must be there with the right size.
-    A file that cannot be read says nothing of what is in it: `StorageError`.
+    Files of other programs (`STRAYS`) are not damage; a note on stderr, printed once, says that they are ignored. With
+    `items`, only files at the top level and in these subfolders are hashed; of all files existence and size are
+    checked. A file that cannot be read may be intact: `StorageError`.
     """
     manifest = _read(folder)
     try:
-        found, strays = _files(folder)
-        # A step may have been sealed with strays in it, which have gone since.
+        present, strays = _files(folder)
+        # A manifest may list stray files that were in the folder when it was sealed.
         expected = {name: entry for name, entry in manifest["files"].items() if not is_stray(name)}
-        for name in sorted(found.keys() | expected.keys()):
-            if name not in found:
+        for name in sorted(present.keys() | expected.keys()):
+            if name not in present:
                 raise DamagedError(f"{folder / name}: is missing")
             if name not in expected:
                 raise DamagedError(f"{folder / name}: is not in {MANIFEST}")
-            if found[name].stat().st_size != expected[name][0]:
-                raise DamagedError(f"{folder / name}: has {found[name].stat().st_size} bytes, not {expected[name][0]}")
-        wanted = [name for name in found if not parts or "/" not in name or name.split("/")[0] in parts]
+            if (size := present[name].stat().st_size) != expected[name][0]:
+                raise DamagedError(f"{folder / name}: has {size} bytes, not {expected[name][0]}")
+        hashed = [name for name in present if not items or "/" not in name or name.split("/")[0] in items]
         with ThreadPoolExecutor() as pool:
-            for name, entry in zip(wanted, pool.map(_size_and_digest, [found[name] for name in wanted]), strict=True):
+            entries = pool.map(_size_and_digest, [present[name] for name in hashed])
+            for name, entry in zip(hashed, entries, strict=True):
                 if entry != expected[name]:
                     raise DamagedError(f"{folder / name}: sha256 differs from {MANIFEST}")
     except OSError as error:
         raise StorageError(f"{folder}: cannot be read: {error}") from error
     if strays:
         more = f" and {len(strays) - 5} more" if len(strays) > 5 else ""
-        _note(f"note: {folder}: no part of the checkpoint, so ignored: {', '.join(strays[:5])}{more}")
+        _print_once(f"note: {folder}: ignoring files of other programs: {', '.join(strays[:5])}{more}")
     return manifest
 
 
 def is_stray(name: str) -> bool:
-    """Whether a path relative to a checkpoint is, or lies in, what an operating system left there."""
+    """Whether a path relative to a checkpoint is, or is inside, a file or folder of another program (`STRAYS`)."""
     return any(fnmatch.fnmatchcase(part.lower(), pattern) for part in name.split("/") for pattern in STRAYS)
 
 
 @functools.cache
-def _note(line: str) -> None:
+def _print_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """What belongs to a checkpoint, without its manifest, by relative path; and the relative paths of strays."""
+    """The files of a checkpoint by relative path, without its manifest; and the relative paths of stray files."""
     paths = (path for path in sorted(folder.rglob("*")) if not path.is_dir())
     files = {path.relative_to(folder).as_posix(): path for path in paths}
     strays = [name for name in files if is_stray(name)]
@@ -136,8 +137,8 @@ def _size_and_digest(path: Path) -> list[Any]:
         return [file.tell(), digest]
 
 
-def _signed(content: dict[str, Any]) -> bytes:
-    """The manifest's one and only spelling, so that any other byte in it shows."""
+def _serialize(content: dict[str, Any]) -> bytes:
+    """The canonical bytes of a manifest with its own sha256: any other bytes mean that it was changed."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return (json.dumps(content | {"sha256": digest}, sort_keys=True, indent=1) + "\n").encode()
 
@@ -148,13 +149,13 @@ def _read(folder: Path) -> dict[str, Any]:
         written = path.read_bytes()
         content = json.loads(written)
         del content["sha256"]
-        intact = _signed(content) == written and content["format"] == FORMAT
+        intact = _serialize(content) == written and content["format"] == FORMAT
     except FileNotFoundError as error:
         raise NoManifestError(f"{path}: is missing") from error
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error}") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DamagedError(f"{path}: is not as it was written: {error!r}") from error
+        raise DamagedError(f"{path}: has changed since it was written: {error!r}") from error
     if not intact:
-        raise DamagedError(f"{path}: is not as it was written")
+        raise DamagedError(f"{path}: has changed since it was written")
     return content

@@ -1,4 +1,4 @@
-"""The look that all plots share: of a run's curves, of checkpoints' quality, of the parity report."""
+"""The style of all plots: training curves, checkpoint quality, the parity report."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run, and what a resumed run has to agree with. Framework-free."""
+"""The provenance that a checkpoint records, and what must not change when a run is resumed. Framework-free."""
 
 import dataclasses
 import hashlib
@@ -12,29 +12,29 @@ from typing import Any
 from smollm_jax.config import Config, Recipe
 from smollm_jax.errors import CheckpointError, UsageError
 
-# May change when a run is resumed: how far it goes. (A new end moves the schedule's decay with it.)
+# May change on resume. (The learning rate schedule's decay moves with the last step.)
 FREE_ON_RESUME = ("steps",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Everything that decides a run's numbers, and where they began."""
+    """Everything that determines the results of a run, and the weights it started from."""
 
     recipe: Recipe
     config: Config
-    data: str  # where it was found; its sha256 is what counts
+    data: str  # its path, for messages; data_sha256 identifies it
     data_sha256: str
     tokenizer_sha256: str
-    start_from: str = ""  # the weights the run began with; empty for the recipe's init
+    start_from: str = ""  # the weights the run started from; empty for random initialisation
 
     @classmethod
     def from_meta(cls, meta: dict[str, Any]) -> "Provenance":
-        """What `meta` of a saved step says; raises `CheckpointError` when it says less than a trainer needs."""
+        """The provenance in `meta` of a saved step; raises `CheckpointError` if a field is missing or unknown."""
         if "recipe" not in meta:
-            raise CheckpointError("it holds weights only: start from them with --init-from")
+            raise CheckpointError("it has weights but no training state: start from them with --init-from")
         try:
-            rest = {field.name: meta[field.name] for field in dataclasses.fields(cls)[2:]}
-            return cls(Recipe(**meta["recipe"]), Config(**meta["config"]), **rest)
+            others = {field.name: meta[field.name] for field in dataclasses.fields(cls)[2:]}
+            return cls(Recipe(**meta["recipe"]), Config(**meta["config"]), **others)
         except (KeyError, TypeError, UsageError) as error:
             raise CheckpointError(f"it was saved by another version of this trainer: {error}") from error
 
@@ -43,7 +43,7 @@ class Provenance:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def fingerprints(self) -> dict[str, str]:
-        """A sha256 each of config, data and tokenizer."""
+        """The sha256 of the config, of the data and of the tokenizer."""
         config = json.dumps(self.meta()["config"], sort_keys=True).encode()
         return {
             "config": hashlib.sha256(config).hexdigest(),
@@ -52,15 +52,15 @@ class Provenance:
         }
 
     def check_resumes(self, saved: "Provenance", allowed: Sequence[str]) -> list[str]:
-        """The changes since `saved` that `allowed` names, "name: old -> new" each; `UsageError` names all others."""
-        then, now = saved._identity(), self._identity()
-        if unknown := sorted(set(allowed) - now.keys()):
-            raise UsageError(f"--allow-change {' '.join(unknown)}: unknown, known are {', '.join(sorted(now))}")
-        changes = {name: f"{name}: {then[name]!r} -> {now[name]!r}" for name in now if then[name] != now[name]}
+        """The changes of `allowed` fields since `saved`, each "name: old -> new"; `UsageError` lists other changes."""
+        old, new = saved._identity(), self._identity()
+        if unknown := sorted(set(allowed) - new.keys()):
+            raise UsageError(f"--allow-change {' '.join(unknown)}: no such field; choose from {', '.join(sorted(new))}")
+        changes = {name: f"{name}: {old[name]!r} -> {new[name]!r}" for name in new if old[name] != new[name]}
         if "data" in changes:
-            changes["data"] = f"data: {saved.data} ({then['data'][:12]}) -> {self.data} ({now['data'][:12]})"
+            changes["data"] = f"data: {saved.data} ({old['data'][:12]}) -> {self.data} ({new['data'][:12]})"
         if refused := [change for name, change in changes.items() if name not in allowed]:
-            raise UsageError(f"cannot resume, these changed: {'; '.join(refused)} (--allow-change NAME takes a change)")
+            raise UsageError(f"cannot resume, these changed: {'; '.join(refused)} (--allow-change NAME accepts one)")
         return list(changes.values())
 
     def _identity(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Provenance:
 
 
 def environment(device: str, devices: int) -> dict[str, Any]:
-    """What else the last bit of a number depends on: versions, devices and cores."""
+    """What else can change the last bits of a result: package versions, devices and CPU cores."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     cores = {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0))}
     return {name: version(name) for name in packages} | cores | {"device": device, "devices": devices}

@@ -1,4 +1,4 @@
-"""The arrays of a tree by their path, and back. Framework-free until called."""
+"""Flattens a pytree to arrays by dotted path, and back. Imports JAX only when called."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def flatten(tree: Any) -> Arrays:
 
 
 def unflatten(like: Any, arrays: Arrays) -> Any:
-    """A tree of `like`'s structure with the arrays of the same names; `CheckpointError` names each that differs.
+    """A tree with the structure of `like` and the arrays of the same names; `CheckpointError` lists all mismatches.
 
     `like` may hold abstract leaves (`jax.eval_shape`). Shapes must agree; dtypes are the arrays' own.
     """
@@ -36,5 +36,5 @@ def unflatten(like: Any, arrays: Arrays) -> Any:
 def _name(path: Any) -> str:
     import jax
 
-    # An nnx.Param is a node with one child, "value", which says nothing.
+    # An nnx.Param is a node with one child, "value": drop that name.
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

@@ -232,7 +232,7 @@ def fit(
             bytes_per_token=data.bytes_per_token,
             tensorboard=flags.tensorboard and first,
             tracker=tracker,
-            kept=first,
+            write_file=first,
         ) as log,
     ):
         return Trainer(

@@ -121,7 +121,7 @@ def _going_on(flags: TrainingFlags, run: Path, given: dict[str, Any], mesh: jax.
     named = named_runs.by_name(flags.recipe).fields if flags.recipe else {}
     with CheckpointStore(run / "checkpoints", create=False) as store:
         load = lambda step: restore_run(store, step, mesh)  # noqa: E731
-        saved = store.newest(load, allow_unverified=flags.allow_unverified)
+        saved = store.restore_newest_valid(load, allow_unverified=flags.allow_unverified)
     before = saved.provenance
     config = preset(flags.preset) if flags.preset else read_config(run / "config.json")
     recipe = Recipe(**(dataclasses.asdict(before.recipe) | named | given))

@@ -124,7 +124,7 @@ def test_a_service_that_fails_is_left_out_with_one_note(tmp_path, service, monke
         monkeypatch.setenv("TRACKER_FAILS", "log")
         write(log, {0: 3.0, 1: 2.9})
     note = (
-        f"note: --track {name} failed and is left out from here on (the service has gone); metrics.jsonl has every row"
+        f"note: --track {name} failed and is disabled for this run (the service has gone); metrics.jsonl has every row"
     )
     assert capsys.readouterr().out.count(note) == 1
     assert len(read_metrics(tmp_path)) == 3

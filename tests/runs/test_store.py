@@ -45,7 +45,11 @@ def bits(tree) -> dict[str, bytes]:
 def newest(folder: Path, **options):
     """Step and content that a resume would take."""
     with CheckpointStore(folder, create=False) as store:
-        return store.newest(lambda step: (store.meta(step)["step"], bits(store.restore(step, like()))), **options)
+
+        def load(step):
+            return store.meta(step)["step"], bits(store.restore(step, like()))
+
+        return store.restore_newest_valid(load, **options)
 
 
 def save_and_wait(store: CheckpointStore, step: int) -> None:
@@ -158,7 +162,7 @@ def test_what_an_operating_system_leaves_in_a_step_is_no_damage_and_said_once(tm
     said = capfd.readouterr()
     assert said.out == ""
     assert said.err == (
-        f"note: {tmp_path / 'c/1'}: no part of the checkpoint, so ignored: .DS_Store, ._integrity.json, ._params, "
+        f"note: {tmp_path / 'c/1'}: ignoring files of other programs: .DS_Store, ._integrity.json, ._params, "
         "@eaDir/params@SynoEAStream, meta/.directory and 5 more\n"
     )
     with CheckpointStore(tmp_path / "c") as store:
@@ -290,7 +294,7 @@ def test_what_a_failed_save_writes_late_is_removed_too(tmp_path, monkeypatch):
         late.start()
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "LATE_WRITES", 2)  # for a machine whose threads get their turn late
+    monkeypatch.setattr(checkpoint, "STRAGGLER_SECONDS", 2)  # for a machine whose threads get their turn late
     store = CheckpointStore(tmp_path / "c")
     late = threading.Timer(0.05, lambda: (tmp_path / "c" / STAGING / "1/params").mkdir(parents=True))
     store._orbax.save = fail
@@ -361,7 +365,7 @@ class Store(RuleBasedStateMachine):
     def kill_in_a_save(self, stage):
         self.step += 1
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(CheckpointStore, "_clear", lambda *_: None)  # the dead clean nothing up
+            patch.setattr(CheckpointStore, "_remove_staging", lambda *_: None)  # the dead clean nothing up
             if stage == "before Orbax":
                 patch.setattr(self.store._orbax, "save", kill)
             elif stage == "before the manifest":

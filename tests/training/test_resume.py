@@ -70,7 +70,7 @@ def run(folder, config, recipe, *, poisoned_steps=(), stop_before=None, resume=F
     log = RunLog(folder, log_every=100, flops_per_token=1.0, peak_flops=None)
     with store, log:
         if resume:
-            saved = store.newest(lambda step: restore_run(store, step))
+            saved = store.restore_newest_valid(lambda step: restore_run(store, step))
             state, progress = saved.state, saved.progress
         else:
             state = init_train_state(init_model(config, recipe.seed), optimizer.adamw(recipe))
@@ -282,7 +282,7 @@ def test_a_changed_field_is_refused_by_name_with_old_and_new_unless_allowed(conf
     assert told.startswith(f"{name}: ")
     longer = dataclasses.replace(saved, recipe=dataclasses.replace(saved.recipe, steps=99))
     assert longer.check_resumes(saved, []) == []
-    with pytest.raises(UsageError, match="--allow-change colour: unknown, known are"):
+    with pytest.raises(UsageError, match="--allow-change colour: no such field; choose from"):
         now.check_resumes(saved, ["colour"])
 
 

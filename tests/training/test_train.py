@@ -197,7 +197,7 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path):
     done = train(run, "--steps", "30", "--save-every", "1", "--learning-rate", "1e9", "--warmup-steps", "0")
     assert done.returncode == 7
     assert "10 of the last 1,000 updates were not finite" in done.stderr
-    assert "not finite, update left out; windows [" in done.stdout
+    assert "is not finite, update skipped; training windows [" in done.stdout
     with CheckpointStore(run / "checkpoints", create=False) as store:
         assert store.steps()
 
