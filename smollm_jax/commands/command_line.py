@@ -41,7 +41,9 @@ def parse(kind: type[F], argv: list[str] | None, description: str | None, *, wei
     try:
         with contextlib.redirect_stderr(said):
             if {"-h", "--help"} & {*arguments}:  # the groups are for its reader, and take time at every start
-                tyro.cli(_grouped(kind, groups_of(kind)), args=arguments, description=names_as_typed(description or ""))
+                grouped, shown = _grouped(kind, groups_of(kind)), names_as_typed(description or "")
+                # Every text is given: tyro need not look for a source of classes that have none.
+                tyro.cli(grouped, args=arguments, description=shown, config=(tyro.conf.HelptextFromCommentsOff,))
             flags = tyro.cli(kind, args=arguments, description=description)
     except SystemExit as end:
         if not end.code:  # --help

@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-from importlib import metadata
 from pathlib import Path
 
 from smollm_jax.runtime.invocation import names_as_typed
@@ -20,6 +19,8 @@ def command(extra: str) -> str:
     if (CHECKOUT / "pyproject.toml").is_file():
         project = "." if Path.cwd() == CHECKOUT else str(CHECKOUT)
         return f"pip install -e {_quoted(f'{project}[{extra}]')}"
+    from importlib import metadata  # 30 ms that --help should not cost
+
     try:
         required = metadata.requires("smollm-jax") or []
     except metadata.PackageNotFoundError:  # copied without package metadata
