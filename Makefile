@@ -1,18 +1,19 @@
-# make train   environment, text, training          make test    environment, real weights, all fast tests
-# make parity  the whole parity ladder and its report     make slow    every test that takes minutes
+# make train   environment, text, training          make test    environment, real weights, the tests a person waits for
+# make slow    the other claims, which .ci/run checks too       make overnight   every test that takes many minutes
+# make parity  the whole parity ladder and its report
 # make gpu-program   what XLA makes of a training step for an H100, and tests of it; no GPU, 4.6 GB of packages
 # make gpu-wheels    packages for scripts/gpu_first.sh on a rented machine      make driver  which JAX fits the GPU's driver
 # make docs    the pages under docs/ as a site in build/docs; a broken link is an error
 # make soak    200 kills, 200 signals, 500 random lives of a checkpoint folder; llama.cpp, built here: over an hour
 # The first two are idempotent. Needs Python >= 3.11, make and a package index; a CUDA GPU is used when nvidia-smi is there.
 #
-# PYTHON=python3.12 on the command line: another interpreter, in an environment of its own, for the tests that need
-# no PyTorch (the PyTorch wheel is by far the largest download); add TORCH=1 for all of them.
+# PYTHON=python3.12 on the command line: another interpreter, in an environment of its own, and so a newer JAX.
+# TORCH=0: without PyTorch, the largest download, and the tests that need it.
 # ARGS="..." goes to train_jax.py.
 
 PYTHON ?= python3
 NAMED := $(filter command line,$(origin PYTHON))
-TORCH ?= $(if $(NAMED),0,1)
+TORCH ?= 1
 VENV ?= $(if $(NAMED),.venv-$(notdir $(PYTHON)),.venv)
 BIN := $(VENV)/bin
 
@@ -24,36 +25,41 @@ OLD := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 JAX := $(if $(CUDA),$(if $(OLD)$(filter 12,$(CUDA)),cuda12,cuda13),)
 comma := ,
 TRAIN_EXTRAS := gguf,plot$(if $(JAX),$(comma)$(JAX))
-TESTS := $(if $(filter 1,$(TORCH)),,tests)
+TESTED = SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) $(BIN)/python -m pytest $(if $(filter 1,$(TORCH)),,tests)
+READY := $(VENV)/.test$(if $(filter 1,$(TORCH)),,-without-torch)
 TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)torch$(comma)hf$(comma)eval$(comma)serve)
 
-# Two at a time, file by file. One that dies or hangs ends the run and is named; xdist's second try can wait for ever.
-TWO := -n 2 --dist loadfile --max-worker-restart 0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
+# Two at a time, file by file (tests/reporting.py orders them). One that dies or hangs ends the run and is named; xdist's second try can wait for ever.
+TWO := -n 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart 0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 # Whole checkpoints only: a save that was killed leaves a folder with another name.
 RESUME = $(shell ls runs/make-train/checkpoints 2>/dev/null | grep -qx '[0-9][0-9]*' && echo --resume)
 
-.PHONY: train test parity docs slow soak gpu-program gpu-wheels driver lint clean
+.PHONY: train test parity docs slow overnight soak gpu-program gpu-wheels driver lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
 	$(BIN)/python scripts/fetch_assets.py
 	$(BIN)/python scripts/train_jax.py --out runs/make-train $(RESUME) $(ARGS)
 
-test: $(VENV)/.test
+test: $(READY)
 	$(BIN)/python scripts/fetch_assets.py
-	SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) $(BIN)/python -m pytest $(TESTS) -m "not slow" $(TWO) $(PYTEST)
+	$(TESTED) -m "not slow and not overnight" $(TWO) $(PYTEST)
 
-parity: $(VENV)/.test
+slow: $(READY)
+	$(BIN)/python scripts/fetch_assets.py
+	$(TESTED) -m slow $(TWO) $(PYTEST)
+
+overnight: $(READY)
+	$(BIN)/python scripts/fetch_assets.py
+	$(TESTED) -m overnight -s $(PYTEST)
+
+parity: $(READY)
 	$(BIN)/python scripts/fetch_assets.py
 	$(BIN)/python -m pytest parity_tests -rP $(PYTEST)
 	$(BIN)/python scripts/parity_report.py --weights assets/SmolLM2-135M-Instruct --out report --readme docs/parity.md
 
-slow: $(VENV)/.test
-	$(BIN)/python scripts/fetch_assets.py
-	$(BIN)/python -m pytest -m slow -s $(PYTEST)
-
-soak: $(VENV)/.test
+soak: $(READY)
 	$(BIN)/python scripts/fetch_assets.py
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install --quiet --no-binary llama-cpp-python "llama-cpp-python[server]<0.4"
 	SMOLLM_SOAK=1 $(BIN)/python -m pytest tests/training/test_survival.py tests/runs/test_store.py parity_tests/test_llamacpp.py -rP $(PYTEST)
@@ -92,7 +98,7 @@ driver:
 	  "install driver 525 or newer, $$instead" >&2; exit 2; fi; \
 	echo "CUDA $(CUDA): jax[$(JAX)]"
 
-lint: $(VENV)/.test
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -105,8 +111,9 @@ $(VENV)/.train: pyproject.toml | driver $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[$(TRAIN_EXTRAS)]"
 	@touch $@
 
-$(VENV)/.test: pyproject.toml | driver $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[$(TEST_EXTRAS)]"
+$(READY): pyproject.toml | driver $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[$(TEST_EXTRAS)]"$(if $(filter 1,$(TORCH)), || { \
+	  echo "error: is there no PyTorch for this interpreter? make TORCH=0 runs the tests that need none" >&2; exit 1; })
 	@command -v chromium chromium-browser google-chrome >/dev/null || { command -v apt-get >/dev/null && \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
 	  echo "no Chromium: tests/web/test_browser.py is skipped, and says so"

@@ -13,6 +13,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
+pytest_plugins = ["tests.reporting"]
+
 # On a GPU machine too: bounds are for float32 as it is, not TF32, and torch and JAX in one process fight over cuDNN
 # there (jax#19004). The GPU has its own suite, scripts/gpu_suite.sh.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -66,10 +68,6 @@ def _memory():
     jax.clear_caches()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed blocks between those in use
-
-
-def pytest_report_header() -> str | None:
-    return "PyTorch left out: no parity tests" if WITHOUT_TORCH else None
 
 
 def asset(name: str) -> Path:

@@ -86,6 +86,6 @@ def test_a_real_width_at_two_layers(name):
     compare(dataclasses.replace(preset(name), num_hidden_layers=2), 40)
 
 
-@pytest.mark.slow
+@pytest.mark.overnight
 def test_the_whole_360m():
     compare(preset("smollm2-360m"), 100)

@@ -96,7 +96,9 @@ def answers(model, folder, name, limit):
     return scores, [sample["resps"] for sample in got["samples"][name]], seconds
 
 
-@pytest.mark.parametrize("limit", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "limit", [pytest.param(8, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.overnight)]
+)
 def test_the_harness_gets_the_answers_of_its_own_hf_model(tasks, weights_path, hf, limit):
     """The two in turn, task by task, so that their seconds compare; with 200 samples ours has the fewer."""
     its_own = HFLM(pretrained=hf, tokenizer=AutoTokenizer.from_pretrained(weights_path), batch_size=8)

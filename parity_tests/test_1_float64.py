@@ -29,7 +29,7 @@ def test_gradients_are_equal(exact_twin, window, true_gradient):
     within(abs(loss / true_gradient[0] - 1), 1e-12, "float64 loss")
 
 
-@pytest.mark.slow
+@pytest.mark.overnight
 def test_they_are_equal_at_2048_tokens(exact_twin, bundle, real_tokens):
     logits = ladder.torch_stream(exact_twin, real_tokens)[1]
     ours = ladder.jax_stream(bundle, real_tokens, "float64")[1]

@@ -49,7 +49,7 @@ def twin_logits(model, tokens):
         return model(torch.tensor(tokens)).numpy()
 
 
-@pytest.mark.parametrize("length", [600, 2048])
+@pytest.mark.parametrize("length", [600, pytest.param(2048, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", ["jax", "twin"])
 def test_logits_equal_transformers_at_every_position(side, length, hf_logits, jax_model, twin, real_tokens):
     """At default precision, as a user calls it; transformers is causal, so its shorter text is a prefix."""

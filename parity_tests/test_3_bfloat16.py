@@ -1,6 +1,7 @@
 """Rung 3: in bfloat16 JAX's distributions are no further from the truth than transformers'."""
 
 import numpy as np
+import pytest
 import torch
 
 from parity_tests.conftest import load_hf
@@ -46,6 +47,7 @@ def test_float32_results_of_bfloat16_operands_are_nearer_to_the_truth_than_autoc
     within(jax_metrics["kl"] / torch_metrics["kl"], AUTOCAST_KL_RATIO, "KL with bfloat16 operands over autocast's")
 
 
+@pytest.mark.slow
 def test_their_gradients_are_nearer_to_the_truth_than_autocasts(bundle, weights_path, texts):
     window = texts[:1, :65]
     module = load_hf(weights_path, dtype=torch.float32)

@@ -72,7 +72,7 @@ def both_curves(config, chosen, batches):
     return ours, torch_curve(module, chosen, batches)
 
 
-@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+@pytest.mark.parametrize("schedule", ["wsd", pytest.param("cosine", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", TRAINING_FLOAT32_SHORT), ("float64", TRAINING_FLOAT64_SHORT)])
 def test_ten_steps(tiny, token_file, dtype, bound, schedule):
     chosen = recipe(dtype, schedule=schedule)
@@ -91,6 +91,7 @@ def truth(tiny, token_file):
     return [curve[:, 0] for curve in both_curves(tiny, chosen, Batches(token_file, chosen))]
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_in_float64(truth):
     ours, theirs = truth
     within(np.abs(ours / theirs - 1).max(), TRAINING_FLOAT64, "loss of 100 steps, float64")
@@ -115,6 +116,7 @@ def permute(module, seed):
     return module
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_in_float32_are_as_near_the_truth_as_the_twin(tiny, token_file, truth):
     chosen = recipe("float32", **HUNDRED)
     batches = Batches(token_file, chosen)
@@ -132,7 +134,7 @@ def test_a_hundred_steps_in_float32_are_as_near_the_truth_as_the_twin(tiny, toke
     )
 
 
-@pytest.mark.slow
+@pytest.mark.overnight
 def test_ten_steps_at_the_full_shape(token_file):
     chosen = recipe("float32", batch_size=1, sequence_length=256, learning_rate=1e-3)
     ours, theirs = both_curves(preset("smollm2-135m-pretrain"), chosen, Batches(token_file, chosen))

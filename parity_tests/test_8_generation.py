@@ -45,7 +45,14 @@ def unrolled(jax_model):
     return Unrolled.from_model(jax_model)
 
 
-@pytest.mark.parametrize(("layers", "batched"), [("stacked", True), ("unrolled", True), ("unrolled", False)])
+@pytest.mark.parametrize(
+    ("layers", "batched"),
+    [
+        ("unrolled", True),
+        pytest.param("unrolled", False, marks=pytest.mark.slow),
+        pytest.param("stacked", True, marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_text_equals_hugging_faces(layers, batched, jax_model, unrolled, tokenizer, hf_texts):
     model = jax_model if layers == "stacked" else unrolled
     ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
@@ -72,6 +79,7 @@ def test_the_repetition_penalty_is_hugging_faces_to_one_rounding():
         np.testing.assert_array_max_ulp(np.asarray(ours), theirs.numpy(), maxulp=1)
 
 
+@pytest.mark.slow
 def test_greedy_text_with_a_penalty_equals_hugging_faces(unrolled, hf, tokenizer):
     ids = [tokenizer.encode(prompt) for prompt in PROMPTS[:3]]
     sampling = Sampling(repetition_penalty=1.3)
@@ -106,7 +114,7 @@ def test_the_tokens_kept_are_hugging_faces(temperature):
 LONG = 256
 
 
-@pytest.mark.slow
+@pytest.mark.overnight
 def test_greedy_256_tokens_on_50_real_prompts(bundle, jax_model, hf, tokenizer, text_path):
     """A difference is accepted only where the truth prefers one token to the other by less than float32's noise."""
     ids = [tokenizer.encode(p.read_text(encoding="utf-8")) for p in sorted(text_path.glob("*.txt"))[::4][:50]]

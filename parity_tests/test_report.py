@@ -142,6 +142,7 @@ def test_the_table_takes_its_place_between_the_markers_of_a_readme(tmp_path):
     assert "replaced" not in text
 
 
+@pytest.mark.slow
 def test_every_stage_of_the_gpu_suite_runs(dry_run):
     folder, summary = dry_run
     stages = {row["stage"]: row["exit_status"] for row in summary["stages"]}
@@ -162,6 +163,7 @@ def test_every_stage_of_the_gpu_suite_runs(dry_run):
     assert "| speed-1 | tokens/s, ours / hf |" in (folder / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_it_reports_every_rung_on_any_weights(dry_run):
     folder, _ = dry_run
     rungs = rungs_of(folder / "parity")
@@ -176,6 +178,7 @@ def test_it_reports_every_rung_on_any_weights(dry_run):
     assert "http" not in shown, "the page asks for something from outside"
 
 
+@pytest.mark.slow
 def test_a_bug_fails_it_and_missing_transformers_is_said(tiny_weights, tmp_path):
     """Two claims in one run of a minute: the second interpreter finds no transformers, and gate and up are swapped."""
     (tmp_path / "sitecustomize.py").write_text(HIDE_TRANSFORMERS)

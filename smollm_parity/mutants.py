@@ -246,7 +246,7 @@ def hunt(mutant: Mutant) -> tuple[bool, str]:
         measured = Path(folder) / "measured.jsonl"
         environment = os.environ | {"SMOLLM_MUTANT": mutant.name, "SMOLLM_MEASURED": str(measured)}
         # --maxfail: several failures, so that the margin is not only the first one's
-        command = [sys.executable, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", "--maxfail=4"]
+        command = [sys.executable, "-m", "pytest", "-m", "not overnight", "-p", "no:cacheprovider", "--maxfail=4"]
         done = subprocess.run(
             [*command, mutant.test], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )

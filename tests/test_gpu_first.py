@@ -172,7 +172,7 @@ def test_wheels_beside_the_tree_are_installed_where_every_stage_finds_them(rehea
     assert (tmp_path / "work/site/smollm_rehearsal.py").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.overnight
 @pytest.mark.torch
 def test_every_stage_runs_at_toy_size_on_the_cpu(rehearse):
     """Both calls into one folder: not more than eight files of results."""

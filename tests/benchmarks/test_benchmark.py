@@ -74,6 +74,7 @@ def measured(folder, *arguments):
     return content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", list(BOTH))
 def test_a_subject_measures_both_sides(tmp_path, what):
     size = ["--new-tokens", "24", "--batch-size", "2"] if what == "decode" else ["--sequence-length", "32"]
@@ -88,6 +89,7 @@ def test_a_subject_measures_both_sides(tmp_path, what):
         assert rows[name]["median"] == pytest.approx(rows[name.replace("ours", "hf")]["median"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_quantised_decoding_is_measured_against_narrow_weights(tmp_path):
     size = ["--new-tokens", "8", "--quantize", "bf16", "--against", "hf-bf16", "hf"]
     rows = measured(tmp_path, "decode", *size)["rows"]
@@ -96,6 +98,7 @@ def test_quantised_decoding_is_measured_against_narrow_weights(tmp_path):
     assert any(name.startswith("tokens/s, ours / the best, hf") for name in rows)
 
 
+@pytest.mark.slow
 def test_the_twin_trains_beside_us(tmp_path):
     rows = measured(tmp_path, "train", "--against", "twin", "--sequence-length", "32", "--dtype", "bfloat16")["rows"]
     assert {"tokens/s, ours / twin", "loss 2, twin"} < rows.keys()
@@ -103,12 +106,14 @@ def test_the_twin_trains_beside_us(tmp_path):
     assert rows["loss 2, ours"]["median"] < rows["loss 1, ours"]["median"] - 0.5, "the optimizer did nothing"
 
 
+@pytest.mark.slow
 def test_ours_with_freed_memory_is_the_same_step_under_other_settings(tmp_path):
     rows = measured(tmp_path, "train", "--against", "freed-memory", "--sequence-length", "32")["rows"]
     assert rows["loss 2, ours"] == rows["loss 2, freed-memory"]
     assert rows["tokens/s, ours / freed-memory"]["median"] > 0
 
 
+@pytest.mark.slow
 def test_what_remat_keeps_is_measured_policy_by_policy(tmp_path):
     rows = measured(tmp_path, "memory", "--against", "remat-none", "remat-full", "--sequence-length", "256")["rows"]
     none, dots, full = (
@@ -117,6 +122,7 @@ def test_what_remat_keeps_is_measured_policy_by_policy(tmp_path):
     assert none > dots > full
 
 
+@pytest.mark.slow
 def test_packed_documents_are_measured_against_plain_causal_attention(tmp_path):
     rows = measured(tmp_path, "packed", "--sequence-length", "64", "--document-tokens", "16", "--batch-size", "2")[
         "rows"
@@ -125,6 +131,7 @@ def test_packed_documents_are_measured_against_plain_causal_attention(tmp_path):
     assert rows["tokens/s, ours / plain"]["median"] == pytest.approx(ours / plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "attention"])
 def test_a_kernel_is_compared_in_bfloat16_and_under_compile_too(tmp_path, what):
     size = ["--sequence-length", "32", "--dtype", "bfloat16", "--against", "hf-compile"]
@@ -132,6 +139,7 @@ def test_a_kernel_is_compared_in_bfloat16_and_under_compile_too(tmp_path, what):
     assert rows["tokens/s, ours / hf-compile"]["median"] > 0
 
 
+@pytest.mark.slow
 def test_prepare_measures_ours_datasets_and_the_tokenizer_alone(tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "the {i}th text"}}\n' for i in range(200)))
     rows = measured(tmp_path, "prepare", "--text", "x.jsonl", "--against", "tokenizers", "datasets")["rows"]
@@ -146,6 +154,7 @@ def test_prepare_measures_ours_datasets_and_the_tokenizer_alone(tmp_path):
     assert len(rows) == 15
 
 
+@pytest.mark.slow
 def test_datasets_read_the_files_that_we_read(tmp_path):
     """A licence in the folder, as in assets/sotu, is no text; files of folders in it are."""
     folder = tmp_path / "data"
@@ -203,6 +212,7 @@ def test_the_most_memory_is_of_a_process_and_of_its_children():
     assert 300e6 <= peak < 330e6
 
 
+@pytest.mark.slow
 def test_checkpoint_measures_both_sides(tmp_path):
     rows = measured(tmp_path, "checkpoint", "--sequence-length", "32")["rows"]
     assert {"manifest / save", "verify / save", "step guarded / unguarded"} < rows.keys()

@@ -96,11 +96,11 @@ def test_an_unknown_recipe_is_named():
         named_runs.by_name("smollm")
 
 
-def mark_slow(quick: set[str]) -> list:
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in named_runs.RECIPES]
+def mark_overnight(quick: set[str]) -> list:
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.overnight) for name in named_runs.RECIPES]
 
 
-@pytest.mark.parametrize("name", mark_slow({"smollm2-135m"}))
+@pytest.mark.parametrize("name", mark_overnight({"smollm2-135m"}))
 def test_every_recipe_compiles_at_its_full_shape(name):
     devices, _ = WHOLE[name]
     done = check_scaling("--recipe", name, "--mesh", f"data={devices}")
@@ -113,7 +113,7 @@ def test_every_recipe_compiles_at_its_full_shape(name):
     # Here the memory plan of the recipe (training/memory.py) is to be compared with `told` and the temporaries.
 
 
-@pytest.mark.parametrize("name", mark_slow({"smollm2-135m", "smollm2-135m-long"}))
+@pytest.mark.parametrize("name", mark_overnight({"smollm2-135m", "smollm2-135m-long"}))
 def test_every_recipe_trains_at_toy_size(name, tiny, tmp_path):
     small = ["--steps", "5", "--warmup-steps", "1", "--batch-size", "8"]
     if name == "smollm2-135m-long":  # from weights whose theta and length are not yet the longer model's

@@ -17,6 +17,8 @@ from smollm_jax.commands import main
 from smollm_jax.runtime.invocation import VERBS
 from smollm_jax.tokenizer.source import read_tokenizer_files
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TEXT = "Fellow citizens of the Senate and of the House, these are words to read and to learn from.\n" * 40
 

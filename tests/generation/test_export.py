@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 FOREIGN = ("smollm_jax", "flax", "orbax", "optax", "jaxtyping", "einops")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_forward_and_decode_give_the_models_logits_at_any_size(tiny_model, dtype):
     model = jax.tree.map(lambda parameter: parameter.astype(dtype), tiny_model)
     archive = export.archive(model)
@@ -44,6 +44,7 @@ def test_forward_and_decode_give_the_models_logits_at_any_size(tiny_model, dtype
             np.testing.assert_allclose(logits / scale, expected[:, begin:end] / scale, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_the_loader_runs_the_real_weights_without_this_package(weights_path, tmp_path):
     script.main([str(weights_path), str(tmp_path / "model.npz")])
     model, config = weights.load(weights_path)

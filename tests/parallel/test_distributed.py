@@ -86,6 +86,7 @@ def test_documents_are_masked_where_that_is_asked_for(tmp_path):
     assert abs(losses(tmp_path / "masked")[0] - losses(tmp_path / "plain")[0]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "mesh"), [(2, "fsdp=2"), (4, "data=2,fsdp=2")])
 def test_processes_learn_what_one_does_and_any_number_resumes(tmp_path, alone, launch, count, mesh):
     run = tmp_path / "run"
@@ -103,6 +104,7 @@ def test_processes_learn_what_one_does_and_any_number_resumes(tmp_path, alone, l
     assert steps_in(run / "checkpoints") == [20, 22]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_the_loss_of_one_ends_all_and_both_resume(tmp_path, launch):
     run = tmp_path / "run"
     endless = (*SMALL, "--steps", "100000", "--save-every", "1000")

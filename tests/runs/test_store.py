@@ -411,10 +411,9 @@ class Store(RuleBasedStateMachine):
             assert all(name.isdigit() or ".bad" in name for name in names), names
 
 
-def test_the_newest_verified_state_is_never_lost(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lives", [5, pytest.param(500 if SOAK else 25, marks=pytest.mark.slow)])
+def test_the_newest_verified_state_is_never_lost(tmp_path, monkeypatch, lives):
     from hypothesis.stateful import run_state_machine_as_test
 
     monkeypatch.setenv("SMOLLM_STORE_FOLDER", str(tmp_path))
-    run_state_machine_as_test(
-        Store, settings=settings(max_examples=500 if SOAK else 25, stateful_step_count=20, deadline=None)
-    )
+    run_state_machine_as_test(Store, settings=settings(max_examples=lives, stateful_step_count=20, deadline=None))

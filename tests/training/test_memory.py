@@ -75,7 +75,13 @@ def main() -> None:
         print(json.dumps([memory.plan(*settings).total, need]), flush=True)
 
 
-@pytest.mark.parametrize("grid", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["fast", "slow"])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        pytest.param(FAST, marks=pytest.mark.slow, id="few"),
+        pytest.param(SLOW, marks=pytest.mark.overnight, id="all"),
+    ],
+)
 def test_the_plan_is_within_ten_percent_of_what_xla_says(grid):
     settings = grid.strip().splitlines()
     environment = ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}

@@ -1,6 +1,6 @@
 """A run comes through kill -9, signals, a full disk and bad updates with the bits of one that met none of them.
 
-Real processes on the tiny model. `make test` does 25 kills and 8 signals; `make soak` (SMOLLM_SOAK=1) does 200 each.
+Real processes on the tiny model. `make slow` does 25 kills and 8 signals; `make soak` (SMOLLM_SOAK=1) does 200 each.
 """
 
 import functools
@@ -100,6 +100,7 @@ def kill_again_and_again(folder: Path, kills: int, seed: int, *flags: str) -> tu
     return inside, runs
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_has_the_bits_of_one_that_was_not(straight, tmp_path):
     kills = 200 if SOAK else 25
     for name in ("saving", "saving in the background"):
@@ -144,6 +145,7 @@ def stop_again_and_again(folder: Path, signals: int, seed: int) -> tuple[list[in
     return saved, runs
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_signals_again_and_again_has_the_bits_of_one_that_was_not(straight, tmp_path):
     """Stopped at random moments: in imports, compiling, a step, a save, validation, sampling."""
     half = (200 if SOAK else 8) // 2
@@ -177,6 +179,7 @@ def test_a_second_signal_ends_the_run_at_once_and_breaks_nothing(straight, tmp_p
     assert_same_as(straight, run)
 
 
+@pytest.mark.slow
 def test_two_trainers_do_not_share_a_run_and_a_killed_one_holds_nothing(tmp_path):
     run = tmp_path / "run"
     process = start(run, "--steps", "100000", "--save-every", "30")
@@ -208,6 +211,7 @@ def checkpoint_files(run: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in files if STAGING not in path.parts}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--async-save",)])
 def test_a_full_disk_stops_a_run_before_the_next_step_and_loses_nothing(straight, tmp_path, flags):
     run = tmp_path / "run"
@@ -230,6 +234,7 @@ def test_a_full_disk_stops_a_run_before_the_next_step_and_loses_nothing(straight
     assert_same_as(straight, run)
 
 
+@pytest.mark.slow
 def test_an_export_to_a_full_disk_leaves_nothing(straight, tmp_path):
     targets = [("x", ["--to", "hf"]), ("x.safetensors", []), ("y", ["--to", "orbax"])]
     for name, more in targets + ([] if os.environ.get("SMOLLM_WITHOUT_TORCH") else [("x.pt", [])]):
@@ -240,6 +245,7 @@ def test_an_export_to_a_full_disk_leaves_nothing(straight, tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["missing/parents/läuft mit €", "link"])
 def test_a_run_folder_may_be_anywhere(tmp_path, where):
     if where == "link":
@@ -307,6 +313,7 @@ def test_without_a_good_checkpoint_nothing_starts_and_nothing_is_touched(tmp_pat
     assert "resumed from step 2" in taken.stdout
 
 
+@pytest.mark.slow
 def test_a_change_that_is_allowed_is_made_and_named(tmp_path):
     run = tmp_path / "run"
     assert train(run, "--steps", "2", "--decay-fraction", "0").returncode == 0
@@ -323,6 +330,7 @@ def test_a_change_that_is_allowed_is_made_and_named(tmp_path):
         assert store.meta(4)["recipe"]["seed"] == 7
 
 
+@pytest.mark.slow
 def test_a_config_edited_after_training_is_named(tmp_path):
     run = tmp_path / "run"
     assert train(run, "--steps", "2").returncode == 0
@@ -339,6 +347,7 @@ def test_a_config_edited_after_training_is_named(tmp_path):
     assert json.loads((run / "config.json").read_text())["rope_theta"] == 100_000.0
 
 
+@pytest.mark.slow
 def test_a_changed_model_that_is_allowed_is_the_one_that_is_trained(tmp_path):
     """Long-context training goes on from a checkpoint under another rope_theta; other shapes cannot."""
     run, kept = tmp_path / "run", tmp_path / "kept"
@@ -362,6 +371,7 @@ def test_a_changed_model_that_is_allowed_is_the_one_that_is_trained(tmp_path):
     assert steps_in(run / "checkpoints") == [2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["closed pipe", "hang-up"])
 def test_a_terminal_or_pipe_that_goes_away_ends_no_run_unsaved(straight, tmp_path, how):
     run = tmp_path / "run"

@@ -48,7 +48,7 @@ def straight(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "preset",
-    ["tiny", pytest.param("smollm2-135m-pretrain", marks=pytest.mark.slow)],  # full shape: about 8 minutes
+    ["tiny", pytest.param("smollm2-135m-pretrain", marks=pytest.mark.overnight)],  # full shape: about 8 minutes
 )
 def test_killed_and_resumed_is_bit_equal_to_straight(tmp_path, straight, preset):
     if preset != "tiny":
@@ -308,11 +308,13 @@ def test_before_text_is_read_the_file_a_run_begins_with_is_let_go_and_garbage_co
     assert said == ["from_bundle True False", "prepare False True"]
 
 
+@pytest.mark.slow
 def test_tensorboard_files_are_written_on_request(tmp_path):
     assert train(tmp_path / "run", "--steps", "2", "--tensorboard").returncode == 0
     assert list((tmp_path / "run/tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_without_instructions_for_bfloat16_a_run_multiplies_float32_and_bfloat16_means_the_same(tmp_path):
     """As on a CPU with AVX2 alone."""
     old = ("env", "XLA_FLAGS=--xla_cpu_max_isa=AVX2")
@@ -330,6 +332,7 @@ def test_without_instructions_for_bfloat16_a_run_multiplies_float32_and_bfloat16
     assert curves[0] != [row["loss"] for row in read_metrics(tmp_path / "default") if "loss" in row]
 
 
+@pytest.mark.slow
 def test_the_quality_of_the_run_and_of_a_reference_are_said_in_bits_per_byte(tmp_path, straight, tokenizer_path):
     """The same bits per byte by the trainer and, of the same windows, by what `scripts/evaluate.py` measures with."""
     run = tmp_path / "run"
@@ -347,6 +350,7 @@ def test_the_quality_of_the_run_and_of_a_reference_are_said_in_bits_per_byte(tmp
         assert found == pytest.approx(expected, rel=1e-6 if weights_ == run else 1e-3)
 
 
+@pytest.mark.slow
 def test_a_reference_that_reads_other_tokens_is_refused(tmp_path, straight):
     other = tmp_path / "other"
     shutil.copytree(straight, other)

@@ -438,6 +438,7 @@ def held_kilobytes() -> float:
     return (tracemalloc.get_traced_memory()[0] + sum(array.nbytes for array in jax.live_arrays())) / 1024
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_two_hundred_visits_leave_memory_flat_and_compile_nothing_new(place):
     given = flags(place, queue=2)

@@ -1,0 +1,73 @@
+"""What a test run prints at its end, and the order in which files are handed to the workers."""
+
+import os
+import re
+from collections import defaultdict
+
+import pytest
+
+# The files that take longest, longest first, so that no worker is left alone with one of them at the end.
+LONGEST = [
+    "tests/web/test_browser.py",
+]
+# One worker computes the float64 truth for all of these.
+LADDER = ["parity_tests/test_1_float64.py", "parity_tests/test_2_float32.py"]
+LADDER += ["parity_tests/test_3_bfloat16.py", "parity_tests/test_5_gradients.py"]
+
+
+def place(nodeid: str) -> str:
+    """The rung of the ladder or the package that a test belongs to, as the summary names it."""
+    folder, _, rest = nodeid.partition("/")
+    file = rest.partition("::")[0]
+    if folder == "parity_tests":
+        rung = re.fullmatch(r"test_(\d+)_(\w+)\.py", file)
+        return f"rung {rung[1]} {rung[2]}" if rung else f"parity {file[len('test_') : -len('.py')].replace('_', ' ')}"
+    return file.partition("/")[0] if "/" in file else "project"
+
+
+def sort_key(name: str) -> tuple:
+    """Rungs by their number, then the other parity tests, then packages."""
+    words = name.split()
+    kind = {"rung": 0, "parity": 1}.get(words[0], 2)
+    return kind, int(words[1]) if kind == 0 else 0, name
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    rank = {file: index for index, file in enumerate([*LADDER, *LONGEST])}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))  # stable
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("ladder" if file in LADDER else file))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line a rung and a package, what was not checked and why, and the three slowest tests."""
+    seconds, outcomes, tests = defaultdict(float), defaultdict(lambda: defaultdict(int)), defaultdict(float)
+    skipped = defaultdict(int)
+    for outcome, reports in terminalreporter.stats.items():
+        for report in reports:
+            if not hasattr(report, "when"):
+                continue
+            name = place(report.nodeid)
+            seconds[name] += report.duration
+            tests[report.nodeid] += report.duration
+            if outcome in ("passed", "failed", "error"):  # reports of a passed setup or teardown stand under ""
+                outcomes[name][outcome] += 1
+            elif outcome == "skipped":
+                reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+                skipped[f"{name}: {reason.removeprefix('Skipped: ')}"] += 1
+    if not tests:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("what this run showed")
+    for name in sorted(outcomes, key=sort_key):
+        bad = sum(count for outcome, count in outcomes[name].items() if outcome != "passed")
+        failed = f", {bad} FAILED" if bad else ""
+        write(f"{name:<24}{outcomes[name]['passed']:>6} claims hold{failed:<12}{seconds[name]:>8.0f} s")
+    if os.environ.get("SMOLLM_WITHOUT_TORCH"):
+        write("not checked: what needs PyTorch, parity_tests among it; make test without TORCH=0 installs it")
+    for reason, count in skipped.items():
+        write(f"not checked: {count} tests of {reason}")
+    slowest = sorted(tests, key=tests.get, reverse=True)[:3]
+    write("slowest: " + "; ".join(f"{nodeid} {tests[nodeid]:.0f} s" for nodeid in slowest))
