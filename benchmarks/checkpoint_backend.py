@@ -16,7 +16,7 @@ from smollm_jax.runs import manifest
 from smollm_jax.runs.checkpoint import CheckpointStore
 from smollm_jax.runs.pytree import flatten
 from smollm_jax.training import optimizer, train_step
-from smollm_jax.training.execution import Compute
+from smollm_jax.training.execution import ExecutionConfig
 from smollm_jax.training.loss import mean_gradients
 from smollm_jax.training.state import TrainState, init_model, init_train_state
 
@@ -44,13 +44,17 @@ def alternate(backends: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 def steps(workload: Workload) -> tuple[dict[str, list[float]], dict[str, TrainState]]:
     """Seconds of a step with the check for finite numbers and of one without, and the states they leave."""
-    tokens, tx, compute = jnp.asarray(workload.tokens()), optimizer.adamw(workload.recipe()), Compute("float32")
+    tokens, tx, execution = (
+        jnp.asarray(workload.tokens()),
+        optimizer.adamw(workload.recipe()),
+        ExecutionConfig("float32"),
+    )
     state = init_train_state(init_model(workload.config, 0), tx)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def unguarded(state: TrainState) -> TrainState:
         gradients: Any
-        _, gradients = mean_gradients(state.model, tokens, compute)
+        _, gradients = mean_gradients(state.model, tokens, execution)
         model: Any = state.model
         updates, opt_state = tx.update(gradients, state.opt_state, model)
         return TrainState(optax.apply_updates(model, updates), opt_state)  # pyright: ignore[reportArgumentType]
@@ -59,7 +63,7 @@ def steps(workload: Workload) -> tuple[dict[str, list[float]], dict[str, TrainSt
 
     def step(name: str) -> None:
         if name == "guarded":
-            states[name], _ = train_step.train_step(states[name], tokens, tx=tx, compute=compute)
+            states[name], _ = train_step.train_step(states[name], tokens, tx=tx, execution=execution)
         else:
             states[name] = unguarded(states[name])
         jax.block_until_ready(states[name])

@@ -17,7 +17,7 @@ from smollm_jax.generation.quantized import Quantized
 from smollm_jax.generation.unrolled import Unrolled
 from smollm_jax.model import attention, cross_entropy, precision
 from smollm_jax.training import memory, optimizer, train_step
-from smollm_jax.training.execution import Compute, fastest_attention, layers_at_once
+from smollm_jax.training.execution import ExecutionConfig, default_unroll, fastest_attention
 from smollm_jax.training.state import init_train_state
 from smollm_jax.training.validation import eval_step
 
@@ -56,17 +56,19 @@ def step(workload: Workload, folder: Path) -> tuple[Unit, dict[str, Any]]:
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
     tokens, tx = jnp.asarray(workload.tokens()), optimizer.adamw(workload.recipe())
-    unroll = layers_at_once(workload.config, implementation(workload)) if workload.unroll is None else workload.unroll
+    unroll = default_unroll(workload.config, implementation(workload)) if workload.unroll is None else workload.unroll
     dtype, operands = precision.activation_and_operand_dtypes(workload.dtype, device.platform)
     options: Any = {"remat": workload.remat or "dots", "unroll": unroll, "operands": operands}
-    compute = Compute(dtype, implementation(workload), **options)
+    execution = ExecutionConfig(dtype, implementation(workload), **options)
     if workload.remat is None:
-        compute = memory.fastest(workload.config, workload.recipe(), compute, device.platform, memory.available(device))
-    print(f"ours: {compute}", flush=True)
+        execution = memory.choose_remat(
+            workload.config, workload.recipe(), execution, device.platform, memory.device_limit(device)
+        )
+    print(f"ours: {execution}", flush=True)
     state = init_train_state(weights.load(folder, jnp.float32)[0], tx)
     ready: dict[str, Any] = {}
     ready["before_bytes"] = (device.memory_stats() or {}).get("bytes_in_use") if gpu else resident("VmRSS")
-    compiled = train_step.train_step.lower(state, tokens, tx=tx, compute=compute).compile()
+    compiled = train_step.train_step.lower(state, tokens, tx=tx, execution=execution).compile()
 
     def unit() -> dict[str, Any]:
         nonlocal state
@@ -106,7 +108,7 @@ def inference(workload: Workload, folder: Path) -> tuple[Unit, dict[str, Any]]:
         return {}
 
     unit = decode if workload.what == "decode" else prefill
-    losses = [float(eval_step(model, tokens, Compute(workload.dtype)))]
+    losses = [float(eval_step(model, tokens, ExecutionConfig(workload.dtype)))]
     return unit, {"losses": losses, "ids": unit().get("ids")}
 
 

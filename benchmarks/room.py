@@ -20,7 +20,7 @@ from smollm_jax.config import Recipe, preset
 from smollm_jax.model.attention import Implementation
 from smollm_jax.model.cost import count_parameters
 from smollm_jax.training import memory
-from smollm_jax.training.execution import Compute
+from smollm_jax.training.execution import ExecutionConfig
 
 
 def main(gigabytes: float, arguments: list[str]) -> int:
@@ -34,13 +34,13 @@ def main(gigabytes: float, arguments: list[str]) -> int:
     room = [rows for rows in smaller if fits(dataclasses.replace(flags, batch_size=rows), gigabytes)]
     said = " and ".join(f"{of:.0f} GB for {backend}" for backend, of in need.items())
     instead = f"--batch-size {room[-1]} has room" if room else "no batch size has"
-    print(f"no room by arithmetic for {said} in {memory.SHARE:.0%} of {gigabytes:.0f} GB; {instead}")
+    print(f"no room by arithmetic for {said} in {memory.USABLE_FRACTION:.0%} of {gigabytes:.0f} GB; {instead}")
     return 3
 
 
 def fits(flags: Flags, gigabytes: float) -> bool:
     together = max if flags.what == "memory" else sum
-    return together(needs(flags, gigabytes).values()) <= memory.SHARE * gigabytes
+    return together(needs(flags, gigabytes).values()) <= memory.USABLE_FRACTION * gigabytes
 
 
 def needs(flags: Flags, gigabytes: float) -> dict[str, float]:
@@ -56,10 +56,10 @@ def ours(flags: Flags, gigabytes: float) -> int:
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
     )
     attention: Implementation = "cudnn" if flags.dtype == "bfloat16" else "xla"
-    compute = Compute(flags.dtype, attention, flags.remat or "dots", 1)
+    execution = ExecutionConfig(flags.dtype, attention, flags.remat or "dots", 1)
     if flags.remat is None:
-        compute = memory.fastest(config, recipe, compute, "gpu", int(gigabytes * 1e9))
-    return memory.plan(config, recipe, compute, "gpu").total
+        execution = memory.choose_remat(config, recipe, execution, "gpu", int(gigabytes * 1e9))
+    return memory.estimate(config, recipe, execution, "gpu").total
 
 
 def torchs(flags: Flags, backend: str) -> int:

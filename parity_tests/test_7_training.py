@@ -14,7 +14,7 @@ from smollm_jax.config import Recipe, preset
 from smollm_jax.data.batches import Batches
 from smollm_jax.data.mixture import open_mixture
 from smollm_jax.training import optimizer, train_step
-from smollm_jax.training.execution import Compute
+from smollm_jax.training.execution import ExecutionConfig
 from smollm_jax.training.state import init_model, init_train_state
 from smollm_jax.training.validation import validation_loss
 from smollm_parity.ladder import precisely
@@ -42,13 +42,13 @@ def recipe(dtype, **changes):
     return Recipe(**(base | {"dtype": dtype, "weight_decay": 0.1} | changes))
 
 
-def jax_curve(model, recipe, batches, **compute):
-    compute = Compute(**({"dtype": recipe.dtype} | compute))
+def jax_curve(model, recipe, batches, **execution):
+    execution = ExecutionConfig(**({"dtype": recipe.dtype} | execution))
     tx = optimizer.adamw(recipe)
     state, rows = init_train_state(model, tx), []
     for step in range(recipe.steps):
         tokens = jnp.asarray(batches.batch(step))
-        state, metrics = train_step.train_step(state, tokens, tx=tx, compute=compute)
+        state, metrics = train_step.train_step(state, tokens, tx=tx, execution=execution)
         rows.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
     return np.array(rows), state.model
 
@@ -146,8 +146,8 @@ def test_ten_steps_at_the_full_shape(token_file):
 def test_bfloat16_curves_stay_together_and_losses_are_float32(tiny, token_file, results):
     chosen = recipe("bfloat16")
     bundle = weights.to_bundle(init_model(tiny, seed=0))
-    compute = {"dtype": results, "operands": "bfloat16"}
-    ours, _ = jax_curve(weights.from_bundle(bundle), chosen, Batches(token_file, chosen), **compute)
+    execution = {"dtype": results, "operands": "bfloat16"}
+    ours, _ = jax_curve(weights.from_bundle(bundle), chosen, Batches(token_file, chosen), **execution)
     theirs = torch_curve(smollm_torch.weights.from_bundle(bundle), chosen, Batches(token_file, chosen))
     within(np.abs(ours / theirs - 1)[:, 0].max(), TRAINING_BFLOAT16, "loss of 10 steps, bfloat16")
     for losses in (ours[:, 0], theirs[:, 0]):
@@ -160,5 +160,5 @@ def test_held_out_loss_is_the_same(tiny, token_file):
     batches = Batches(token_file, dataclasses.replace(chosen, validation_fraction=0.2))
     model = init_model(tiny, seed=0)
     module = smollm_torch.weights.from_bundle(weights.to_bundle(model))
-    ours = validation_loss(model, batches, 3, Compute("float32"))
+    ours = validation_loss(model, batches, 3, ExecutionConfig("float32"))
     assert ours == pytest.approx(smollm_torch.train.validation_loss(module, chosen, batches, 3), rel=1e-6)

@@ -71,18 +71,19 @@ def describe(name: str, recipe, layout: str, remat: Remat) -> str:
     from smollm_jax.config import preset
     from smollm_jax.parallel import sharding
     from smollm_jax.training import train_step
-    from smollm_jax.training.execution import Compute
+    from smollm_jax.training.execution import ExecutionConfig
 
-    mesh, parts = sharding.make_mesh(layout), recipe.gradient_accumulation_steps
-    check_batch_divides(recipe.batch_size, mesh.size, parts)
-    compute = Compute(recipe.dtype, remat=remat, parts=parts, mesh=mesh)
-    compiled: Any = train_step.compile_step(preset(name), recipe, compute)
+    mesh, accumulation_steps = sharding.make_mesh(layout), recipe.gradient_accumulation_steps
+    check_batch_divides(recipe.batch_size, mesh.size, accumulation_steps)
+    execution = ExecutionConfig(recipe.dtype, remat=remat, accumulation_steps=accumulation_steps, mesh=mesh)
+    compiled: Any = train_step.compile_step(preset(name), recipe, execution)
     memory = compiled.memory_analysis()
     rows = recipe.batch_size // mesh.size
-    shape = f"{rows} of {recipe.batch_size} x {recipe.sequence_length:,} tokens in {parts} part{'s' * (parts > 1)}"
+    micro_batches = f"{accumulation_steps} micro-batch{'es' * (accumulation_steps > 1)}"
+    shape = f"{rows} of {recipe.batch_size} x {recipe.sequence_length:,} tokens in {micro_batches}"
     lines = [
         f"step            {name} on {layout}: each device {shape}, {recipe.dtype}, remat {remat}",
-        f"a device        {memory.argument_size_in_bytes:,} bytes of parameters, moments and tokens",
+        f"a device        {memory.argument_size_in_bytes:,} bytes of parameters, optimizer state and tokens",
         f"                {memory.temp_size_in_bytes:,} bytes of temporaries (compiled for a CPU)",
     ]
     total = collections.Counter()

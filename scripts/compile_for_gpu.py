@@ -69,7 +69,7 @@ def show(flags: Flags, remat: Any) -> None:
     """Compiles a step and prints what it is made of."""
     from smollm_jax.config import Recipe, preset
     from smollm_jax.training import memory
-    from smollm_jax.training.execution import Compute, fastest_attention, layers_at_once
+    from smollm_jax.training.execution import ExecutionConfig, default_unroll, fastest_attention
 
     config = preset(flags.preset)
     recipe = Recipe(
@@ -77,17 +77,19 @@ def show(flags: Flags, remat: Any) -> None:
     )
     target, length = TARGETS[flags.target], flags.sequence_length
     attention, _ = fastest_attention(target, flags.dtype, length, config.head_dim, flags.mask_documents)
-    unroll = layers_at_once(config, attention) if flags.unroll is None else flags.unroll
-    document_end = config.eos_token_ids[0] if flags.mask_documents else None
-    compute = Compute(flags.dtype, attention, remat, unroll, document_end=document_end)
-    print(f"step        {recipe.batch_size} x {recipe.sequence_length} tokens of {flags.preset}, {compute}", flush=True)
+    unroll = default_unroll(config, attention) if flags.unroll is None else flags.unroll
+    separator_id = config.eos_token_ids[0] if flags.mask_documents else None
+    execution = ExecutionConfig(flags.dtype, attention, remat, unroll, separator_id=separator_id)
+    print(
+        f"step        {recipe.batch_size} x {recipe.sequence_length} tokens of {flags.preset}, {execution}", flush=True
+    )
     began = time.perf_counter()
-    step = compile_step(config, recipe, compute, target)
+    step = compile_step(config, recipe, execution, target)
     print(f"compiled    in {time.perf_counter() - began:.0f} s, for {target.name}")
     reached = f"{target.bandwidth / 1e12:.2f} TB/s and {target.products / 1e12:.0f} TFLOP/s"
     print(f"ceilings    {reached}, {target.source}")
-    plan = memory.plan(config, recipe, compute, "gpu")
-    need, planned = memory.needed(step), dataclasses.replace(plan, workspace=0).total
+    plan = memory.estimate(config, recipe, execution, "gpu")
+    need, planned = memory.compiled_bytes(step), dataclasses.replace(plan, workspace=0).total
     print(f"memory      {need / 1e9:.2f} GB; the plan says {planned / 1e9:.2f}, {planned / need - 1:+.1%}")
     print(f"            and leaves {(plan.total - planned) / 1e9:.2f} for cuDNN's workspace, of which only a GPU knows")
     text = step.as_text()

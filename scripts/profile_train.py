@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     from smollm_jax.model import precision
     from smollm_jax.runtime import compilation_cache
     from smollm_jax.training import memory, optimizer, train_step
-    from smollm_jax.training.execution import Compute, fastest_attention, layers_at_once
+    from smollm_jax.training.execution import ExecutionConfig, default_unroll, fastest_attention
     from smollm_jax.training.state import init_model, init_train_state
 
     compilation_cache.enable()
@@ -79,16 +79,16 @@ def main(argv: list[str] | None = None) -> None:
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
     )
     attention, _ = fastest_attention(device, flags.dtype, flags.sequence_length, config.head_dim, documents=False)
-    unroll = layers_at_once(config, attention) if flags.unroll is None else flags.unroll
+    unroll = default_unroll(config, attention) if flags.unroll is None else flags.unroll
     dtype, operands = precision.activation_and_operand_dtypes(flags.dtype, platform)
-    compute = Compute(dtype, attention, flags.remat or "dots", unroll, operands=operands)
+    execution = ExecutionConfig(dtype, attention, flags.remat or "dots", unroll, operands=operands)
     if flags.remat is None:
-        compute = memory.fastest(config, recipe, compute, platform, memory.available(device))
+        execution = memory.choose_remat(config, recipe, execution, platform, memory.device_limit(device))
     print(f"device      {device.device_kind}, jax {jax.__version__}")
     if platform == "gpu":
         print(f"            {buffers}")
-    print(f"step        {flags.batch_size} x {flags.sequence_length} tokens of {flags.preset}, {compute}", flush=True)
-    step: Any = train_step.compile_step(config, recipe, compute)
+    print(f"step        {flags.batch_size} x {flags.sequence_length} tokens of {flags.preset}, {execution}", flush=True)
+    step: Any = train_step.compile_step(config, recipe, execution)
     state = init_train_state(init_model(config, 0), optimizer.adamw(recipe))
     shape = (flags.batch_size, flags.sequence_length + 1)
     tokens = jax.device_put(np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32))

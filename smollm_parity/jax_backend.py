@@ -16,7 +16,7 @@ from smollm_jax.generation.generate import generate
 from smollm_jax.generation.programs import PAD_ID
 from smollm_jax.model.attention import packed
 from smollm_jax.training import optimizer, train_step
-from smollm_jax.training.execution import Compute
+from smollm_jax.training.execution import ExecutionConfig
 from smollm_jax.training.state import init_train_state
 from smollm_jax.weights import gguf_writer
 from smollm_jax.weights.bundle import Bundle
@@ -78,7 +78,7 @@ def training(bundle: Bundle, job: Job, out: Path) -> None:
     tx, curve = optimizer.adamw(recipe), []
     state = init_train_state(weights.from_bundle(bundle), tx)
     for tokens in job["batches"]:
-        state, metrics = train_step.train_step(state, jnp.asarray(tokens), tx=tx, compute=Compute("float32"))
+        state, metrics = train_step.train_step(state, jnp.asarray(tokens), tx=tx, execution=ExecutionConfig("float32"))
         curve.append(float(metrics["loss"]))
     write(out, "curve", curve)
 

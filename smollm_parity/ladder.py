@@ -21,7 +21,7 @@ from smollm_jax.model.attention import Implementation, KVCache, UnstackedKVCache
 from smollm_jax.model.ops import rms_norm, rope_cos_sin
 from smollm_jax.model.smollm import Remat, SmolLM
 from smollm_jax.runs.pytree import flatten
-from smollm_jax.training.execution import Compute
+from smollm_jax.training.execution import ExecutionConfig
 from smollm_jax.training.loss import mean_loss
 from smollm_jax.weights import mapping
 from smollm_jax.weights.bundle import Bundle
@@ -134,8 +134,10 @@ def jax_gradients(
     """Mean next-token loss of `[B, T + 1]` tokens and its gradient, in Hugging Face's names and layout."""
     with precisely(dtype):
         model = weights.from_bundle(bundle, dtype)
-        compute = Compute(dtype, remat=remat, operands=operands)
-        loss, gradient = jax.jit(jax.value_and_grad(lambda m, t: mean_loss(m, t, compute)))(model, jnp.asarray(tokens))
+        execution = ExecutionConfig(dtype, remat=remat, operands=operands)
+        loss, gradient = jax.jit(jax.value_and_grad(lambda m, t: mean_loss(m, t, execution)))(
+            model, jnp.asarray(tokens)
+        )
         arrays = {path: np.asarray(array) for path, array in flatten(gradient).items()}
         return float(loss), mapping.to_hf(arrays, bundle.config)
 

@@ -19,9 +19,9 @@ from smollm_jax.runs.checkpoint import CheckpointStore
 from smollm_jax.runs.provenance import Provenance
 from smollm_jax.runs.pytree import flatten
 from smollm_jax.training import optimizer, train_step
-from smollm_jax.training.execution import Compute
+from smollm_jax.training.execution import ExecutionConfig
 from smollm_jax.training.state import TrainState, init_model, init_train_state, restore_run
-from smollm_jax.training.validation import eval_step, put_padded
+from smollm_jax.training.validation import eval_step, shard_padded_batch
 
 # Layouts, each with its gradient accumulation steps.
 RUNS = ((None, 1), ("data=8", 2), ("fsdp=8", 1), ("data=4,fsdp=2", 2))
@@ -58,12 +58,12 @@ def has_shardings(tree, mesh) -> bool:
     return all(jax.tree.leaves(equivalent))
 
 
-def run(layout: str | None, parts: int, document_end: int | None) -> dict:
+def run(layout: str | None, accumulation_steps: int, separator_id: int | None) -> dict:
     mesh = sharding.make_mesh(layout) if layout else None
-    compute = Compute("float32", parts=parts, mesh=mesh, document_end=document_end)
+    execution = ExecutionConfig("float32", accumulation_steps=accumulation_steps, mesh=mesh, separator_id=separator_id)
     state = new_state(mesh)
     before = largest_bytes(state)
-    step = train_step.compile_step(CONFIG, RECIPE, compute)
+    step = train_step.compile_step(CONFIG, RECIPE, execution)
     losses = []
     for tokens in batches():
         rows = sharding.shard_batch(lambda rows, tokens=tokens: tokens[rows], tokens.shape, mesh)
@@ -71,7 +71,7 @@ def run(layout: str | None, parts: int, document_end: int | None) -> dict:
         losses.append(float(metrics["loss"]))
     assert has_shardings(state, mesh), "a step changed a sharding"
     odd = batches()[0][:13]  # validation's last batch may have any number of rows
-    evaluated = eval_step(state.model, put_padded(odd, mesh), compute)
+    evaluated = eval_step(state.model, shard_padded_batch(odd, mesh), execution)
     return {"losses": losses, "bytes": before, "program": step.as_text(), "evaluated": float(evaluated)}
 
 
@@ -93,7 +93,10 @@ def restored() -> dict:
 
 
 if __name__ == "__main__":
-    results = {"runs": {str(layout): run(layout, parts, END) for layout, parts in RUNS}, "restored": restored()}
+    results = {
+        "runs": {str(layout): run(layout, accumulation_steps, END) for layout, accumulation_steps in RUNS},
+        "restored": restored(),
+    }
     jax.distributed.is_initialized = lambda: True  # from here on
     results["runs"]["between processes"] = run("data=4,fsdp=2", 1, END)
     Path(sys.argv[1]).write_text(json.dumps(results))

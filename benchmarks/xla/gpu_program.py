@@ -93,7 +93,7 @@ TARGETS = {
 H100 = TARGETS["h100"]
 
 
-def compile_step(config: Any, recipe: Any, compute: Any, target: Target = H100) -> Any:
+def compile_step(config: Any, recipe: Any, execution: Any, target: Target = H100) -> Any:
     """`train_step.compile_step` for a GPU; raises `SmolLMError` where JAX's CUDA plugin is not installed."""
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it asks libraries that ask the driver
     import jax
@@ -118,5 +118,5 @@ def compile_step(config: Any, recipe: Any, compute: Any, target: Target = H100) 
         answers.enter_context(mock.patch.object(cudnn, "check_cudnn_version", return_value=91200))
         answers.enter_context(mock.patch.object(cudnn, "check_compute_capability", return_value=True))
         answers.enter_context(mock.patch.object(cudnn, "is_cuda_compute_capability_equal", return_value=False))
-        traced = train_step.train_step.trace(state, tokens, tx=optimizer.adamw(recipe), compute=compute)
+        traced = train_step.train_step.trace(state, tokens, tx=optimizer.adamw(recipe), execution=execution)
         return traced.lower(lowering_platforms=("cuda",)).compile()

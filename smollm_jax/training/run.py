@@ -1,7 +1,7 @@
-"""A training from its flags to its last checkpoint: `train_in` is the table of contents, each phase a function.
+"""A training run from its flags to its last checkpoint: `run_training` calls one function for each phase.
 
-Work that the first step waits for is done side by side: the weights are read while JAX is imported, and the step is
-compiled while weights and text are read.
+The phases before the first step overlap: weights are read while JAX is imported, and the step is compiled while
+weights and text are read.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ from smollm_jax.runtime.invocation import as_typed
 from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.runtime.startup import QuickStart
 from smollm_jax.training import memory, optimizer
-from smollm_jax.training.announce import announce, print_differences
+from smollm_jax.training.announce import announce, print_resume_differences
 from smollm_jax.training.flags import TrainingFlags
 from smollm_jax.training.loop import Trainer
 from smollm_jax.training.sample import Sampler
 from smollm_jax.training.setup import Setup, set_up
-from smollm_jax.training.state import Progress, TrainState, environment_of, init_model, init_train_state
+from smollm_jax.training.state import Progress, TrainState, init_model, init_train_state, recorded_environment
 from smollm_jax.training.train_step import Step
 from smollm_jax.training.validation import validation_loss
 from smollm_jax.weights.bundle import Bundle
@@ -48,90 +48,96 @@ from smollm_jax.weights.bundle import Bundle
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The batches of a run, what identifies their tokens, and how long these are."""
+    """A run's batches, and what identifies the data in a checkpoint."""
 
     batches: Batches
     provenance: Provenance
-    bytes_per_token: float  # of the held-out tokens, in UTF-8
+    bytes_per_token: float  # UTF-8 bytes per held-out token
 
 
-def train_in(
+def run_training(
     run: Path,
     flags: TrainingFlags,
     stop: StopSignal,
     startup: QuickStart,
     *,
-    read: Callable[[], Bundle] | None,
+    read_weights: Callable[[], Bundle] | None,
     retained: bool,
 ) -> None:
-    """Trains in a run folder that is ours alone.
+    """Trains in a run folder whose lock this run holds.
 
-    `read` gives the weights to begin with, None where there are none. `retained`: glibc keeps freed memory.
+    `read_weights` reads the weights to start from; None: there are none. `retained`: glibc reuses freed memory.
     """
     compilation_cache.enable()
-    setup = set_up(flags, run, read)
-    sampler = Sampler.of(flags.prompt, setup.tokenizer, setup.start.config, stop)
-    if setup.start.recipe.dtype == "float32":  # on a GPU JAX's default is TF32
+    setup = set_up(flags, run, read_weights)
+    sampler = Sampler.for_prompt(flags.prompt, setup.tokenizer, setup.start.config, stop)
+    if setup.start.recipe.dtype == "float32":  # JAX's default on a GPU is TF32
         jax.config.update("jax_default_matmul_precision", "float32")
     device = jax.local_devices()[0]
-    retained = retained and not give_back_memory(setup, device)
-    step = compile_ahead(setup, device)
+    retained = retained and not stop_retaining_memory(setup, device)
+    step = start_compiling(setup, device)
     announce(run, flags, setup, device, retained=retained)
-    samples = flags.sample and jax.process_count() == 1
-    if flags.sample and not samples:
-        print("note: a run of several processes continues --prompt after the last step only")
+    sampling = flags.sample and jax.process_count() == 1
+    if flags.sample and not sampling:
+        print("note: with several processes --prompt is continued after the last step only")
     model = place_weights(setup)
     startup.end()
     data = open_data(flags, setup)
     progress, state = initial_state(run, flags, setup, data.provenance, model)
     write_configs(run, setup)
-    state = fit(run, flags, setup, data, progress, state, stop, step, sampler.line if samples else None)
-    if setup.reference is not None and not stop:
-        show_reference(setup, data, stop)
+    state = fit(run, flags, setup, data, progress, state, stop, step, sampler.line if sampling else None)
+    if setup.compare_with is not None and not stop:
+        print_comparison(setup, data, stop)
     finish(run, flags, setup.start.recipe, sampler, processes.gather_to_local_device(state.model), stop)
 
 
 def memory_is_tight(setup: Setup) -> bool:
-    """Whether a step is planned to need more than half of a device's memory."""
+    """Whether a step is estimated to need more than half of a device's memory."""
     return setup.planned > setup.limit / 2
 
 
-def give_back_memory(setup: Setup, device: Any) -> bool:
-    """Has glibc give freed memory back again where keeping it could hurt: around what is kept a heap grows."""
+def stop_retaining_memory(setup: Setup, device: Any) -> bool:
+    """Undoes `allocator.retain_freed_memory` if memory is tight or the device is a GPU; returns whether it did.
+
+    Retained memory fragments the heap, which grows around it.
+    """
     if not memory_is_tight(setup) and device.platform == "cpu":
         return False
     allocator.restore_defaults()
     return True
 
 
-def compile_ahead(setup: Setup, device: Any) -> Step | None:
-    """The train step, which is being compiled; None where the run has no step left to do."""
+def start_compiling(setup: Setup, device: Any) -> Step | None:
+    """The train step, compiling in the background; None if the run has no step left."""
     start, recipe = setup.start, setup.start.recipe
-    if start.saved and start.saved.progress.step >= recipe.steps:
+    if start.restored and start.restored.progress.step >= recipe.steps:
         return None
     pool = ThreadPoolExecutor(1)
     compile_step = functools.partial(
-        memory.compile_within, setup.limit, start.config, recipe, setup.compute, device.platform
+        memory.compile_within, setup.limit, start.config, recipe, setup.execution, device.platform
     )
-    compiling, step = compile_in(pool, device.platform, compile_step)
-    pool.submit(importlib.import_module, "orbax.checkpoint")  # what `CheckpointStore` need not wait for then
-    if memory_is_tight(setup):  # or it is refused after hours of reading, or finds no room for a parameter
+    compiling, step = compile_in_background(pool, device.platform, compile_step)
+    pool.submit(importlib.import_module, "orbax.checkpoint")  # so that `CheckpointStore` need not wait for the import
+    # If the step will not fit, fail now, not after hours of preparing text or halfway through placing parameters.
+    if memory_is_tight(setup):
         compiling.result()
     return step
 
 
-def compile_in(pool: ThreadPoolExecutor, platform: str, compile_step: Callable[[], Step]) -> tuple[Future, Step]:
-    """Compiles in `pool`: the future, to wait for, and the step, whose first call waits for it.
+def compile_in_background(
+    pool: ThreadPoolExecutor, platform: str, compile_step: Callable[[], Step]
+) -> tuple[Future, Step]:
+    """Compiles in `pool`: returns the future, and the step, whose first call waits for it.
 
-    Says on a GPU that it takes long, and at the first call, from the caller's thread, how long it took.
+    On a GPU, prints at the start that it takes minutes, and at the first call, from its thread, how long it took.
     """
-    silent = platform == "cpu"  # where it takes seconds
+    silent = platform == "cpu"  # compiles in seconds
     if not silent:
         print("compiling   the training step: one to two minutes the first time", flush=True)
 
     def timed() -> tuple[Step, float]:
-        began = time.perf_counter()
-        return compile_step(), time.perf_counter() - began
+        start = time.perf_counter()
+        return compile_step(), time.perf_counter() - start
 
     def step(state: TrainState, tokens: Any) -> tuple[TrainState, dict[str, Any]]:
         nonlocal silent
@@ -146,57 +152,59 @@ def compile_in(pool: ThreadPoolExecutor, platform: str, compile_step: Callable[[
 
 
 def place_weights(setup: Setup) -> SmolLM | None:
-    """The model of the weights that the run begins with, on its devices; None where it begins with none.
+    """The model of the weights that the run starts from, on its devices; None if it starts from random ones.
 
-    Before text is read, which may take hours: the weights' tensors may be views of a file.
+    Called before text is prepared, which may take hours: the tensors may be memory-mapped views of a file.
     """
     bundle = setup.start.bundle
     if bundle is None:
         return None
-    model = sharding.shard_params(weights.from_bundle(bundle), setup.compute.mesh)
+    model = sharding.shard_params(weights.from_bundle(bundle), setup.execution.mesh)
     bundle.tensors.clear()
     return model
 
 
 def open_data(flags: TrainingFlags, setup: Setup) -> Data:
-    """The run's batches, prepared where its data is text.
+    """Opens the run's data, and prepares it first if it is text.
 
-    A first signal does not stop it: exit 75 promises a checkpoint.
+    A first signal does not interrupt the preparation, because exit code 75 promises a checkpoint.
     """
     start, tokenizer = setup.start, setup.tokenizer
-    reading = {"on_bad_text": flags.on_bad_text, "special_tokens": flags.special_tokens}
-    mixture = open_mixture(start.source, tokenizer.path, Path("data"), None, tokenizer, **reading)
+    options = {"on_bad_text": flags.on_bad_text, "special_tokens": flags.special_tokens}
+    mixture = open_mixture(start.source, tokenizer.path, Path("data"), None, tokenizer, **options)
     batches = Batches(mixture, start.recipe)
-    held_out = np.concatenate([batch[:, 1:].ravel() for batch in batches.validation(setup.cadence.eval_batches)])
+    held_out = np.concatenate([batch[:, 1:].ravel() for batch in batches.validation(setup.intervals.eval_batches)])
     bytes_per_token = tokenizer.byte_count(held_out.tolist()) / held_out.size
     source = shlex.join(start.source)
     print(f"data        {source}: {mixture.documents:,} documents, {mixture.tokens:,} tokens in {mixture.location}")
-    hashes = mixture.sha256, mixture.tokenizer_sha256
-    return Data(batches, Provenance(start.recipe, start.config, source, *hashes, start.start_from), bytes_per_token)
+    provenance = Provenance(
+        start.recipe, start.config, source, mixture.sha256, mixture.tokenizer_sha256, start.start_from
+    )
+    return Data(batches, provenance, bytes_per_token)
 
 
 def initial_state(
     run: Path, flags: TrainingFlags, setup: Setup, provenance: Provenance, model: SmolLM | None
 ) -> tuple[Progress, TrainState]:
-    """Where the run goes on, or its beginning with `model` (None: the recipe's init)."""
-    start, recipe, compute = setup.start, setup.start.recipe, setup.compute
-    if start.saved:
-        for change in provenance.check_resumes(start.saved.provenance, flags.allow_change):
-            print(f"note: changed, as --allow-change says: {change}")
-        print_differences(start.saved, recipe, environment_of(compute))
-        return start.saved.progress, start.saved.state_under(start.config)
-    model = init_model(start.config, recipe.seed, compute.mesh) if model is None else model
-    state = init_train_state(model, optimizer.adamw(recipe), compute.mesh)
-    # Of a run that has no checkpoint, or has one no longer.
+    """Progress and state of the resumed checkpoint, or of a new run with `model` (None: random parameters)."""
+    start, recipe, execution = setup.start, setup.start.recipe, setup.execution
+    if start.restored:
+        for change in provenance.check_resumes(start.restored.provenance, flags.allow_change):
+            print(f"note: changed, allowed by --allow-change: {change}")
+        print_resume_differences(start.restored, recipe, recorded_environment(execution))
+        return start.restored.progress, start.restored.with_config(start.config)
+    model = init_model(start.config, recipe.seed, execution.mesh) if model is None else model
+    state = init_train_state(model, optimizer.adamw(recipe), execution.mesh)
+    # Metrics of a run that died before its first checkpoint, or whose checkpoints were removed.
     if (run / "metrics.jsonl").exists() and processes.is_main_process():
-        old = next(name for n in itertools.count(1) if not (name := run / f"metrics.jsonl.{n}").exists())
-        (run / "metrics.jsonl").rename(old)
-        print(f"note: starts from the beginning, in a run without a checkpoint; its metrics are now {old}")
+        renamed = next(path for n in itertools.count(1) if not (path := run / f"metrics.jsonl.{n}").exists())
+        (run / "metrics.jsonl").rename(renamed)
+        print(f"note: this run has no checkpoint and starts at step 0; its earlier metrics are now {renamed}")
     return Progress(), state
 
 
 def write_configs(run: Path, setup: Setup) -> None:
-    """The configs and the tokenizer's files, beside the checkpoints to come."""
+    """Writes the config files and the tokenizer into the run folder."""
     if not processes.is_main_process():
         return
     bundle = setup.start.bundle
@@ -215,20 +223,20 @@ def fit(
     step: Step | None,
     sample: Callable[[SmolLM], str | None] | None,
 ) -> TrainState:
-    """The state after the last step; checkpoints and metrics are in the run folder."""
-    recipe, compute, first = setup.start.recipe, setup.compute, processes.is_main_process()
+    """Trains to the last step and returns the state; checkpoints and metrics are in the run folder."""
+    recipe, execution, first = setup.start.recipe, setup.execution, processes.is_main_process()
     tracker = None
     if flags.track and first:
-        tracker = Tracker(flags.track, run, data.provenance.meta() | {"environment": environment_of(compute)})
-    peak = cost.peak_flops(jax.local_devices()[0].device_kind, recipe.dtype)
-    store = CheckpointStore(run / "checkpoints", keep=flags.keep, asynchronous=flags.async_save)
+        tracker = Tracker(flags.track, run, data.provenance.meta() | {"environment": recorded_environment(execution)})
+    peak_flops = cost.peak_flops(jax.local_devices()[0].device_kind, recipe.dtype)
+    store = CheckpointStore(run / "checkpoints", keep=flags.keep_checkpoints, asynchronous=flags.async_save)
     with (
         store,
         metrics.RunLog(
             run,
             log_every=flags.log_every,
             flops_per_token=cost.flops_per_token(setup.start.config, recipe.sequence_length),
-            peak_flops=peak and peak * compute.devices,
+            peak_flops=peak_flops and peak_flops * execution.devices,
             bytes_per_token=data.bytes_per_token,
             tensorboard=flags.tensorboard and first,
             tracker=tracker,
@@ -241,8 +249,8 @@ def fit(
             provenance=data.provenance,
             batches=data.batches,
             store=store,
-            compute=compute,
-            cadence=setup.cadence,
+            execution=execution,
+            intervals=setup.intervals,
             stop=stop,
             log=log,
             step=step,
@@ -250,20 +258,20 @@ def fit(
         ).run()
 
 
-def show_reference(setup: Setup, data: Data, stop: StopSignal) -> None:
-    """Prints what other weights reach on the same held-out text, unless a signal comes in between."""
-    assert setup.reference is not None
-    model = sharding.shard_params(weights.load(setup.reference)[0], setup.compute.mesh)
-    loss = validation_loss(model, data.batches, setup.cadence.eval_batches, setup.compute, stop)
+def print_comparison(setup: Setup, data: Data, stop: StopSignal) -> None:
+    """Prints the loss of the --compare-with weights on the same text; nothing if a signal arrives meanwhile."""
+    assert setup.compare_with is not None
+    model = sharding.shard_params(weights.load(setup.compare_with)[0], setup.execution.mesh)
+    loss = validation_loss(model, data.batches, setup.intervals.eval_batches, setup.execution, stop)
     if loss is not None:
         bits = metrics.bits_per_byte(loss, data.bytes_per_token)
-        print(f"for scale: {setup.reference}, {bits:.3f} bits per byte")
+        print(f"for comparison: {setup.compare_with}, {bits:.3f} bits per byte")
 
 
 def finish(run: Path, flags: TrainingFlags, recipe: Recipe, sampler: Sampler, model: SmolLM, stop: StopSignal) -> None:
-    """Shows what the model writes and how to go on; raises `StoppedError` where a signal came after the last step."""
+    """Prints a sample and the next command; raises `StoppedError` if a signal came after the last step."""
     if processes.is_main_process():
-        sampler.show(model)
+        sampler.print_final(model)
     if stop:
         raise stop.error(f"all {recipe.steps} steps are done, saved and verified")
     stop.ignore()

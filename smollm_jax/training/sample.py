@@ -1,4 +1,4 @@
-"""What a model in training writes after a prompt: a line at each validation, and the likeliest tokens at the end."""
+"""Continues a prompt with the model in training: one line at each validation, and the likeliest tokens at the end."""
 
 import dataclasses
 import itertools
@@ -21,61 +21,61 @@ NEW_TOKENS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A prompt and what continues it; `start` is its tokens."""
+    """A prompt (`prompt_ids` are its tokens) to be continued."""
 
     prompt: str
-    start: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
     tokenizer: Tokenizer
     stop: StopSignal
 
     @classmethod
-    def of(cls, prompt: str, tokenizer: Tokenizer, config: Config, stop: StopSignal) -> "Sampler":
-        """For a model of this config; an empty prompt begins with the token that begins a document.
+    def for_prompt(cls, prompt: str, tokenizer: Tokenizer, config: Config, stop: StopSignal) -> "Sampler":
+        """A sampler for models of `config`; an empty prompt becomes the bos token, or eos if there is no bos.
 
-        Raises `UsageError` when there is no such token, and when prompt and new tokens exceed the context.
+        Raises `UsageError` if there is neither, and if prompt and new tokens exceed the context.
         """
-        start = tokenizer.encode(prompt, add_special_tokens=True)
-        if not start:
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=True)
+        if not prompt_ids:
             first = config.bos_token_id if config.bos_token_id is not None else next(iter(config.eos_token_ids), None)
             if first is None:
-                raise UsageError('--prompt "": the config has no bos_token_id or eos_token_id to begin with')
-            start = [first]
-        most = config.max_position_embeddings - NEW_TOKENS
-        if len(start) > most:
+                raise UsageError('--prompt "": the config has neither bos_token_id nor eos_token_id to start from')
+            prompt_ids = [first]
+        longest = config.max_position_embeddings - NEW_TOKENS
+        if len(prompt_ids) > longest:
             raise UsageError(
-                f"--prompt: {len(start)} tokens, of which the context of {config.max_position_embeddings} has room for "
-                f"{max(most, 0)} before {NEW_TOKENS} new ones"
+                f"--prompt has {len(prompt_ids)} tokens, at most {max(longest, 0)} are allowed: the context of "
+                f"{config.max_position_embeddings} must also hold {NEW_TOKENS} new tokens"
             )
-        return cls(prompt, tuple(start), tokenizer, stop)
+        return cls(prompt, tuple(prompt_ids), tokenizer, stop)
 
-    def continued(self, model: SmolLM) -> str | None:
-        """The greedy continuation; None when a signal came in between."""
-        ids = [list(self.start)]
+    def continuation(self, model: SmolLM) -> str | None:
+        """The greedy continuation; None if a signal arrives meanwhile."""
+        ids = [list(self.prompt_ids)]
         pieces = generate(model, ids, max_new_tokens=NEW_TOKENS, eos_token_ids=model.config.eos_token_ids)
         new = np.concatenate([np.empty((1, 0), int), *itertools.takewhile(lambda _: not self.stop, pieces)], axis=1)[0]
         return None if self.stop else self.tokenizer.decode(new[new != PAD_ID])
 
     def line(self, model: SmolLM) -> str | None:
-        """Prompt and continuation in one line; None when a signal came in between.
+        """Prompt and continuation in one line; None if a signal arrives meanwhile.
 
-        Parameters that are sharded over a mesh are gathered for it: each device holds all of them for that time.
+        Sharded parameters are gathered meanwhile, so that every device holds all of them.
         """
         if self.stop:
             return None
         try:
-            text = self.continued(processes.gather_to_local_device(model))
-        except jax.errors.JaxRuntimeError as error:  # no memory left for it: the training goes on
+            text = self.continuation(processes.gather_to_local_device(model))
+        except jax.errors.JaxRuntimeError as error:  # out of memory: training goes on without a sample
             return f"no sample: {str(error).splitlines()[0]}"
         return None if text is None else f"sample: {self.prompt!r} -> {text!r}"
 
-    def show(self, model: SmolLM) -> None:
-        """Prints the continuation and the likeliest next tokens, unless a signal comes in between."""
-        text = self.continued(model)
+    def print_final(self, model: SmolLM) -> None:
+        """Prints the continuation and the likeliest next tokens; nothing if a signal arrives meanwhile."""
+        text = self.continuation(model)
         if text is None:
             return
         print(f"\n{self.prompt} -> {text!r}")
-        ids = jnp.asarray([self.start])
+        ids = jnp.asarray([self.prompt_ids])
         probability = jax.nn.softmax(jax.jit(lambda model, ids: model(ids)[0, -1])(model, ids))
         likeliest = [int(i) for i in jnp.argsort(-probability)[:5]]
-        shown = [f"{self.tokenizer.decode([token])!r} {float(probability[token]):.3f}" for token in likeliest]
-        print(f"predicted next token: {', '.join(shown)}")
+        tokens = [f"{self.tokenizer.decode([token])!r} {float(probability[token]):.3f}" for token in likeliest]
+        print(f"predicted next token: {', '.join(tokens)}")

@@ -1,4 +1,4 @@
-"""The state of a training: parameters and optimizer state, progress, and how they are restored."""
+"""A run's state: parameters, optimizer state and progress, and how a checkpoint restores them."""
 
 import dataclasses
 import functools
@@ -15,23 +15,23 @@ from smollm_jax.runs.checkpoint import CheckpointStore
 from smollm_jax.runs.provenance import Provenance, environment
 from smollm_jax.runs.pytree import flatten, unflatten
 from smollm_jax.training import optimizer
-from smollm_jax.training.execution import Cadence, Compute
+from smollm_jax.training.execution import ExecutionConfig, Intervals
 
-# Updates that were not finite end a run when 1 % of the last 1,000 were: so ten in a row do, too.
+# A run ends when 10 of the last 1,000 updates (1 %) were not finite, for example ten in a row.
 SKIP_LIMIT, SKIP_WINDOW = 10, 1000
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step reads and replaces: float32 parameters and AdamW's moments (its step count among them)."""
+    """What a step reads and replaces: float32 parameters and AdamW's state (moments and step count)."""
 
     model: SmolLM
     opt_state: optax.OptState
 
 
 def init_train_state(model: Any, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh | None = None) -> TrainState:
-    """The state before the first step: the model and moments of zero, which lie where the parameters do."""
+    """The state before the first step: the model, and zero moments that are sharded as the parameters are."""
     if mesh is None:
         return TrainState(model, tx.init(model))
     return TrainState(
@@ -40,81 +40,89 @@ def init_train_state(model: Any, tx: optax.GradientTransformation, mesh: jax.sha
 
 
 def abstract_state(config: Config, recipe: Recipe) -> Any:
-    """The shapes and dtypes of a run's state, in its structure."""
+    """A run's state as `jax.ShapeDtypeStruct`s."""
     tx = optimizer.adamw(recipe)
     return jax.eval_shape(lambda: init_train_state(SmolLM(config, key=jax.random.key(0)), tx))
 
 
 def init_model(config: Config, seed: int, mesh: jax.sharding.Mesh | None = None) -> SmolLM:
-    """A model with the recipe's init, drawn in one compiled program, each device its part; the same on every mesh."""
-    draw = functools.partial(SmolLM, config)
+    """A model with random parameters. Each device draws its own shards in one compiled program; values do not depend on
+    the mesh."""
+    init = functools.partial(SmolLM, config)
     key = jax.random.key(seed)
-    where = None if mesh is None else sharding.shardings(jax.eval_shape(lambda: draw(key=key)), mesh)
-    return jax.jit(draw, out_shardings=where)(key=key)
+    out_shardings = None if mesh is None else sharding.shardings(jax.eval_shape(lambda: init(key=key)), mesh)
+    return jax.jit(init, out_shardings=out_shardings)(key=key)
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is, and which updates it left out because they were not finite."""
+    """How far a run is, and which updates it skipped because they were not finite."""
 
     step: int = 0
     tokens_seen: int = 0
     skipped: int = 0
-    recently_skipped: list[int] = dataclasses.field(default_factory=list)  # steps, of the last SKIP_WINDOW
+    recently_skipped: list[int] = dataclasses.field(default_factory=list)  # steps within SKIP_WINDOW
 
     def skip(self, step: int) -> None:
-        """Notes a skipped update; raises `DivergedError` when they are too many."""
+        """Records a skipped update; raises `DivergedError` if there are too many."""
         self.skipped += 1
         self.recently_skipped = [s for s in self.recently_skipped if s > step - SKIP_WINDOW] + [step]
         if len(self.recently_skipped) >= SKIP_LIMIT:
             raise DivergedError(
                 f"step {step}: {len(self.recently_skipped)} of the last {SKIP_WINDOW:,} updates were not finite and "
-                "left out; the checkpoints on disk are intact"
+                "were skipped; the checkpoints on disk are intact: start again with a lower --learning-rate"
             )
 
 
 @dataclasses.dataclass
-class Saved:
-    """What a checkpoint holds: all a run needs to go on."""
+class RestoredRun:
+    """A run as a checkpoint restores it: all that it needs to continue."""
 
     provenance: Provenance
     progress: Progress
-    cadence: Cadence
+    intervals: Intervals
     environment: dict[str, Any]
     state: TrainState
 
-    def state_under(self, config: Config) -> TrainState:
-        """The state as a model of another config holds it; `UsageError` when its parameters have other shapes."""
-        like = abstract_state(config, self.provenance.recipe)
+    def with_config(self, config: Config) -> TrainState:
+        """The state as a model of another config; raises `UsageError` if its parameters have other shapes."""
+        template = abstract_state(config, self.provenance.recipe)
         try:
-            model = unflatten(like.model, flatten(self.state.model))
-            return TrainState(model, unflatten(like.opt_state, flatten(self.state.opt_state)))
+            model = unflatten(template.model, flatten(self.state.model))
+            return TrainState(model, unflatten(template.opt_state, flatten(self.state.opt_state)))
         except CheckpointError as error:
             raise UsageError(f"the saved parameters do not fit the changed model: {error}") from error
 
 
-def restore_run(store: CheckpointStore, step: int, mesh: jax.sharding.Mesh | None = None) -> Saved:
-    """What a step holds, laid on a mesh or this process's first device, whatever layout saved it.
+def restore_run(store: CheckpointStore, step: int, mesh: jax.sharding.Mesh | None = None) -> RestoredRun:
+    """The run in a step's checkpoint, sharded over `mesh` whatever mesh saved it; None: on this process's first device.
 
-    Raises `CheckpointError` when that is not a whole run.
+    Raises `CheckpointError` if the checkpoint lacks anything a run needs.
     """
     meta = store.meta(step)
     try:
         provenance = Provenance.from_meta(meta)
         progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
-        cadence, environment = Cadence(**meta["cadence"]), meta["environment"]
+        intervals, environment = Intervals(**meta["cadence"]), meta["environment"]
     except (CheckpointError, KeyError) as error:
         raise CheckpointError(f"{store.folder}: step {step}: {error}") from error
-    like = abstract_state(provenance.config, provenance.recipe)
-    items = {"params": flatten(like.model), "optimizer": flatten(like.opt_state)}
+    template = abstract_state(provenance.config, provenance.recipe)
+    items = {"params": flatten(template.model), "optimizer": flatten(template.opt_state)}
     arrays = store.restore(step, sharding.abstract(items, mesh))
-    state = TrainState(unflatten(like.model, arrays["params"]), unflatten(like.opt_state, arrays["optimizer"]))
-    return Saved(provenance, progress, cadence, environment, state)
+    state = TrainState(unflatten(template.model, arrays["params"]), unflatten(template.opt_state, arrays["optimizer"]))
+    return RestoredRun(provenance, progress, intervals, environment, state)
 
 
-def environment_of(compute: Compute) -> dict[str, Any]:
-    """What the last bit of a run's numbers depends on, apart from its provenance."""
+def recorded_environment(execution: ExecutionConfig) -> dict[str, Any]:
+    """What the last bit of a run's numbers depends on, apart from its provenance, under the names in checkpoints."""
     device = jax.devices()[0]
-    fields = {field.name: getattr(compute, field.name) for field in dataclasses.fields(compute)}
-    mesh = None if compute.mesh is None else dict(compute.mesh.shape)
-    return environment(device.device_kind, jax.device_count()) | fields | {"mesh": mesh}
+    return environment(device.device_kind, jax.device_count()) | {
+        "dtype": execution.dtype,
+        "implementation": execution.attention,
+        "remat": execution.remat,
+        "unroll": execution.unroll,
+        "parts": execution.accumulation_steps,
+        "mesh": None if execution.mesh is None else dict(execution.mesh.shape),
+        "document_end": execution.separator_id,
+        "operands": execution.operands,
+    }

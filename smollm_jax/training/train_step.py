@@ -1,4 +1,4 @@
-"""One optimizer step: a batch's loss and gradients on every device, summed, and AdamW's update. Jitted and donated."""
+"""One optimizer step, jitted, state donated: gradients on every device, summed, then AdamW's update."""
 
 import functools
 from collections.abc import Callable
@@ -12,46 +12,50 @@ from jaxtyping import Array, Bool, Float, Int
 from smollm_jax.config import Config, Recipe
 from smollm_jax.parallel import sharding
 from smollm_jax.training import optimizer
-from smollm_jax.training.execution import Compute
-from smollm_jax.training.loss import mean_gradients, over_devices
+from smollm_jax.training.execution import ExecutionConfig
+from smollm_jax.training.loss import data_parallel, mean_gradients
 from smollm_jax.training.state import TrainState, abstract_state
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
-@functools.partial(jax.jit, static_argnames=("tx", "compute"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("tx", "execution"), donate_argnames="state")
 def train_step(
-    state: TrainState, tokens: Int[Array, "B window"], *, tx: optax.GradientTransformationExtraArgs, compute: Compute
+    state: TrainState,
+    tokens: Int[Array, "B window"],
+    *,
+    tx: optax.GradientTransformationExtraArgs,
+    execution: ExecutionConfig,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """The state after one optimizer step, and its loss and gradient norm (before clipping) as device scalars.
+    """The state after one optimizer step, with loss and gradient norm (before clipping) as device scalars.
 
-    When either is not finite the state comes back as it was, to the last bit, its step count too.
+    If loss or norm is not finite, the state is returned unchanged, bit for bit, including its step count.
     """
     gradients: Any
-    out_specs = (sharding.REPLICATED, sharding.fsdp_specs(state.model, compute.mesh))
-    loss, gradients = over_devices(mean_gradients, state.model, tokens, compute, out_specs=out_specs)
-    with jax.named_scope("optimizer"):  # names for `scripts/profile_train.py`
+    out_specs = (sharding.REPLICATED, sharding.fsdp_specs(state.model, execution.mesh))
+    loss, gradients = data_parallel(mean_gradients, state.model, tokens, execution, out_specs=out_specs)
+    with jax.named_scope("optimizer"):  # `scripts/profile_train.py` groups by this name
         norm = optax.tree.norm(gradients)
 
     @jax.named_scope("optimizer")
     def update(state: TrainState) -> TrainState:
-        parameters: Any = state.model  # optax's types know arrays and dicts; a module is a pytree like them
+        parameters: Any = state.model  # Any: optax's types know arrays and dicts only, but any pytree works
         updates, opt_state = tx.update(gradients, state.opt_state, parameters, norm=norm)
         model: Any = optax.apply_updates(parameters, updates)
         return TrainState(model, opt_state)
 
     state = update_where(jnp.isfinite(loss) & jnp.isfinite(norm), update, state)
-    if compute.mesh is not None:  # each part stays where it was, so that the donated memory is the result's
-        state = jax.lax.with_sharding_constraint(state, sharding.shardings(state, compute.mesh))
+    if execution.mesh is not None:  # keep the sharding, so that donated buffers are reused
+        state = jax.lax.with_sharding_constraint(state, sharding.shardings(state, execution.mesh))
     return state, {"loss": loss, "gradient_norm": norm}
 
 
 def update_where(finite: Bool[Array, ""], update: Callable[[TrainState], TrainState], state: TrainState) -> TrainState:
-    """`update(state)` where `finite` holds, else `state`, to the last bit.
+    """`update(state)` if `finite`, else `state`, bit for bit.
 
-    A branch costs a CPU nothing, where choosing number by number costs 11 % of a step. A GPU chooses as it writes the
-    new state over the donated one; a branch there splits the step, and what it returns may be copied. Not
-    `optax.apply_if_finite`: it applies the NaN after its limit.
+    On a CPU a branch is free, while an elementwise select costs 11 % of a step. On a GPU the select is fused into the
+    write of the new state; a branch would split the step, and its result may be copied. Not `optax.apply_if_finite`,
+    which applies the NaN after its limit.
     """
     if jax.default_backend() == "cpu":
         return jax.lax.cond(finite, update, lambda state: state, state)
@@ -59,9 +63,11 @@ def update_where(finite: Bool[Array, ""], update: Callable[[TrainState], TrainSt
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(state), state)
 
 
-def compile_step(config: Config, recipe: Recipe, compute: Compute) -> Step:
-    """A run's `train_step`, compiled from shapes alone: before there are data, beside whatever else a start must do."""
-    where = jax.sharding.NamedSharding(compute.mesh, sharding.BATCH_SPEC) if compute.mesh is not None else None
-    tokens = jax.ShapeDtypeStruct((recipe.batch_size, recipe.sequence_length + 1), jnp.int32, sharding=where)
-    state = sharding.abstract(abstract_state(config, recipe), compute.mesh)
-    return train_step.lower(state, tokens, tx=optimizer.adamw(recipe), compute=compute).compile()
+def compile_step(config: Config, recipe: Recipe, execution: ExecutionConfig) -> Step:
+    """A run's `train_step`, compiled ahead of time from shapes alone, before any data or weights are loaded."""
+    sharding_of_rows = (
+        jax.sharding.NamedSharding(execution.mesh, sharding.BATCH_SPEC) if execution.mesh is not None else None
+    )
+    tokens = jax.ShapeDtypeStruct((recipe.batch_size, recipe.sequence_length + 1), jnp.int32, sharding=sharding_of_rows)
+    state = sharding.abstract(abstract_state(config, recipe), execution.mesh)
+    return train_step.lower(state, tokens, tx=optimizer.adamw(recipe), execution=execution).compile()

@@ -14,7 +14,7 @@ from benchmarks.xla.gpu_program import TARGETS, compile_step
 from benchmarks.xla.kernels import kernels_of, milliseconds
 from smollm_jax.config import Recipe, preset
 from smollm_jax.training import memory
-from smollm_jax.training.execution import Compute, layers_at_once
+from smollm_jax.training.execution import ExecutionConfig, default_unroll
 
 CONFIG = preset("smollm2-135m")
 # Batch, length, remat, dtype, unroll ("-": the trainer's), documents masked.
@@ -41,12 +41,12 @@ def compiled(line: str) -> tuple[int, int, str]:
     batch, length, remat, dtype, unroll, masked = line.split()
     recipe = Recipe(1000, int(batch), int(length), learning_rate=1e-3, warmup_steps=0, dtype=dtype)  # pyright: ignore
     attention: Any = "cudnn" if dtype == "bfloat16" else "xla"
-    layers = layers_at_once(CONFIG, attention) if unroll == "-" else int(unroll)
-    document_end = CONFIG.eos_token_ids[0] if masked == "masked" else None
-    compute = Compute(dtype, attention, remat, layers, document_end=document_end)  # pyright: ignore
-    step = compile_step(CONFIG, recipe, compute)
-    planned = dataclasses.replace(memory.plan(CONFIG, recipe, compute, "gpu"), workspace=0)  # no cuDNN was asked
-    return memory.needed(step), planned.total, step.as_text()
+    layers = default_unroll(CONFIG, attention) if unroll == "-" else int(unroll)
+    separator_id = CONFIG.eos_token_ids[0] if masked == "masked" else None
+    execution = ExecutionConfig(dtype, attention, remat, layers, separator_id=separator_id)  # pyright: ignore
+    step = compile_step(CONFIG, recipe, execution)
+    planned = dataclasses.replace(memory.estimate(CONFIG, recipe, execution, "gpu"), workspace=0)  # no cuDNN was asked
+    return memory.compiled_bytes(step), planned.total, step.as_text()
 
 
 DEFAULT, NONE, SWIGLU, FULL, *_ = GRID.strip().splitlines()
@@ -77,7 +77,7 @@ def test_nothing_is_summed_in_bfloat16(line):
 def test_every_kind_of_gpu_has_a_step(target):
     """Of compute capability 9.0, 8.0 and 8.9, at a small size; attention is cuDNN's, and nothing is of another card."""
     recipe = Recipe(1000, 2, 128, learning_rate=1e-3, warmup_steps=0, dtype="bfloat16")
-    step = compile_step(preset("tiny"), recipe, Compute("bfloat16", "cudnn", "swiglu", 3), target)
+    step = compile_step(preset("tiny"), recipe, ExecutionConfig("bfloat16", "cudnn", "swiglu", 3), target)
     kernels = [*kernels_of(step.as_text())]
     assert len({kernel.kind for kernel in kernels}) == 5
     assert step.as_text().count('custom_call_target="__cudnn$fmhaSoftmax"') == 3

@@ -13,7 +13,7 @@ from smollm_jax.config import Recipe, preset
 from smollm_jax.config.recipe import Remat
 from smollm_jax.model.attention import Implementation, attention, causal, cudnn_shape_problem, packed
 from smollm_jax.training import optimizer, train_step
-from smollm_jax.training.execution import Compute
+from smollm_jax.training.execution import ExecutionConfig
 from smollm_jax.training.state import abstract_state
 
 LENGTH = 128
@@ -31,15 +31,17 @@ def lowered(monkeypatch):
         remat: Remat,
         implementation: Implementation = "cudnn",
         unroll: int = 1,
-        document_end: int | None = None,
-        parts: int = 1,
+        separator_id: int | None = None,
+        accumulation_steps: int = 1,
     ) -> str:
         tokens = jax.ShapeDtypeStruct((3, LENGTH + 1), jnp.int32)
         traced = train_step.train_step.trace(
             abstract_state(preset("tiny"), RECIPE),
             tokens,
             tx=optimizer.adamw(RECIPE),
-            compute=Compute("bfloat16", implementation, remat, unroll, parts, document_end=document_end),
+            execution=ExecutionConfig(
+                "bfloat16", implementation, remat, unroll, accumulation_steps, separator_id=separator_id
+            ),
         )
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -113,13 +115,15 @@ def test_without_a_loop_what_is_to_be_computed_again_is_not_kept_after_all(lower
     assert "optimization_barrier" not in lowered("dots")
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_on_a_gpu_no_branch_decides_whether_an_update_is_taken(lowered, monkeypatch, parts):
+@pytest.mark.parametrize("accumulation_steps", [1, 3])
+def test_on_a_gpu_no_branch_decides_whether_an_update_is_taken(lowered, monkeypatch, accumulation_steps):
     branches = re.compile(r"stablehlo\.(?:case|if)\b")
-    assert len(branches.findall(lowered("dots", parts=parts))) == 1, "as traced on a CPU, where this test would see it"
+    assert len(branches.findall(lowered("dots", accumulation_steps=accumulation_steps))) == 1, (
+        "as traced on a CPU, where this test would see it"
+    )
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     train_step.train_step.clear_cache()
-    text = lowered("dots", parts=parts)
+    text = lowered("dots", accumulation_steps=accumulation_steps)
     train_step.train_step.clear_cache()
     assert not branches.search(text)
     chosen = re.findall(r"call @_where\w*\(.* : \(tensor<i1>, (\S+), \1\) ->", text)
@@ -129,7 +133,7 @@ def test_on_a_gpu_no_branch_decides_whether_an_update_is_taken(lowered, monkeypa
 
 
 def test_documents_that_do_not_see_each_other_are_cudnns_too(lowered):
-    text = lowered("dots", document_end=0)
+    text = lowered("dots", separator_id=0)
     calls = re.findall(r"__cudnn\$\w+", text)
     assert (calls.count("__cudnn$fmhaScaleBiasSoftmax"), calls.count("__cudnn$fmhaScaleBiasSoftmaxBackward")) == (1, 1)
     assert text.count("mask_type\\22: \\22CAUSAL\\22") == len(calls) == 2

@@ -8,7 +8,7 @@ import pytest
 from smollm_jax.config import Recipe, preset
 from smollm_jax.model import cost
 from smollm_jax.training.announce import announce
-from smollm_jax.training.execution import Cadence, Compute
+from smollm_jax.training.execution import ExecutionConfig, Intervals
 
 # What drivers call cards: dense bfloat16 with float32 sums in TFLOP/s, memory in GB/s, of NVIDIA's own documents.
 CARDS = {
@@ -89,9 +89,11 @@ def test_float32_has_no_peak_of_bfloat16():
 )
 def test_where_mfu_is_left_out_one_line_says_so(tmp_path, capsys, kind, dtype, lines):
     recipe = Recipe(10, 2, 64, learning_rate=1e-3, warmup_steps=0, dtype=dtype)
-    start = SimpleNamespace(config=preset("tiny"), recipe=recipe, saved=None, bundle=None, defaults="")
-    setup = SimpleNamespace(start=start, recipe_name="demo", compute=Compute(dtype), cadence=Cadence(1, 1))
-    setup.limit, setup.planned, setup.without_cudnn = 1 << 30, 1 << 20, ""
+    start = SimpleNamespace(config=preset("tiny"), recipe=recipe, restored=None, bundle=None, defaults="")
+    setup = SimpleNamespace(
+        start=start, recipe_name="demo", execution=ExecutionConfig(dtype), intervals=Intervals(1, 1)
+    )
+    setup.limit, setup.planned, setup.why_not_cudnn = 1 << 30, 1 << 20, ""
     flags: Any = SimpleNamespace(recipe=None, mesh=None, init_from=None, remat=None)
     announce(tmp_path, flags, setup, SimpleNamespace(platform="gpu", device_kind=kind), retained=False)
     assert [line for line in capsys.readouterr().out.splitlines() if "MFU" in line] == lines

@@ -15,7 +15,7 @@ from smollm_jax.model.ops import linear
 from smollm_jax.model.precision import activation_and_operand_dtypes
 from smollm_jax.runs.pytree import flatten
 from smollm_jax.training import setup as training_setup
-from smollm_jax.training.execution import Compute
+from smollm_jax.training.execution import ExecutionConfig
 from smollm_jax.training.flags import TrainingFlags
 from smollm_jax.training.loss import total_loss
 from smollm_jax.training.state import init_model
@@ -51,7 +51,9 @@ def test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else():
 def test_the_gradient_of_every_parameter_is_a_float32_sum():
     """None has become a bfloat16 number on its way, as autocast's have."""
     model, tokens = init_model(TINY, 0), jnp.asarray(np.random.default_rng(0).integers(0, TINY.vocab_size, (1, 33)))
-    gradient = jax.jit(jax.grad(total_loss), static_argnums=2)(model, tokens, Compute("float32", operands="bfloat16"))
+    gradient = jax.jit(jax.grad(total_loss), static_argnums=2)(
+        model, tokens, ExecutionConfig("float32", operands="bfloat16")
+    )
     for name, found in flatten(gradient).items():
         nonzero = np.asarray(found)[np.asarray(found) != 0]
         assert nonzero.dtype == np.float32
@@ -134,5 +136,5 @@ def test_a_cpu_that_multiplies_bfloat16_fast_trains_in_it_unless_told_otherwise(
     asked = dataclasses.replace(TrainingFlags(tokenizer=ASSETS / "tokenizer", preset="smollm2-135m"), **flags)
     setup = training_setup.set_up(asked, tmp_path, None)
     wanted = chosen or ("bfloat16" if fast else "float32")
-    assert setup.start.recipe.dtype == setup.compute.operands == wanted
-    assert setup.compute.dtype == "float32", "on a CPU"
+    assert setup.start.recipe.dtype == setup.execution.operands == wanted
+    assert setup.execution.dtype == "float32", "on a CPU"

@@ -12,8 +12,8 @@ import pytest
 from smollm_jax.errors import UsageError
 from smollm_jax.model.cost import count_parameters
 from smollm_jax.parallel import sharding
-from smollm_jax.training.execution import Compute
-from smollm_jax.training.loss import targets_of, total_loss, within_documents
+from smollm_jax.training.execution import ExecutionConfig
+from smollm_jax.training.loss import segment_ids_and_positions, shift_targets, total_loss
 from smollm_jax.training.state import init_model
 from tests.eight_devices import CONFIG, END, RESTORED, RUNS, batches
 from tests.trainer import ENVIRONMENT, ROOT
@@ -99,20 +99,20 @@ def test_an_invalid_mesh_is_refused(text, message):
 def test_masked_documents_are_learnt_as_if_each_stood_alone():
     """One window of three documents, the last cut off, against the three by themselves."""
     model = init_model(CONFIG, 0)
-    rng, masked = np.random.default_rng(0), Compute("float32", document_end=END)
+    rng, masked = np.random.default_rng(0), ExecutionConfig("float32", separator_id=END)
     documents = [jnp.asarray(np.r_[rng.integers(1, CONFIG.vocab_size, size), END]) for size in (5, 9, 12)]
-    window, plain = jnp.concatenate(documents)[None], Compute("float32")
+    window, plain = jnp.concatenate(documents)[None], ExecutionConfig("float32")
     learn = jax.jit(jax.value_and_grad(total_loss), static_argnums=2)
     loss, gradients = learn(model, window, masked)
     losses, separate = zip(*(learn(model, document[None], plain) for document in documents), strict=True)
     assert float(loss) == pytest.approx(float(sum(losses)), rel=1e-6)
-    assert int((targets_of(window, masked) >= 0).sum()) == sum(len(document) - 1 for document in documents)
+    assert int((shift_targets(window, masked) >= 0).sum()) == sum(len(document) - 1 for document in documents)
     for actual, *summands in zip(*map(jax.tree.leaves, (gradients, *separate)), strict=True):
         expected = sum(summands)  # in float32, in another order
         np.testing.assert_allclose(actual, expected, atol=3e-6 * float(abs(expected).max()), rtol=0)
 
 
 def test_documents_and_positions_are_counted_from_the_ends():
-    documents, positions = within_documents(jnp.array([[7, 0, 0, 5, 6, 0, 8], [1, 2, 3, 4, 5, 6, 7]]), 0)
+    documents, positions = segment_ids_and_positions(jnp.array([[7, 0, 0, 5, 6, 0, 8], [1, 2, 3, 4, 5, 6, 7]]), 0)
     assert documents.tolist() == [[0, 0, 1, 2, 2, 2, 3], [0] * 7]
     assert positions.tolist() == [[0, 1, 0, 0, 1, 2, 0], list(range(7))]

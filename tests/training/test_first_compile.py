@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from smollm_jax.training.run import compile_in
+from smollm_jax.training.run import compile_in_background
 
 
 @pytest.mark.parametrize("platform", ["gpu", "cpu"])
@@ -19,7 +19,7 @@ def test_a_gpus_step_says_that_compiling_takes_long_and_once_how_long_it_took(pl
         return lambda state, tokens: (state + tokens, threading.get_ident())
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        compiling, step = compile_in(pool, platform, compile_step)
+        compiling, step = compile_in_background(pool, platform, compile_step)
         assert begun.wait(60)
         before = capsys.readouterr().out
         assert not compiling.done()
@@ -40,7 +40,7 @@ def test_what_compiling_raises_reaches_whoever_waits_or_steps():
         raise MemoryError("too much")
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        compiling, step = compile_in(pool, "gpu", refused)
+        compiling, step = compile_in_background(pool, "gpu", refused)
         for wait in (compiling.result, lambda: step(None, None)):
             with pytest.raises(MemoryError, match="too much"):
                 wait()

@@ -19,7 +19,7 @@ from smollm_jax.config.recipe import Remat
 from smollm_jax.errors import UsageError
 from smollm_jax.parallel import sharding
 from smollm_jax.training import memory, train_step
-from smollm_jax.training.execution import Compute
+from smollm_jax.training.execution import ExecutionConfig
 from tests.trainer import ENVIRONMENT, ROOT, command, train
 
 # preset, batch, length, remat, dtype, parts, mesh. "layers" is tiny with 512 words: its layers' products and sums in
@@ -58,21 +58,27 @@ smollm2-135m 8 1024 dots float32 2 data=2,fsdp=2
 
 
 def setting(text: str) -> tuple[Config, Recipe, Any]:
-    name, batch, length, remat, dtype, parts, mesh = text.split()
+    name, batch, length, remat, dtype, accumulation_steps, mesh = text.split()
     config = dataclasses.replace(preset("tiny"), vocab_size=512) if name == "layers" else preset(name)
     activations, operands = ("float32", "bfloat16") if dtype == "mixed" else (dtype, dtype)
-    recipe: Any = {"dtype": operands, "gradient_accumulation_steps": int(parts)}
+    recipe: Any = {"dtype": operands, "gradient_accumulation_steps": int(accumulation_steps)}
     recipe = Recipe(100, int(batch), int(length), learning_rate=1e-3, warmup_steps=0, **recipe)
     mesh = None if mesh == "-" else sharding.make_mesh(mesh)
-    compute: Any = {"implementation": "xla", "remat": remat, "unroll": 1, "parts": int(parts), "mesh": mesh}
-    return config, recipe, Compute(activations, operands=operands, **compute)
+    execution: Any = {
+        "attention": "xla",
+        "remat": remat,
+        "unroll": 1,
+        "accumulation_steps": int(accumulation_steps),
+        "mesh": mesh,
+    }
+    return config, recipe, ExecutionConfig(activations, operands=operands, **execution)
 
 
 def main() -> None:
     for text in sys.argv[1:]:
         settings = setting(text)
-        need = memory.needed(train_step.compile_step(*settings))
-        print(json.dumps([memory.plan(*settings).total, need]), flush=True)
+        need = memory.compiled_bytes(train_step.compile_step(*settings))
+        print(json.dumps([memory.estimate(*settings).total, need]), flush=True)
 
 
 @pytest.mark.parametrize(
@@ -97,49 +103,53 @@ def test_the_plan_is_within_ten_percent_of_what_xla_says(grid):
 
 
 def test_a_compiled_step_that_does_not_fit_is_refused_with_what_to_change():
-    config, recipe, compute = setting("layers 8 256 none float32 1 -")
-    need = memory.needed(train_step.compile_step(config, recipe, compute))
-    assert memory.compile_within(need, config, recipe, compute, "cpu")
+    config, recipe, execution = setting("layers 8 256 none float32 1 -")
+    need = memory.compiled_bytes(train_step.compile_step(config, recipe, execution))
+    assert memory.compile_within(need, config, recipe, execution, "cpu")
     with pytest.raises(UsageError) as refused:
-        memory.compile_within(need * 3 // 4, config, recipe, compute, "cpu")
+        memory.compile_within(need * 3 // 4, config, recipe, execution, "cpu")
     said = str(refused.value)
     assert "\n" not in said
     assert said.startswith(
-        f"--batch-size 8 --remat none needs {need / 1e9:.2f} GB of {need * 0.75 / 1e9:.2f} GB on each"
+        f"--batch-size 8 --remat none needs {need / 1e9:.2f} GB on each device, which has {need * 0.75 / 1e9:.2f} GB"
     )
     for flag in ("--batch-size 4", "--remat swiglu", "--gradient-accumulation-steps 2"):
         assert f" {flag} " in said.split(":")[1]
     other = setting("layers 8 256 swiglu float32 1 -")
-    assert memory.needed(train_step.compile_step(*other)) <= need * 3 // 4, "advised, and does not fit"
+    assert memory.compiled_bytes(train_step.compile_step(*other)) <= need * 3 // 4, "advised, and does not fit"
 
 
 def test_where_no_change_is_enough_the_refusal_says_so():
-    config, recipe, compute = setting("tiny 2 64 dots float32 1 -")
+    config, recipe, execution = setting("tiny 2 64 dots float32 1 -")
     with pytest.raises(
-        UsageError, match=r"of 0\.01 GB on each device: take more devices \(--mesh fsdp=N\), or a smaller"
+        UsageError, match=r"on each device, which has 0\.01 GB .*: use more devices \(--mesh fsdp=N\) or a smaller"
     ):
-        memory.largest_batch(config, recipe, compute, "cpu", 10_000_000)
+        memory.largest_batch(config, recipe, execution, "cpu", 10_000_000)
 
 
 def test_auto_takes_the_largest_power_of_two_that_fits():
-    config, recipe, compute = setting("tiny 6 64 dots float32 3 -")
+    config, recipe, execution = setting("tiny 6 64 dots float32 3 -")
     limit = 400_000_000
-    chosen = memory.largest_batch(config, recipe, compute, "cpu", limit)
+    chosen = memory.largest_batch(config, recipe, execution, "cpu", limit)
     assert chosen.batch_size in [3 * 2**n for n in range(20)]
     larger = dataclasses.replace(chosen, batch_size=2 * chosen.batch_size)
-    assert memory.plan(config, chosen, compute).total <= 0.9 * limit < memory.plan(config, larger, compute).total
+    assert (
+        memory.estimate(config, chosen, execution).total
+        <= 0.9 * limit
+        < memory.estimate(config, larger, execution).total
+    )
 
 
 def test_where_nobody_names_a_policy_a_gpu_keeps_as_much_as_fits_and_a_cpu_the_products():
-    config, recipe, compute = setting("smollm2-135m 16 2048 full bfloat16 1 -")
-    compute = dataclasses.replace(compute, implementation="cudnn", unroll=30)
+    config, recipe, execution = setting("smollm2-135m 16 2048 full bfloat16 1 -")
+    execution = dataclasses.replace(execution, attention="cudnn", unroll=30)
 
     def chosen(platform: str, limit: float) -> str:
-        return memory.fastest(config, recipe, compute, platform, int(limit)).remat
+        return memory.choose_remat(config, recipe, execution, platform, int(limit)).remat
 
     needs = {}
     for remat in get_args(Remat):
-        needs[remat] = memory.plan(config, recipe, dataclasses.replace(compute, remat=remat), "gpu").total
+        needs[remat] = memory.estimate(config, recipe, dataclasses.replace(execution, remat=remat), "gpu").total
         if remat in ("none", "swiglu"):
             assert chosen("gpu", needs[remat] / 0.9 + 2) == remat
             assert chosen("gpu", needs[remat] / 0.9 - 2) != remat
@@ -158,9 +168,9 @@ def test_the_script_prints_what_auto_takes_and_xla_s_own_figure():
     table = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in done.stdout.splitlines() if row[:1] == "|"}
     mesh: Any = SimpleNamespace(size=2, shape={"fsdp": 1})
     for remat, shown in zip(get_args(Remat), table["--batch-size auto"], strict=True):
-        config, recipe, compute = setting(f"tiny 4 64 {remat} float32 1 -")
-        object.__setattr__(compute, "mesh", mesh)
-        assert int(shown) == memory.largest_batch(config, recipe, compute, "cpu", 400_000_000).batch_size
+        config, recipe, execution = setting(f"tiny 4 64 {remat} float32 1 -")
+        object.__setattr__(execution, "mesh", mesh)
+        assert int(shown) == memory.largest_batch(config, recipe, execution, "cpu", 400_000_000).batch_size
     assert all(abs(float(cell.strip().rstrip("%"))) < 10 for cell in table["plan against it"])
 
 
@@ -168,7 +178,8 @@ def test_a_training_that_cannot_fit_ends_before_it_reads_anything(tmp_path):
     done = train(tmp_path / "run", "--batch-size", str(1 << 20), "--steps", "2")
     assert done.returncode == 2
     assert re.fullmatch(
-        r"error: --batch-size 1048576 --remat dots needs .* GB on each device: by the plan .* fits\n", done.stderr
+        r"error: --batch-size 1048576 --remat dots needs .* GB on each device, .* GB for it: .* should fit\n",
+        done.stderr,
     )
     assert "data " not in done.stdout
 
@@ -177,29 +188,29 @@ def test_a_gpus_plan_leaves_room_for_cudnns_workspace():
     """64 x 2,048 tokens of 9 heads of 64: dQ, and dK and dV for each of them, and a number for each query."""
     config = preset("smollm2-135m")
     recipe = Recipe(100, 64, 2048, learning_rate=1e-3, warmup_steps=0, dtype="bfloat16")
-    by_cudnn = Compute("bfloat16", "cudnn")
-    plan = memory.plan(config, recipe, by_cudnn, "gpu")
+    by_cudnn = ExecutionConfig("bfloat16", "cudnn")
+    plan = memory.estimate(config, recipe, by_cudnn, "gpu")
     assert plan.workspace == 64 * 2048 * 9 * (64 * 3 + 1) * 4 == 910_688_256
     assert plan.total == dataclasses.replace(plan, workspace=0).total + plan.workspace, "the layers' backward pass"
     odd = dataclasses.replace(recipe, sequence_length=2050)
-    assert memory.plan(config, odd, by_cudnn, "gpu").workspace == plan.workspace * 2176 // 2048
-    halves = dataclasses.replace(by_cudnn, parts=2)
-    assert memory.plan(config, recipe, halves, "gpu").workspace == plan.workspace // 2
+    assert memory.estimate(config, odd, by_cudnn, "gpu").workspace == plan.workspace * 2176 // 2048
+    halves = dataclasses.replace(by_cudnn, accumulation_steps=2)
+    assert memory.estimate(config, recipe, halves, "gpu").workspace == plan.workspace // 2
     no_groups = dataclasses.replace(config, num_key_value_heads=9)
-    assert memory.plan(no_groups, recipe, by_cudnn, "gpu").workspace == 64 * 2048 * 9 * (64 + 1) * 4
-    in_blocks = memory.plan(config, recipe, Compute("bfloat16"), "gpu")
-    assert (in_blocks.workspace, memory.plan(config, recipe, Compute("float32")).workspace) == (0, 0)
+    assert memory.estimate(no_groups, recipe, by_cudnn, "gpu").workspace == 64 * 2048 * 9 * (64 + 1) * 4
+    in_blocks = memory.estimate(config, recipe, ExecutionConfig("bfloat16"), "gpu")
+    assert (in_blocks.workspace, memory.estimate(config, recipe, ExecutionConfig("float32")).workspace) == (0, 0)
 
 
 def test_auto_respects_the_workspace(monkeypatch):
     config = preset("smollm2-135m")
     recipe = Recipe(100, 64, 2048, learning_rate=1e-3, warmup_steps=0, dtype="bfloat16")
-    compute = Compute("bfloat16", "cudnn")
-    plan = memory.plan(config, recipe, compute, "gpu")
-    limit = int((plan.total - plan.workspace // 2) / memory.SHARE)  # just too little
-    assert memory.largest_batch(config, recipe, compute, "gpu", limit).batch_size == 32
+    execution = ExecutionConfig("bfloat16", "cudnn")
+    plan = memory.estimate(config, recipe, execution, "gpu")
+    limit = int((plan.total - plan.workspace // 2) / memory.USABLE_FRACTION)  # just too little
+    assert memory.largest_batch(config, recipe, execution, "gpu", limit).batch_size == 32
     monkeypatch.setattr(memory, "cudnn_workspace", lambda *_: 0)
-    assert memory.largest_batch(config, recipe, compute, "gpu", limit).batch_size == 64
+    assert memory.largest_batch(config, recipe, execution, "gpu", limit).batch_size == 64
 
 
 WITHIN = """
@@ -210,7 +221,7 @@ from smollm_jax.runtime import allocator
 from smollm_jax.training import memory
 allocator.DRIVER = allocator.Path("no GPU")
 limit = int(sys.argv.pop(1))
-memory.available = lambda *_: limit
+memory.device_limit = lambda *_: limit
 train_jax.main(sys.argv[1:])
 """
 
@@ -223,17 +234,17 @@ def test_a_training_takes_the_largest_batch_that_fits_and_keeps_it_when_resumed(
         program = [python, "-c", WITHIN, str(ROOT), str(limit), *flags, "--steps", steps, *resume]
         done = subprocess.run(program, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        config, recipe, compute = setting("tiny 1 64 dots float32 1 -")
-        batch = memory.largest_batch(config, recipe, compute, "cpu", limits["2"]).batch_size
-        assert batch < memory.largest_batch(config, recipe, compute, "cpu", limits["3"]).batch_size
+        config, recipe, execution = setting("tiny 1 64 dots float32 1 -")
+        batch = memory.largest_batch(config, recipe, execution, "cpu", limits["2"]).batch_size
+        assert batch < memory.largest_batch(config, recipe, execution, "cpu", limits["3"]).batch_size
         assert f" of {batch} x 64 = " in done.stdout
 
 
 AS_ON_A_GPU = (
     """
 from smollm_jax.training import memory
-chosen = memory.fastest
-memory.fastest = lambda *of: chosen(*of[:3], "gpu", of[4])
+chosen = memory.choose_remat
+memory.choose_remat = lambda *of: chosen(*of[:3], "gpu", of[4])
 """
     + WITHIN
 )
@@ -249,15 +260,15 @@ def test_the_policy_that_was_chosen_is_said_used_and_recorded_and_a_resumed_run_
         said[steps] = done.stdout
     assert ", remat none (chosen; --remat changes that)" in said["2"]
     assert ", remat dots (chosen; --remat changes that)" in said["3"]
-    assert re.search("for these differ: .*remat none -> dots", said["3"])
+    assert re.search("because of .*remat none -> dots", said["3"])
 
 
 def test_available_memory_is_shared_by_the_devices_of_a_cpu():
     cpu: Any = SimpleNamespace(platform="cpu")
-    assert memory.available(cpu, 4) == pytest.approx(memory.available(cpu) / 4, rel=0.2)
-    assert memory.available(cpu) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory.device_limit(cpu, 4) == pytest.approx(memory.device_limit(cpu) / 4, rel=0.2)
+    assert memory.device_limit(cpu) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     gpu: Any = SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 60 << 30})
-    assert memory.available(gpu, 4) == 60 << 30
+    assert memory.device_limit(gpu, 4) == 60 << 30
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from smollm_jax.runtime.lock import RunLock
 from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.training import loop, optimizer, train_step
 from smollm_jax.training import loss as training_loss
-from smollm_jax.training.execution import Cadence, Compute
+from smollm_jax.training.execution import ExecutionConfig, Intervals
 from smollm_jax.training.loop import Trainer
 from smollm_jax.training.loss import mean_gradients, mean_loss
 from smollm_jax.training.state import Progress, init_model, init_train_state, restore_run
@@ -66,7 +66,7 @@ def run(folder, config, recipe, *, poisoned_steps=(), stop_before=None, resume=F
     ids = np.random.default_rng(5).integers(1, 70, 16 * 14 + 1)
     batches = Poisoned(of_tokens(ids), recipe, poisoned_steps, stop_before, stop := StopSignal())
     provenance = Provenance(recipe, config, "numbers", "aa", "bb")
-    compute = Compute(recipe.dtype, parts=recipe.gradient_accumulation_steps)
+    execution = ExecutionConfig(recipe.dtype, accumulation_steps=recipe.gradient_accumulation_steps)
     store = CheckpointStore(folder / "checkpoints", keep=2, asynchronous=asynchronous)
     log = RunLog(folder, log_every=100, flops_per_token=1.0, peak_flops=None)
     with store, log:
@@ -77,8 +77,8 @@ def run(folder, config, recipe, *, poisoned_steps=(), stop_before=None, resume=F
             state = init_train_state(init_model(config, recipe.seed), optimizer.adamw(recipe))
             progress = Progress()
         state = Trainer(
-            state, progress, provenance=provenance, batches=batches, store=store, compute=compute,
-            cadence=Cadence(save_every, 5), stop=stop, log=log,
+            state, progress, provenance=provenance, batches=batches, store=store, execution=execution,
+            intervals=Intervals(save_every, 5), stop=stop, log=log,
         ).run()  # fmt: skip
     return state, progress
 
@@ -112,10 +112,12 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(config):
     model = SmolLM(config, key=jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 128)
     gradients = jax.jit(mean_gradients, static_argnums=2)
-    whole, parts = (gradients(model, tokens, Compute("float32", parts=n)) for n in (1, 4))
-    assert float(parts[0]) == pytest.approx(float(whole[0]), rel=1e-6)
+    whole, accumulation_steps = (
+        gradients(model, tokens, ExecutionConfig("float32", accumulation_steps=n)) for n in (1, 4)
+    )
+    assert float(accumulation_steps[0]) == pytest.approx(float(whole[0]), rel=1e-6)
     for name, gradient in flatten(whole[1]).items():
-        error = jnp.abs(flatten(parts[1])[name] - gradient).max() / jnp.abs(gradient).max()
+        error = jnp.abs(flatten(accumulation_steps[1])[name] - gradient).max() / jnp.abs(gradient).max()
         assert error < 1e-6 * 3, name  # sums of a float32 in another order
 
 
@@ -141,8 +143,8 @@ def poison(monkeypatch):
     true_loss = mean_loss
 
     def use(where: str):
-        def mean_loss(model, tokens, compute, *count):
-            loss, marked = true_loss(model, tokens, compute, *count), tokens[0, 0] == POISON
+        def mean_loss(model, tokens, execution, *count):
+            loss, marked = true_loss(model, tokens, execution, *count), tokens[0, 0] == POISON
             if where == "loss":
                 return jnp.where(marked, jnp.nan, 1.0) * loss
             # A square root at 0 has value 0 and no derivative.
@@ -178,7 +180,7 @@ def guarded(monkeypatch):
 def test_an_update_that_is_not_finite_leaves_the_state_as_it_was(config, poison, guarded, where):
     poison(where)
     tx = optimizer.adamw(recipe())
-    compute = Compute("float32")
+    execution = ExecutionConfig("float32")
     states: dict[str, list[dict[str, bytes]]] = {"cpu": [], "gpu": []}
     for platform, after in states.items():
         guarded(platform)
@@ -186,7 +188,7 @@ def test_an_update_that_is_not_finite_leaves_the_state_as_it_was(config, poison,
         for step, first in enumerate((1, POISON, 1)):
             tokens = jax.random.randint(jax.random.key(step), (4, 17), 1, 70).at[0, 0].set(first)
             before = bits(state)
-            state, metrics = train_step.train_step(state, tokens, tx=tx, compute=compute)
+            state, metrics = train_step.train_step(state, tokens, tx=tx, execution=execution)
             assert np.isfinite(metrics["gradient_norm"]) == (first == 1)
             assert (bits(state) == before) == (first == POISON)
             after.append(bits(state))

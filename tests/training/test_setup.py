@@ -17,7 +17,7 @@ from smollm_jax.model.attention import cudnn_device_problem, cudnn_shape_problem
 from smollm_jax.training import memory
 from smollm_jax.training import setup as training_setup
 from smollm_jax.training.announce import announce
-from smollm_jax.training.execution import Cadence, Compute
+from smollm_jax.training.execution import ExecutionConfig, Intervals
 from smollm_jax.training.flags import TrainingFlags
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -113,26 +113,30 @@ def test_the_attention_that_was_asked_for_is_taken_or_refused(attention, jax_ver
         if attention == "xla":
             assert chosen(device, attention, **changes) == ("xla", "")
         else:
-            with pytest.raises(UsageError, match=rf"^--attention cudnn .*{said}.*; leave it out to attend in blocks$"):
+            with pytest.raises(
+                UsageError, match=rf"^--attention cudnn .*{said}.*; leave it out to use XLA's blocked attention$"
+            ):
                 chosen(device, attention, **changes)
 
 
-def announced(capsys, tmp_path, **of_setup: Any) -> list[str]:
-    start = SimpleNamespace(config=CONFIG, recipe=RECIPE, bundle=None, saved=None, defaults="")
-    compute = Compute("bfloat16", "xla")
+def announced(capsys, tmp_path, **settings: Any) -> list[str]:
+    start = SimpleNamespace(config=CONFIG, recipe=RECIPE, bundle=None, restored=None, defaults="")
+    execution = ExecutionConfig("bfloat16", "xla")
     setup = training_setup.Setup(
-        **{"start": start, "recipe_name": "gpu-demo", "compute": compute, "cadence": Cadence(500, 250)}
-        | {"limit": 80 << 30, "planned": 20 << 30, "tokenizer": None, "reference": None}
-        | of_setup  # pyright: ignore
+        **{"start": start, "recipe_name": "gpu-demo", "execution": execution, "intervals": Intervals(500, 250)}
+        | {"limit": 80 << 30, "planned": 20 << 30, "tokenizer": None, "compare_with": None}
+        | settings  # pyright: ignore
     )
     announce(tmp_path, TrainingFlags(), setup, gpu(), retained=False)
     return capsys.readouterr().out.splitlines()
 
 
 def test_what_is_announced_says_why_a_gpu_attends_in_blocks(capsys, tmp_path):
-    (line,) = [line for line in announced(capsys, tmp_path, without_cudnn="needs rest") if line.startswith("products ")]
-    assert "attention xla in blocks, for cudnn needs rest;" in line
-    (line,) = [line for line in announced(capsys, tmp_path) if line.startswith("products ")]
+    (line,) = [
+        line for line in announced(capsys, tmp_path, why_not_cudnn="needs rest") if line.startswith("precision ")
+    ]
+    assert "attention xla (cudnn needs rest);" in line
+    (line,) = [line for line in announced(capsys, tmp_path) if line.startswith("precision ")]
     assert "attention xla; " in line
 
 
@@ -141,36 +145,36 @@ STATISTICS = {"none": None, "empty": {}, "no limit": {"bytes_in_use": 1 << 20}}
 
 @pytest.mark.parametrize("statistics", STATISTICS.values(), ids=STATISTICS)
 def test_memory_that_jax_does_not_tell_is_unknown_and_no_step_is_refused_for_it(monkeypatch, statistics):
-    assert memory.available(gpu(memory_stats=lambda: {"bytes_limit": 7})) == 7
-    assert memory.available(gpu(memory_stats=lambda: statistics), 4) == 0
+    assert memory.device_limit(gpu(memory_stats=lambda: {"bytes_limit": 7})) == 7
+    assert memory.device_limit(gpu(memory_stats=lambda: statistics), 4) == 0
     step = object()
     monkeypatch.setattr(memory.train_step, "compile_step", lambda *_: step)
-    monkeypatch.setattr(memory, "needed", lambda _: 10**9)
-    assert memory.compile_within(0, CONFIG, RECIPE, Compute("bfloat16"), "gpu") is step
-    with pytest.raises(UsageError, match=r"needs 1\.00 GB of 0\.50 GB"):
-        memory.compile_within(5 * 10**8, CONFIG, RECIPE, Compute("bfloat16"), "gpu")
+    monkeypatch.setattr(memory, "compiled_bytes", lambda _: 10**9)
+    assert memory.compile_within(0, CONFIG, RECIPE, ExecutionConfig("bfloat16"), "gpu") is step
+    with pytest.raises(UsageError, match=r"needs 1\.00 GB on each device, which has 0\.50 GB"):
+        memory.compile_within(5 * 10**8, CONFIG, RECIPE, ExecutionConfig("bfloat16"), "gpu")
 
 
 def test_auto_asks_for_a_number_where_jax_does_not_tell(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu(memory_stats=lambda: None)])
     flags = {"preset": "tiny", "sequence_length": 128, "tokenizer": ASSETS / "tokenizer", "steps": 10}
     with pytest.raises(
-        UsageError, match=r"^--batch-size auto: JAX does not say .* No GPU of this world has: give a number$"
+        UsageError, match=r"^--batch-size auto: JAX does not report .* No GPU of this world has; give a number$"
     ):
         training_setup.set_up(TrainingFlags(batch_size="auto", **flags), tmp_path, None)
     setup = training_setup.set_up(TrainingFlags(batch_size=4, **flags), tmp_path, None)
-    assert (setup.limit, setup.start.recipe.batch_size, setup.compute.implementation) == (0, 4, "cudnn")
+    assert (setup.limit, setup.start.recipe.batch_size, setup.execution.attention) == (0, 4, "cudnn")
 
 
 def test_what_is_announced_says_that_memory_is_unchecked(capsys, tmp_path):
     (line,) = [line for line in announced(capsys, tmp_path, limit=0) if line.startswith("memory ")]
-    assert "21.5 GB planned of what JAX does not say, unchecked, on each device" in line
+    assert "21.5 GB on each device (estimated; not checked, as JAX reports no limit), remat" in line
     (line,) = [line for line in announced(capsys, tmp_path) if line.startswith("memory ")]
-    assert "21.5 GB planned of 85.9 GB, on each device" in line
+    assert "21.5 GB of 85.9 GB on each device (estimated), remat" in line
 
 
 def test_a_plan_asks_for_memory_where_jax_does_not_tell(monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda *_: 0)
+    monkeypatch.setattr(memory, "device_limit", lambda *_: 0)
     monkeypatch.setattr(type(jax.config), "update", lambda *_: None)  # too late in this process
     with pytest.raises(UsageError, match=r"^JAX does not say how much memory cpu has: give --memory$"):
         plan_memory.main(["--preset", "tiny", "--sequence-length", "64"])

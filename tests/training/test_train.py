@@ -89,7 +89,7 @@ def test_the_run_folder_is_complete_and_loads_as_weights(straight):
 
 def test_what_training_prints(tmp_path):
     done = train(tmp_path / "run", "--steps", "2", "--dtype", "float32")
-    for part in ("no GPU found", "5,014,176 parameters", "products    float32", "2 x 64 = 128 tokens a step"):
+    for part in ("no GPU found", "5,014,176 parameters", "precision   float32 matmuls", "2 x 64 = 128 tokens each"):
         assert part in done.stdout
     assert "The quick brown fox -> " in done.stdout
     assert "predicted next token:" in done.stdout
@@ -148,7 +148,7 @@ def test_resuming_on_other_data_is_refused(straight, tmp_path):
         (["--data", "a:0.5", "b"], 2, "weight to every source or to none"),
         (["--init-from", "nowhere"], 3, "nowhere"),
         (["--tokenizer", "nowhere"], 3, "nowhere"),
-        (["--reference", "nowhere"], 3, "nowhere"),
+        (["--compare-with", "nowhere"], 3, "nowhere"),
         (["--prompt", "a b " * 300], 2, "--prompt"),
         (["--track", "trackio"], 2, "pip install trackio"),
         (["--resume"], 4, "checkpoint"),
@@ -213,7 +213,7 @@ def test_what_a_run_left_that_died_before_its_first_checkpoint_is_replaced(tmp_p
     assert train(run, "--steps", "2", "--resume").returncode == 4
     replaced = train(run, "--steps", "2")
     assert replaced.returncode == 0
-    assert f"its metrics are now {run}/metrics.jsonl.1" in replaced.stdout
+    assert f"its earlier metrics are now {run}/metrics.jsonl.1" in replaced.stdout
     assert (run / "metrics.jsonl.1").read_text() == '{"step": 1, "loss": 1.0}\n'
     assert config_from_hf(json.loads((run / "config.json").read_text())) == PRESETS["tiny"]
     assert len(losses(run)) == 2
@@ -320,12 +320,12 @@ def test_without_instructions_for_bfloat16_a_run_multiplies_float32_and_bfloat16
     old = ("env", "XLA_FLAGS=--xla_cpu_max_isa=AVX2")
     done = train(tmp_path / "default", "--steps", "3", prefix=old)
     assert done.returncode == 0, done.stderr
-    assert "products    float32, attention xla" in done.stdout
+    assert "precision   float32 matmuls, attention xla" in done.stdout
     curves = []
     for name, prefix in (("old", old), ("own", ())):
         done = train(tmp_path / name, "--steps", "3", "--dtype", "bfloat16", prefix=prefix)
         assert done.returncode == 0, done.stderr
-        assert "products    bfloat16 with float32 results, attention xla" in done.stdout
+        assert "precision   bfloat16 matmuls with float32 results, attention xla" in done.stdout
         curves.append([row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row])
     assert len(curves[0]) == 3
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
@@ -336,14 +336,14 @@ def test_without_instructions_for_bfloat16_a_run_multiplies_float32_and_bfloat16
 def test_the_quality_of_the_run_and_of_a_reference_are_said_in_bits_per_byte(tmp_path, straight, tokenizer_path):
     """The same bits per byte by the trainer and, of the same windows, by what `scripts/evaluate.py` measures with."""
     run = tmp_path / "run"
-    done = train(run, "--steps", "2", "--dtype", "float32", "--reference", str(straight))
+    done = train(run, "--steps", "2", "--dtype", "float32", "--compare-with", str(straight))
     assert done.returncode == 0, done.stderr
     tokenizer = Tokenizer.load(tokenizer_path)
     recipe = Recipe(2, batch_size=2, sequence_length=64, learning_rate=1e-3, warmup_steps=0, dtype="float32")
     batches = Batches(open_mixture(ROOT / "assets/sotu", tokenizer_path, tmp_path / "data"), recipe)
     windows = [window.tolist() for batch in batches.validation(8) for window in batch]
     documents = [(window, tokenizer.byte_count(window[1:])) for window in windows]
-    said = re.search(rf"for scale: {straight}, (\S+) bits per byte", done.stdout)
+    said = re.search(rf"for comparison: {straight}, (\S+) bits per byte", done.stdout)
     for weights_, found in [(run, read_metrics(run)[-1]["validation_bits_per_byte"]), (straight, float(said[1]))]:
         model, _ = weights.load(weights_)
         expected = quality(model, documents, length=64, stride=64).bits_per_byte
@@ -356,9 +356,9 @@ def test_a_reference_that_reads_other_tokens_is_refused(tmp_path, straight):
     shutil.copytree(straight, other)
     text = (other / "tokenizer.json").read_text(encoding="utf-8")
     (other / "tokenizer.json").write_text(text.replace('"<repo_name>"', '"<another>"'), encoding="utf-8")
-    done = train(tmp_path / "run", "--steps", "2", "--reference", str(other))
+    done = train(tmp_path / "run", "--steps", "2", "--compare-with", str(other))
     assert done.returncode == 2
-    assert f"--reference {other}: its tokenizer is not that of" in done.stderr
+    assert f"--compare-with {other}: its tokenizer differs from that of" in done.stderr
 
 
 COMPILES_WHILE_READING = """
