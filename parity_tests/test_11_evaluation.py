@@ -168,7 +168,7 @@ def test_the_command_scores_local_tasks_and_refuses_what_it_cannot(tasks, traine
 def test_what_a_task_asks_for_in_vain_is_refused(weights_path, asked, named):
     harness = SmolLMHarness(Engine.load(weights_path), quiet=True)
     with pytest.raises(UsageError, match=named):
-        harness._asked({"until": ["."], **asked})
+        harness._parse_gen_kwargs({"until": ["."], **asked})
 
 
 def test_the_quality_on_a_text_is_transformers(source, exported, text_path, tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if flags.out and flags.out.exists() and not flags.out.is_dir():
         raise errors.UsageError(f"--out {flags.out}: is no folder")
     texts = Texts(flags.data, flags.text_column, flags.on_bad_text, flags.special_tokens)
-    rows, printed = [], dict[str, None]()
+    rows, printed = [], set[str]()
     print(" | ".join(["weights", *(column.replace("_", " ") for column in COLUMNS)]))
     for path in paths:
         row = measure(

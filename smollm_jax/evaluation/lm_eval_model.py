@@ -1,6 +1,6 @@
-"""SmolLM2 as a model of EleutherAI's lm-evaluation-harness: its requests, answered by our engine and `loglikelihood`.
+"""SmolLM2 as a model of EleutherAI's lm-evaluation-harness: our engine and `loglikelihood` answer its requests.
 
-Encoding, truncation and what counts as greedy are those of the harness's own `hf` model, so that scores compare with
+Encoding, truncation and greedy decoding match the harness's own `hf` model, so that scores are comparable with
 published ones. Needs the extra "eval". Source: lm_eval, models/huggingface.py (HFLM) and api/model.py (TemplateLM).
 """
 
@@ -20,16 +20,15 @@ from smollm_jax.evaluation.loglikelihood import Request, score
 from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.sampling import Sampling
 
-GENERATE_ROWS = 16  # texts written at once
-NEW_TOKENS = 256  # where a task says nothing, as in `hf`
+GENERATE_BATCH = 16  # prompts of one batch
+NEW_TOKENS = 256  # for tasks without max_gen_toks, as in `hf`
 
 
 class SmolLMHarness(TemplateLM):
-    """The harness's view of an engine. `seed`: of tasks that sample.
+    """An engine as a harness model. `seed` is for tasks that sample.
 
-    `on_bad_text`: what becomes of a character that the vocabulary has no bytes for. "stop" is an error; "skip" leaves
-    out those bytes, which is what `tokenizers` and so `hf` does without a word; "replace" puts U+FFFD. `bad_texts`
-    counts the texts that were changed so.
+    `on_bad_text` is for characters that the vocabulary cannot encode: "stop" raises, "skip" drops their bytes, as
+    `tokenizers` and so `hf` do silently, "replace" replaces them by U+FFFD. `bad_texts` counts the changed texts.
     """
 
     def __init__(
@@ -39,10 +38,10 @@ class SmolLMHarness(TemplateLM):
         self.engine, self.name, self.seed, self.quiet = engine, name, seed, quiet
         self.on_bad_text: Policy = on_bad_text
         self.bad_texts = 0
-        begin, end = engine.config.bos_token_id, engine.config.eos_token_ids
-        if not end:
-            raise UsageError("the config names no eos token, which ends the texts of the harness")
-        self._prefix = end[0] if begin is None else begin
+        bos, eos = engine.config.bos_token_id, engine.config.eos_token_ids
+        if not eos:
+            raise UsageError("the config has no eos_token_id, which lm-evaluation-harness needs")
+        self._prefix = eos[0] if bos is None else bos
 
     @property
     def eot_token_id(self) -> int:
@@ -61,9 +60,9 @@ class SmolLMHarness(TemplateLM):
         return self.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Token ids; a special token in a task's text is one, and the post-processor adds its own, as in `hf`.
+        """Token ids; special tokens in the text are parsed, and the post-processor adds its own, as in `hf`.
 
-        It adds none to a text that begins with the token that begins texts: a chat template may have written it.
+        It adds none if the text starts with the bos token, which a chat template may have written.
         """
         tokenizer = self.engine.tokenizer
         if add_special_tokens is None:
@@ -74,33 +73,34 @@ class SmolLMHarness(TemplateLM):
         return tokenizer.encode(self._replaced(string), parse_special=True, add_special_tokens=add_special_tokens)
 
     def _is_bad(self, text: str) -> bool:
-        """Whether a text of a task has characters without tokens, which is counted; `UsageError` if it is to stop."""
+        """Whether the vocabulary cannot encode a task's text; counts such texts, or raises `UsageError` for "stop"."""
         if not (reason := self.engine.tokenizer.unencodable(text)):
             return False
         if self.on_bad_text == "stop":
-            skip = "--on-bad-text skip leaves such characters out, as the harness's hf does"
-            raise UsageError(f"a text of the task cannot be encoded: {reason}; {skip}")
+            hint = "--on-bad-text skip drops such characters, as the harness's hf model does"
+            raise UsageError(f"a text of the task cannot be encoded: {reason}; {hint}")
         self.bad_texts += 1
         return True
 
     def _replaced(self, text: str) -> str:
-        """A text of a task whose characters without tokens, if any, are U+FFFD."""
+        """A task's text with U+FFFD for each character that the vocabulary cannot encode."""
         unencodable = self.engine.tokenizer.unencodable
         return BadTextHandler("replace", unencodable).replace(text, "a text of the task") if unencodable(text) else text
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The tokenizer's own, which has only one."""
+        """The tokenizer's only chat template."""
         return self.engine.tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the text that the model reads."""
+        """A conversation rendered as the text that the model reads."""
         tokenizer, messages = self.engine.tokenizer, []
         for message in chat_history:
             content = message["content"]
             if self._is_bad(content):
-                lacks = tokenizer.unencodable
-                skip = self.on_bad_text == "skip"
-                content = "".join(c for c in content if not lacks(c)) if skip else self._replaced(content)
+                if self.on_bad_text == "skip":
+                    content = "".join(c for c in content if not tokenizer.unencodable(c))
+                else:
+                    content = self._replaced(content)
             messages.append(message | {"content": content})
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
         return tokenizer.decode(ids)
@@ -108,89 +108,94 @@ class SmolLMHarness(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
-        """Log-probability and greediness of continuations; a context too long loses its beginning."""
-        cut = []
+        """Log-probability and greediness of continuations; a context that is too long is truncated on the left."""
+        truncated = []
         for _strings, context, continuation in requests:
-            room = self.max_length + 1 - len(continuation)
-            if room < 1:
-                raise UsageError(f"a continuation of {len(continuation)} tokens exceeds the context")
-            cut.append(Request(tuple(context[-room:]), tuple(continuation)))
+            longest = self.max_length + 1 - len(continuation)
+            if longest < 1:
+                raise UsageError(
+                    f"a task's continuation of {len(continuation)} tokens exceeds the context of {self.max_length}"
+                )
+            truncated.append(Request(tuple(context[-longest:]), tuple(continuation)))
         with Progress(console=self._console(disable_tqdm), transient=True) as bar:
-            task = bar.add_task("scoring", total=sum(len(request.continuation) for request in cut))
-            scores = score(self.engine.model, cut, progress=lambda tokens: bar.advance(task, tokens))
-        answers = [(one.logprob, one.is_greedy) for one in scores]
+            task = bar.add_task("scoring", total=sum(len(request.continuation) for request in truncated))
+            scores = score(self.engine.model, truncated, progress=lambda tokens: bar.advance(task, tokens))
+        answers = [(result.logprob, result.is_greedy) for result in scores]
         for (strings, _context, _continuation), answer in zip(requests, answers, strict=True):
             if strings is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of whole texts, in windows of the context that do not overlap."""
-        owners, windows = [], []
-        for number, request in enumerate(requests):
+        """The log-probability of whole texts, in disjoint windows of the context's length."""
+        request_ids, windows = [], []
+        for request_id, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
             for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
-                owners.append(number)
+                request_ids.append(request_id)
                 windows.append((None, *make_disjoint_window(pair)))
         totals = [0.0] * len(requests)
-        for number, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
-            totals[number] += logprob
+        for request_id, (logprob, _) in zip(
+            request_ids, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
+        ):
+            totals[request_id] += logprob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to the first of a task's stop strings, greedy unless the task says otherwise."""
+        """Continuations up to the first stop string of their task, greedy unless the task samples."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         ids = [self.tok_encode(request.args[0]) for request in requests]
         batches = [
-            ordered[i : i + GENERATE_ROWS]
+            ordered[i : i + GENERATE_BATCH]
             for numbers in groups.values()
             for ordered in [sorted(numbers, key=lambda number: -len(ids[number]))]
-            for i in range(0, len(ordered), GENERATE_ROWS)
+            for i in range(0, len(ordered), GENERATE_BATCH)
         ]
         texts = [""] * len(requests)
         for batch in track(batches, "generating", console=self._console(disable_tqdm), transient=True):
-            asked = requests[batch[0]].args[1]
-            sampling, until, most = self._asked(asked)
-            prompts = [ids[number][-(self.max_length - most) :] or [self.prefix_token_id] for number in batch]
+            gen_kwargs = requests[batch[0]].args[1]
+            sampling, until, new_tokens = self._parse_gen_kwargs(gen_kwargs)
+            prompts = [ids[number][-(self.max_length - new_tokens) :] or [self.prefix_token_id] for number in batch]
             stop = tuple(dict.fromkeys(filter(None, until)))
-            whole = self.engine.complete(prompts, max_new_tokens=most, sampling=sampling, stop=stop)
-            for number, one in zip(batch, whole, strict=True):
-                # As `hf` reads its tokens: without special ones, and cut at the stop strings after that.
-                text = self.engine.tokenizer.core.decode([token.id for token in one.tokens], skip_special_tokens=True)
+            completions = self.engine.complete(prompts, max_new_tokens=new_tokens, sampling=sampling, stop=stop)
+            for number, completion in zip(batch, completions, strict=True):
+                # As `hf` does: decode without special tokens, then cut at the stop strings.
+                new_ids = [token.id for token in completion.tokens]
+                text = self.engine.tokenizer.core.decode(new_ids, skip_special_tokens=True)
                 texts[number] = postprocess_generated_text(text, stop=[*stop, self._end], think_end_token=None)
-                self.cache_hook.add_partial("generate_until", (requests[number].args[0], asked), texts[number])
+                self.cache_hook.add_partial("generate_until", (requests[number].args[0], gen_kwargs), texts[number])
         return texts
 
     def _console(self, disable: bool) -> Console:
-        """Where the progress is shown."""
+        """Where the progress bar is shown."""
         return Console(stderr=True, quiet=self.quiet or disable)
 
     @property
     def _end(self) -> str:
         return self.engine.tokenizer.decode([self.eot_token_id])
 
-    def _asked(self, gen_kwargs: dict[str, Any]) -> tuple[Sampling, list[str], int]:
-        """A task's way of sampling, its stop strings and how many tokens; raises `UsageError` for what is not known."""
-        rest: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, NEW_TOKENS))
-        until, most = handle_stop_sequences(rest.pop("until", None), eos=None), rest.pop("max_gen_toks")
-        if most >= self.max_length:
-            raise UsageError(f"a task asks for {most} new tokens, the context is {self.max_length}")
-        sampled = rest.pop("do_sample", False)
+    def _parse_gen_kwargs(self, gen_kwargs: dict[str, Any]) -> tuple[Sampling, list[str], int]:
+        """A task's sampling, stop strings and number of new tokens; raises `UsageError` for unknown options."""
+        options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, NEW_TOKENS))
+        until, new_tokens = handle_stop_sequences(options.pop("until", None), eos=None), options.pop("max_gen_toks")
+        if new_tokens >= self.max_length:
+            raise UsageError(f"a task asks for {new_tokens} new tokens; the context is {self.max_length}")
+        do_sample = options.pop("do_sample", False)
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        # As in transformers, a penalty of the weights' generation_config.json counts in a greedy answer too.
-        own = self.engine.generation.sampling["repetition_penalty"]
-        numbers = {"repetition_penalty": own} | {name: rest.pop(name) for name in names if name in rest}
-        if rest:
-            raise UsageError(f"a task's generation_kwargs are not known: {short_repr(rest)}")
-        if not sampled:
+        # As in transformers, a repetition penalty in generation_config.json also applies to greedy decoding.
+        default = self.engine.generation.sampling["repetition_penalty"]
+        numbers = {"repetition_penalty": default} | {name: options.pop(name) for name in names if name in options}
+        if options:
+            raise UsageError(f"a task has unknown generation_kwargs: {short_repr(options)}")
+        if not do_sample:
             numbers |= {"temperature": 0.0}
-        return Sampling(**numbers, seed=self.seed), until, most
+        return Sampling(**numbers, seed=self.seed), until, new_tokens
 
 
 def _without_surrogates(text: str) -> str:
-    """A text without halves of surrogate pairs, which `tokenizers` refuses."""
+    """A text without lone surrogates, which `tokenizers` rejects."""
     return text.encode(errors="ignore").decode()

@@ -1,7 +1,7 @@
-"""How likely a model finds given tokens: log-probabilities of continuations.
+"""Log-probabilities of given continuations after given contexts.
 
-Logits exist for the scored tokens of one chunk at a time. Continuations of one context share its forward pass: they
-lie after it in one row, each seeing the context and itself, at the positions it would have alone.
+Logits are computed for one chunk of scored tokens at a time. Continuations of the same context share its forward pass:
+they are packed after it in one row, each attends to the context and to itself, at the positions it would have alone.
 
 B rows, T tokens, M scored tokens, D hidden, V vocab.
 """
@@ -22,31 +22,31 @@ from smollm_jax.model.cross_entropy import CHUNK_TOKENS, CPU_CHUNK_TOKENS
 from smollm_jax.model.precision import without_tf32
 from smollm_jax.model.smollm import SmolLM
 
-SMALLEST_ROW = 64  # tokens; rows are filled up to it, twice it, ..., so that few programs are compiled
-LONGEST_TREE = 1024  # tokens of a row that several continuations share: its mask is dense
-CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 16384  # of one program, filling included
-CONTEXT = 0  # the segment of a row's shared context; its continuations are 1, 2, ..., filling is -1
+SMALLEST_ROW = 64  # tokens; rows are padded to it, twice it, ..., so that few programs are compiled
+LONGEST_SHARED_ROW = 1024  # tokens of a row with several continuations: its mask is dense
+CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 16384  # of one program, padding included
+CONTEXT = 0  # segment id of a row's shared context; its continuations are 1, 2, ..., padding is -1
 
 
 class Request(NamedTuple):
-    """Tokens to score after tokens that are given; both hold at least one."""
+    """Tokens to score (`continuation`) after given tokens (`context`); at least one of each."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
 
 class Score(NamedTuple):
-    """The sum of the log-probabilities of a continuation's tokens, and whether each is the likeliest one."""
+    """A continuation's summed log-probability, and whether each of its tokens is the most likely one."""
 
     logprob: float
     is_greedy: bool
 
 
-def shared_context(segments: Int[Array, "B T"]) -> Attend:
-    """Causal within `segments`, of which each sees the context, segment 0, too."""
-    order = jnp.arange(segments.shape[1])
-    own = segments[:, :, None] == segments[:, None, :]
-    mask = (order <= order[:, None]) & (own | (segments == CONTEXT)[:, None, :])
+def shared_prefix(segment_ids: Int[Array, "B T"]) -> Attend:
+    """Causal attention in which a token sees its own segment and the context, segment 0."""
+    index = jnp.arange(segment_ids.shape[1])
+    same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+    mask = (index <= index[:, None]) & (same_segment | (segment_ids == CONTEXT)[:, None, :])
 
     def attend(q, k, v, cache):
         return attention(q, k, v, mask[:, None]), cache
@@ -54,50 +54,50 @@ def shared_context(segments: Int[Array, "B T"]) -> Attend:
     return attend
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "tree"))
+@functools.partial(jax.jit, static_argnames=("chunk", "shares_prefix"))
 def _score(
     model: SmolLM,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
-    places: Int[Array, "M"],
+    segment_ids: Int[Array, "B T"],
+    indices: Int[Array, "M"],
     targets: Int[Array, "M"],
     *,
     chunk: int,
-    tree: bool,
+    shares_prefix: bool,
 ) -> tuple[Float[Array, "M"], Bool[Array, "M"]]:
-    """For each place of the flattened rows: its target's log-probability there, and whether it is the likeliest."""
-    attend = shared_context(segments) if tree else causal()
+    """For each index into the flattened rows: the target's log-probability there, and whether it is the most likely."""
+    attend = shared_prefix(segment_ids) if shares_prefix else causal()
     hidden, _ = model.hidden_states(tokens, positions=positions, attend=attend)
-    hidden = hidden.reshape(-1, hidden.shape[-1])[places]
+    hidden = hidden.reshape(-1, hidden.shape[-1])[indices]
 
-    def one(about):
-        h, target = about
+    def score_token(hidden_and_target):
+        h, target = hidden_and_target
         logits = model.logits(h[None, None])[0, 0]
         return logits[target] - jax.nn.logsumexp(logits), jnp.argmax(logits) == target
 
-    return jax.lax.map(one, (hidden, targets), batch_size=chunk)
+    return jax.lax.map(score_token, (hidden, targets), batch_size=chunk)
 
 
 @dataclasses.dataclass
-class _Row:
-    """One row under way: a context and the continuations that share it, by the number of their request."""
+class _PackedRow:
+    """A row of a batch: a context and the continuations that share it, each with the index of its request."""
 
     context: tuple[int, ...]
-    members: list[tuple[int, tuple[int, ...]]]
+    continuations: list[tuple[int, tuple[int, ...]]]
 
     @property
     def length(self) -> int:
-        return len(self.context) + sum(len(continuation) - 1 for _, continuation in self.members)
+        return len(self.context) + sum(len(continuation) - 1 for _, continuation in self.continuations)
 
 
 def score(
     model: SmolLM, requests: Sequence[Request], *, progress: Callable[[int], object] = lambda tokens: None
 ) -> list[Score]:
-    """The score of every request, in their order; `progress` is told the tokens scored by each program's end.
+    """The score of every request, in order; calls `progress` with the number of tokens that each batch scored.
 
-    Raises `UsageError` for an empty context or continuation, a request longer than the model's context (whose last
-    token is only ever a target) and a token outside the vocabulary.
+    Raises `UsageError` for an empty context or continuation, a token outside the vocabulary, and a request longer than
+    the model's context (not counting its last token, which is only a target).
     """
     config = model.config
     for request in requests:
@@ -105,77 +105,78 @@ def score(
             raise UsageError("a request needs a context and a continuation of at least one token each")
         if (length := len(request.context) + len(request.continuation) - 1) > config.max_position_embeddings:
             raise UsageError(f"a request of {length} tokens exceeds the context of {config.max_position_embeddings}")
-        if not all(0 <= token < config.vocab_size for part in request for token in part):
+        if not all(0 <= token < config.vocab_size for tokens in request for token in tokens):
             raise UsageError(f"a token id is outside the vocabulary of {config.vocab_size}")
     on_cpu = jax.default_backend() == "cpu"
     chunk = CPU_CHUNK_TOKENS if on_cpu else CHUNK_TOKENS
     logprobs, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
-    for rows in _batches(_rows(requests), CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS, config.max_position_embeddings):
-        arrays, owners = _laid_out(rows, config.max_position_embeddings)
-        tree = any(len(row.members) > 1 for row in rows)
+    for rows in _batches(_pack(requests), CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS, config.max_position_embeddings):
+        arrays, request_ids = _to_arrays(rows, config.max_position_embeddings)
+        shares_prefix = any(len(row.continuations) > 1 for row in rows)
         with without_tf32(model.embed_tokens.dtype):
-            got = _score(model, *arrays, chunk=min(chunk, arrays[-1].size), tree=tree)
-        # Summed in float64: a text of 10,000 tokens has 13 more bits than each of them.
-        numbers, best = np.asarray(got[0], np.float64)[: owners.size], np.asarray(got[1])[: owners.size]
-        np.add.at(logprobs, owners, numbers)
-        np.logical_and.at(greedy, owners, best)
-        progress(owners.size)
-    return [Score(float(number), bool(best)) for number, best in zip(logprobs, greedy, strict=True)]
+            scored = _score(model, *arrays, chunk=min(chunk, arrays[-1].size), shares_prefix=shares_prefix)
+        # Sum in float64: the sum over 10,000 tokens needs 13 bits more than one of them.
+        token_logprobs, is_likeliest = np.asarray(scored[0], np.float64), np.asarray(scored[1])
+        np.add.at(logprobs, request_ids, token_logprobs[: request_ids.size])
+        np.logical_and.at(greedy, request_ids, is_likeliest[: request_ids.size])
+        progress(request_ids.size)
+    return [Score(float(logprob), bool(is_greedy)) for logprob, is_greedy in zip(logprobs, greedy, strict=True)]
 
 
-def _rows(requests: Sequence[Request]) -> list[_Row]:
-    """The requests in rows, those of one context together while a row is no longer than `LONGEST_TREE`."""
-    rows: list[_Row] = []
-    begun: dict[tuple[int, ...], _Row] = {}
-    for number, (context, continuation) in enumerate(requests):
-        row = begun.get(context)
-        if row is None or row.length + len(continuation) - 1 > LONGEST_TREE:
-            row = begun[context] = _Row(context, [])
+def _pack(requests: Sequence[Request]) -> list[_PackedRow]:
+    """Packs requests of the same context into shared rows of at most `LONGEST_SHARED_ROW` tokens."""
+    rows: list[_PackedRow] = []
+    open_rows: dict[tuple[int, ...], _PackedRow] = {}  # by context
+    for request_id, (context, continuation) in enumerate(requests):
+        row = open_rows.get(context)
+        if row is None or row.length + len(continuation) - 1 > LONGEST_SHARED_ROW:
+            row = open_rows[context] = _PackedRow(context, [])
             rows.append(row)
-        row.members.append((number, continuation))
+        row.continuations.append((request_id, continuation))
     return rows
 
 
-def _size(tokens: int, most: int) -> int:
-    """The smallest of 64, 128, ... and `most` that holds so many tokens."""
-    return min(max(SMALLEST_ROW, 1 << (tokens - 1).bit_length()), most)
+def _padded_length(tokens: int, longest: int) -> int:
+    """The smallest of 64, 128, ... and `longest` that holds so many tokens."""
+    return min(max(SMALLEST_ROW, 1 << (tokens - 1).bit_length()), longest)
 
 
-def _batches(rows: list[_Row], tokens: int, context: int) -> Iterator[list[_Row]]:
-    """Rows of one size together, the longest first; rows that share a context apart from those that do not."""
-    groups: dict[tuple[int, bool], list[_Row]] = {}
+def _batches(rows: list[_PackedRow], tokens: int, context: int) -> Iterator[list[_PackedRow]]:
+    """Batches of rows of one padded length, the longest first; shared rows are not mixed with others."""
+    groups: dict[tuple[int, bool], list[_PackedRow]] = {}
     for row in rows:
-        groups.setdefault((_size(row.length, max(context, LONGEST_TREE)), len(row.members) > 1), []).append(row)
-    for (size, _), group in sorted(groups.items(), reverse=True):
-        count = max(1, tokens // size)
+        groups.setdefault(
+            (_padded_length(row.length, max(context, LONGEST_SHARED_ROW)), len(row.continuations) > 1), []
+        ).append(row)
+    for (length, _), group in sorted(groups.items(), reverse=True):
+        count = max(1, tokens // length)
         yield from (group[i : i + count] for i in range(0, len(group), count))
 
 
-def _laid_out(rows: list[_Row], context: int) -> tuple[tuple[Array, ...], np.ndarray]:
-    """A batch's arrays as `_score` takes them, and whose request each scored token belongs to.
+def _to_arrays(rows: list[_PackedRow], context: int) -> tuple[tuple[Array, ...], np.ndarray]:
+    """A batch as the arrays that `_score` takes, and the request index of each scored token.
 
-    The last token of a continuation is a target only. The scored tokens of a continuation are its own, so that its
-    first is read off the context's last token.
+    The context's last token predicts a continuation's first token; the last one is only a target, not an input.
     """
-    size = _size(max(row.length for row in rows), max(context, LONGEST_TREE))
+    length = _padded_length(max(row.length for row in rows), max(context, LONGEST_SHARED_ROW))
     count = 1 << (len(rows) - 1).bit_length()
-    tokens, positions = np.zeros((count, size), np.int32), np.zeros((count, size), np.int32)
-    segments = np.full((count, size), -1, np.int32)
-    places, targets, owners = [], [], []
+    tokens, positions = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
+    segment_ids = np.full((count, length), -1, np.int32)
+    indices, targets, request_ids = [], [], []
     for index, row in enumerate(rows):
         last = len(row.context) - 1
-        tokens[index, : last + 1], segments[index, : last + 1] = row.context, CONTEXT
+        tokens[index, : last + 1], segment_ids[index, : last + 1] = row.context, CONTEXT
         positions[index, : last + 1] = range(last + 1)
         end = last + 1
-        for segment, (number, continuation) in enumerate(row.members, 1):
+        for segment, (request_id, continuation) in enumerate(row.continuations, 1):
             inputs = len(continuation) - 1
-            inside = slice(end, end + inputs)
-            tokens[index, inside], segments[index, inside] = continuation[:-1], segment
-            positions[index, inside] = range(last + 1, last + 1 + inputs)
-            places += [index * size + place for place in (last, *range(end, end + inputs))]
+            span = slice(end, end + inputs)
+            tokens[index, span], segment_ids[index, span] = continuation[:-1], segment
+            positions[index, span] = range(last + 1, last + 1 + inputs)
+            indices += [index * length + i for i in (last, *range(end, end + inputs))]
             targets += continuation
-            owners += [number] * len(continuation)
+            request_ids += [request_id] * len(continuation)
             end += inputs
-    room = (1 << max(6, (len(places) - 1).bit_length())) - len(places)
-    lists = (np.pad(np.array(values, np.int32), (0, room)) for values in (places, targets))
-    return tuple(map(jnp.asarray, (tokens, positions, segments, *lists))), np.array(owners)
+    padding = (1 << max(6, (len(indices) - 1).bit_length())) - len(indices)
+    padded = (np.pad(np.array(values, np.int32), (0, padding)) for values in (indices, targets))
+    return tuple(map(jnp.asarray, (tokens, positions, segment_ids, *padded))), np.array(request_ids)

@@ -1,4 +1,4 @@
-"""The quality of a model on a text: loss, perplexity and bits per byte by sliding windows."""
+"""How well a model predicts a text: loss, perplexity and bits per byte, with a sliding window."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ from smollm_jax.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """How well a model predicts a text: `nats` is the sum of -log probability over its tokens."""
+    """How well a model predicts a text; `nats` is the summed negative log-likelihood of its tokens."""
 
     nats: float
     tokens: int
@@ -36,7 +36,7 @@ class Quality:
 
     @property
     def loss(self) -> float:
-        """Nats a token; depends on the tokenizer."""
+        """Nats per token; depends on the tokenizer."""
         return self.nats / self.tokens
 
     @property
@@ -45,13 +45,13 @@ class Quality:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of UTF-8: the same scale for every tokenizer (Gao et al. 2020, The Pile, section 3.1)."""
+        """Bits per UTF-8 byte, comparable across tokenizers (Gao et al. 2020, The Pile, section 3.1)."""
         return bits_per_byte(self.loss, self.bytes / self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """The documents to measure on, and how they are read: see the flags of `evaluate`."""
+    """The documents to evaluate on, and how to read them: see the flags of `evaluate`."""
 
     data: Path
     text_column: str = "text"
@@ -60,10 +60,10 @@ class Texts:
 
 
 def windows(tokens: Sequence[int], length: int, stride: int) -> Iterator[Request]:
-    """A document, its first token given and each later one scored once, in windows of at most `length` inputs.
+    """Requests that score each token of a document after the first once, in windows of at most `length` inputs.
 
-    Each window after the first begins `stride` tokens later and scores what no earlier one did, so a token there has
-    at least `length - stride` tokens before it.
+    Each window starts `stride` tokens after the one before and scores the tokens that no earlier one did, each after at
+    least `length - stride` tokens of context.
     """
     scored = 1
     for begin in range(0, len(tokens), stride):
@@ -83,27 +83,27 @@ def quality(
     stride: int,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Quality:
-    """The quality on documents of (token ids, bytes of text); a document's first id is given, and counts nothing.
+    """The quality on documents, given as (token ids, bytes of text); a document's first id is not scored.
 
-    Raises `UsageError` for a stride outside 1 to `length` (text would be left out), for a length beyond the model's
-    context, and where nothing is left to score.
+    Raises `UsageError` for a stride outside 1 to `length` (tokens would be skipped), for a length beyond the model's
+    context, and if there is no token to score.
     """
     if not 1 <= length <= model.config.max_position_embeddings:
         raise UsageError(
-            f"length must be from 1 to the context of {model.config.max_position_embeddings}, got {length}"
+            f"--length must be from 1 to the context of {model.config.max_position_embeddings}, got {length}"
         )
     if not 1 <= stride <= length:
-        raise UsageError(f"stride must be from 1 to the length of {length}, got {stride}")
+        raise UsageError(f"--stride must be from 1 to the length of {length}, got {stride}")
     requests: list[Request] = []
-    size = count = 0
-    for ids, of_text in documents:
+    total_bytes = count = 0
+    for ids, text_bytes in documents:
         requests += windows(ids, length, stride)
-        size, count = size + of_text, count + 1
+        total_bytes, count = total_bytes + text_bytes, count + 1
     tokens = sum(len(request.continuation) for request in requests)
-    if not tokens or not size:
+    if not tokens or not total_bytes:
         raise UsageError("the text has no token to score")
-    nats = -math.fsum(one.logprob for one in score(model, requests, progress=progress))
-    return Quality(nats, tokens, size, count)
+    nats = -math.fsum(result.logprob for result in score(model, requests, progress=progress))
+    return Quality(nats, tokens, total_bytes, count)
 
 
 def measure(
@@ -114,30 +114,30 @@ def measure(
     stride: int | None,
     dtype: str,
     tokenizer_path: Path | None,
-    printed: dict[str, None],
+    printed: set[str],
 ) -> dict[str, Any]:
-    """What one set of weights makes of the texts, as a row of a table.
+    """The quality of one set of weights on the texts, as a row of a table.
 
-    `length` and `stride` are tokens (None: the context, at most 2,048, and half of the length). Prints on stderr what
-    of the text is left out, unless it was `printed` for weights before.
+    `length` (None: the context, at most 2,048) and `stride` (None: half of the length) are tokens. Prints on stderr
+    which text is skipped, unless that line is in `printed`, which it updates.
     """
     tokenizer = Tokenizer.of_weights(path, tokenizer_path)
     model, config = weights.load(path, jnp.dtype(dtype))
     length = length or min(2048, config.max_position_embeddings)
     stride = stride or max(1, length // 2)
-    documents, lines = encoded(texts, tokenizer, config)
-    for line in lines:
+    documents, notes = encode_documents(texts, tokenizer, config)
+    for line in notes:
         if line not in printed:
             print(line, file=sys.stderr)
-    printed.update(dict.fromkeys(lines))
+    printed.update(notes)
     total = sum(len(ids) - 1 for ids, _ in documents)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(str(path), total=total)
-        began = time.perf_counter()
+        start = time.perf_counter()
         result = quality(
             model, documents, length=length, stride=stride, progress=lambda tokens: bar.advance(task, tokens)
         )
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
     step = int(path.name) if path.parent.name == "checkpoints" and path.name.isdigit() else None
     settings = {"weights": str(path), "step": step, "length": length, "stride": stride, "dtype": dtype}
     sizes = {"documents": result.documents, "bytes": result.bytes, "tokens": result.tokens}
@@ -145,12 +145,14 @@ def measure(
     return settings | {"data": str(texts.data)} | sizes | numbers | {"tokens_per_second": result.tokens / seconds}
 
 
-def encoded(texts: Texts, tokenizer: Tokenizer, config: Config) -> tuple[list[tuple[list[int], int]], list[str]]:
-    """Each document's token ids behind the one that begins a text, and its bytes; and what is left out, a line each."""
-    begin = config.bos_token_id if config.bos_token_id is not None else tokenizer.eos_token_id
-    opening = tokenizer.prefix_ids or [i for i in (begin,) if i is not None]
-    if not opening:
-        raise UsageError("neither the config nor the tokenizer names a token that begins a text")
+def encode_documents(
+    texts: Texts, tokenizer: Tokenizer, config: Config
+) -> tuple[list[tuple[list[int], int]], list[str]]:
+    """Each document's token ids after a bos (or else eos) token and its bytes; and notes on skipped text."""
+    bos = config.bos_token_id if config.bos_token_id is not None else tokenizer.eos_token_id
+    prefix = tokenizer.prefix_ids or [i for i in (bos,) if i is not None]
+    if not prefix:
+        raise UsageError("neither the config nor the tokenizer has a bos or eos token to start a document with")
     bad_text, special = BadTextHandler(texts.on_bad_text, tokenizer.unencodable), SpecialTokens(tokenizer)
     selected, rows = select_files(texts.data, texts.text_column, splits=("test", "validation")), []
     for file in selected.files:
@@ -158,8 +160,8 @@ def encoded(texts: Texts, tokenizer: Tokenizer, config: Config) -> tuple[list[tu
             if not texts.special_tokens:
                 special.count(text)
             ids = tokenizer.encode(text, parse_special=texts.special_tokens)
-            rows.append(([*opening, *ids], len(text.encode())))
-    counted = sentences(counts_of(bad_text, special))
+            rows.append(([*prefix, *ids], len(text.encode())))
+    skipped = sentences(counts_of(bad_text, special))
     if not rows:
-        raise InputFileError(f"{texts.data}: {'; '.join(['holds no text', *counted])}")
-    return rows, selected.notes + [f"{texts.data}: {sentence}" for sentence in counted]
+        raise InputFileError(f"{texts.data}: {'; '.join(['holds no text', *skipped])}")
+    return rows, selected.notes + [f"{texts.data}: {sentence}" for sentence in skipped]
