@@ -10,7 +10,7 @@ import numpy as np
 from smollm_jax.config import Config
 from smollm_jax.data.mixture import Mixture
 from smollm_jax.data.token_file import TokenFile, TokenSet
-from smollm_jax.tokenizer.gguf import build, tokenizer_files
+from smollm_jax.tokenizer.gguf import build_tokenizer, tokenizer_files
 from smollm_jax.tokenizer.special_tokens import byte_symbols
 from smollm_jax.weights import mapping
 
@@ -25,7 +25,9 @@ def small_tensors() -> dict[str, np.ndarray]:
 
 def small_tokenizer() -> dict[str, bytes]:
     """The files of a byte-level tokenizer of 260 entries."""
-    core = build(["<|endoftext|>", *byte_symbols(), "Ġt", "he", "Ġthe"], ["Ġ t", "h e", "Ġt he"], ["<|endoftext|>"])
+    core = build_tokenizer(
+        ["<|endoftext|>", *byte_symbols(), "Ġt", "he", "Ġthe"], ["Ġ t", "h e", "Ġt he"], ["<|endoftext|>"]
+    )
     return tokenizer_files(core, 64, {"eos": "<|endoftext|>"}, "{{ messages }}")
 
 

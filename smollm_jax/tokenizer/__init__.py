@@ -1,4 +1,4 @@
-"""Text to token ids and back, chat templates, and the files that hold them. Imports no framework."""
+"""The tokenizer, its chat templates, and readers of their files. Imports no framework."""
 
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 

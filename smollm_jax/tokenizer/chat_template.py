@@ -1,4 +1,4 @@
-"""A tokenizer's chat templates: which there are, which a chat takes, and the text it writes.
+"""A tokenizer's chat templates: where they are read, which one is used, and how a conversation is rendered.
 
 Source of the rules: transformers 5.23, tokenization_utils_base.py, `_from_pretrained` and `get_chat_template`.
 """
@@ -9,16 +9,16 @@ from typing import Any, Protocol
 
 from smollm_jax.errors import InputFileError, UsageError, short_repr
 from smollm_jax.runtime.files import one_line
-from smollm_jax.tokenizer.conversation import Continued, Conversation
-from smollm_jax.tokenizer.template_environment import MARKS, compile_template
+from smollm_jax.tokenizer.conversation import ContinuedMessage, Conversation
+from smollm_jax.tokenizer.template_environment import MARKERS, compile_template
 from smollm_jax.tokenizer.tokenizer_json import Files, json_of, text_of
 
-MAX_TEMPLATE = 1 << 16  # characters; the longest released have 20,000
-EXTRA = "additional_chat_templates/"
+MAX_TEMPLATE = 1 << 16  # characters; the longest of released models have 20,000
+NAMED_TEMPLATES = "additional_chat_templates/"
 
 
-class Marks(Protocol):
-    """What marks the texts of a conversation before a template sees them (`chat_tokens`)."""
+class Markers(Protocol):
+    """Marks special tokens in the texts of a conversation before a template renders them (`chat_tokens`)."""
 
     pair: str
 
@@ -27,10 +27,10 @@ class Marks(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplates:
-    """The chat templates of one tokenizer, by name; each is compiled when a chat first asks for it.
+    """The chat templates of a tokenizer by name; a template is compiled when it is first used.
 
-    `sources` has of each the file it stands in and its text, or the error that reading it gave: a template at fault
-    harms the chat that asks for it, and nothing else.
+    `sources` maps a name to the file and the text of the template, or to the file and the error from reading it: a
+    broken template fails only the conversations that use it.
     """
 
     sources: Mapping[str, tuple[str, object]]
@@ -39,32 +39,33 @@ class ChatTemplates:
     def from_files(cls, files: Files, config: Mapping[str, Any], where: str) -> "ChatTemplates":
         """The templates in a tokenizer's files; `config` is its tokenizer_config.json.
 
-        `chat_template.jinja` and `additional_chat_templates/NAME.jinja` replace those of the config;
-        `chat_template.json`, which belongs to processors, counts where there is no other.
+        `chat_template.jinja` and `additional_chat_templates/NAME.jinja` replace those in the config.
+        `chat_template.json`, a file of processors, is used when there is no other.
         """
         names = {"default": "chat_template.jinja"} if "chat_template.jinja" in files else {}
-        names |= {name.removeprefix(EXTRA).removesuffix(".jinja"): name for name in files if name.startswith(EXTRA)}
+        extra = [name for name in files if name.startswith(NAMED_TEMPLATES)]
+        names |= {name.removeprefix(NAMED_TEMPLATES).removesuffix(".jinja"): name for name in extra}
         if names:
             return cls({key: (f"{where}/{name}", _read(text_of, files, name, where)) for key, name in names.items()})
         value, path = config.get("chat_template"), f"{where}/tokenizer_config.json"
         if value is None and "chat_template.json" in files:
-            path, held = f"{where}/chat_template.json", _read(json_of, files, "chat_template.json", where)
-            value = held.get("chat_template") if isinstance(held, dict) else held
+            path, content = f"{where}/chat_template.json", _read(json_of, files, "chat_template.json", where)
+            value = content.get("chat_template") if isinstance(content, dict) else content
         if isinstance(value, list) and all(
             isinstance(entry, dict) and {"name", "template"} <= {*entry} for entry in value
         ):
             value = {str(entry["name"]): entry["template"] for entry in value}
-        named = value if isinstance(value, dict) else {} if value is None else {"default": value}
-        return cls({name: (path, template) for name, template in named.items()})
+        templates = value if isinstance(value, dict) else {} if value is None else {"default": value}
+        return cls({name: (path, template) for name, template in templates.items()})
 
     def __bool__(self) -> bool:
         return bool(self.sources)
 
     def source(self, name: str | None = None, *, tools: bool = False) -> str:
-        """The text of a template: by its name, else "tool_use" for tools where there is one, else the default.
+        """The text of the template `name`; without a name that of "tool_use" for `tools` if it exists, else "default".
 
-        A name that is itself a template's text is that template. Raises `UsageError` where there is none of that name,
-        `InputFileError` where it is no usable text.
+        `name` may also be the text of a template. Raises `UsageError` if there is no such template, and
+        `InputFileError` if it is not usable.
         """
         return self._find(name, tools)[1]
 
@@ -82,8 +83,8 @@ class ChatTemplates:
         if isinstance(template, InputFileError):
             raise template
         if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
-            what = f"a string of at most {MAX_TEMPLATE:,} characters"
-            raise InputFileError(f"{path}: chat_template must be {what}, got {short_repr(template)}")
+            expected = f"a string of at most {MAX_TEMPLATE:,} characters"
+            raise InputFileError(f"{path}: chat_template must be {expected}, got {short_repr(template)}")
         return path, template
 
     def render(
@@ -94,38 +95,38 @@ class ChatTemplates:
         name: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool | str = False,
-        marks: Marks | None = None,
+        markers: Markers | None = None,
     ) -> str:
         """The text of a conversation; `roles` are the special tokens by name, which templates read as variables.
 
-        With `continue_final_message`, true or the name of a field, the text ends where that field of the last message
-        ends, and there is no generation prompt. Raises `UsageError` in one line when the template or the messages are
-        at fault, `InputFileError` when the template does not compile.
+        With `continue_final_message`, true or the name of a field, the text ends with that field of the last message,
+        without a generation prompt. Raises `UsageError` when the template does not accept the messages, and
+        `InputFileError` when it does not compile.
         """
         path, source = self._find(name, conversation.tools is not None)
         template = compile_template(source, path)
         texts: list[str] = []
-        given = conversation.changed(lambda text: texts.append(text) or text)
-        if marks is not None and (change := marks.choose(texts, [source, *roles.values()])) is not None:
-            given = given.changed(change)
-            roles = {MARKS: marks.pair, **roles}
-        continued = Continued(given.messages, continue_final_message, source) if continue_final_message else None
+        chat = conversation.map_texts(lambda text: texts.append(text) or text)
+        if markers is not None and (mark := markers.choose(texts, [source, *roles.values()])) is not None:
+            chat = chat.map_texts(mark)
+            roles = {MARKERS: markers.pair, **roles}
+        continued = ContinuedMessage(chat.messages, continue_final_message, source) if continue_final_message else None
         try:
             text = template.render(
-                messages=given.messages if continued is None else continued.messages,
-                tools=given.tools,
-                documents=given.documents,
+                messages=chat.messages if continued is None else continued.messages,
+                tools=chat.tools,
+                documents=chat.documents,
                 add_generation_prompt=add_generation_prompt and continued is None,
-                **{**roles, **given.variables},
+                **{**roles, **chat.variables},
             )
-        except Exception as error:  # whatever the template's own code raises
-            reason = given.lacking(error) + one_line(error)
+        except Exception as error:  # a template can raise anything
+            reason = chat.explain(error) + one_line(error)
             raise UsageError(f"the chat template does not accept these messages: {reason}") from error
-        return text if continued is None else continued.cut(text)
+        return text if continued is None else continued.truncate(text)
 
 
 def _read(read: Callable[[Files, str, str], Any], files: Files, name: str, where: str) -> Any:
-    """What `read` makes of a file, or the error that says what is wrong with it."""
+    """The result of `read` for a file, or its error."""
     try:
         return read(files, name, where)
     except InputFileError as error:

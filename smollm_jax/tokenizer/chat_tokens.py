@@ -1,7 +1,7 @@
-"""The token ids of a conversation: a chat template's special tokens are tokens, those in a message are text.
+"""The token ids of a conversation. Special tokens written by the chat template are tokens, those in messages are text.
 
-transformers takes both for tokens unless it is asked to `sanitize_control_tokens`, whose marks are the idea here. Where
-no message contains the text of a special token, the ids are transformers'.
+transformers treats both as tokens, except with `sanitize_control_tokens`, whose markers this module uses as well. If no
+message contains the text of a special token, the ids are those of transformers.
 """
 
 import itertools
@@ -15,12 +15,12 @@ from smollm_jax.errors import UsageError
 from smollm_jax.tokenizer.chat_template import ChatTemplates
 from smollm_jax.tokenizer.conversation import Conversation
 
-# Seldom symbols, hardly ever in a text, which neither `repr` nor `upper` changes; then those for private use.
-SYMBOLS = [*range(0x2FF0, 0x2FFC), *range(0x4DC0, 0x4E00), *range(0x2800, 0x2900), *range(0x100000, 0x10FFFE)]
+# Rare symbols that `repr` and `upper` leave unchanged, then characters for private use.
+MARKER_CHARACTERS = [*range(0x2FF0, 0x2FFC), *range(0x4DC0, 0x4E00), *range(0x2800, 0x2900), *range(0x100000, 0x10FFFE)]
 
 
 class ChatTokenizer(Protocol):
-    """What `encode_chat` needs of a tokenizer."""
+    """The part of a tokenizer that `encode_chat` uses."""
 
     core: tokenizers.Tokenizer
     templates: ChatTemplates
@@ -32,74 +32,73 @@ class ChatTokenizer(Protocol):
 def encode_chat(tokenizer: ChatTokenizer, conversation: Conversation, **options: Any) -> list[int]:
     """Token ids of a conversation; `options` are those of `ChatTemplates.render`."""
     tokens = [token for token in tokenizer.core.get_added_tokens_decoder().values() if token.special]
-    marks = Marks([token.content for token in tokens])
-    text = tokenizer.templates.render(conversation, tokenizer.roles, marks=marks, **options)
-    if not marks.pair:
+    markers = Markers([token.content for token in tokens])
+    text = tokenizer.templates.render(conversation, tokenizer.roles, markers=markers, **options)
+    if not markers.pair:
         return tokenizer.encode(text, parse_special=True)
     ids, plain, end = [], "", 0
-    for match in marks.pattern(tokens).finditer(text):
+    for match in markers.pattern(tokens).finditer(text):
         plain += text[end : match.start()] + (match["marked"] or "")
         end = match.end()
-        if match["own"]:
-            ids += tokenizer.encode(plain) + tokenizer.encode(match["own"], parse_special=True)
+        if match["special"]:
+            ids += tokenizer.encode(plain) + tokenizer.encode(match["special"], parse_special=True)
             plain = ""
     return ids + tokenizer.encode(plain + text[end:])
 
 
-class Marks:
-    """Two characters around every special token that a text from outside contains, for the template's own to differ.
+class Markers:
+    """Two characters around every special token in a message, which distinguish it from those of the template.
 
-    A template may cut a text between the marks, as with `split('</think>')`: one mark alone means nothing, but what
-    stands on its two sides is never joined to a special token.
+    A template may split a text between the markers, as with `split('</think>')`. A single marker has no meaning, but
+    the text on its two sides is never joined to a special token.
     """
 
     def __init__(self, tokens: list[str]):
         self.pair = ""
         self._tokens = _any_of(tokens)
-        # A text that ends with the beginning of a special token could be completed by the text that follows it.
+        # A text may end with the beginning of a special token, which the following text could complete.
         self._beginnings = {token[:n] for token in tokens if not token[0].isalnum() for n in range(1, len(token))}
         self._longest = max(map(len, tokens), default=0)
 
     def choose(self, texts: list[str], unmarked: Iterable[str]) -> Callable[[str], str] | None:
-        """How to mark these texts, None where no special token is in or at the end of any.
+        """A function that marks these texts; None if no text contains or ends with (part of) a special token.
 
-        The marks are in none of these texts, nor in the `unmarked` ones of the template.
+        The markers occur neither in these texts nor in the `unmarked` ones of the template.
         """
         if not any(self._tokens.search(text) or self._begins_at(text) for text in texts):
             return None
         taken = set().union(*texts, *unmarked)
-        self.pair = "".join(itertools.islice((chr(c) for c in SYMBOLS if chr(c) not in taken), 2))
+        self.pair = "".join(itertools.islice((chr(c) for c in MARKER_CHARACTERS if chr(c) not in taken), 2))
         if len(self.pair) < 2:
-            raise UsageError("the messages contain every private character: none is left to mark special tokens")
-        return self._marked
+            raise UsageError("the messages contain every character that could mark special tokens: remove unusual ones")
+        return self._mark
 
     def pattern(self, tokens: Iterable[tokenizers.AddedToken]) -> re.Pattern[str]:
-        """What to look for in a rendered text: `marked` tokens, single marks, and the template's `own` tokens."""
+        """Matches `marked` tokens of messages, single markers, and `special` tokens of the template."""
         start, end = self.pair
-        own = sorted(tokens, key=lambda token: -len(token.content))
-        return re.compile(
-            f"{start}(?P<marked>{self._tokens.pattern}){end}|[{start}{end}]|(?P<own>{'|'.join(map(_found_as, own))})"
-        )
+        longest_first = sorted(tokens, key=lambda token: -len(token.content))
+        special = "|".join(map(_pattern_of, longest_first))
+        return re.compile(f"{start}(?P<marked>{self._tokens.pattern}){end}|[{start}{end}]|(?P<special>{special})")
 
-    def _marked(self, text: str) -> str:
+    def _mark(self, text: str) -> str:
         start, end = self.pair
         text = self._tokens.sub(lambda match: start + match[0] + end, text)
         return text if (at := self._begins_at(text)) is None else text[:at] + end + text[at:]
 
     def _begins_at(self, text: str) -> int | None:
-        """Where the text ends, white space aside, if it ends with the beginning of a special token."""
+        """The end of the text without trailing white space, if it ends with the beginning of a special token."""
         bare = text.rstrip()
         ends = (bare[-n:] for n in range(1, min(self._longest, len(bare)) + 1))
         return len(bare) if any(piece in self._beginnings for piece in ends) else None
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Any of these, the longest first; nothing where there are none."""
+    """A pattern for any of these, the longest first; it matches nothing if there are none."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
-def _found_as(token: tokenizers.AddedToken) -> str:
-    """How `tokenizers` finds an added token: with the white space it takes in, or only as a whole word."""
-    whole = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
+def _pattern_of(token: tokenizers.AddedToken) -> str:
+    """The pattern by which `tokenizers` finds an added token: with white space that it strips, or as a whole word."""
+    boundaries = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
     before, after = (r"\s*" if strips else "" for strips in (token.lstrip, token.rstrip))
-    return f"{before}{whole[0]}{re.escape(token.content)}{whole[1]}{after}"
+    return f"{before}{boundaries[0]}{re.escape(token.content)}{boundaries[1]}{after}"

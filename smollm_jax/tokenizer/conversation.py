@@ -1,4 +1,4 @@
-"""The messages, tools and documents of a chat, made what a template may see: text, numbers, lists and dictionaries.
+"""The messages, tools and documents of a chat as plain Python: text, numbers, lists and dictionaries.
 
 Source of the rules: transformers 5.23, utils/chat_template_utils.py, `_plain_template_data`, `_alias_reasoning_fields`
 and `render_jinja_template`; tokenization_utils_base.py, `apply_chat_template`.
@@ -13,28 +13,28 @@ import jinja2
 from smollm_jax.errors import UsageError, short_repr
 
 Message = Mapping[str, Any]
-Change = Callable[[str], str]
+TextMap = Callable[[str], str]
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # three names of one thing; templates read the first
-_TAG = "THE_MESSAGE_GOES_ON_HERE "  # with a space, which a template may trim
+REASONING = ("reasoning_content", "thinking", "reasoning")  # synonyms; templates read the first
+_TAG = "THE_MESSAGE_GOES_ON_HERE "  # the space shows whether a template trims the message
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """What a chat template is given; `variables` are the names that only some templates know."""
+    """The input of a chat template; `variables` are additional names that some templates read."""
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def changed(self, change: Change) -> "Conversation":
-        """A copy of plain values, each text in it as `change` returns it, with no None in a message.
+    def map_texts(self, change: TextMap) -> "Conversation":
+        """A copy of plain values with `change` applied to each text, and without None in messages.
 
-        Raises `UsageError` naming the message, tool or document that holds anything else.
+        Raises `UsageError` naming the message, tool or document with a value of another type.
         """
         if not self.messages and isinstance(self.messages, list | tuple):
-            raise UsageError("messages must hold at least one message")
+            raise UsageError("messages must contain at least one message")
         messages = [
             {key: value for key, value in message.items() if value is not None}
             for message in _objects("message", self.messages, change)
@@ -44,13 +44,13 @@ class Conversation:
             for kind, values in (("tool", self.tools), ("document", self.documents))
         )
         variables = {
-            name: _plain(value, _same if name.endswith("_token") else change, f"variable {short_repr(name)}")
+            name: _plain(value, _unchanged if name.endswith("_token") else change, f"variable {short_repr(name)}")
             for name, value in self.variables.items()
         }
         return Conversation([_with_reasoning(message) for message in messages], tools, documents, variables)
 
-    def lacking(self, error: Exception) -> str:
-        """Which message an error in a template is about, where its words say so; else nothing."""
+    def explain(self, error: Exception) -> str:
+        """A prefix for a template's error that names the message it is about; "" if the error does not tell."""
         if not isinstance(error, TypeError | jinja2.UndefinedError):
             return ""
         for i, message in enumerate(self.messages, 1):
@@ -63,7 +63,7 @@ class Conversation:
         return ""
 
 
-def _objects(kind: str, values: Sequence[Any], change: Change) -> list[dict[str, Any]]:
+def _objects(kind: str, values: Sequence[Any], change: TextMap) -> list[dict[str, Any]]:
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Sequence):
         raise UsageError(f"{kind}s must be a list of dictionaries, got {short_repr(values)}")
     objects = []
@@ -76,11 +76,11 @@ def _objects(kind: str, values: Sequence[Any], change: Change) -> list[dict[str,
     return objects
 
 
-def _plain(value: Any, change: Change, where: str) -> Any:
-    """The value as plain Python: a template could call the methods of anything else."""
+def _plain(value: Any, change: TextMap, where: str) -> Any:
+    """The value as plain Python, because a template can call the methods of any other object."""
     try:
         return _converted(value, change)
-    except _ForeignError as error:
+    except _UnsupportedTypeError as error:
         raise UsageError(
             f"{where} holds a value of type {error}: a chat template takes text, numbers, lists and objects"
         ) from error
@@ -88,18 +88,18 @@ def _plain(value: Any, change: Change, where: str) -> Any:
         raise UsageError(f"{where} is nested too deeply, or contains itself") from error
 
 
-def _same(text: str) -> str:
+def _unchanged(text: str) -> str:
     return text
 
 
-class _ForeignError(Exception):
+class _UnsupportedTypeError(Exception):
     pass
 
 
-def _converted(value: Any, change: Change) -> Any:
+def _converted(value: Any, change: TextMap) -> Any:
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, str):  # of a subclass, such as an Enum, the text that it is, not what it prints as
+    if isinstance(value, str):  # a subclass, such as a string Enum, may print differently
         return change(str.__str__(value))
     if isinstance(value, int | float):
         return int(value) if isinstance(value, int) else float(value)
@@ -111,28 +111,28 @@ def _converted(value: Any, change: Change) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
         return {field.name: _field(field.name, getattr(value, field.name), change) for field in fields}
-    if callable(dump := getattr(value, "model_dump", None)):  # pydantic's
+    if callable(dump := getattr(value, "model_dump", None)):  # a pydantic model
         return _converted(dump(), change)
-    if getattr(value, "ndim", None) == 0 and callable(item := getattr(value, "item", None)):  # one number of NumPy's
+    if getattr(value, "ndim", None) == 0 and callable(item := getattr(value, "item", None)):  # a NumPy scalar
         return _converted(item(), change)
-    raise _ForeignError(type(value).__name__)
+    raise _UnsupportedTypeError(type(value).__name__)
 
 
-def _field(key: object, value: Any, change: Change) -> Any:
-    """A role is a word that templates compare: it is left as it is, even where a special token is that word."""
+def _field(key: object, value: Any, change: TextMap) -> Any:
+    """The converted value of a field. Templates compare roles and types, so these words are never changed."""
     if key in ("role", "type") and isinstance(value, str) and value.isidentifier():
         return str.__str__(value)
     return _converted(value, change)
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its reasoning under the names that templates read."""
+    """The message with its reasoning under both names that templates read."""
     reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-class Continued:
-    """The last message of a chat, left open: its text is tagged, and what a template writes behind the tag is cut."""
+class ContinuedMessage:
+    """A last message that the model continues: its text ends with a tag, after which the rendered text is cut off."""
 
     def __init__(self, messages: Sequence[Message], field: bool | str, source: str):
         name = field if isinstance(field, str) else "content"
@@ -153,8 +153,8 @@ class Continued:
         else:
             raise UsageError("continue_final_message: the last message has no text to continue")
 
-    def cut(self, rendered: str) -> str:
-        """The rendered text as far as the message goes; what a template trims from the message is trimmed here too."""
+    def truncate(self, rendered: str) -> str:
+        """The rendered text up to the end of the message, trimmed if the template trims the message."""
         if self._text.strip() not in rendered or (end := rendered.rfind(_TAG.strip())) < 0:
-            raise UsageError("continue_final_message: the chat template does not write the last message as it is")
+            raise UsageError("continue_final_message: the chat template changes the last message")
         return rendered[:end] if rendered[end:].startswith(_TAG) else rendered[:end].rstrip()

@@ -1,6 +1,6 @@
-"""The tokenizer in a GGUF's metadata as the files of a tokenizer folder. Imports no framework.
+"""Converts the tokenizer in a GGUF's metadata to the files of a tokenizer folder. Imports no framework.
 
-Source of the keys: ggml, docs/gguf.md; of what each kind of pre-tokenizer does: llama.cpp, src/llama-vocab.cpp.
+Sources: ggml, docs/gguf.md, for the keys; llama.cpp, src/llama-vocab.cpp, for the pre-tokenizers.
 """
 
 import json
@@ -17,10 +17,10 @@ from smollm_jax.runtime.panics import silent_stderr
 from smollm_jax.tokenizer.source import TEMPLATES
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # gguf.TokenType
-NO_TOKEN = 2**32 - 1  # -1 as the uint32 that the key of a role holds: llama.cpp's LLAMA_TOKEN_NULL
-# Tokens that llama.cpp takes by their text for special ones that end a text, whatever the metadata say of them.
+NO_TOKEN = 2**32 - 1  # llama.cpp's LLAMA_TOKEN_NULL: -1 as a uint32
+# Tokens that llama.cpp recognises by their text as special tokens that end a text, whatever the metadata say.
 # Source: llama.cpp, src/llama-vocab.cpp, llama_vocab::impl::load, `special_eog_ids`; without those of code infilling.
-ENDS_BY_TEXT = (
+END_OF_GENERATION = (
     "<|endoftext|>",
     "<|im_end|>",
     "<|end|>",
@@ -36,17 +36,17 @@ ENDS_BY_TEXT = (
     "[EOT]",
     "[EOS]",
 )
-ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # ours, and what GGUF calls them
-# Pre-tokenizers that split digits one by one and then work as GPT-2's: one regular expression in llama.cpp.
-DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
-PLAIN = ("gpt-2",)  # GPT-2's alone
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # our name: GGUF's name
+# Pre-tokenizers that split digits one by one and then apply GPT-2's pattern.
+DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+GPT2 = ("gpt-2",)
 
 
 class ForeignTokenizerError(InputFileError):
-    """A GGUF whose weights can be read while its tokenizer is of a kind that cannot."""
+    """A GGUF's tokenizer is of an unsupported kind; its weights can still be read."""
 
 
-def build(
+def build_tokenizer(
     vocabulary: Sequence[str],
     merges: Sequence[str],
     special: Sequence[str],
@@ -56,9 +56,9 @@ def build(
 ) -> tokenizers.Tokenizer:
     """SmolLM2's tokenizer from its vocabulary (in id order) and merges: Digits, then ByteLevel.
 
-    `special` and `user_defined` are entries that are one token wherever they stand; only `special` ones can be typed
-    as plain text. transformers 5.23 rebuilds it from a GGUF without Digits, and then "12" is one token where the model
-    knows two.
+    `special` and `user_defined` entries are never split; `special` ones are encoded as plain text unless special tokens
+    are parsed. transformers 5.23 rebuilds this tokenizer from a GGUF without Digits: then "12" is one token, although
+    the model was trained with two.
     """
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     core = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=pairs))
@@ -78,10 +78,10 @@ def tokenizer_files(
     chat_template: str | None,
     named_templates: dict[str, str] | None = None,
 ) -> dict[str, bytes]:
-    """The files of a tokenizer folder; `roles` names bos, eos, unk and pad, None for a role the model has not."""
+    """The files of a tokenizer folder; `roles` maps bos, eos, unk and pad to a token, or to None."""
     present = {f"{role}_token": token for role, token in roles.items() if token is not None}
     config: dict[str, Any] = {
-        # Not GPT2Tokenizer, the released name: transformers 5 rebuilds that class without Digits.
+        # Not the released GPT2Tokenizer, which transformers 5 rebuilds without Digits.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
@@ -89,7 +89,7 @@ def tokenizer_files(
         **present,
     }
     named = {f"{TEMPLATES}/{name}.jinja": text.encode() for name, text in (named_templates or {}).items()}
-    if chat_template is not None and named:  # where files of templates are, those of the config do not count
+    if chat_template is not None and named:  # template files replace those in the config
         named["chat_template.jinja"] = chat_template.encode()
     elif chat_template is not None:
         config["chat_template"] = chat_template
@@ -102,7 +102,7 @@ def tokenizer_files(
 
 
 def read_gguf_tokenizer(path: Path) -> dict[str, bytes]:
-    """The tokenizer folder's files of a GGUF; raises `InputFileError` when it carries none that is read here."""
+    """The files of a tokenizer folder from a GGUF; raises as `files_from_gguf` does."""
     from smollm_jax.runtime.gguf_header import read_header
 
     fields, _ = read_header(path, import_optional("gguf", path).GGML_QUANT_SIZES)
@@ -112,17 +112,17 @@ def read_gguf_tokenizer(path: Path) -> dict[str, bytes]:
 def files_from_gguf(fields: dict[str, Any], path: Path) -> dict[str, bytes]:
     """The tokenizer folder's files from a GGUF's metadata.
 
-    Raises `InputFileError` naming the key that is malformed, and `ForeignTokenizerError` for a tokenizer that is no
-    byte-level BPE of SmolLM2's kind, or none at all.
+    Raises `InputFileError` naming the malformed key, and `ForeignTokenizerError` if the tokenizer is missing or not a
+    byte-level BPE of SmolLM2's kind.
     """
     model, pre = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if model is None and "tokenizer.ggml.tokens" not in fields:
-        raise ForeignTokenizerError(f"{path}: carries no tokenizer; --tokenizer names one")
-    if model != "gpt2" or pre not in (*DIGITS, *PLAIN):
-        kinds = f"only 'gpt2' with {', '.join((*DIGITS, *PLAIN))} are read"
+        raise ForeignTokenizerError(f"{path}: has no tokenizer; give one with --tokenizer")
+    if model != "gpt2" or pre not in (*DIGIT_SPLITTING, *GPT2):
+        kinds = f"only 'gpt2' with {', '.join((*DIGIT_SPLITTING, *GPT2))} are supported"
         raise ForeignTokenizerError(
             f"{path}: metadata tokenizer.ggml.model and .pre are {short_repr(model)} and {short_repr(pre)}, {kinds}; "
-            "--tokenizer names another tokenizer"
+            "give another tokenizer with --tokenizer"
         )
 
     def entries(name: str, kind: type) -> list[Any]:
@@ -140,18 +140,18 @@ def files_from_gguf(fields: dict[str, Any], path: Path) -> dict[str, bytes]:
     for role, name in ROLES.items():
         i = token_id(fields, name)
         if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
-            raise InputFileError(f"{path}: metadata tokenizer.ggml.{name}_token_id is {short_repr(i)}, no token")
+            raise InputFileError(f"{path}: metadata tokenizer.ggml.{name}_token_id is {short_repr(i)}, not a token id")
         roles[role] = None if i is None else tokens[i]
     kinds = dict(zip(tokens, types, strict=True))
-    by_text = {token for token in ENDS_BY_TEXT if kinds.get(token) == NORMAL}
+    by_text = {token for token in END_OF_GENERATION if kinds.get(token) == NORMAL}
     special = [token for token, kind in kinds.items() if kind in (CONTROL, UNKNOWN) or token in by_text]
     user_defined = [token for token, kind in kinds.items() if kind == USER_DEFINED]
     try:
         with silent_stderr():
-            core = build(tokens, merges, special, user_defined, digits=pre in DIGITS)
+            core = build_tokenizer(tokens, merges, special, user_defined, digits=pre in DIGIT_SPLITTING)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers raises PanicException, which is no Exception
+    except BaseException as error:  # PanicException derives from BaseException
         raise InputFileError(f"{path}: metadata tokenizer.ggml.merges: {one_line(error)}") from error
     _add_affixes(core, fields, roles, path)
     template, named = _templates(fields, path)
@@ -160,13 +160,13 @@ def files_from_gguf(fields: dict[str, Any], path: Path) -> dict[str, bytes]:
 
 
 def token_id(fields: dict[str, Any], name: str) -> Any:
-    """The id that the metadata give a role, None for a role that the model has not."""
+    """The token id of a role in the metadata; None if the role has no token."""
     i = fields.get(f"tokenizer.ggml.{name}_token_id")
     return None if i == NO_TOKEN else i
 
 
 def _add_affixes(core: tokenizers.Tokenizer, fields: dict[str, Any], roles: dict[str, str | None], path: Path) -> None:
-    """Has the tokenizer put bos before a text and eos after it where the metadata ask for it.
+    """Adds a post-processor for bos and eos if the metadata ask for it.
 
     Source: llama.cpp, src/llama-vocab.cpp, llama_vocab::impl::tokenize; both are off by default for a BPE.
     """
@@ -182,7 +182,7 @@ def _add_affixes(core: tokenizers.Tokenizer, fields: dict[str, Any], roles: dict
     if not any(affixes.values()):
         return
     names = [*affixes["bos"], "$A", *affixes["eos"]]
-    # A special token may hold what TemplateProcessing takes for its own syntax ("A:1"): pieces are given as objects.
+    # Objects, because TemplateProcessing would parse a special token such as "A:1" as its own syntax.
     pieces = [{"Sequence": {"id": "A", "type_id": 0}} if name == "$A" else _special_piece(name) for name in names]
     used = {token: core.token_to_id(token) for token in dict.fromkeys(affixes["bos"] + affixes["eos"])}
     content = {
@@ -201,13 +201,14 @@ def _special_piece(token: str) -> dict[str, Any]:
 
 
 def _templates(fields: dict[str, Any], path: Path) -> tuple[str | None, dict[str, str]]:
-    """The chat template in the metadata, and those with names of their own."""
-    start = "tokenizer.chat_template"
+    """The default chat template in the metadata, and the named ones."""
+    prefix = "tokenizer.chat_template"
     for key, value in fields.items():
-        if key.startswith(start) and key != "tokenizer.chat_templates" and type(value) is not str:
+        if key.startswith(prefix) and key != "tokenizer.chat_templates" and type(value) is not str:
             raise InputFileError(f"{path}: metadata {key} must be a string, got {short_repr(value)}")
-    named = {key.removeprefix(f"{start}."): fields[key] for key in fields if key.startswith(f"{start}.")}
+    named = {key.removeprefix(f"{prefix}."): fields[key] for key in fields if key.startswith(f"{prefix}.")}
     for name in named:
         if not name.replace("_", "").replace("-", "").isalnum():
-            raise InputFileError(f"{path}: metadata {start}.* has the name {short_repr(name)}, not letters and digits")
-    return fields.get(start), named
+            allowed = "only letters, digits, - and _ are allowed"
+            raise InputFileError(f"{path}: metadata {prefix}.* has the name {short_repr(name)}: {allowed}")
+    return fields.get(prefix), named

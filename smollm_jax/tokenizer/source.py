@@ -1,4 +1,4 @@
-"""Where a tokenizer's files lie: in a folder, beside a file of weights, or in the metadata of a GGUF.
+"""Finds and reads a tokenizer's files: in a folder, next to a weights file, or in the metadata of a GGUF.
 
 Imports no framework.
 """
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from smollm_jax.errors import InputFileError
 from smollm_jax.runtime.files import read_bytes
-from smollm_jax.tokenizer.chat_template import EXTRA
+from smollm_jax.tokenizer.chat_template import NAMED_TEMPLATES
 from smollm_jax.tokenizer.tokenizer_json import MAX_BYTES
 
 FILES = (
@@ -20,16 +20,16 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-TEMPLATES = EXTRA.rstrip("/")
-MOST_TEMPLATES = 64
+TEMPLATES = NAMED_TEMPLATES.rstrip("/")
+MAX_TEMPLATES = 64
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The contents of the tokenizer files in a folder, by name; empty when it has none."""
     names = [name for name in FILES if (folder / name).exists()]
     named = sorted((folder / TEMPLATES).glob("*.jinja"))
-    if len(named) > MOST_TEMPLATES:
-        raise InputFileError(f"{folder / TEMPLATES}: has {len(named)} templates, at most {MOST_TEMPLATES} are read")
+    if len(named) > MAX_TEMPLATES:
+        raise InputFileError(f"{folder / TEMPLATES}: has {len(named)} templates, at most {MAX_TEMPLATES} are read")
     names += [f"{TEMPLATES}/{path.name}" for path in named]
     return {name: read_bytes(folder / name, MAX_BYTES) for name in names}
 
@@ -40,16 +40,16 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path names a GGUF file, which carries its tokenizer itself."""
+    """Whether a path is a GGUF file, which contains its own tokenizer."""
     return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def own_tokenizer(weights: Path) -> Path | None:
-    """Where the tokenizer of some weights is, None when they have none.
+    """The path of the tokenizer that belongs to some weights; None if they have none.
 
-    A GGUF has its own in its metadata, a Hugging Face folder and a run folder have theirs at the top, a step of a run
-    the run's, and a `.pt` or `.safetensors` file what lies in the same folder. No folder further up is looked at:
-    a tokenizer there belongs to something else.
+    For a GGUF it is the file itself, for a Hugging Face folder or a run folder that folder, for a step of a run the run
+    folder, and for a `.pt` or `.safetensors` file its folder. Parent folders are not searched, because a tokenizer
+    there belongs to something else.
     """
     if is_gguf(weights):
         return weights
@@ -58,20 +58,20 @@ def own_tokenizer(weights: Path) -> Path | None:
 
 
 def run_folder(weights: Path) -> Path | None:
-    """The run that a step belongs to; None for what is no step.
+    """The run folder of a step `RUN/checkpoints/STEP`; None for any other path.
 
-    A Hugging Face folder or a whole run may stand in a folder called checkpoints too: what lies above is not its own.
+    A Hugging Face folder or a run folder may also be in a folder called checkpoints: it is not a step.
     """
     if not weights.is_dir() or weights.parent.name != "checkpoints" or not weights.name.isdigit():
         return None
-    other = (weights / "checkpoints").is_dir() or any(weights.glob("model*.safetensors"))
-    return None if other else weights.parent.parent
+    not_a_step = (weights / "checkpoints").is_dir() or any(weights.glob("model*.safetensors"))
+    return None if not_a_step else weights.parent.parent
 
 
 def tokenizer_files_at(path: Path) -> dict[str, bytes]:
-    """The tokenizer files that a folder, a `tokenizer.json` or a GGUF holds.
+    """The tokenizer files of a folder, a `tokenizer.json` or a GGUF.
 
-    Raises `InputFileError` where there is no tokenizer, or a GGUF's is of a kind that is not read here.
+    Raises `InputFileError` if there is no tokenizer, or if a GGUF's is of an unsupported kind.
     """
     if is_gguf(path):
         from smollm_jax.tokenizer.gguf import read_gguf_tokenizer

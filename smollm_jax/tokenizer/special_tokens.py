@@ -1,4 +1,4 @@
-"""A tokenizer's special tokens: their roles, the files that add them, and what a post-processor puts around a text."""
+"""A tokenizer's special tokens: their roles, added tokens, and those that the post-processor adds to a text."""
 
 import functools
 from collections.abc import Mapping
@@ -15,27 +15,27 @@ FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special") 
 
 
 def special_affixes(core: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that transformers' `tokenizer(text)` puts before and after one text: the post-processor's."""
+    """The ids that the post-processor adds before and after a text, as in transformers' `tokenizer(text)`."""
     vocabulary = core.get_vocab(with_added_tokens=False)
     text = next((chr(byte) for byte, symbol in enumerate(byte_symbols()[:128]) if symbol in vocabulary), "")
     encoding = core.encode(text, add_special_tokens=True)
-    own = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
-    if len(own) != len(text):
-        raise ValueError("post_processor must leave the text's own ids as they are")
-    start, end = (own[0], own[-1] + 1) if own else (len(encoding.ids), len(encoding.ids))
+    positions = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
+    if len(positions) != len(text):
+        raise ValueError("post_processor must not change the ids of the text")
+    start, end = (positions[0], positions[-1] + 1) if positions else (len(encoding.ids), len(encoding.ids))
     before, after = encoding.ids[:start], encoding.ids[end:]
-    if lost := [i for i in before + after if core.id_to_token(i) is None]:
-        raise ValueError(f"post_processor adds id {lost[0]}, which no token has")
+    if unknown := [i for i in before + after if core.id_to_token(i) is None]:
+        raise ValueError(f"post_processor adds id {unknown[0]}, which is not in the vocabulary")
     return before, after
 
 
 def special_roles(
     core: tokenizers.Tokenizer, config: Mapping[str, Any], legacy: Mapping[str, Any], where: str
 ) -> dict[str, str]:
-    """The special tokens by role, which transformers gives a chat template as its variables.
+    """The special tokens by role, which chat templates read as variables.
 
-    `legacy` is special_tokens_map.json, whose standard roles win over those of `config`, tokenizer_config.json; roles
-    that only this model has, such as `image_token`, are the config's. Source of the rules: transformers,
+    `config` is tokenizer_config.json, `legacy` special_tokens_map.json. `legacy` has precedence for the standard roles,
+    and `config` for roles of one model, such as `image_token`. Source of the rules: transformers,
     tokenization_utils_base.py, `_from_pretrained` and `PreTrainedTokenizerBase.__init__`.
     """
     standard: dict[str, str | None] = {}
@@ -43,16 +43,17 @@ def special_roles(
         standard["pad_token"] = core.padding["pad_token"]
     if str(config.get("tokenizer_class")).startswith("GPT2Tokenizer") and core.token_to_id("<|endoftext|>") is not None:
         standard |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")  # the class's defaults
-    own: dict[str, str | None] = {}
+    model_specific: dict[str, str | None] = {}
     for path, values in (("special_tokens_map.json", legacy), ("tokenizer_config.json", config)):
         for key in ("model_specific_special_tokens", "extra_special_tokens"):
             named = values.get(key)
-            own |= _roles(named if isinstance(named, dict) else {}, f"{where}/{path}")
+            model_specific |= _roles(named if isinstance(named, dict) else {}, f"{where}/{path}")
         named = {role: value for role, value in values.items() if role.endswith("_token") and _is_token(value)}
-        own |= _roles({role: value for role, value in named.items() if role not in ROLES}, f"{where}/{path}")
+        others = {role: value for role, value in named.items() if role not in ROLES}
+        model_specific |= _roles(others, f"{where}/{path}")
     for path, values in (("tokenizer_config.json", config), ("special_tokens_map.json", legacy)):
         standard |= _roles({role: values[role] for role in ROLES if role in values}, f"{where}/{path}")
-    roles = {role: standard.get(role) for role in ROLES} | own
+    roles = {role: standard.get(role) for role in ROLES} | model_specific
     return {role: token for role, token in roles.items() if token is not None}
 
 
@@ -71,9 +72,9 @@ def add_tokens(
     roles: Mapping[str, str],
     where: str,
 ) -> None:
-    """Adds the tokens that tokenizer.json lacks, as transformers does; `added` is added_tokens.json.
+    """Adds the tokens that are missing from tokenizer.json, as transformers does; `added` is added_tokens.json.
 
-    Raises `InputFileError` where a file gives a token another id than the one it gets. Source: transformers,
+    Raises `InputFileError` if a token's id in a file differs from the one it gets. Source: transformers,
     tokenization_utils_base.py `_from_pretrained` and tokenization_utils_tokenizers.py `TokenizersBackend.__init__`.
     """
     path = f"{where}/tokenizer_config.json"
@@ -93,7 +94,7 @@ def add_tokens(
     for token in named.keys() & set(roles.values()):
         named[token].special = True
     if (eos := roles.get("eos_token")) is not None and core.token_to_id(eos) is None and eos not in named:
-        # transformers adds it under a new id, which no row of the embedding has: the model could never end.
+        # transformers adds it with a new id, for which the embedding has no row: no text would ever end.
         raise InputFileError(f"{where}/tokenizer_config.json: eos_token {short_repr(eos)} is not in the vocabulary")
     present = {token.content for token in core.get_added_tokens_decoder().values()} | named.keys()
     missing = [tokenizers.AddedToken(token, special=True) for token in special if token not in present]
@@ -103,7 +104,7 @@ def add_tokens(
 
 
 def _declared(tokens: object, path: str) -> dict[int, tokenizers.AddedToken]:
-    """The tokens of an `added_tokens_decoder`, by id and in its order."""
+    """The tokens of an `added_tokens_decoder` by id, in ascending order."""
     if not isinstance(tokens, dict) or not all(isinstance(token, dict) for token in tokens.values()):
         raise InputFileError(f"{path}: added_tokens_decoder must be an object of objects, got {short_repr(tokens)}")
     declared = {}
@@ -118,12 +119,12 @@ def _declared(tokens: object, path: str) -> dict[int, tokenizers.AddedToken]:
 
 
 def _id(digits: str) -> int:
-    """The id that a key writes, -1 for what is no id of any token."""
+    """The id in a JSON key; -1 if it is not a token id."""
     return int(digits) if digits.isdecimal() and len(digits) < 10 else -1
 
 
 def add_affixes(core: tokenizers.Tokenizer, config: Mapping[str, Any], roles: Mapping[str, str]) -> None:
-    """The post-processor that transformers builds from add_bos_token and add_eos_token, without a tokenizer.json."""
+    """Sets the post-processor that transformers builds from add_bos_token and add_eos_token without tokenizer.json."""
     bos, eos = (roles.get(role) if config.get(f"add_{role}") else None for role in ("bos_token", "eos_token"))
     template = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
     pairs = [(token, i) for token in {bos, eos} if token and (i := core.token_to_id(token)) is not None]
@@ -138,7 +139,7 @@ def _content(value: object, role: str, path: str) -> str:
 
 
 def check_id(core: tokenizers.Tokenizer, content: str, i: object, path: str) -> None:
-    """Raises `InputFileError` when a file gives a token another id than it has."""
+    """Raises `InputFileError` if the id `i` that a file gives a token differs from its id in the vocabulary."""
     if not content:
         raise InputFileError(f"{path}: added token '' is empty")
     if (actual := core.token_to_id(content)) != i:

@@ -1,4 +1,4 @@
-"""Where chat templates are compiled and rendered: transformers' Jinja environment, and bounds on a stranger's template.
+"""The Jinja environment for chat templates: that of transformers, with limits for untrusted templates.
 
 Source: transformers 5.23, utils/chat_template_utils.py, `_cached_compile_jinja_template`.
 """
@@ -21,30 +21,30 @@ import jinja2.utils
 from smollm_jax.errors import InputFileError
 from smollm_jax.runtime.files import one_line
 
-MARKS = "_marks"  # the variable that has what `chat_tokens` puts around special tokens: no text, so never escaped
-MAX_INDENT = 16  # of `tojson`: json.dumps would make a string of any length
+MARKERS = "_marks"  # template variable with the markers of `chat_tokens`, which `tojson` must not escape
+MAX_INDENT = 16  # of `tojson`, to limit the size of its output
 
 
 @functools.lru_cache(maxsize=16)
 def compile_template(source: str, path: str) -> jinja2.Template:
-    """The compiled template; raises `InputFileError` naming the file and the line that does not compile."""
+    """The compiled template; raises `InputFileError` naming the file and the invalid line."""
     try:
         environment = _environment()
-        if environment.parse(source).find(jinja2.nodes.EvalContextModifier):  # computed while it compiles, too
+        if environment.parse(source).find(jinja2.nodes.EvalContextModifier):  # would be evaluated during compilation
             raise jinja2.TemplateError("autoescape is not supported")
         return environment.from_string(source)
-    except Exception as error:  # jinja's own, and what Python's compiler makes of its output
+    except Exception as error:  # from jinja, or from Python compiling its output
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise InputFileError(f"{path}: chat_template{line}: {one_line(error)}") from error
 
 
 def _environment() -> jinja2.Environment:
-    # Not optimised, and output that needs a context: jinja would compute "a" * 9**9 while it compiles.
+    # No optimizer, and a `finalize` with context: otherwise jinja evaluates "a" * 9**9 during compilation.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         optimized=False,
-        finalize=_as_it_is,
+        finalize=_identity,
         extensions=[_Generation, jinja2.ext.loopcontrols],
     )
     environment.filters["tojson"] = _to_json
@@ -58,14 +58,14 @@ def _environment() -> jinja2.Environment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks what the assistant said: its text is rendered as it stands."""
+    """`{% generation %}`, which marks text of the assistant; it is rendered unchanged."""
 
-    tags = {"generation"}  # noqa: RUF012, as jinja reads it
+    tags = {"generation"}  # noqa: RUF012  # as jinja expects
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A call, as in transformers: what is `set` inside the block stays inside.
+        # A call block, as in transformers: variables set inside are local to it.
         return jinja2.nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
 
     def _text(self, caller: Callable[[], str]) -> str:
@@ -73,7 +73,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dict:
-    """`dict` for templates, without the attributes of Python's type."""
+    """`dict` for templates, without the attributes of Python's class."""
 
     def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
         return dict(*args, **values)
@@ -83,7 +83,7 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """`namespace` for templates, which keeps no name that begins with an underscore."""
+    """`namespace` for templates, which rejects names that begin with an underscore."""
 
     def __init__(self, /, *args: Any, **values: Any):
         super().__init__()
@@ -97,7 +97,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 @jinja2.pass_context
-def _as_it_is(_: object, value: object) -> object:
+def _identity(_: object, value: object) -> object:
     return value
 
 
@@ -114,13 +114,13 @@ def _to_json(
     if (indent if isinstance(indent, int) else len(indent or "")) > MAX_INDENT:
         raise jinja2.TemplateError(f"tojson: an indent of at most {MAX_INDENT}")
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    for mark in str(context.get(MARKS, "")) if ensure_ascii else "":
-        escape = re.escape(json.dumps(mark)[1:-1])
-        text = re.sub(rf"(?<!\\)((?:\\\\)*){escape}", rf"\1{mark}", text)
+    for marker in str(context.get(MARKERS, "")) if ensure_ascii else "":
+        escape = re.escape(json.dumps(marker)[1:-1])
+        text = re.sub(rf"(?<!\\)((?:\\\\)*){escape}", rf"\1{marker}", text)
     return text
 
 
-def _strftime_now(format: str) -> str:  # the name by which templates may call it
+def _strftime_now(format: str) -> str:  # templates may pass it by name
     return datetime.now().strftime(format)
 
 

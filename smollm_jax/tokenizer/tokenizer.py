@@ -1,4 +1,4 @@
-"""Text to token ids and back: a thin layer over the `tokenizers` library, and the chat template.
+"""The tokenizer: encoding, decoding and chat templates, on top of the `tokenizers` library.
 
 SmolLM2's tokenizer is a byte-level BPE of 49,152 entries; its pre-tokenizer splits digits one by one and then works
 as GPT-2's. Ids fit in uint16.
@@ -24,14 +24,14 @@ from smollm_jax.tokenizer.source import is_gguf, own_tokenizer, tokenizer_files_
 from smollm_jax.tokenizer.special_tokens import byte_symbols, special_affixes
 from smollm_jax.tokenizer.tokenizer_json import read_folder
 
-DEFAULT = Path("assets/tokenizer")  # SmolLM2's, where a model is trained from scratch
+DEFAULT = Path("assets/tokenizer")  # SmolLM2's, for training from scratch
 
 
 class Tokenizer:
     """A tokenizer and its files: `tokenizer.json`, and `tokenizer_config.json` for its roles and chat template.
 
-    `path` is where it was read, `files` what was read there. `roles` are its special tokens by name (`bos_token`).
-    `prefix_ids` and `suffix_ids` are what its post-processor puts around a text: a tokenizer may begin each with BOS.
+    `path` is where it was read, `files` are the contents by name. `roles` are its special tokens by name (`bos_token`).
+    `prefix_ids` and `suffix_ids` are the ids that its post-processor adds around a text, such as BOS.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Tokenizer:
         self.path = path or Path("tokenizer")
         eos = self.roles.get("eos_token")
         self.eos_token_id = None if eos is None else core.token_to_id(eos)
-        # The largest id and one: an id may lie beyond the count of entries, and an embedding must reach it.
+        # The largest id plus one: ids may have gaps, and an embedding needs a row for each.
         vocabulary = core.get_vocab(with_added_tokens=False)
         self.vocab_size = max([*vocabulary.values(), *core.get_added_tokens_decoder()], default=-1) + 1
-        self._lacking = bytes(byte for byte, symbol in enumerate(byte_symbols()) if symbol not in vocabulary)
+        self._missing_bytes = bytes(byte for byte, symbol in enumerate(byte_symbols()) if symbol not in vocabulary)
         self.prefix_ids, self.suffix_ids = special_affixes(core)
-        # llama.cpp puts BOS before a conversation too, transformers only where the chat template writes it.
+        # llama.cpp also adds BOS before a conversation, transformers only if the chat template contains it.
         self._chat_prefix = self.prefix_ids if is_gguf(self.path) else []
 
     @classmethod
@@ -68,17 +68,17 @@ class Tokenizer:
 
     @classmethod
     def of_weights(cls, weights: Path | None, named: Path | None = None) -> "Tokenizer":
-        """The one tokenizer of some weights: their own, or the one `named` where they have none.
+        """The tokenizer that belongs to some weights, or the one at `named` if they have none.
 
-        Without weights (a model trained from scratch) it is the one `named`, or SmolLM2's. Raises `InputFileError`
-        where there is none, and `UsageError` when the one `named` gives other ids than the weights' own.
+        Without weights (a model trained from scratch) it is the one at `named`, else SmolLM2's. Raises
+        `InputFileError` if there is none, and `UsageError` if the one at `named` has other ids than the weights' own.
         """
         if weights is not None and not weights.exists():
             raise InputFileError(f"{weights}: no such file or folder")
         own = None if weights is None else own_tokenizer(weights)
         if weights is not None and own is None and named is None:
             raise InputFileError(
-                f"{weights}: has no tokenizer of its own: name its folder with --tokenizer "
+                f"{weights}: has no tokenizer: give its folder with --tokenizer "
                 "(`python scripts/fetch_assets.py tokenizer` fetches SmolLM2's into assets/tokenizer)"
             )
         if named is None:
@@ -87,39 +87,39 @@ class Tokenizer:
         if own is None or own == named:
             return chosen
         try:
-            theirs = cls.load(own)
-        except ForeignTokenizerError:  # of a kind that is not read here
+            expected = cls.load(own)
+        except ForeignTokenizerError:  # of an unsupported kind
             return chosen
-        if theirs.core.get_vocab() != chosen.core.get_vocab():
-            raise UsageError(f"--tokenizer {named}: {own} has a tokenizer of its own, with other ids; leave it out")
+        if expected.core.get_vocab() != chosen.core.get_vocab():
+            raise UsageError(f"--tokenizer {named}: its ids differ from those of the tokenizer in {own}; leave it out")
         return chosen
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], path: Path) -> "Tokenizer":
-        """The tokenizer of a folder's files by name; `path` is where they are from, for errors."""
+        """The tokenizer in the contents of files by name; `path` is where they were read, for error messages."""
         where = str(path.parent if path.name == "tokenizer.json" else path)
         read = read_folder(files, where)
         templates = ChatTemplates.from_files(files, read.config, where)
-        if "tokenizer.json" not in files:  # but vocab.json and merges.txt: data sets know a tokenizer by this one file
+        if "tokenizer.json" not in files:  # but vocab.json; data sets identify a tokenizer by this file
             files = {**files, "tokenizer.json": read.core.to_str(pretty=True).encode()}
         return cls(read.core, templates, read.roles, files, path)
 
     @property
     def chat_template(self) -> str | None:
-        """The text of the default chat template, None where there is none; raises as `ChatTemplates.source` does."""
+        """The text of the default chat template, or None; raises as `ChatTemplates.source` does."""
         return self.templates.source() if "default" in self.templates.sources else None
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The hash of `tokenizer.json`, by which token files know the tokenizer that made them."""
+        """The sha256 of `tokenizer.json`, which token files store to identify their tokenizer."""
         return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
 
     def encode(self, text: str, *, parse_special: bool = False, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text. A special token typed in the text is plain text unless `parse_special`.
 
-        With `add_special_tokens` the post-processor's ids stand around them, as in `tokenizer(text)` of transformers:
-        SmolLM2's has none. Raises `UsageError` for a character the vocabulary has no bytes for: SmolLM2's lacks six
-        control characters and U+40000 to U+BFFFF, which `tokenizers` would drop without a word.
+        `add_special_tokens` adds the ids of the post-processor, as `tokenizer(text)` of transformers does; SmolLM2's
+        has none. Raises `UsageError` for a character that the vocabulary cannot represent: SmolLM2's lacks six control
+        characters and U+40000 to U+BFFFF, which `tokenizers` would silently drop.
         """
         ids = self._encode_batch([text], parse_special)[0]
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
@@ -127,7 +127,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores."""
         if isinstance(texts, str):
-            raise UsageError("texts must be a sequence of strings, not one")
+            raise UsageError("texts must be a sequence of strings, not a string")
         return self._encode_batch(list(texts), parse_special=False)
 
     def _encode_batch(self, texts: list[str], parse_special: bool) -> list[list[int]]:
@@ -140,34 +140,34 @@ class Tokenizer:
         return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
 
     def unencodable(self, text: str) -> str | None:
-        """Why a text cannot become tokens without loss, or None when it can."""
+        """Why a text cannot be encoded without loss, or None if it can."""
         try:
             content = text.encode()
         except UnicodeEncodeError as error:
             return f"character {error.start} is a lone surrogate"
-        if len(content.translate(None, self._lacking)) == len(content):
+        if len(content.translate(None, self._missing_bytes)) == len(content):
             return None
-        first = min(found for byte in self._lacking if (found := content.find(byte)) >= 0)
-        place = len(content[:first].decode(errors="ignore"))
-        return f"character {place}, U+{ord(text[place]):04X}, has no token in this vocabulary"
+        offset = min(i for byte in self._missing_bytes if (i := content.find(byte)) >= 0)
+        position = len(content[:offset].decode(errors="ignore"))
+        return f"character {position}, U+{ord(text[position]):04X}, has no token in this vocabulary"
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; bytes that are no whole character show as U+FFFD.
+        """The text of token ids; bytes of an incomplete character become U+FFFD.
 
-        Raises `UsageError` for what is no token id. One without a token, as a padded embedding has, stands for nothing.
+        Raises `UsageError` for anything but token ids. Ids without a token, as in a padded embedding, are skipped.
         """
         try:
             numbers = [operator.index(i) for i in ids]
             return self.core.decode(numbers, skip_special_tokens=False)
         except (TypeError, OverflowError) as error:
-            raise UsageError(f"token ids must be a sequence of integers from 0, got {short_repr(ids)}") from error
+            raise UsageError(f"token ids must be a sequence of non-negative integers, got {short_repr(ids)}") from error
 
     def byte_count(self, ids: Iterable[int]) -> int:
-        """The bytes of text that token ids stand for; a special token stands for none."""
+        """The number of UTF-8 bytes in the text of token ids; special tokens count as 0 bytes."""
         decoder = self.core.get_added_tokens_decoder()
         special = {i for i, token in decoder.items() if token.special}
-        added = {i: len(token.content.encode()) for i, token in decoder.items()}  # an added token stands for itself
-        sizes = {int(i): len(self.core.id_to_token(int(i)) or "") for i in set(ids)}  # others have one symbol a byte
+        added = {i: len(token.content.encode()) for i, token in decoder.items()}  # not byte symbols
+        sizes = {int(i): len(self.core.id_to_token(int(i)) or "") for i in set(ids)}  # one symbol per byte
         sizes |= added | dict.fromkeys(special, 0)
         return sum(sizes.get(int(i), 0) for i in ids)
 
@@ -188,9 +188,9 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a conversation of {"role", "content"} messages, as transformers' method of this name gives them.
 
-        But a special token typed inside a message stays text: only the template's own are special. So a user cannot
-        end their turn and speak as another role. `template` is the name of one of the tokenizer's, or one's text. A
-        GGUF that asks for BOS has it before the conversation, once, as in llama.cpp.
+        Unlike there, the text of a special token inside a message stays text, so that a user cannot end their turn and
+        speak as another role. `template` is the name of one of the tokenizer's templates, or a template's text. For a
+        GGUF that asks for BOS, the ids begin with it, once, as in llama.cpp.
         """
         ids = encode_chat(
             self,
@@ -204,9 +204,9 @@ class Tokenizer:
 
 
 class TextStream:
-    """The text of token ids that come a few at a time, in whole characters; linear in the number of ids.
+    """Decodes token ids incrementally into complete characters, in time linear in the number of ids.
 
-    Bytes that may yet become a character are held back. The pieces and `end()`, joined, are `decode` of all ids.
+    Bytes of an incomplete character are held back. All results of `add` and `end`, joined, equal `decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -219,12 +219,12 @@ class TextStream:
         return self._decoder.decode(b"".join(self._bytes(int(i)) for i in ids))
 
     def end(self) -> str:
-        """What was held back: U+FFFD when the text ends inside a character, else nothing."""
+        """The rest of the text: U+FFFD if it ends inside a character, else nothing."""
         return self._decoder.decode(b"", final=True)
 
     def _bytes(self, i: int) -> bytes:
         token = self._core.id_to_token(i) or ""
         try:
             return bytes(self._byte_of[symbol] for symbol in token)
-        except KeyError:  # an added token, which stands for itself
+        except KeyError:  # an added token, whose text is not in byte symbols
             return token.encode()

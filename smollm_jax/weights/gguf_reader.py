@@ -12,7 +12,7 @@ from smollm_jax.config.hf_config import parse_config
 from smollm_jax.errors import InputFileError, short_repr
 from smollm_jax.runtime.files import import_optional, one_line, parse_json
 from smollm_jax.runtime.gguf_header import read_header
-from smollm_jax.tokenizer.gguf import ENDS_BY_TEXT, ForeignTokenizerError, files_from_gguf, token_id
+from smollm_jax.tokenizer.gguf import END_OF_GENERATION, ForeignTokenizerError, files_from_gguf, token_id
 from smollm_jax.weights import gguf_reader
 from smollm_jax.weights.bundle import Bundle
 
@@ -243,7 +243,7 @@ def _generation(fields: dict[str, Any], config: Config, path: Path) -> dict[str,
         return values
     sampling = {name: fields[key] for name, key in SAMPLING_KEYS.items() if key in fields}
     tokens = fields.get("tokenizer.ggml.tokens")
-    by_text = [i for i, token in enumerate(tokens if type(tokens) is list else []) if token in ENDS_BY_TEXT]
+    by_text = [i for i, token in enumerate(tokens if type(tokens) is list else []) if token in END_OF_GENERATION]
     ends = [*config.eos_token_ids, *(i for i in by_text if i not in config.eos_token_ids)]
     ids = config.special_token_ids() | ({"eos_token_id": ends} if len(ends) > len(config.eos_token_ids) else {})
     if not sampling:

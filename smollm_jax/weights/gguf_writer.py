@@ -18,7 +18,7 @@ from smollm_jax.errors import StorageError, UsageError, short_repr
 from smollm_jax.runtime.atomic import replacing
 from smollm_jax.runtime.files import import_optional
 from smollm_jax.tokenizer import Tokenizer
-from smollm_jax.tokenizer.gguf import CONTROL, NORMAL, ROLES, UNUSED, USER_DEFINED, build
+from smollm_jax.tokenizer.gguf import CONTROL, NORMAL, ROLES, UNUSED, USER_DEFINED, build_tokenizer
 from smollm_jax.weights import gguf_reader, gguf_writer
 from smollm_jax.weights.bundle import Bundle
 from smollm_jax.weights.gguf_reader import (
@@ -246,7 +246,10 @@ def _tokenizer(files: dict[str, bytes]) -> Tokenizer:
 def _pre_tokenizer_name(tokenizer: Tokenizer) -> str:
     """llama.cpp's name for how a tokenizer splits text; raises `UsageError` for one not in `PRE_TOKENIZERS`."""
     rules = _text_rules(tokenizer)
-    known = {name: _text_rules(Tokenizer(build([], [], [], digits=digits))) for name, digits in PRE_TOKENIZERS.items()}
+    known = {
+        name: _text_rules(Tokenizer(build_tokenizer([], [], [], digits=digits)))
+        for name, digits in PRE_TOKENIZERS.items()
+    }
     for name, known_rules in known.items():
         if rules == known_rules:
             return name

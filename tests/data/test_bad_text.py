@@ -17,7 +17,7 @@ from smollm_jax.data.text import documents
 from smollm_jax.data.token_file import TokenSet
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.tokenizer import Tokenizer
-from smollm_jax.tokenizer.gguf import build, tokenizer_files
+from smollm_jax.tokenizer.gguf import build_tokenizer, tokenizer_files
 from smollm_jax.tokenizer.special_tokens import byte_symbols
 from tests.data.test_file_types import folder
 from tests.hostile_data import strings
@@ -32,7 +32,9 @@ def tokenizer_path(tmp_path_factory) -> Path:
     """A tokenizer that lacks U+0013, as SmolLM2's does."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     symbols = [symbol for byte, symbol in enumerate(byte_symbols()) if byte != 0x13]
-    files = tokenizer_files(build([*special, *symbols], [], special), 64, {"eos": special[0]}, "{{ messages }}")
+    files = tokenizer_files(
+        build_tokenizer([*special, *symbols], [], special), 64, {"eos": special[0]}, "{{ messages }}"
+    )
     return tokenizer_folder(tmp_path_factory.mktemp("tokenizer") / "t", **files)
 
 

@@ -1,4 +1,4 @@
-"""A chat template writes the special tokens, a message never does; a template at fault harms chat alone."""
+"""Special tokens come from the chat template, never from a message; a broken template fails only chat."""
 
 import json
 import tracemalloc
@@ -26,7 +26,7 @@ def with_template(folder: Path, template: object, **config: Any) -> Tokenizer:
 
 @pytest.fixture(scope="module", params=["ChatML", "tools and a date", "parts", "JSON of everything", "every variable"])
 def chat(request, tmp_path_factory):
-    """A tokenizer whose template writes what it is given."""
+    """A tokenizer with one of several kinds of template."""
     path = tmp_path_factory.mktemp("t") / "t"
     return Tokenizer.load(write_chat_folder(path, CONFIG, **{"chat_template.jinja": TEMPLATES[request.param]}))
 
@@ -35,14 +35,14 @@ def special(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [i for i in ids if i < len(SPECIAL)]
 
 
-def test_the_chat_template_speaks_as_smollm(tokenizer):
+def test_the_chat_template_is_that_of_smollm(tokenizer):
     ids = tokenizer.apply_chat_template(HI)
     assert tokenizer.decode(ids) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
-    ours = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    text = tokenizer.decode(tokenizer.apply_chat_template(ours, add_generation_prompt=False))
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    text = tokenizer.decode(tokenizer.apply_chat_template(messages, add_generation_prompt=False))
     assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
 
 
@@ -69,7 +69,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "a document": {"messages": HI, "documents": [{"title": "@", "text": "@"}]},
     "a variable": {"messages": HI, "date": "@"},
     "a text in its white space": {"messages": [{"role": "user", "content": "  @ \n"}]},
-    "a text of marks": {"messages": [{"role": "user", "content": "@" + "".join(map(chr, range(0x2FF0, 0x2FFC)))}]},
+    "a text of markers": {"messages": [{"role": "user", "content": "@" + "".join(map(chr, range(0x2FF0, 0x2FFC)))}]},
 }
 
 
@@ -79,13 +79,13 @@ def filled(value: Any, text: str) -> Any:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("typed", [TYPED, "<|im_end|>", "[/INST]</s>", "a <", "<|im_", "\\\\<s>"])
-def test_no_text_from_outside_becomes_a_special_token_wherever_it_stands(chat, way, typed):
+def test_no_text_in_a_conversation_becomes_a_special_token(chat, way, typed):
     options = filled(WAYS[way], typed)
     ids = chat.apply_chat_template(**options)
     assert special(chat, ids) == special(chat, chat.apply_chat_template(**filled(WAYS[way], "Hi")))
     messages, tools, documents = (options.pop(name, None) for name in ("messages", "tools", "documents"))
-    given = Conversation(messages, tools, documents, options)
-    assert chat.decode(ids) == chat.templates.render(given, chat.roles)
+    conversation = Conversation(messages, tools, documents, options)
+    assert chat.decode(ids) == chat.templates.render(conversation, chat.roles)
 
 
 @settings(max_examples=300, deadline=None)
@@ -104,21 +104,21 @@ def test_pieces_of_a_special_token_in_several_parts_do_not_join_to_one(tmp_path_
     assert "".join(pieces) in chat.decode(ids)
 
 
-def test_the_templates_own_token_stands_even_where_a_text_was_cut_before_it(tmp_path):
+def test_a_template_may_split_a_message_before_its_own_special_token(tmp_path):
     template = "{{ messages[0].content.split('<|im_end|>')[0] }}<|im_end|>"
     chat = Tokenizer.load(write_chat_folder(tmp_path / "t", CONFIG, **{"chat_template.jinja": template}))
     ids = chat.apply_chat_template([{"role": "user", "content": "a<|im_end|>b"}])
     assert ids == [*chat.encode("a"), chat.token_to_id("<|im_end|>")]
 
 
-def test_messages_without_a_mark_left_are_refused(tmp_path):
+def test_messages_that_use_every_marker_are_refused(tmp_path):
     everything = "".join(map(chr, [*range(0x2000, 0xD800), *range(0x100000, 0x10FFFE)]))
     chat = Tokenizer.load(write_chat_folder(tmp_path / "t", CONFIG, **{"chat_template.jinja": TEMPLATES["ChatML"]}))
-    with pytest.raises(UsageError, match="none is left to mark special tokens"):
+    with pytest.raises(UsageError, match="every character that could mark special tokens"):
         chat.apply_chat_template([{"role": "user", "content": everything + "<s>"}])
 
 
-def test_a_base_model_has_no_chat(tokenizer_path):
+def test_a_base_model_has_no_chat_template(tokenizer_path):
     with pytest.raises(UsageError, match="no chat template"):
         Tokenizer.load(tokenizer_path).apply_chat_template(HI)
 
@@ -138,7 +138,7 @@ def test_a_base_model_has_no_chat(tokenizer_path):
         (None, "messages must be a list"),
     ],
 )
-def test_a_message_that_smollms_template_cannot_write_is_named(tokenizer, messages, named):
+def test_a_message_that_the_template_does_not_accept_is_named(tokenizer, messages, named):
     with pytest.raises(UsageError, match=named) as raised:
         tokenizer.apply_chat_template(messages)
     assert str(raised.value).isprintable()
@@ -157,7 +157,7 @@ def test_a_message_that_smollms_template_cannot_write_is_named(tokenizer, messag
         ({"messages": 3}, "multiple values"),
     ],
 )
-def test_an_option_that_no_template_can_take_is_named(tokenizer, options, named):
+def test_an_invalid_option_is_named(tokenizer, options, named):
     with pytest.raises((UsageError, InputFileError, TypeError), match=named):
         tokenizer.apply_chat_template(HI, **options)
 
@@ -174,7 +174,7 @@ def test_messages_that_contain_themselves_are_refused(tokenizer):
     ["{% for %}", "{% generation %}", "{% nope %}", 3, "a" * 70_000, [{"name": "default"}], [3], {"default": None}],
     ids=str,
 )
-def test_a_template_at_fault_harms_chat_alone(tmp_path, template):
+def test_a_broken_template_fails_only_chat(tmp_path, template):
     tokenizer = with_template(tmp_path, template)
     assert tokenizer.decode(tokenizer.encode("Hi")) == "Hi"
     for _ in range(2):
@@ -183,7 +183,7 @@ def test_a_template_at_fault_harms_chat_alone(tmp_path, template):
         assert str(raised.value).isprintable()
 
 
-def test_a_template_at_fault_harms_no_other(tmp_path):
+def test_a_broken_template_does_not_affect_others(tmp_path):
     path = write_chat_folder(
         tmp_path / "t", {}, **{"chat_template.jinja": "D", "additional_chat_templates/x.jinja": "{%"}
     )
@@ -213,7 +213,7 @@ def test_a_template_at_fault_harms_no_other(tmp_path):
         ("{{ messages.clear() }}", "unsafe"),
     ],
 )
-def test_a_template_that_fails_as_it_runs_is_named(tmp_path, template, named):
+def test_a_runtime_error_of_a_template_is_named(tmp_path, template, named):
     tokenizer = with_template(tmp_path, template)
     with pytest.raises(UsageError, match=f"chat template does not accept these messages: .*({named})") as raised:
         tokenizer.apply_chat_template(HI)
@@ -221,7 +221,7 @@ def test_a_template_that_fails_as_it_runs_is_named(tmp_path, template, named):
 
 
 @pytest.mark.parametrize("format", ["%", "%1000000000d", "%" + "9" * 999 + "Y", "%Y" * 99, "%é", "%-", ""])
-def test_no_format_of_a_date_takes_memory(tmp_path, format):
+def test_no_date_format_takes_much_memory(tmp_path, format):
     tokenizer = with_template(tmp_path, f"{{{{ strftime_now('{format}') | length }}}}")
     tracemalloc.start()
     assert int(tokenizer.decode(tokenizer.apply_chat_template(HI))) < 10_000
@@ -230,7 +230,7 @@ def test_no_format_of_a_date_takes_memory(tmp_path, format):
 
 
 @pytest.mark.parametrize("huge", ["'a' * 200000000", "'a'|center(200000000)", "'a'.ljust(200000000)"])
-def test_no_template_is_computed_as_it_is_compiled(tmp_path, huge):
+def test_compiling_a_template_evaluates_nothing(tmp_path, huge):
     tracemalloc.start()
     for template in (
         "{{{{ {} }}}}",
@@ -238,10 +238,10 @@ def test_no_template_is_computed_as_it_is_compiled(tmp_path, huge):
         "{{% set x = {} %}}",
         "{{% generation %}}{{{{ {} }}}}",
     ):
-        unread = (
+        unreached = (
             "{% if messages[1] %}" + template.format(huge) + "{% endgeneration %}" * ("gen" in template) + "{% endif %}"
         )
-        assert with_template(tmp_path, unread).apply_chat_template(HI) == []
+        assert with_template(tmp_path, unreached).apply_chat_template(HI) == []
     with pytest.raises(InputFileError, match=r"tokenizer_config\.json: chat_template: autoescape is not supported"):
         with_template(tmp_path, f"{{% autoescape {huge} %}}{{% endautoescape %}}").apply_chat_template(HI)
     assert tracemalloc.get_traced_memory()[1] < 10 << 20

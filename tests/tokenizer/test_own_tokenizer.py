@@ -1,4 +1,4 @@
-"""Weights have one tokenizer, their own: whatever lies near them, and through every conversion."""
+"""Weights keep their own tokenizer: whatever else is near them, and through every conversion."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|endoft
 
 
 def metadata(**changed) -> dict:
-    """That of a GGUF whose vocabulary is another than `small_tokenizer`'s: two more tokens, a chat template."""
+    """GGUF metadata with another vocabulary than `small_tokenizer`'s: two more tokens, and a chat template."""
     tokens = ["<|endoftext|>", "<think>", "</think>", *byte_symbols(), "Ġt", "he", "Ġthe"]
     types = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [3, 4, 4] + [1] * 259}
     return gguf_metadata(SMALL) | types | {"tokenizer.chat_template": TEMPLATE} | changed
@@ -36,7 +36,7 @@ def gguf(path: Path, **changed) -> Path:
     return path
 
 
-def test_a_gguf_is_fed_its_own_ids_whatever_lies_near_it(tmp_path):
+def test_a_gguf_uses_its_own_tokenizer_not_one_next_to_it(tmp_path):
     (tmp_path / "models").mkdir()
     tokenizer_folder(tmp_path)
     tokenizer_folder(tmp_path / "models")
@@ -44,26 +44,26 @@ def test_a_gguf_is_fed_its_own_ids_whatever_lies_near_it(tmp_path):
     ids = engine.encode("the <think>")
     vocabulary = metadata()["tokenizer.ggml.tokens"]
     assert [vocabulary[i] for i in ids] == ["t", "he", "Ġ", "<think>"]
-    assert Tokenizer.load(tmp_path).encode("the") != engine.encode("the")  # the stranger's would be others
+    assert Tokenizer.load(tmp_path).encode("the") != engine.encode("the")  # the other tokenizer's ids differ
     assert engine.tokenizer.decode(engine.chat([{"role": "user", "content": "hi"}])) == "user:hi<|endoftext|>"
 
 
-def test_no_tokenizer_further_up_is_taken(tmp_path):
+def test_no_tokenizer_in_a_parent_folder_is_used(tmp_path):
     tokenizer_folder(tmp_path)
     weights.write(tmp_path / "sub/hf", Bundle(small_tensors(), SMALL), "hf")
-    tokenizer_folder(tmp_path / "sub")  # a stranger's in the parent folder, and in its parent
+    tokenizer_folder(tmp_path / "sub")  # other tokenizers in the parent folder and above it
     assert own_tokenizer(tmp_path / "sub/hf") is None
     with pytest.raises(InputFileError, match="nowhere: no such file or folder"):
         Engine.load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputFileError, match="empty: not recognised as weights"):
         Engine.load(tmp_path / "empty")
-    with pytest.raises(InputFileError, match="sub/hf: has no tokenizer of its own: name its folder with --tokenizer"):
+    with pytest.raises(InputFileError, match="sub/hf: has no tokenizer: give its folder with --tokenizer"):
         Engine.load(tmp_path / "sub/hf")
     assert Engine.load(tmp_path / "sub/hf", tokenizer=tmp_path).encode("the") == Tokenizer.load(tmp_path).encode("the")
 
 
-def test_each_kind_of_weights_has_its_tokenizer_where_it_belongs(tmp_path):
+def test_each_format_of_weights_has_its_tokenizer_in_its_place(tmp_path):
     bundle = Bundle(small_tensors(), SMALL, small_tokenizer())
     for kind, name in {"hf": "hf", "orbax": "run", "gguf": "x.gguf"}.items():
         weights.write(tmp_path / name, bundle, kind)
@@ -76,7 +76,7 @@ def test_each_kind_of_weights_has_its_tokenizer_where_it_belongs(tmp_path):
     assert own_tokenizer(tmp_path / "x.safetensors") is None
 
 
-def test_what_lies_above_a_folder_called_checkpoints_belongs_to_a_step_only(tmp_path):
+def test_only_a_step_uses_files_above_a_folder_called_checkpoints(tmp_path):
     tokenizer_folder(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(SMALL)))
@@ -97,27 +97,29 @@ def test_an_hf_folder_may_hold_a_folder_called_checkpoints(tmp_path):
     assert weights.read(tmp_path / "hf").config == SMALL
 
 
-def test_a_tokenizer_that_gives_other_ids_than_the_weights_own_is_refused(tmp_path):
+def test_a_tokenizer_with_other_ids_than_that_of_the_weights_is_refused(tmp_path):
     path = gguf(tmp_path / "x.gguf")
     other = tokenizer_folder(tmp_path / "other")
-    with pytest.raises(UsageError, match=r"other: .*x\.gguf has a tokenizer of its own, with other ids"):
+    with pytest.raises(UsageError, match=r"other: its ids differ from those of the tokenizer in .*x\.gguf"):
         Tokenizer.of_weights(path, other)
     weights.write(tmp_path / "hf", weights.read(path), "hf")
     (tmp_path / "hf/chat_template.jinja").write_text("another template")
     assert Tokenizer.of_weights(path, tmp_path / "hf").path == tmp_path / "hf"  # same ids, another template
 
 
-def test_a_gguf_whose_tokenizer_is_foreign_still_gives_its_weights(tmp_path):
+def test_weights_of_a_gguf_with_an_unsupported_tokenizer_are_read(tmp_path):
     path = gguf(tmp_path / "x.gguf", **{"tokenizer.ggml.model": "llama"})
     assert weights.read(path).tokenizer_files == {}
-    with pytest.raises(InputFileError, match=r"tokenizer\.ggml\.model and \.pre are .llama.*--tokenizer names"):
+    with pytest.raises(
+        InputFileError, match=r"tokenizer\.ggml\.model and \.pre are .llama.*give another tokenizer with --tokenizer"
+    ):
         Tokenizer.of_weights(path)
     other = tokenizer_folder(tmp_path / "other")
     assert Tokenizer.of_weights(path, other).path == other
 
 
 @pytest.mark.parametrize("pre", ["smollm", "starcoder", "gpt-2"])
-def test_a_gguf_says_whether_digits_are_split(tmp_path, pre):
+def test_the_pre_tokenizer_of_a_gguf_decides_whether_digits_are_split(tmp_path, pre):
     tokens, merges = metadata()["tokenizer.ggml.tokens"], ["Ġ t", "h e", "Ġt he", "1 2"]
     changed = {"tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": [*tokens, "12"], "tokenizer.ggml.merges": merges}
     path = gguf(tmp_path / "x.gguf", **changed, **{"tokenizer.ggml.token_type": [3, 4, 4] + [1] * 260})
@@ -143,7 +145,7 @@ def read_added(folder: Path) -> list[dict]:
     return json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
 
 
-def test_bos_that_a_gguf_asks_for_stands_before_a_text_and_a_chat_once(tmp_path):
+def test_bos_is_added_once_to_a_text_and_a_chat_if_a_gguf_asks_for_it(tmp_path):
     changed = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 0}
     path = gguf(tmp_path / "x.gguf", **changed)
     engine = Engine.load(path)
@@ -160,8 +162,7 @@ def test_bos_that_a_gguf_asks_for_stands_before_a_text_and_a_chat_once(tmp_path)
     assert Engine.load(tmp_path / "again.gguf").encode("he") == engine.encode("he")
 
 
-def test_every_document_of_a_data_set_begins_with_the_bos_that_is_asked_for(tmp_path):
-
+def test_every_document_of_a_data_set_begins_with_bos_if_the_tokenizer_adds_it(tmp_path):
     path = gguf(tmp_path / "x.gguf", **{"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 1})
     (tmp_path / "x.jsonl").write_text('{"text": "the"}\n{"text": "he 12"}\n')
     (tmp_path / "y.txt").write_text("a b " * 40_000)  # long enough to be read in pieces
@@ -189,10 +190,10 @@ def test_named_chat_templates_survive_every_conversion(tmp_path):
         assert tokenizer.decode(tokenizer.apply_chat_template(chat, tools=[{"name": "x"}])) == "1 tools"
 
 
-def test_the_converter_takes_a_tokenizer_for_weights_that_have_none(tmp_path, capsys):
+def test_the_converter_accepts_a_tokenizer_for_weights_without_one(tmp_path, capsys):
     main = runpy.run_path(str(ROOT / "scripts/convert_weights.py"))["main"]
     weights.write(tmp_path / "x.safetensors", Bundle(small_tensors(), SMALL), "safetensors")
-    with pytest.raises(UsageError, match=r"no tokenizer\.json beside the weights"):
+    with pytest.raises(UsageError, match=r"the weights have no tokenizer\.json: give one with --tokenizer"):
         main([str(tmp_path / "x.safetensors"), str(tmp_path / "x.gguf")])
     folder = tokenizer_folder(tmp_path / "tokenizer")
     main([str(tmp_path / "x.safetensors"), str(tmp_path / "x.gguf"), "--tokenizer", str(folder)])
@@ -216,7 +217,7 @@ def test_generation_config_survives_every_conversion(tmp_path, kind, generation)
     assert again.config.eos_token_id == SMALL.eos_token_id
 
 
-def test_a_gguf_names_every_token_that_ends_a_text_for_llama_cpp(tmp_path):
+def test_a_gguf_names_every_end_token_for_llama_cpp(tmp_path):
     from gguf import GGUFReader
 
     bundle = Bundle(small_tensors(), SMALL, small_tokenizer(), generation_config=GENERATION)
@@ -234,7 +235,7 @@ def test_a_gguf_names_every_token_that_ends_a_text_for_llama_cpp(tmp_path):
     assert weights.read(tmp_path / "y.gguf").config.eos_token_id == (0, 3, 7)
 
 
-def test_the_ends_and_the_sampling_of_a_foreign_gguf_are_taken(tmp_path):
+def test_end_tokens_and_sampling_of_another_programs_gguf_are_used(tmp_path):
     asked = {"tokenizer.ggml.eot_token_id": 9, "general.sampling.temp": 0.7, "general.sampling.top_k": 20}
     engine = Engine.load(gguf(tmp_path / "x.gguf", **asked))
     assert engine.generation.eos_token_ids == (0, 9)
@@ -249,8 +250,8 @@ def chat_gguf(path: Path, **changed) -> Path:
 
 
 @pytest.mark.parametrize("types", [[3, 3, 3], [2, 3, 3], [3, 3, 1]])
-def test_a_foreign_gguf_ends_a_text_where_llama_cpp_does(tmp_path, types):
-    """It takes tokens by their text for such that end one, and UNKNOWN (2) for special as CONTROL (3)."""
+def test_another_programs_gguf_ends_a_text_where_llama_cpp_does(tmp_path, types):
+    """llama.cpp recognises end tokens by their text, and treats UNKNOWN (2) as special like CONTROL (3)."""
     path = chat_gguf(tmp_path / "x.gguf", **{"tokenizer.ggml.token_type": types + [1] * 259})
     engine = Engine.load(path)
     assert engine.generation.eos_token_ids == (0, 2) == weights.generation_of(path).eos_token_ids
@@ -262,7 +263,7 @@ def test_a_foreign_gguf_ends_a_text_where_llama_cpp_does(tmp_path, types):
         assert weights.generation_of(path).eos_token_ids == (0, 2)
 
 
-def test_a_gguf_of_ours_ends_a_text_where_the_folder_it_was_made_from_does(tmp_path):
+def test_an_exported_gguf_ends_a_text_where_its_source_folder_does(tmp_path):
     files = weights.read(chat_gguf(tmp_path / "x.gguf")).tokenizer_files
     for generation in (None, {"eos_token_id": 2}):
         weights.write(tmp_path / f"{generation}.gguf", Bundle(small_tensors(), SMALL, files, "", generation), "gguf")
@@ -271,7 +272,7 @@ def test_a_gguf_of_ours_ends_a_text_where_the_folder_it_was_made_from_does(tmp_p
 
 
 @pytest.mark.parametrize("role", ["bos", "eos", "eot", "padding", "unknown"])
-def test_minus_one_as_a_role_of_a_gguf_is_no_token(tmp_path, role):
+def test_minus_one_as_a_token_id_of_a_gguf_means_no_token(tmp_path, role):
     path = gguf(tmp_path / "x.gguf", **{f"tokenizer.ggml.{role}_token_id": 2**32 - 1})
     expected = None if role == "eos" else 0
     config = weights.read(path).config
@@ -279,7 +280,7 @@ def test_minus_one_as_a_role_of_a_gguf_is_no_token(tmp_path, role):
     assert len(Tokenizer.load(path).encode("the")) == 2
 
 
-def test_keys_of_a_gguf_that_change_nothing_are_read_and_a_piece_of_one_is_not(tmp_path):
+def test_neutral_keys_of_a_gguf_are_accepted_and_a_part_of_a_split_one_is_refused(tmp_path):
     neutral = {"llama.attention.layer_norm_epsilon": 1e-5, "llama.logit_scale": 1.0, "llama.residual_scale": 0.0}
     assert weights.read(gguf(tmp_path / "x.gguf", **neutral)).config.vocab_size == SMALL.vocab_size
     with pytest.raises(InputFileError, match=r"llama\.logit_scale=2.0 is not supported"):
@@ -290,7 +291,7 @@ def test_keys_of_a_gguf_that_change_nothing_are_read_and_a_piece_of_one_is_not(t
         weights.read(gguf(tmp_path / "z.gguf", **{"split.count": 2, "split.no": 0}))
 
 
-def test_sampling_defaults_are_the_weights_own_and_flags_come_first(tmp_path):
+def test_sampling_defaults_come_from_the_weights_and_flags_override_them(tmp_path):
     from smollm_jax.generation.flags import SamplingFlags
 
     bundle = Bundle(small_tensors(), SMALL, small_tokenizer(), generation_config=GENERATION | {"num_beams": 4})
@@ -305,7 +306,7 @@ def test_sampling_defaults_are_the_weights_own_and_flags_come_first(tmp_path):
     assert SamplingFlags().said(plain.generation) == "sampling: greedy"
 
 
-def test_a_generation_config_that_makes_no_sense_is_named(tmp_path):
+def test_an_invalid_generation_config_is_named(tmp_path):
     weights.write(tmp_path / "hf", Bundle(small_tensors(), SMALL, small_tokenizer()), "hf")
     wrong = {"eos_token_id": "x", "do_sample": 1.5, "top_k": -1, "top_p": 1.5, "min_p": 1, "repetition_penalty": 0}
     for fault, value in wrong.items():
@@ -318,7 +319,7 @@ def test_a_generation_config_that_makes_no_sense_is_named(tmp_path):
         Engine.load(tmp_path / "hf")
 
 
-def test_a_generation_config_means_what_transformers_makes_of_it(tmp_path):
+def test_a_generation_config_is_read_as_in_transformers(tmp_path):
     weights.write(tmp_path / "hf", Bundle(small_tensors(), SMALL, small_tokenizer()), "hf")
     values = {"do_sample": True, "top_k": 50.0, "top_p": 0.0, "eos_token_id": [5, -1], "bos_token_id": -1}
     (tmp_path / "hf/generation_config.json").write_text(json.dumps(values))
@@ -329,7 +330,7 @@ def test_a_generation_config_means_what_transformers_makes_of_it(tmp_path):
     assert texts[0] == texts[1]
 
 
-def test_sampling_keys_of_a_gguf_beyond_their_range_mean_what_llama_cpp_makes_of_them(tmp_path):
+def test_sampling_keys_of_a_gguf_outside_their_range_are_read_as_in_llama_cpp(tmp_path):
     beyond = {"temp": -1.0, "top_k": -1, "top_p": 1.5, "min_p": -0.5}
     path = gguf(tmp_path / "x.gguf", **{f"general.sampling.{name}": value for name, value in beyond.items()})
     assert Engine.load(path).defaults == Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)

@@ -1,4 +1,4 @@
-"""The tokenizer is SmolLM2's, loses nothing, and lets no user forge special tokens."""
+"""The tokenizer is SmolLM2's, loses no text, and encodes typed special tokens as text."""
 
 import json
 import os
@@ -25,14 +25,14 @@ def test_digits_are_split_one_by_one(tokenizer):
     assert [tokenizer.decode([i]) for i in tokenizer.encode("1234567 x")] == [*"1234567", " x"]
 
 
-def test_bytes_are_counted_as_the_text_has_them_and_special_tokens_have_none(tokenizer):
+def test_byte_count_is_that_of_the_text_without_special_tokens(tokenizer):
     for text in ("", "The capital", "naïve 👍🏽 1861\n\n", "<|im_end|> typed"):
         ids = tokenizer.encode(text)
         assert tokenizer.byte_count(ids) == len(text.encode())
         assert tokenizer.byte_count([0, *ids, 2]) == len(text.encode())
 
 
-def test_eos_is_the_models(tokenizer, tokenizer_path):
+def test_eos_is_that_of_the_model(tokenizer, tokenizer_path):
     assert tokenizer.eos_token_id == 2
     base = Tokenizer.load(tokenizer_path)
     assert base.eos_token_id == 0
@@ -58,7 +58,7 @@ TEXTS = st.text() | st.lists(st.sampled_from(PARTS) | st.text(max_size=3)).map("
 
 @settings(max_examples=2000, deadline=None)
 @given(text=TEXTS)
-def test_decoding_gives_back_the_text_or_encoding_refused_it(tokenizer, text):
+def test_a_text_is_decoded_unchanged_or_refused(tokenizer, text):
     if any(c in "\x04\x06\x13\x14\x16\x1d" or "\U00040000" <= c < "\U000c0000" for c in text):
         with pytest.raises(UsageError, match="has no token"):
             tokenizer.encode(text)
@@ -68,21 +68,21 @@ def test_decoding_gives_back_the_text_or_encoding_refused_it(tokenizer, text):
 
 @settings(max_examples=500, deadline=None)
 @given(text=TEXTS, ids=st.lists(st.integers(0, 49_151)), data=st.data())
-def test_a_streamed_text_is_the_text_however_its_ids_are_cut(tokenizer, text, ids, data):
-    """Random ids are mostly halves of characters; a text's own ids cut emoji in the middle."""
+def test_a_streamed_text_is_the_text_however_its_ids_are_split(tokenizer, text, ids, data):
+    """Random ids are mostly parts of characters; the ids of a text split emoji."""
     ids = ids if tokenizer.unencodable(text) else ids + tokenizer.encode(text)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=len(ids))))
     stream = TextStream(tokenizer)
     pieces = [stream.add(ids[a:b]) for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)] + [stream.end()]
     whole = tokenizer.decode(ids)
     assert "".join(pieces) == whole
-    shown = ""
-    for piece in pieces:  # what is shown is never taken back
-        shown += piece
-        assert whole.startswith(shown)
+    so_far = ""
+    for piece in pieces:  # no piece is ever revised
+        so_far += piece
+        assert whole.startswith(so_far)
 
 
-def test_half_a_character_is_held_back_until_it_is_whole_or_the_text_ends(tokenizer):
+def test_an_incomplete_character_is_held_back_until_it_is_complete_or_the_text_ends(tokenizer):
     ids = tokenizer.encode("a😀b")
     assert len(ids) > 4, "one token for an emoji: cut another character"
     stream = TextStream(tokenizer)
@@ -106,7 +106,7 @@ def test_the_vocabulary_reaches_to_the_largest_id(tmp_path):
     assert len(values["model"]["vocab"]) == 260
 
 
-def test_a_panic_is_silent_for_one_moment_only(capfd):
+def test_stderr_is_silent_only_inside_the_block(capfd):
     with silent_stderr():
         os.write(2, b"thread panicked\n")
     os.write(2, b"heard\n")
@@ -116,19 +116,19 @@ def test_a_panic_is_silent_for_one_moment_only(capfd):
 @pytest.mark.parametrize(
     ("text", "named"), [("aé\x04b", r"2, U\+0004"), ("é\U00040000", r"1, U\+40000"), ("a\ud800", "surrogate")]
 )
-def test_a_character_without_a_token_is_named_not_dropped(tokenizer, text, named):
+def test_a_character_without_a_token_is_an_error_that_names_it(tokenizer, text, named):
     with pytest.raises(UsageError, match=named):
         tokenizer.encode(text)
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text() | st.sampled_from(["<|im_end|>", "a<|endoftext|>b", "<file_sep>"]))
-def test_typed_special_tokens_are_text_unless_asked_otherwise(tokenizer, text):
+def test_typed_special_tokens_are_text_by_default(tokenizer, text):
     if tokenizer.unencodable(text) is None:
         assert all(i > 16 for i in tokenizer.encode(text))
 
 
-def test_special_tokens_are_parsed_when_asked(tokenizer):
+def test_special_tokens_are_parsed_on_request(tokenizer):
     assert tokenizer.encode("<|im_start|>hi<|im_end|>", parse_special=True) == [1, *tokenizer.encode("hi"), 2]
 
 
@@ -154,14 +154,14 @@ def test_a_missing_tokenizer_says_where_to_get_one(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, 3, b"bytes", ["a"]])
-def test_what_is_no_text_is_refused_in_one_line(tokenizer, text):
+def test_anything_but_text_is_refused_in_one_line(tokenizer, text):
     with pytest.raises(UsageError, match="a text must be a string, got"):
         tokenizer.encode(text)
-    with pytest.raises(UsageError, match="texts must be a sequence of strings, not one"):
+    with pytest.raises(UsageError, match="texts must be a sequence of strings, not a string"):
         tokenizer.encode_batch("abc")
 
 
 @pytest.mark.parametrize("ids", [5, None, "x", [1.5], [[5, 6]], [-1], [2**70]])
-def test_what_is_no_sequence_of_ids_is_refused_in_one_line(tokenizer, ids):
-    with pytest.raises(UsageError, match="token ids must be a sequence of integers from 0, got"):
+def test_anything_but_token_ids_is_refused_in_one_line(tokenizer, ids):
+    with pytest.raises(UsageError, match="token ids must be a sequence of non-negative integers, got"):
         tokenizer.decode(ids)
