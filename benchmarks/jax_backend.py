@@ -108,7 +108,7 @@ def inference(workload: Workload, folder: Path) -> tuple[Unit, dict[str, Any]]:
         return {}
 
     unit = decode if workload.what == "decode" else prefill
-    losses = [float(eval_step(model, tokens, ExecutionConfig(workload.dtype)))]
+    losses = [float(eval_step(model, tokens, execution=ExecutionConfig(workload.dtype))[0])]
     return unit, {"losses": losses, "ids": unit().get("ids")}
 
 

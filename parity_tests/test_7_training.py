@@ -16,7 +16,7 @@ from smollm_jax.data.mixture import open_mixture
 from smollm_jax.training import optimizer, train_step
 from smollm_jax.training.execution import ExecutionConfig
 from smollm_jax.training.state import init_model, init_train_state
-from smollm_jax.training.validation import validation_loss
+from smollm_jax.training.validation import validation_means
 from smollm_parity.ladder import precisely
 from smollm_parity.tolerances import (
     TRAINING_BFLOAT16,
@@ -160,5 +160,5 @@ def test_held_out_loss_is_the_same(tiny, token_file):
     batches = Batches(token_file, dataclasses.replace(chosen, validation_fraction=0.2))
     model = init_model(tiny, seed=0)
     module = smollm_torch.weights.from_bundle(weights.to_bundle(model))
-    ours = validation_loss(model, batches, 3, ExecutionConfig("float32"))
+    ours = validation_means(model, batches, 3, ExecutionConfig("float32"))["loss"]
     assert ours == pytest.approx(smollm_torch.train.validation_loss(module, chosen, batches, 3), rel=1e-6)

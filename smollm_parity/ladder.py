@@ -135,7 +135,7 @@ def jax_gradients(
     with precisely(dtype):
         model = weights.from_bundle(bundle, dtype)
         execution = ExecutionConfig(dtype, remat=remat, operands=operands)
-        loss, gradient = jax.jit(jax.value_and_grad(lambda m, t: mean_loss(m, t, execution)))(
+        loss, gradient = jax.jit(jax.value_and_grad(lambda m, t: mean_loss(m, t, execution)[0]))(
             model, jnp.asarray(tokens)
         )
         arrays = {path: np.asarray(array) for path, array in flatten(gradient).items()}

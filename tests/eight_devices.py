@@ -71,7 +71,7 @@ def run(layout: str | None, accumulation_steps: int, separator_id: int | None) -
         losses.append(float(metrics["loss"]))
     assert has_shardings(state, mesh), "a step changed a sharding"
     odd = batches()[0][:13]  # validation's last batch may have any number of rows
-    evaluated = eval_step(state.model, shard_padded_batch(odd, mesh), execution)
+    evaluated, _ = eval_step(state.model, shard_padded_batch(odd, mesh), execution=execution)
     return {"losses": losses, "bytes": before, "program": step.as_text(), "evaluated": float(evaluated)}
 
 

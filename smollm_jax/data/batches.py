@@ -6,6 +6,7 @@ processes reads only its own rows.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +29,28 @@ class Window:
         return f"{self.file.path.parent}:{self.start}"
 
 
+@runtime_checkable  # annotations are checked in tests
+class BatchSource(Protocol):
+    """What the training loop reads: batches that are trees of NumPy arrays, rows on their first axis."""
+
+    @property
+    def shapes(self) -> Any:
+        """The shape of each array of a training batch, in the batch's structure."""
+        ...
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Any:
+        """The batch of a step (0 = the first), or some rows of it."""
+        ...
+
+    def windows_of(self, step: int) -> list[str]:
+        """Where each row of a step's batch comes from, for its reader."""
+        ...
+
+    def validation(self, batches: int) -> Iterator[Any]:
+        """Up to so many held-out batches, the same ones every time; the last may have fewer rows."""
+        ...
+
+
 class Batches:
     """Batches of a mixture for a recipe: windows of T + 1 tokens, T apart, each used once per epoch of its source.
 
@@ -41,6 +64,11 @@ class Batches:
         self._sources = [_Source(source, recipe) for source in data.sources]
         self.windows = sum(source.train.count for source in self._sources)
         self.validation_windows = sum(source.held_out.count for source in self._sources)
+
+    @property
+    def shapes(self) -> tuple[int, int]:
+        """The shape of a training batch."""
+        return self.recipe.batch_size, self.recipe.sequence_length + 1
 
     def batch(self, step: int, rows: slice = slice(None)) -> np.ndarray:
         """The tokens `[B, T + 1]`, int32, of a step (0 = the first), or of some of its rows.

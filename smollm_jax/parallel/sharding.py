@@ -87,15 +87,17 @@ def shard_params(tree: Any, mesh: Mesh | None) -> Any:
     )
 
 
-def shard_batch(read_rows: Callable[[slice], np.ndarray], shape: tuple[int, int], mesh: Mesh | None) -> Array:
-    """A batch of `shape` on its devices, each with its rows; `read_rows(slice)` returns rows of the full batch."""
+def shard_batch(read_rows: Callable[[slice], Any], shapes: Any, mesh: Mesh | None) -> Any:
+    """A batch of arrays of these `shapes` on its devices; `read_rows(slice)` returns rows of the full batch."""
     if mesh is None:
         return jax.device_put(read_rows(slice(None)))
+    leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda shape: isinstance(shape, tuple))
 
-    def read_shard(index: Any) -> np.ndarray:
-        return read_rows(index[0])
+    def sharded(number: int, shape: tuple[int, ...]) -> Array:
+        read_shard = lambda index: jax.tree.leaves(read_rows(index[0]))[number]  # noqa: E731
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, BATCH_SPEC), read_shard)
 
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, BATCH_SPEC), read_shard)
+    return jax.tree.unflatten(structure, [sharded(number, shape) for number, shape in enumerate(leaves)])
 
 
 def all_gather_params(shards: Any, specs: Any) -> Any:
@@ -122,4 +124,8 @@ def reduce_scatter_grads(gradients: Any, specs: Any) -> Any:
         # Scatter first: then only a shard is summed over `data`, which may connect machines.
         return jax.lax.psum(jax.lax.psum_scatter(x, "fsdp", scatter_dimension=len(spec) - 1, tiled=True), "data")
 
-    return jax.tree.map(add, gradients, specs)
+    # A spec may stand for a whole tree.
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    return jax.tree.map(
+        lambda spec, part: jax.tree.map(lambda x: add(x, spec), part), specs, gradients, is_leaf=is_spec
+    )

@@ -121,15 +121,18 @@ class RunLog:
         if skipped_windows is not None:
             self.note(f"{text}: loss or gradient is not finite, update skipped; training windows {skipped_windows}")
 
-    def validation(self, step: int, loss: float) -> None:
-        """Logs the loss on held-out tokens, its perplexity, and its bits per byte if `bytes_per_token` is known."""
+    def validation(self, step: int, loss: float, **metrics: float) -> None:
+        """Logs the loss on held-out tokens, its perplexity, and its bits per byte if `bytes_per_token` is known.
+
+        Other `metrics` of the held-out data are written as "validation_NAME".
+        """
         perplexity = math.exp(loss) if loss < 700 else math.inf
         row = {"step": step, "validation_loss": loss, "validation_perplexity": perplexity}
         text = f"step {step}/{self._steps}  validation loss {loss:.4f}  perplexity {perplexity:,.1f}"
         if self._bytes_per_token:
             row["validation_bits_per_byte"] = bits_per_byte(loss, self._bytes_per_token)
             text += f"  {row['validation_bits_per_byte']:.3f} bits per byte"
-        self._write(row)
+        self._write(row | {f"validation_{name}": value for name, value in metrics.items()})
         self.note(text)
         if step == 0:
             self._initial_validation_loss = loss

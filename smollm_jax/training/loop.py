@@ -1,6 +1,7 @@
 """The training loop: batches, metrics, checkpoints, validation, and a clean stop on a signal.
 
-The path of a batch: token file -> `batch(step)` -> `train_step` -> metrics.
+The path of a batch: token file -> `batch(step)` -> `train_step` -> metrics. What is read, and what is learnt from it,
+are a `BatchSource` and an `Objective`: `Batches` and `NextToken` in pre-training.
 """
 
 import dataclasses
@@ -12,10 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
-from smollm_jax.data.batches import Batches
-from smollm_jax.model.smollm import SmolLM
+from smollm_jax.data.batches import BatchSource
 from smollm_jax.parallel import sharding
 from smollm_jax.parallel.processes import SyncedFlag
 from smollm_jax.runs.checkpoint import CheckpointStore
@@ -25,16 +24,18 @@ from smollm_jax.runs.pytree import flatten
 from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.training import optimizer
 from smollm_jax.training.execution import ExecutionConfig, Intervals
+from smollm_jax.training.loss import NEXT_TOKEN, Objective
 from smollm_jax.training.state import Progress, TrainState, recorded_environment
 from smollm_jax.training.train_step import Step, train_step
-from smollm_jax.training.validation import validation_loss
+from smollm_jax.training.validation import validation_means
 
 
 class Trainer:
     """Trains from `progress`, which it updates, to the recipe's last step.
 
     Checkpoints go to `store`, metrics to `log`. `step` is the result of `compile_step`; None: `train_step` compiles at
-    its first call. `sample(model)` returns a line to print at each validation, or None.
+    its first call. `sample(model)` returns a line to print at each validation, or None. `frozen`
+    is what the objective reads and does not train; `saved(model)` is called after each save.
     """
 
     def __init__(
@@ -43,21 +44,28 @@ class Trainer:
         progress: Progress,
         *,
         provenance: Provenance,
-        batches: Batches,
+        batches: BatchSource,
         store: CheckpointStore,
         execution: ExecutionConfig,
         intervals: Intervals,
         stop: StopSignal,
         log: RunLog,
         step: Step | None = None,
-        sample: Callable[[SmolLM], str | None] | None = None,
+        sample: Callable[[Any], str | None] | None = None,
+        objective: Objective = NEXT_TOKEN,
+        frozen: Any = None,
+        saved: Callable[[Any], None] | None = None,
     ):
         self.state, self.progress = state, progress
         self.recipe, self.provenance, self.batches = provenance.recipe, provenance, batches
         self.store, self.execution, self.intervals = store, execution, intervals
         self.stop, self.log, self.sample = stop, log, sample
         self.schedule = optimizer.learning_rate(self.recipe)
-        self.step = step or functools.partial(train_step, tx=optimizer.adamw(self.recipe), execution=execution)
+        self.objective, self.frozen, self.saved = objective, frozen, saved
+        if step is None:
+            tx = optimizer.adamw(self.recipe)
+            step = functools.partial(train_step, tx=tx, execution=execution, objective=objective)
+        self.step = step if frozen is None else functools.partial(step, frozen=frozen)
 
     def run(self) -> TrainState:
         """The state after the last step. A run that starts from weights is validated at step 0.
@@ -74,9 +82,9 @@ class Trainer:
             self.validate()
             log.resume_clock()
         stopping, pending = SyncedFlag(), None
-        tokens, input_seconds = self.load_batch(progress.step)
+        batch, input_seconds = self.load_batch(progress.step)
         while progress.step < recipe.steps and not stopping(bool(self.stop)):
-            self.state, metrics = self.step(self.state, tokens)
+            self.state, metrics = self.step(self.state, batch)
             progress.step += 1
             progress.tokens_seen += recipe.tokens_per_step
             step, is_last = progress.step, progress.step == recipe.steps
@@ -84,7 +92,7 @@ class Trainer:
                 self.log_step(*pending)
             pending = (step, metrics, input_seconds)
             if not is_last:
-                tokens, input_seconds = self.load_batch(step)  # while the device runs the step above
+                batch, input_seconds = self.load_batch(step)  # while the device runs the step above
             saving = is_last or (self.intervals.save_every and step % self.intervals.save_every == 0)
             validating = is_last or (self.intervals.eval_every and step % self.intervals.eval_every == 0)
             # On a CPU the call above blocks until the step is done: a late read hides nothing and blurs the throughput.
@@ -103,11 +111,11 @@ class Trainer:
         self.save_and_verify()
         return self.state
 
-    def load_batch(self, step: int) -> tuple[Array, float]:
+    def load_batch(self, step: int) -> tuple[Any, float]:
         """A step's batch on its devices, and the seconds to load it, which delay a device that is idle."""
-        start, shape = time.perf_counter(), (self.recipe.batch_size, self.recipe.sequence_length + 1)
-        tokens = sharding.shard_batch(lambda rows: self.batches.batch(step, rows), shape, self.execution.mesh)
-        return tokens, time.perf_counter() - start
+        start, shapes = time.perf_counter(), self.batches.shapes
+        batch = sharding.shard_batch(lambda rows: self.batches.batch(step, rows), shapes, self.execution.mesh)
+        return batch, time.perf_counter() - start
 
     def log_step(self, step: int, metrics: dict[str, Any], input_seconds: float) -> None:
         """Waits for a step's metrics and logs them; raises `DivergedError` if too many updates were not finite."""
@@ -126,14 +134,24 @@ class Trainer:
         meta |= {"cadence": dataclasses.asdict(self.intervals)}
         items = {"params": flatten(self.state.model), "optimizer": flatten(self.state.opt_state)}
         self.store.save(self.progress.step, items, meta)
+        if self.saved is not None:
+            self.saved(self.state.model)
 
     def validate(self) -> None:
         """Logs the loss on held-out batches and a sample; neither if a signal arrives meanwhile."""
         stop = None if jax.process_count() > 1 else self.stop
-        loss = validation_loss(self.state.model, self.batches, self.intervals.eval_batches, self.execution, stop)
-        if loss is None:
+        means = validation_means(
+            self.state.model,
+            self.batches,
+            self.intervals.eval_batches,
+            self.execution,
+            stop,
+            objective=self.objective,
+            frozen=self.frozen,
+        )
+        if means is None:
             return
-        self.log.validation(self.progress.step, loss)
+        self.log.validation(self.progress.step, **means)
         if self.sample is not None and (text := self.sample(self.state.model)):
             self.log.note(f"step {self.progress.step}/{self.recipe.steps}  {text}")
 

@@ -1,8 +1,9 @@
 """The loss of a batch and its gradients: targets, documents, micro-batches, devices."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -51,53 +52,105 @@ def total_loss(model: SmolLM, tokens: Int[Array, "B window"], execution: Executi
     return linear_cross_entropy(hidden.reshape(targets.size, -1), model.head, targets, operands=execution.operands)
 
 
+@runtime_checkable  # annotations are checked in tests
+class Objective(Protocol):
+    """What a step minimizes: a sum over a batch's rows, divided by a count over the whole batch.
+
+    Hashable, so that the jitted step takes it as a static argument. `frozen` is what the loss reads and does not train.
+    """
+
+    def count(self, batch: Any, execution: ExecutionConfig) -> Any:
+        """How many terms the summed loss of these rows has; padding rows have none."""
+        ...
+
+    def total(
+        self, model: Any, batch: Any, execution: ExecutionConfig, frozen: Any
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The summed loss of these rows, and further sums to log, by name; each is divided by the count too."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Pre-training: every token of a window of T + 1 tokens is learnt from those before it."""
+
+    def count(self, batch: Any, execution: ExecutionConfig) -> Any:
+        return (shift_targets(batch, execution) >= 0).sum()
+
+    def total(
+        self, model: Any, batch: Any, execution: ExecutionConfig, frozen: Any
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        return total_loss(model, batch, execution), {}
+
+
+NEXT_TOKEN = NextToken()
+
+
 def mean_loss(
-    model: SmolLM, tokens: Int[Array, "B window"], execution: ExecutionConfig, count: Int[Array, ""] | None = None
-) -> Float[Array, ""]:
-    """`total_loss` divided by its number of targets, or by `count` if these windows are only part of a batch."""
-    return total_loss(model, tokens, execution) / (
-        (shift_targets(tokens, execution) >= 0).sum() if count is None else count
-    )
+    model: Any,
+    batch: Any,
+    execution: ExecutionConfig,
+    count: Int[Array, ""] | None = None,
+    objective: Objective = NEXT_TOKEN,
+    frozen: Any = None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The objective's sums divided by its count, or by `count` if these rows are only part of a batch."""
+    total, metrics = objective.total(model, batch, execution, frozen)
+    terms = objective.count(batch, execution) if count is None else count
+    return total / terms, {name: value / terms for name, value in metrics.items()}
 
 
 def mean_gradients(
-    model: SmolLM, tokens: Int[Array, "B window"], execution: ExecutionConfig, count: Int[Array, ""] | None = None
-) -> tuple[Float[Array, ""], SmolLM]:
-    """The mean loss and its gradients. Accumulates over `accumulation_steps` micro-batches; sums in float32."""
-    count = (shift_targets(tokens, execution) >= 0).sum() if count is None else count
+    model: Any,
+    batch: Any,
+    execution: ExecutionConfig,
+    count: Int[Array, ""] | None = None,
+    objective: Objective = NEXT_TOKEN,
+    frozen: Any = None,
+) -> tuple[tuple[Float[Array, ""], dict[str, Array]], Any]:
+    """`mean_loss` and its gradients. Accumulates over `accumulation_steps` micro-batches; sums in float32."""
+    count = objective.count(batch, execution) if count is None else count
+    learn = jax.value_and_grad(mean_loss, has_aux=True)
     if execution.accumulation_steps == 1:
-        return jax.value_and_grad(mean_loss)(model, tokens, execution, count)
-    micro_batches = tokens.reshape(execution.accumulation_steps, -1, tokens.shape[1])
+        return learn(model, batch, execution, count, objective, frozen)
+    micro_batches = jax.tree.map(lambda x: x.reshape(execution.accumulation_steps, -1, *x.shape[1:]), batch)
 
-    def add(total: Any, micro_batch: Int[Array, "b window"]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(model, micro_batch, execution, count)), None
+    def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, learn(model, micro_batch, execution, count, objective, frozen)), None
 
-    shapes = jax.eval_shape(lambda: jax.value_and_grad(mean_loss)(model, micro_batches[0], execution, count))
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    shapes = jax.eval_shape(lambda: learn(model, first, execution, count, objective, frozen))
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micro_batches)[0]
 
 
 def data_parallel(
     per_shard: Callable[..., Any],
-    model: SmolLM,
-    tokens: Int[Array, "B window"],
+    model: Any,
+    batch: Any,
     execution: ExecutionConfig,
+    objective: Objective,
+    frozen: Any,
     *,
     out_specs: Any,
 ) -> Any:
     """`mean_loss` or `mean_gradients` on each device's rows, summed over devices and sharded as `out_specs` says."""
     mesh = execution.mesh
     if mesh is None:
-        return per_shard(model, tokens, execution)
-    specs = sharding.fsdp_specs(model, mesh)
+        return per_shard(model, batch, execution, None, objective, frozen)
+    specs, frozen_specs = sharding.fsdp_specs(model, mesh), sharding.fsdp_specs(frozen, mesh)
 
     # check_vma=False: each device computes independently, and all reductions over devices are explicit here.
     @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(specs, sharding.BATCH_SPEC), out_specs=out_specs, check_vma=False
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(specs, sharding.BATCH_SPEC, frozen_specs),
+        out_specs=out_specs,
+        check_vma=False,
     )
-    def shard_fn(shards: Any, tokens: Any) -> Any:
-        count = jax.lax.psum((shift_targets(tokens, execution) >= 0).sum(), sharding.AXES)
-        return sharding.reduce_scatter_grads(
-            per_shard(sharding.all_gather_params(shards, specs), tokens, execution, count), out_specs
-        )
+    def shard_fn(shards: Any, batch: Any, frozen_shards: Any) -> Any:
+        count = jax.lax.psum(objective.count(batch, execution), sharding.AXES)
+        model = sharding.all_gather_params(shards, specs)
+        frozen = sharding.all_gather_params(frozen_shards, frozen_specs)
+        return sharding.reduce_scatter_grads(per_shard(model, batch, execution, count, objective, frozen), out_specs)
 
-    return shard_fn(model, tokens)
+    return shard_fn(model, batch, frozen)

@@ -253,12 +253,14 @@ def compiled_bytes(step: Any) -> int:
     )
 
 
-def compile_within(limit: int, config: Config, recipe: Recipe, execution: ExecutionConfig, platform: str) -> Step:
+def compile_within(
+    limit: int, config: Config, recipe: Recipe, execution: ExecutionConfig, platform: str, **options: Any
+) -> Step:
     """`train_step.compile_step`, but raises `UsageError` if the compiled step needs more than `limit` bytes.
 
     `limit` 0 means unknown: nothing is checked.
     """
-    step: Any = train_step.compile_step(config, recipe, execution)
+    step: Any = train_step.compile_step(config, recipe, execution, **options)
     if limit:
         require_fit(config, recipe, execution, platform, compiled_bytes(step), limit)
     return step

@@ -42,7 +42,7 @@ from smollm_jax.training.sample import Sampler
 from smollm_jax.training.setup import Setup, set_up
 from smollm_jax.training.state import Progress, TrainState, init_model, init_train_state, recorded_environment
 from smollm_jax.training.train_step import Step
-from smollm_jax.training.validation import validation_loss
+from smollm_jax.training.validation import validation_means
 from smollm_jax.weights.bundle import Bundle
 
 
@@ -139,13 +139,13 @@ def compile_in_background(
         start = time.perf_counter()
         return compile_step(), time.perf_counter() - start
 
-    def step(state: TrainState, tokens: Any) -> tuple[TrainState, dict[str, Any]]:
+    def step(state: TrainState, batch: Any, **frozen: Any) -> tuple[TrainState, dict[str, Any]]:
         nonlocal silent
         compiled, seconds = compiling.result()
         if not silent:
             print(f"compiled    the training step in {seconds:.1f} s", flush=True)
             silent = True
-        return compiled(state, tokens)
+        return compiled(state, batch, **frozen)
 
     compiling = pool.submit(timed)
     return compiling, step
@@ -262,9 +262,9 @@ def print_comparison(setup: Setup, data: Data, stop: StopSignal) -> None:
     """Prints the loss of the --compare-with weights on the same text; nothing if a signal arrives meanwhile."""
     assert setup.compare_with is not None
     model = sharding.shard_params(weights.load(setup.compare_with)[0], setup.execution.mesh)
-    loss = validation_loss(model, data.batches, setup.intervals.eval_batches, setup.execution, stop)
-    if loss is not None:
-        bits = metrics.bits_per_byte(loss, data.bytes_per_token)
+    means = validation_means(model, data.batches, setup.intervals.eval_batches, setup.execution, stop)
+    if means is not None:
+        bits = metrics.bits_per_byte(means["loss"], data.bytes_per_token)
         print(f"for comparison: {setup.compare_with}, {bits:.3f} bits per byte")
 
 

@@ -7,33 +7,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from smollm_jax.config import Config, Recipe
 from smollm_jax.parallel import sharding
 from smollm_jax.training import optimizer
 from smollm_jax.training.execution import ExecutionConfig
-from smollm_jax.training.loss import data_parallel, mean_gradients
+from smollm_jax.training.loss import NEXT_TOKEN, Objective, data_parallel, mean_gradients
 from smollm_jax.training.state import TrainState, abstract_state
 
-Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+Step = Callable[..., tuple[TrainState, dict[str, Any]]]  # of a state, a batch and what is frozen
 
 
-@functools.partial(jax.jit, static_argnames=("tx", "execution"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("tx", "execution", "objective"), donate_argnames="state")
 def train_step(
     state: TrainState,
-    tokens: Int[Array, "B window"],
+    batch: Any,
+    frozen: Any = None,
     *,
     tx: optax.GradientTransformationExtraArgs,
     execution: ExecutionConfig,
+    objective: Objective = NEXT_TOKEN,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """The state after one optimizer step, with loss and gradient norm (before clipping) as device scalars.
+    """The state after one optimizer step, with loss, gradient norm (before clipping) and the objective's other means as
+    device scalars.
 
     If loss or norm is not finite, the state is returned unchanged, bit for bit, including its step count.
     """
     gradients: Any
-    out_specs = (sharding.REPLICATED, sharding.fsdp_specs(state.model, execution.mesh))
-    loss, gradients = data_parallel(mean_gradients, state.model, tokens, execution, out_specs=out_specs)
+    out_specs = ((sharding.REPLICATED, sharding.REPLICATED), sharding.fsdp_specs(state.model, execution.mesh))
+    (loss, metrics), gradients = data_parallel(
+        mean_gradients, state.model, batch, execution, objective, frozen, out_specs=out_specs
+    )
     with jax.named_scope("optimizer"):  # `scripts/profile_train.py` groups by this name
         norm = optax.tree.norm(gradients)
 
@@ -47,7 +52,7 @@ def train_step(
     state = update_where(jnp.isfinite(loss) & jnp.isfinite(norm), update, state)
     if execution.mesh is not None:  # keep the sharding, so that donated buffers are reused
         state = jax.lax.with_sharding_constraint(state, sharding.shardings(state, execution.mesh))
-    return state, {"loss": loss, "gradient_norm": norm}
+    return state, {"loss": loss, "gradient_norm": norm, **metrics}
 
 
 def update_where(finite: Bool[Array, ""], update: Callable[[TrainState], TrainState], state: TrainState) -> TrainState:
@@ -63,11 +68,25 @@ def update_where(finite: Bool[Array, ""], update: Callable[[TrainState], TrainSt
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(state), state)
 
 
-def compile_step(config: Config, recipe: Recipe, execution: ExecutionConfig) -> Step:
-    """A run's `train_step`, compiled ahead of time from shapes alone, before any data or weights are loaded."""
-    sharding_of_rows = (
-        jax.sharding.NamedSharding(execution.mesh, sharding.BATCH_SPEC) if execution.mesh is not None else None
-    )
-    tokens = jax.ShapeDtypeStruct((recipe.batch_size, recipe.sequence_length + 1), jnp.int32, sharding=sharding_of_rows)
-    state = sharding.abstract(abstract_state(config, recipe), execution.mesh)
-    return train_step.lower(state, tokens, tx=optimizer.adamw(recipe), execution=execution).compile()
+def compile_step(
+    config: Config,
+    recipe: Recipe,
+    execution: ExecutionConfig,
+    *,
+    objective: Objective = NEXT_TOKEN,
+    batch: Any = None,
+    state: Any = None,
+    frozen: Any = None,
+) -> Step:
+    """A run's `train_step`, compiled ahead of time from shapes alone, before any data or weights are loaded.
+
+    Without the shapes of a `batch` and a `state` they are pre-training's; `frozen` is as in `train_step`.
+    """
+    by_rows = jax.sharding.NamedSharding(execution.mesh, sharding.BATCH_SPEC) if execution.mesh is not None else None
+    if batch is None:
+        batch = jax.ShapeDtypeStruct((recipe.batch_size, recipe.sequence_length + 1), jnp.int32)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_rows), batch)
+    state = sharding.abstract(abstract_state(config, recipe) if state is None else state, execution.mesh)
+    frozen = {} if frozen is None else {"frozen": sharding.abstract(frozen, execution.mesh)}
+    options = {"tx": optimizer.adamw(recipe), "execution": execution, "objective": objective}
+    return train_step.lower(state, batch, **frozen, **options).compile()
