@@ -18,11 +18,11 @@ from smollm_jax import weights
 from smollm_jax.commands import app
 from smollm_jax.runs.checkpoint import CheckpointStore
 from smollm_jax.web import server
-from smollm_jax.web.requests import KNOBS
+from smollm_jax.web.requests import SLIDERS
 from smollm_jax.weights import mapping
 from tests import trainer
 
-GREEDY = {name: knob.default for name, knob in KNOBS.items()} | {
+GREEDY = {name: slider.default for name, slider in SLIDERS.items()} | {
     "temperature": 0.0,
     "top_p": 1.0,
     "max_new_tokens": 16,
@@ -65,7 +65,7 @@ class Client:
 
     def values(self, prompt: Any, **changed: Any) -> list[Any]:
         """What the page sends to continue a prompt."""
-        numbers = GREEDY | {name: value for name, value in changed.items() if name in KNOBS}
+        numbers = GREEDY | {name: value for name, value in changed.items() if name in SLIDERS}
         return [changed.get("weights", self.weights), prompt, changed.get("stop", ""), *numbers.values()]
 
     def join(self, session: str, function: str, values: list[Any]) -> httpx.Response:

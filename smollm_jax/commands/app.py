@@ -1,17 +1,19 @@
-"""A page in the browser to complete texts, to chat, and to watch runs learn.
+"""A web page to complete texts, to chat, and to watch training runs.
 
-    python scripts/app.py                                            # fetches the real weights on first use
+    python scripts/app.py                                            # downloads the real weights on first use
     python scripts/app.py --weights runs/my-run --port 7861
-    python scripts/app.py --host 0.0.0.0                             # for others too: there is no password
+    python scripts/app.py --host 0.0.0.0                             # open to others, without a password
 
-Needs the extra "web". Everything under assets/ and runs/ can be picked on the page, checkpoints of a run that is being
-trained too. The page asks no other host for anything, and takes no upload.
+Needs the extra "web". The page offers all weights under assets/ and runs/, including checkpoints of a run that is still
+training. It loads nothing from other hosts and accepts no uploads.
 """
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from smollm_jax import errors
 from smollm_jax.commands import command_line
@@ -22,39 +24,39 @@ from smollm_jax.web import server
 @dataclasses.dataclass(frozen=True)
 class Flags:
     weights: Path | None = None
-    """Weights of any kind to begin with; default: assets/SmolLM2-135M-Instruct, fetched when first asked something."""
+    """Weights in any format to start with; default: assets/SmolLM2-135M-Instruct, downloaded on first use."""
     host: str = "127.0.0.1"
-    """Address to listen on; any but this machine's own lets others use the page."""
+    """Address to listen on; any but a loopback address lets others use the page."""
     port: int = 7860
-    """0 takes a free one."""
+    """Port; 0 takes a free one."""
     runs: Path = Path("runs")
     """Folder of run folders."""
     assets: Path = dataclasses.field(default_factory=folder)
-    """Folder of weights; outside of a checkout one in the user's cache."""
+    """Folder of weights; outside of a checkout it is in the user's cache."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and the cache."""
+    """Data type of weights and cache."""
     quantize: Literal["bf16", "int8"] | None = None
     """On a CPU: store matrices as bfloat16 or in int8 blocks of 32 (GGUF's q8_0) and compute in float32."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
-    queue: int = 64
-    """Requests that may wait; more are refused."""
+    max_queue: Annotated[int, tyro.conf.arg(aliases=["--queue"])] = 64
+    """Requests that can wait; more are refused."""
     time_limit: float = 300.0
-    """Seconds of writing a request may take."""
-    loaded: int = 2
-    """Weights kept in memory."""
+    """Seconds that generating an answer can take."""
+    max_loaded: Annotated[int, tyro.conf.arg(aliases=["--loaded"])] = 2
+    """Models kept in memory."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
     @property
     def connections(self) -> int:
-        """Open at once; also the visits remembered, of which the runs tab of an older one begins anew."""
-        return 8 * self.queue + 64
+        """Open connections at once, and visits whose state is kept; in an older visit the Runs tab starts over."""
+        return 8 * self.max_queue + 64
 
 
 GROUPS = {
-    "page": ("host", "port", "queue", "time_limit"),
-    "model": ("weights", "dtype", "quantize", "tokenizer", "loaded"),
+    "page": ("host", "port", "max_queue", "time_limit"),
+    "model": ("weights", "dtype", "quantize", "tokenizer", "max_loaded"),
     "folders": ("runs", "assets"),
     "other": ("debug",),
 }
@@ -62,15 +64,15 @@ GROUPS = {
 
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
-    if flags.queue < 1 or flags.loaded < 1 or not 0 < flags.time_limit < float("inf"):
-        raise errors.UsageError("--queue and --loaded must be at least 1, --time-limit above 0 and finite")
+    if flags.max_queue < 1 or flags.max_loaded < 1 or not 0 < flags.time_limit < float("inf"):
+        raise errors.UsageError("--max-queue and --max-loaded must be at least 1, --time-limit above 0 and finite")
     listener = server.listen(flags.host, flags.port)
     app = build(flags)
     import uvicorn
 
     if not server.is_loopback(flags.host):
         print(
-            f"warning: --host {flags.host}: whoever reaches this machine can use the page, there is no password",
+            f"warning: --host {flags.host}: anyone who can reach this machine can use the page, without a password",
             file=sys.stderr,
         )
     shown = f"[{flags.host}]" if ":" in flags.host else flags.host
@@ -83,15 +85,15 @@ def main(argv: list[str] | None = None) -> None:
 def build(flags: Flags):
     """The ASGI app of these flags."""
     return server.build(
-        given=flags.weights,
+        initial_weights=flags.weights,
         assets=flags.assets,
         runs=flags.runs,
         host=flags.host,
         dtype=flags.dtype,
         quantize=flags.quantize,
         tokenizer=flags.tokenizer,
-        keep=flags.loaded,
-        queue_size=flags.queue,
+        max_loaded=flags.max_loaded,
+        queue_size=flags.max_queue,
         connections=flags.connections,
         time_limit=flags.time_limit,
     )

@@ -1,3 +1,3 @@
-"""The web page of `scripts/app.py`: what may be asked (`requests`), which weights there are (`model_store`), the
-answers (`generation_stream`, `responses`), runs as they are written (`run_curves`), and how it all is shown (`page`)
-and guarded (`middleware`)."""
+"""The web page of `smollm app` (`scripts/app.py`): `server` starts it behind `middleware`, `page` lays out its tabs,
+`requests` checks what a client sends, `model_store` loads weights, `responses` and `generation_stream` generate texts,
+and `run_curves` reads the logs of training runs."""

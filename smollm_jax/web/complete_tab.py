@@ -5,9 +5,9 @@ from typing import Any
 import gradio as gr
 
 from smollm_jax.errors import UsageError
-from smollm_jax.web.events import LIGHT, WRITING, note, numbered, waiting, writing
-from smollm_jax.web.generation_stream import Cut
-from smollm_jax.web.responses import Answers, Frame
+from smollm_jax.web.events import STREAMING, UNQUEUED, by_name, errors_in_note, note, progress_html
+from smollm_jax.web.generation_stream import TruncatedText
+from smollm_jax.web.responses import Frame, Handlers
 
 LEGEND = (
     '<div class="legend">unlikely<i>'
@@ -18,68 +18,70 @@ HINT = '<p class="hint">The continuation appears here, each token tinted by the 
 
 
 class CompleteTab:
-    """The tab's fields; `wire` binds them once the rest of the page is there."""
+    """The tab's components; `wire` binds their events once the rest of the page exists."""
 
-    def __init__(self, answers: Answers, status: gr.HTML):
-        self.answers, self.status = answers, status
+    def __init__(self, handlers: Handlers, status: gr.HTML):
+        self.handlers, self.status = handlers, status
         with gr.Tab("Complete") as self.tab:
             self.prompt = gr.Textbox(
                 "The capital of France is", label="Prompt", lines=3, max_lines=12, elem_id="prompt"
             )
             with gr.Row():
-                self.go = gr.Button("Complete", variant="primary", scale=4, min_width=160, elem_id="complete")
+                self.start = gr.Button("Complete", variant="primary", scale=4, min_width=160, elem_id="complete")
                 self.stop = gr.Button("Stop", scale=1, min_width=90, elem_id="stop")
             self.note = note("complete-note")
             self.answer = gr.HTML(HINT, elem_id="answer", padding=False)
-            self.on = gr.Button("Continue: the limit cut it here", visible=False, size="sm", elem_id="continue")
+            self.more = gr.Button("Continue: the limit ended it here", visible=False, size="sm", elem_id="continue")
             gr.HTML(LEGEND, padding=False)
-        self.cut, self.writer = gr.State(None), gr.State("")
+        self.truncated, self.writer = gr.State(None), gr.State("")  # writer: name of the weights that wrote the text
 
     def wire(self, weights: gr.Dropdown, sampling: list[Any]) -> None:
         """Binds the buttons."""
-        outputs = [self.answer, self.status, self.note, self.on, self.cut, self.writer]
+        outputs = [self.answer, self.status, self.note, self.more, self.truncated, self.writer]
         completing = gr.on(
-            [self.go.click, self.prompt.submit],
-            writing(self.on_complete, refused),
+            [self.start.click, self.prompt.submit],
+            errors_in_note(self.on_complete, error_outputs),
             [weights, self.prompt, *sampling],
             outputs,
             api_name="complete",
             show_progress_on=self.note,
-            **WRITING,
+            **STREAMING,
         )
-        going_on = self.on.click(
-            writing(self.on_continue, refused),
-            [self.cut, *sampling],
+        continuing = self.more.click(
+            errors_in_note(self.on_continue, error_outputs),
+            [self.truncated, *sampling],
             outputs,
             api_name="complete_on",
             show_progress_on=self.note,
-            **WRITING,
+            **STREAMING,
         )
-        self.stop.click(lambda: "", outputs=self.note, cancels=[completing, going_on], **LIGHT)
+        self.stop.click(lambda: "", outputs=self.note, cancels=[completing, continuing], **UNQUEUED)
 
     def on_complete(self, name: Any, prompt: Any, stop: Any, *values: Any):
         """The continuation of a prompt."""
-        yield from map(shown, self.answers.complete(name, prompt, numbered(values), stop))
+        yield from map(frame_outputs, self.handlers.complete(name, prompt, by_name(values), stop))
 
-    def on_continue(self, cut: Any, stop: Any, *values: Any):
-        """More of a continuation that a limit cut."""
-        yield from map(shown, self.answers.complete_on(kept(cut), numbered(values), stop))
-
-
-def kept(cut: Any) -> Cut:
-    """What a visit keeps of a text that a limit cut; raises `UsageError` where there is none."""
-    if not isinstance(cut, Cut):
-        raise UsageError("there is no text to go on with")
-    return cut
+    def on_continue(self, truncated: Any, stop: Any, *values: Any):
+        """More of a text that a limit ended."""
+        frames = self.handlers.continue_completion(require_truncated(truncated), by_name(values), stop)
+        yield from map(frame_outputs, frames)
 
 
-def shown(frame: Frame) -> tuple[Any, ...]:
-    """The outputs of a frame."""
-    if frame.waiting:
-        return gr.skip(), gr.skip(), waiting(frame.waiting), gr.skip(), gr.skip(), gr.skip()
-    return frame.shown, frame.status, "", gr.Button(visible=frame.cut is not None), frame.cut, frame.weights
+def require_truncated(state: Any) -> TruncatedText:
+    """The text to continue, from a visit's state. Raises `UsageError` where there is none."""
+    if not isinstance(state, TruncatedText):
+        raise UsageError("there is no text to continue")
+    return state
 
 
-def refused(why: str, *_: Any) -> tuple[Any, ...]:
-    """The outputs of a refusal: all stays as it was, but for the line that says why."""
-    return gr.skip(), gr.skip(), why, gr.skip(), gr.skip(), gr.skip()
+def frame_outputs(frame: Frame) -> tuple[Any, ...]:
+    """The tab's outputs for a frame."""
+    if frame.progress:
+        return gr.skip(), gr.skip(), progress_html(frame.progress), gr.skip(), gr.skip(), gr.skip()
+    more = gr.Button(visible=frame.truncated is not None)
+    return frame.content, frame.status, "", more, frame.truncated, frame.weights
+
+
+def error_outputs(message: str, *_: Any) -> tuple[Any, ...]:
+    """The tab's outputs for an error: only the note changes."""
+    return gr.skip(), gr.skip(), message, gr.skip(), gr.skip(), gr.skip()

@@ -1,4 +1,4 @@
-"""How the page's events are bound to functions: queued or not, and where the page shows why one was refused."""
+"""How the page's events are bound to functions: queued or not, and where the page shows an error."""
 
 import functools
 import html
@@ -9,28 +9,28 @@ from typing import Any
 import gradio as gr
 
 from smollm_jax.errors import SmolLMError
-from smollm_jax.web.requests import KNOBS
+from smollm_jax.web.requests import SLIDERS
 
-# The values come to the handlers as the client sent them, for `ask` to check: Gradio would round a number, and turn
-# anything into a text.
+# Handlers get the values as the client sent them, and `requests` checks them. Gradio's own conversion would round
+# numbers and turn anything into a string.
 RAW: dict[str, Any] = {"preprocess": False}
-# One text is written at a time: two would share the device, and both be slower.
-WRITING: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal", **RAW}
-LIGHT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private", **RAW}
+# One text is generated at a time: two would share the device, and both would be slower.
+STREAMING: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal", **RAW}
+UNQUEUED: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private", **RAW}
 
 
-def numbered(values: tuple[Any, ...]) -> dict[str, Any]:
-    """The values of the knobs by name."""
-    return dict(zip(KNOBS, values, strict=True))
+def by_name(values: tuple[Any, ...]) -> dict[str, Any]:
+    """The sliders' values by name."""
+    return dict(zip(SLIDERS, values, strict=True))
 
 
 def note(name: str) -> gr.HTML:
-    """The line below a tab's buttons: what is waited for, or why the last try was refused; else it takes no space."""
+    """The line below a tab's buttons for progress or an error. It takes no space while it is empty."""
     return gr.HTML("", elem_id=name, elem_classes="note", padding=False)
 
 
-def waiting(doing: str) -> str:
-    """A spinner, what is waited for and, filled in by the page's script, for how many seconds. Empty for nothing."""
+def progress_html(doing: str) -> str:
+    """A spinner, what is being done, and seconds that the page's script counts. Empty for an empty text."""
     if not doing:
         return ""
     return (
@@ -38,43 +38,43 @@ def waiting(doing: str) -> str:
     )
 
 
-def fault(error: Exception) -> str:
-    """The line of a refusal; a bug goes to the server's log, not to the user."""
-    return f'<p class="fault" role="alert">{html.escape(reason(error), quote=False)}</p>'
+def error_html(error: Exception) -> str:
+    """An error as a line of the page."""
+    return f'<p class="fault" role="alert">{html.escape(error_message(error), quote=False)}</p>'
 
 
-def reason(error: Exception) -> str:
-    """What the page says of an error."""
+def error_message(error: Exception) -> str:
+    """The text for the user. A bug goes to the server's log instead."""
     if isinstance(error, SmolLMError):
         return str(error)
     logging.getLogger(__name__).exception("a request failed", exc_info=error)
-    return "an error in the server; its log says more"
+    return "internal error: see the server's log"
 
 
-def writing(
-    function: Callable[..., Generator[Any, None, None]], refused: Callable[..., tuple[Any, ...]]
+def errors_in_note(
+    function: Callable[..., Generator[Any, None, None]], error_outputs: Callable[..., tuple[Any, ...]]
 ) -> Callable[..., Generator[Any, None, None]]:
-    """The streaming handler whose last frame, when it fails, is `refused` of the line that says why and its values."""
+    """Wraps a streaming handler. On an error its last frame is `error_outputs(error_html, *values)`."""
 
     @functools.wraps(function)
     def handler(*values: Any) -> Generator[Any, None, None]:
         try:
             yield from function(*values)
         except Exception as error:
-            yield refused(fault(error), *values)
+            yield error_outputs(error_html(error), *values)
 
     return handler
 
 
-def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The light handler, what it refuses told in a corner: its values are none that the page itself sends."""
+def errors_in_toast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps an unqueued handler. Its errors pop up in a corner: the page itself sends no values that cause one."""
 
     @functools.wraps(function)
     def handler(*values: Any) -> Any:
         try:
             return function(*values)
         except Exception as error:
-            said = html.escape(reason(error), quote=False)
-            raise gr.Error(said, title="Not done", duration=12, print_exception=False) from error
+            message = html.escape(error_message(error), quote=False)
+            raise gr.Error(message, title="Not done", duration=12, print_exception=False) from error
 
     return handler

@@ -1,4 +1,4 @@
-"""One text as it is written: its pieces in frames of the page, why it ended, and what it takes to go on with it."""
+"""One text while it is generated: its pieces by page update, why it ended, and what it takes to continue it."""
 
 import contextlib
 import html
@@ -9,52 +9,60 @@ from typing import NamedTuple
 
 from smollm_jax.errors import UsageError
 from smollm_jax.generation.engine import Chunk
-from smollm_jax.web.model_store import Loaded
-from smollm_jax.web.requests import Ask
+from smollm_jax.web.model_store import LoadedModel
+from smollm_jax.web.requests import GenerationRequest
 from smollm_jax.web.token_html import ALTERNATIVES, TintedText
 
 FRAME_SECONDS = 0.05  # between two updates of the page
-CHAT_FRAME_SECONDS = 0.1  # an answer's Markdown is rendered anew each time: 7 ms for 2,000 characters
+CHAT_FRAME_SECONDS = 0.1  # each renders the answer's Markdown again: 7 ms for 2,000 characters
 
 
-class Cut(NamedTuple):
-    """A text that a limit cut short: what it takes to go on with the very tokens it had."""
+class TruncatedText(NamedTuple):
+    """A text that the token or time limit ended, with what it takes to continue from the same tokens."""
 
     weights: str
-    ids: list[int]  # of the prompt and of the text so far, without those of half a character
-    written: int  # how many of them are the text's
-    packed: bytes  # what was shown of them: it stays on the server, 0.4 kB of HTML a token otherwise
+    ids: list[int]  # of prompt and text, without the tokens of an incomplete character at the end
+    new_tokens: int  # how many of `ids` were generated
+    compressed: bytes  # the content shown for them. It stays on the server, at 0.4 kB of HTML a token uncompressed.
 
     @property
-    def shown(self) -> str:
-        """The HTML or the text that was shown of the tokens."""
-        return zlib.decompress(self.packed).decode()
+    def content(self) -> str:
+        """The HTML or text that was shown."""
+        return zlib.decompress(self.compressed).decode()
 
 
-class Writing:
-    """The pieces of one continuation of `ids`, with its speed and the wall clock of the request over it.
+class GenerationStream:
+    """The pieces of one continuation of `ids`, its speed, and the request's deadline.
 
-    It ends where the context is full, if that comes before the number of tokens asked for. `written`: how many of
-    `ids` are the text's already, where one goes on.
+    It ends early where the context is full. `new_tokens`: how many of `ids` were generated before, when it continues a
+    truncated text.
     """
 
-    def __init__(self, name: str, loaded: Loaded, ids: list[int], asked: Ask, deadline: float, written: int = 0):
+    def __init__(
+        self,
+        name: str,
+        loaded: LoadedModel,
+        ids: list[int],
+        request: GenerationRequest,
+        deadline: float,
+        new_tokens: int = 0,
+    ):
         self.name, self.loaded = name, loaded
-        self._ids, self._written, self._deadline = list(ids), written, deadline
+        self._ids, self._earlier_tokens, self._deadline = list(ids), new_tokens, deadline
         self._context = loaded.engine.config.max_position_embeddings
         space = self._context - len(ids)
         self._pieces = loaded.engine.stream(
             [ids],
-            max_new_tokens=min(asked.max_new_tokens, space) if space > 0 else asked.max_new_tokens,
-            sampling=asked.sampling,
-            stop=asked.stop,
+            max_new_tokens=min(request.max_new_tokens, space) if space > 0 else request.max_new_tokens,
+            sampling=request.sampling,
+            stop=request.stop,
             alternatives=ALTERNATIVES,  # in a chat too, which shows none: one compiled program for both
         )
         self.count, self.finish = 0, ""
-        self._began = 0.0
+        self._first_piece_time = 0.0
 
     def frames(self, seconds: float = FRAME_SECONDS) -> Iterator[list[Chunk]]:
-        """The pieces of each frame of the page."""
+        """The pieces of each page update, at most one update every `seconds`."""
         frame, last = [], 0.0
         with contextlib.closing(self._pieces):
             for piece in self._pieces:
@@ -62,42 +70,42 @@ class Writing:
                 self.count += len(piece.tokens)
                 self._ids += [token.id for token in piece.tokens]
                 now = time.monotonic()
-                self._began = self._began or now  # the first piece had the prompt to read
-                self.finish = self._reason(piece, now)
+                self._first_piece_time = self._first_piece_time or now  # prefill is not part of the speed
+                self.finish = self._finish_reason(piece, now)
                 if self.finish or now - last > seconds:
                     yield frame
                     frame, last = [], now
                 if self.finish:
                     return
 
-    def _reason(self, piece: Chunk, now: float) -> str:
+    def _finish_reason(self, piece: Chunk, now: float) -> str:
         if piece.finish == "length" and len(self._ids) >= self._context:
             return "context"
         return piece.finish or ("time" if now > self._deadline else "")
 
-    def cut(self, shown: str, unshown: int) -> Cut | None:
-        """The text to go on with, once a limit has cut it; `unshown`: how many of its last tokens `shown` lacks."""
+    def truncated(self, content: str, pending: int) -> TruncatedText | None:
+        """The text to continue, where a limit ended it; `pending`: how many of its last tokens `content` lacks."""
         if self.finish not in ("length", "time"):
             return None
-        ids = self._ids[: len(self._ids) - unshown]
-        written = self._written + self.count - unshown
-        return Cut(self.name, ids, written, zlib.compress(shown.encode())) if written > 0 else None
+        ids = self._ids[: len(self._ids) - pending]
+        new_tokens = self._earlier_tokens + self.count - pending
+        return TruncatedText(self.name, ids, new_tokens, zlib.compress(content.encode())) if new_tokens > 0 else None
 
     @property
     def speed(self) -> str:
-        """The speed so far, the first token left out."""
-        seconds = time.monotonic() - self._began
+        """Tokens per second so far, without the first token; empty where there is no second one."""
+        seconds = time.monotonic() - self._first_piece_time
         return f"{(self.count - 1) / seconds:,.1f} tokens/s" if self.count > 1 and seconds > 0 else ""
 
 
-def encoded(loaded: Loaded, prompt: str) -> list[int]:
-    """The prompt's token ids; raises `UsageError` for one that cannot fit the context, before tokenising it."""
-    check_size(loaded, prompt)
+def encode_prompt(loaded: LoadedModel, prompt: str) -> list[int]:
+    """The prompt's token ids. Raises `UsageError`, before tokenising, for a prompt that cannot fit the context."""
+    check_fits_context(loaded, prompt)
     return loaded.engine.encode(prompt)
 
 
-def check_size(loaded: Loaded, text: str) -> None:
-    """Raises `UsageError` for a text that were too long for the context if all its tokens were the longest there is."""
+def check_fits_context(loaded: LoadedModel, text: str) -> None:
+    """Raises `UsageError` for a text that exceeds the context even if it consists of the longest tokens only."""
     fewest = len(text.encode("utf-8", "surrogatepass")) // loaded.longest_token
     context = loaded.engine.config.max_position_embeddings
     if fewest >= context:
@@ -106,25 +114,26 @@ def check_size(loaded: Loaded, text: str) -> None:
         )
 
 
-def tinted(writing: Writing, shown: str) -> Iterator[tuple[str, Cut | None]]:
-    """The HTML so far, every frame, and with the last one what it takes to go on; `shown` stands before the text."""
-    text = TintedText(writing.loaded.engine.tokenizer)
-    for pieces in writing.frames():
-        shown += "".join(text.add(piece) for piece in pieces)
-        yield shown + (text.end(writing.finish) if writing.finish else ""), writing.cut(shown, text.unshown[0])
+def tinted_frames(stream: GenerationStream, content: str) -> Iterator[tuple[str, TruncatedText | None]]:
+    """The HTML after each page update, and with the last one the text to continue, if any. It begins with `content`."""
+    text = TintedText(stream.loaded.engine.tokenizer)
+    for pieces in stream.frames():
+        content += "".join(text.add(piece) for piece in pieces)
+        end = text.end(stream.finish) if stream.finish else ""
+        yield content + end, stream.truncated(content, text.pending[0])
 
 
-def plain(writing: Writing, shown: str) -> Iterator[tuple[str, Cut | None]]:
-    """The same of a text without tints."""
-    text = TintedText(writing.loaded.engine.tokenizer)
-    for pieces in writing.frames(CHAT_FRAME_SECONDS):
+def plain_frames(stream: GenerationStream, content: str) -> Iterator[tuple[str, TruncatedText | None]]:
+    """The same as plain text."""
+    text = TintedText(stream.loaded.engine.tokenizer)
+    for pieces in stream.frames(CHAT_FRAME_SECONDS):
         for piece in pieces:
             text.add(piece)
-            shown += piece.text
-        count, characters = text.unshown
-        yield shown, writing.cut(shown.removesuffix(characters), count)
+            content += piece.text
+        count, characters = text.pending
+        yield content, stream.truncated(content.removesuffix(characters), count)
 
 
 def prompt_span(prompt: str) -> str:
-    """The prompt's HTML."""
+    """The prompt as HTML."""
     return f'<span class="prompt">{html.escape(prompt)}</span>'

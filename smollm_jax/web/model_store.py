@@ -1,7 +1,7 @@
-"""The weights that can be picked, and the few of them that are loaded.
+"""The weights that the page offers, and the few of them that are in memory.
 
-A client picks by a name of the list and can name no path: what is not under `assets/` or `runs/`, or given with
---weights, cannot be loaded.
+A client chooses by a name of the list, never by a path: only weights under `assets/` and `runs/`, or those of
+--weights, can be loaded.
 """
 
 import collections
@@ -20,43 +20,43 @@ from smollm_jax.generation.quantized import Quantize
 from smollm_jax.runs.checkpoint import steps_in
 from smollm_jax.web.requests import choice
 
-REAL = "SmolLM2-135M-Instruct"
-FETCH_SECONDS = 1800
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DOWNLOAD_SECONDS = 1800
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
-    """An engine, and what the page says of it."""
+class LoadedModel:
+    """An engine, and the length of its tokenizer's longest token."""
 
     engine: Engine
     longest_token: int  # bytes
 
 
-class Shelf:
-    """Names and their paths, as the folders are now; the newest `keep` of the used ones stay in memory."""
+class ModelStore:
+    """Names of weights and their paths, read from the folders at each call; an LRU cache of `max_loaded` models."""
 
     def __init__(
         self,
         *,
-        given: Path | None,
+        initial_weights: Path | None,
         assets: Path,
         runs: Path,
-        fetch: Sequence[str],  # the command that brings assets/SmolLM2-135M-Instruct
+        fetch: Sequence[str],  # the command that downloads assets/SmolLM2-135M-Instruct
         dtype: str = "float32",
         quantize: Quantize | None = None,
         tokenizer: Path | None = None,
-        keep: int = 2,
+        max_loaded: int = 2,
     ):
-        self.given, self.assets, self.runs_folder, self.dtype = given, assets, runs, dtype
-        self._fetch, self._tokenizer, self._keep = fetch, tokenizer, keep
+        self.initial_weights, self.assets, self.runs_folder, self.dtype = initial_weights, assets, runs, dtype
+        self._fetch, self._tokenizer, self._max_loaded = fetch, tokenizer, max_loaded
         self._quantize: Quantize | None = quantize
-        self._loaded: collections.OrderedDict[tuple[Path, int], Loaded] = collections.OrderedDict()
+        self._loaded: collections.OrderedDict[tuple[Path, int], LoadedModel] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def runs(self) -> dict[str, Path]:
         """The run folders that have a log or a checkpoint, newest first."""
         folders = [path for path in _folders(self.runs_folder) if (path / "metrics.jsonl").is_file() or _steps(path)]
-        return {path.name: path for path in sorted(folders, key=_written, reverse=True)}
+        return {path.name: path for path in sorted(folders, key=_last_modified, reverse=True)}
 
     def steps(self, run: str) -> list[int]:
         """The steps of a run's checkpoints, oldest first."""
@@ -64,88 +64,87 @@ class Shelf:
         return _steps(runs[choice("run", run, runs)])
 
     def entries(self) -> dict[str, Path]:
-        """Every name that can be picked; the first is what the page starts with."""
-        listed = {} if self.given is None else {str(self.given): self.given}
-        real = self.assets / REAL
+        """Every name that can be chosen, with its path; the page starts with the first."""
+        entries = {} if self.initial_weights is None else {str(self.initial_weights): self.initial_weights}
         assets = [path for path in sorted(self.assets.glob("*")) if _is_weights(path)]
-        listed |= {f"{self.assets.name}/{path.name}": path for path in [real, *assets]}
+        entries |= {f"{self.assets.name}/{path.name}": path for path in [self.assets / DEFAULT_MODEL, *assets]}
         for name, run in self.runs().items():
             steps = _steps(run)
             if steps:
-                listed[f"{self.runs_folder.name}/{name}"] = run
+                entries[f"{self.runs_folder.name}/{name}"] = run
             for step in reversed(steps):
-                listed[f"{self.runs_folder.name}/{name}/checkpoints/{step}"] = run / "checkpoints" / str(step)
-        return listed
+                entries[f"{self.runs_folder.name}/{name}/checkpoints/{step}"] = run / "checkpoints" / str(step)
+        return entries
 
     def checkpoint(self, run: str, step: int) -> str:
         """The name of one checkpoint of a run."""
         return f"{self.runs_folder.name}/{run}/checkpoints/{step}"
 
-    def loaded(self, name: str) -> Loaded | None:
-        """What is in memory of a listed name."""
+    def loaded(self, name: str) -> LoadedModel | None:
+        """The model of a name if it is in memory."""
         path = self.entries().get(name)
-        return None if path is None or not path.exists() else self._loaded.get(_identity(path))
+        return None if path is None or not path.exists() else self._loaded.get(_cache_key(path))
 
     def generation(self, name: object) -> GenerationConfig:
-        """How the weights of a listed name ask to be written with; greedy where nothing is known of them yet."""
-        listed = self.entries()
-        path = listed[choice("weights", name, listed)]
-        if not path.exists():  # not fetched yet
+        """The generation settings that the weights recommend; greedy for weights that are not downloaded yet."""
+        entries = self.entries()
+        path = entries[choice("weights", name, entries)]
+        if not path.exists():
             return UNKNOWN
         loaded = self.loaded(str(name))
         return loaded.engine.generation if loaded else weights.generation_of(path)
 
-    def open(self, name: object) -> Generator[str, None, Loaded]:
-        """Gives the loaded weights of a listed name, fetched and loaded if they must be; yields what it is doing."""
-        listed = self.entries()
-        path = listed[choice("weights", name, listed)]
-        if path == self.assets / REAL and not path.exists():
-            yield from self._fetched(path)
-        key = _identity(path)
+    def open(self, name: object) -> Generator[str, None, LoadedModel]:
+        """Returns the model of a name, downloaded and loaded where necessary; yields what it is doing."""
+        entries = self.entries()
+        path = entries[choice("weights", name, entries)]
+        if path == self.assets / DEFAULT_MODEL and not path.exists():
+            yield from self._download(path)
+        key = _cache_key(path)
         if key not in self._loaded:
             yield "loading"
         with self._lock:
             if key not in self._loaded:
-                while len(self._loaded) >= self._keep:  # before, so that no more than these are ever in memory
+                while len(self._loaded) >= self._max_loaded:  # before loading, so that memory never holds more
                     self._loaded.popitem(last=False)
                 self._loaded[key] = _load(key[0], self.dtype, self._tokenizer, self._quantize)
             self._loaded.move_to_end(key)
             return self._loaded[key]
 
-    def _fetched(self, path: Path) -> Generator[str, None, None]:
+    def _download(self, path: Path) -> Generator[str, None, None]:
         process = subprocess.Popen(
             self._fetch, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
         )
         try:
             began = time.monotonic()
             while process.poll() is None:
-                if time.monotonic() - began > FETCH_SECONDS:
-                    raise StorageError(f"{path}: was not fetched within {FETCH_SECONDS} seconds")
-                yield "fetching the weights, about 90 MB, this once"
+                if time.monotonic() - began > DOWNLOAD_SECONDS:
+                    raise StorageError(f"{path}: the download did not finish within {DOWNLOAD_SECONDS} seconds")
+                yield "downloading the weights, about 90 MB, once"
                 time.sleep(0.2)
             if process.returncode:
-                said = (process.stderr.read() if process.stderr else "").strip().splitlines()
-                raise StorageError(f"{path}: could not be fetched: {said[-1] if said else 'no reason given'}")
+                lines = (process.stderr.read() if process.stderr else "").strip().splitlines()
+                raise StorageError(f"{path}: the download failed: {lines[-1] if lines else 'no reason given'}")
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
 
 
-def _load(path: Path, dtype: str, tokenizer: Path | None, quantize: Quantize | None) -> Loaded:
+def _load(path: Path, dtype: str, tokenizer: Path | None, quantize: Quantize | None) -> LoadedModel:
     engine = Engine.load(path, dtype=dtype, tokenizer=tokenizer, quantize=quantize)
-    # A byte-level entry has one symbol a byte; an added token stands for itself.
-    return Loaded(engine, max((len(token.encode()) for token in engine.tokenizer.core.get_vocab()), default=1))
+    # A byte-level entry has one symbol per byte; an added token is its own text.
+    return LoadedModel(engine, max((len(token.encode()) for token in engine.tokenizer.core.get_vocab()), default=1))
 
 
-def _identity(path: Path) -> tuple[Path, int]:
-    """The path itself, of a run its newest checkpoint, and when it was written: a new file is loaded anew."""
+def _cache_key(path: Path) -> tuple[Path, int]:
+    """The path (of a run: its newest checkpoint's) and its modification time, so that a new file is loaded again."""
     steps = _steps(path)
     path = path / "checkpoints" / str(steps[-1]) if steps else path
     try:
         return path, path.stat().st_mtime_ns
     except OSError as error:
-        raise InputFileError(f"{path}: is no longer there") from error
+        raise InputFileError(f"{path}: no longer exists") from error
 
 
 def _steps(run: Path) -> list[int]:
@@ -156,11 +155,11 @@ def _folders(parent: Path) -> list[Path]:
     return [path for path in parent.glob("*") if path.is_dir()]
 
 
-def _written(run: Path) -> float:
+def _last_modified(run: Path) -> float:
     log = run / "metrics.jsonl"
     try:
         return (log if log.is_file() else run).stat().st_mtime
-    except OSError:  # removed meanwhile
+    except OSError:  # deleted meanwhile
         return 0.0
 
 

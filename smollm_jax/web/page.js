@@ -1,12 +1,12 @@
-// What the page does without asking the server: seconds that pass, code that is copied, messages that are empty.
+// What the page does without the server: count seconds, copy code, block empty messages.
 (() => {
-  // Gradio's elements that take the keyboard, and by what name: to scroll them, to go through their tokens.
+  // Elements of Gradio's that the keyboard can reach, to scroll them or to step through their tokens, and their names.
   const REGIONS = {
     "#answer": "Continuation; the left and right arrow keys go from token to token",
     "#chat .html-container": "Conversation",
     "#runs-table": "Runs",
   };
-  const began = new WeakMap(); // when each note began to wait; what it waits for may change meanwhile
+  const began = new WeakMap(); // when the progress of each note began; its text may change meanwhile
 
   const tick = () => {
     for (const note of document.querySelectorAll(".note")) {
@@ -31,9 +31,9 @@
   };
   setInterval(tick, 100);
 
-  const copied = async (text) => {
+  const copy = async (text) => {
     if (navigator.clipboard) return navigator.clipboard.writeText(text);
-    const box = document.createElement("textarea"); // over plain HTTP on another host there is no clipboard
+    const box = document.createElement("textarea"); // over plain HTTP browsers offer no clipboard
     box.value = text;
     document.body.append(box);
     box.select();
@@ -43,14 +43,14 @@
   document.addEventListener("click", async (event) => {
     const button = event.target.closest?.("button.copy");
     if (!button) return;
-    await copied(button.closest(".code").querySelector("code").textContent).then(
+    await copy(button.closest(".code").querySelector("code").textContent).then(
       () => (button.textContent = "Copied"),
       () => (button.textContent = "Not copied"),
     );
     setTimeout(() => (button.textContent = "Copy"), 1500);
   });
 
-  // An empty message is not sent: Gradio hears neither the click nor the key.
+  // An empty message is not sent: Gradio never sees the click or the key.
   const refuse = (event) => {
     const box = document.querySelector("#message textarea");
     if (box && !box.value.trim()) {

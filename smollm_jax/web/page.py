@@ -1,4 +1,4 @@
-"""The page: the weights, the status line, the three tabs and the sampling beside them."""
+"""The page: the list of weights, the status line, the three tabs and the sampling panel."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from gradio.themes import Base, Default
 
 from smollm_jax.web.chat_tab import ChatTab
 from smollm_jax.web.complete_tab import CompleteTab
-from smollm_jax.web.events import LIGHT, refusing
-from smollm_jax.web.responses import Answers
+from smollm_jax.web.events import UNQUEUED, errors_in_toast
+from smollm_jax.web.responses import Handlers
 from smollm_jax.web.runs_tab import RunsTab
 from smollm_jax.web.sampling_panel import SamplingPanel
 
@@ -17,8 +17,8 @@ FOLDER = Path(__file__).parent
 CSS = (FOLDER / "page.css").read_text(encoding="utf-8")
 SCRIPT = "".join(f"<script>{(FOLDER / name).read_text(encoding='utf-8')}</script>" for name in ("tokens.js", "page.js"))
 HEAD = """<div class="masthead"><h1>SmolLM2 in JAX</h1><p>read it as it writes, watch it as it learns</p></div>"""
-# Every pair of colours has a contrast of at least 4.5 to 1, by axe in tests/web/test_browser.py: Gradio's own teal with
-# white has 2.5, its hints have 2.6.
+# Every pair of colours has a contrast of at least 4.5 to 1 (tests/web/test_browser.py checks it with axe). Gradio's
+# defaults do not: 2.5 for teal on white, 2.6 for hints.
 COLOURS = {
     "button_primary_background_fill": "*primary_700",
     "button_primary_background_fill_hover": "*primary_800",
@@ -37,50 +37,53 @@ COLOURS = {
 
 
 def theme() -> Base:
-    """Colours and the system's own fonts: nothing is fetched from another host."""
+    """Colours and system fonts: the page loads nothing from another host."""
     sans, mono = ("system-ui", "-apple-system", "Segoe UI", "sans-serif"), ("ui-monospace", "Menlo", "monospace")
     plain = Default(primary_hue="teal", neutral_hue="slate", radius_size="md", font=sans, font_mono=mono)
     return plain.set(**COLOURS)
 
 
-def page(answers: Answers, *, queue_size: int) -> gr.Blocks:
-    """The page as Gradio's blocks, its queue bounded to `queue_size` waiting requests."""
-    entries = list(answers.shelf.entries())
+def page(handlers: Handlers, *, queue_size: int) -> gr.Blocks:
+    """The page as Gradio blocks; at most `queue_size` requests wait."""
+    entries = list(handlers.store.entries())
     with gr.Blocks(title="SmolLM2 in JAX", analytics_enabled=False) as blocks:
         with gr.Row(equal_height=True):
             gr.HTML(HEAD, padding=False, min_width=240)
             weights = gr.Dropdown(
                 entries, value=entries[0], label="Weights", show_label=False, elem_id="weights", min_width=260
             )
-        # One a tab: it tells of the weights that wrote what the tab shows, and is in sight while the tab is.
+        # One per tab, shown with it: it names the weights that generated what the tab shows.
         ids = ("status", "status-chat", "status-runs")
-        statuses = [gr.HTML(answers.status(entries[0]), elem_id=i, padding=False) for i in ids]
+        statuses = [gr.HTML(handlers.status(entries[0]), elem_id=i, padding=False) for i in ids]
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                complete = CompleteTab(answers, statuses[0])
-                chat = ChatTab(answers, statuses[1])
-                watching = RunsTab(answers, statuses[2])
+                complete = CompleteTab(handlers, statuses[0])
+                chat = ChatTab(handlers, statuses[1])
+                runs = RunsTab(handlers, statuses[2])
             with gr.Column(scale=1, min_width=280):
-                sampling = SamplingPanel(answers)
+                sampling = SamplingPanel(handlers)
         complete.wire(weights, sampling.inputs)
         chat.wire(weights, sampling.inputs)
-        watching.wire(blocks, sampling.inputs, others=[complete.tab, chat.tab])
-        wire_weights(blocks, answers, weights, [complete, chat, watching])
+        runs.wire(blocks, sampling.inputs, others=[complete.tab, chat.tab])
+        wire_weights(blocks, handlers, weights, [complete, chat, runs])
         sampling.wire(blocks, weights)
     blocks.queue(max_size=queue_size, api_open=False, default_concurrency_limit=1)
     return blocks
 
 
 def wire_weights(
-    blocks: gr.Blocks, answers: Answers, weights: gr.Dropdown, tabs: list[CompleteTab | ChatTab | RunsTab]
+    blocks: gr.Blocks, handlers: Handlers, weights: gr.Dropdown, tabs: list[CompleteTab | ChatTab | RunsTab]
 ) -> None:
-    """Lists the weights anew when the page opens and when they are chosen; a tab that shows nothing tells of them."""
-    first = next(iter(answers.shelf.entries()))
+    """Updates the list of weights when the page opens and when the list is used.
+
+    A tab that shows no text yet has the status line of the chosen weights.
+    """
+    first = next(iter(handlers.store.entries()))
 
     def refresh(name: Any, *writers: Any):
-        listed = list(answers.shelf.entries())
-        line = answers.status(name if name in listed else first)
-        return gr.Dropdown(choices=listed), *(gr.skip() if writer else line for writer in writers)
+        names = list(handlers.store.entries())
+        line = handlers.status(name if name in names else first)
+        return gr.Dropdown(choices=names), *(gr.skip() if writer else line for writer in writers)
 
     inputs, outputs = [weights, *(tab.writer for tab in tabs)], [weights, *(tab.status for tab in tabs)]
-    gr.on([blocks.load, weights.input, weights.focus], refusing(refresh), inputs, outputs, **LIGHT)
+    gr.on([blocks.load, weights.input, weights.focus], errors_in_toast(refresh), inputs, outputs, **UNQUEUED)

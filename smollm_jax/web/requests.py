@@ -1,6 +1,6 @@
-"""What a request asks for, checked: every value that a client sends goes through here before it is tokenised.
+"""The check of a request's values: all that a client sends goes through here before it is tokenised.
 
-A client need not be the page: the values are whatever JSON can hold, NaN and infinity included.
+A client need not be the page: a value can be anything that JSON can hold, NaN and infinity included.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ MAX_STOP_BYTES = 100
 
 
 @dataclasses.dataclass(frozen=True)
-class Knob:
-    """A number that the page lets one set: the slider's range is the range that the server accepts."""
+class SliderSpec:
+    """A number that the user can set; the slider has the range that the server accepts."""
 
     label: str
     low: float
@@ -30,20 +30,20 @@ class Knob:
         return isinstance(self.step, int)
 
 
-# Greedy to begin with; `page` sets them to what the chosen weights ask for.
-KNOBS = {
-    "max_new_tokens": Knob("New tokens", 1, 1024, 1, 512),
-    "temperature": Knob("Temperature", 0.0, 2.0, 0.05, 0.0),
-    "top_k": Knob("Top k", 0, 200, 1, 0),
-    "top_p": Knob("Top p", 0.01, 1.0, 0.01, 1.0),
-    "min_p": Knob("Min p", 0.0, 0.99, 0.01, 0.0),
-    "repetition_penalty": Knob("Repetition penalty", 0.5, 2.0, 0.05, 1.0),
-    "seed": Knob("Seed", 0, 2**32 - 1, 1, 0),
+# The defaults are greedy decoding; `sampling_panel` replaces them by what the chosen weights recommend.
+SLIDERS = {
+    "max_new_tokens": SliderSpec("New tokens", 1, 1024, 1, 512),
+    "temperature": SliderSpec("Temperature", 0.0, 2.0, 0.05, 0.0),
+    "top_k": SliderSpec("Top k", 0, 200, 1, 0),
+    "top_p": SliderSpec("Top p", 0.01, 1.0, 0.01, 1.0),
+    "min_p": SliderSpec("Min p", 0.0, 0.99, 0.01, 0.0),
+    "repetition_penalty": SliderSpec("Repetition penalty", 0.5, 2.0, 0.05, 1.0),
+    "seed": SliderSpec("Seed", 0, 2**32 - 1, 1, 0),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """How to continue a text."""
 
     max_new_tokens: int
@@ -51,36 +51,36 @@ class Ask:
     stop: tuple[str, ...]
 
 
-def ask(numbers: dict[str, Any], stop: Any) -> Ask:
-    """The checked request of one number a knob and of the text with a stop string a line."""
-    checked: dict[str, Any] = {name: number(name, numbers[name]) for name in KNOBS}
-    return Ask(checked.pop("max_new_tokens"), Sampling(**checked), stops(stop))
+def generation_request(numbers: dict[str, Any], stop: Any) -> GenerationRequest:
+    """The checked request, from a number for each slider and from a text with one stop string per line."""
+    checked: dict[str, Any] = {name: number(name, numbers[name]) for name in SLIDERS}
+    return GenerationRequest(checked.pop("max_new_tokens"), Sampling(**checked), stop_strings(stop))
 
 
 def number(name: str, value: Any) -> float:
-    """A knob's value as it came, an integer where it must be one; raises `UsageError` naming the knob."""
-    knob = KNOBS[name]
-    kind = "a whole number" if knob.whole else "a number"
-    good = type(value) in (int, float) and knob.low <= value <= knob.high  # NaN is in no range
-    if not good or (knob.whole and value != int(value)):
-        raise UsageError(f"{name} must be {kind} from {knob.low:g} to {knob.high:.10g}, got {short_repr(value)}")
-    return int(value) if knob.whole else float(value)
+    """A slider's value, as an integer where it must be one. Raises `UsageError` that names the slider."""
+    slider = SLIDERS[name]
+    kind = "a whole number" if slider.whole else "a number"
+    in_range = type(value) in (int, float) and slider.low <= value <= slider.high  # False for NaN
+    if not in_range or (slider.whole and value != int(value)):
+        raise UsageError(f"{name} must be {kind} from {slider.low:g} to {slider.high:.10g}, got {short_repr(value)}")
+    return int(value) if slider.whole else float(value)
 
 
 def text(name: str, value: Any) -> str:
-    """A text of a size that is worth tokenising; raises `UsageError` naming it."""
+    """A string of at most `MAX_BODY` bytes. Raises `UsageError` that names the value."""
     if not isinstance(value, str):
-        raise UsageError(f"{name} must be a text, got {short_repr(value)}")
+        raise UsageError(f"{name} must be a string, got {short_repr(value)}")
     if (size := len(value.encode("utf-8", "surrogatepass"))) > MAX_BODY:
-        raise UsageError(f"{name} has {size:,} bytes, at most {MAX_BODY:,} are taken")
+        raise UsageError(f"{name} has {size:,} bytes, the limit is {MAX_BODY:,}")
     return value
 
 
-def stops(value: Any) -> tuple[str, ...]:
-    r"""The stop strings of a text, one a line, "\n" in one standing for a line break."""
+def stop_strings(value: Any) -> tuple[str, ...]:
+    r"""The stop strings of a text, one per line; a literal "\n" in a line stands for a line break."""
     lines = [line.replace("\\n", "\n") for line in text("stop", value).split("\n") if line]
     if len(lines) > MAX_STOPS or any(len(line.encode("utf-8", "surrogatepass")) > MAX_STOP_BYTES for line in lines):
-        raise UsageError(f"stop: at most {MAX_STOPS} lines of at most {MAX_STOP_BYTES} bytes")
+        raise UsageError(f"stop: the limit is {MAX_STOPS} lines of {MAX_STOP_BYTES} bytes each")
     return tuple(lines)
 
 
@@ -98,8 +98,8 @@ def conversation(value: Any) -> list[dict[str, str]]:
     return turns
 
 
-def choice(name: str, value: Any, listed: Any) -> str:
-    """One of the listed names; raises `UsageError` for any other value."""
-    if not isinstance(value, str) or value not in listed:
-        raise UsageError(f"{name}: {short_repr(value)} is not one of those listed")
+def choice(name: str, value: Any, options: Any) -> str:
+    """The value, if it is one of the options; raises `UsageError` otherwise."""
+    if not isinstance(value, str) or value not in options:
+        raise UsageError(f"{name}: {short_repr(value)} is not one of the options listed on the page")
     return value

@@ -1,4 +1,4 @@
-"""Training runs as they are written: the curves of `metrics.jsonl`, read on from where the last look ended."""
+"""Curves of training runs, read incrementally from `metrics.jsonl` while the runs are written."""
 
 import html
 import json
@@ -17,51 +17,51 @@ CURVES = {
     "Gradient norm": "gradient_norm",
     "Tokens per second": "tokens_per_second",
 }
-HEADS = ("run", "last written", "step", "loss", "validation", "tokens/s", "checkpoints")
-POINTS = 200  # of a curve on the page
-LIVE_SECONDS = 20  # since the last line: a training under way
-READ_BYTES = 16 << 20  # at one look
+COLUMNS = ("run", "last written", "step", "loss", "validation", "tokens/s", "checkpoints")
+MAX_POINTS = 200  # of a curve on the page
+LIVE_SECONDS = 20  # a run whose log changed this recently is being trained
+READ_BYTES = 16 << 20  # at once
 
 Point = tuple[int, float]
 
 
 class RunCurves:
-    """One run's log so far. A line that is still being written waits for its end; a resume takes steps back."""
+    """One run's log so far. An incomplete last line is read later; a resumed run replaces the steps it repeats."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._start()
+        self._reset()
 
-    def _start(self) -> None:
+    def _reset(self) -> None:
         self.curves: dict[str, list[Point]] = {name: [] for name in CURVES.values()}
-        self.step, self.fault, self.written = 0, "", 0.0
-        self._read, self._lines, self._file = 0, 0, -1
+        self.step, self.error, self.modified_time = 0, "", 0.0
+        self._bytes_read, self._lines_read, self._inode = 0, 0, -1
 
-    def look(self) -> None:
-        """Reads what is new; a log that was begun anew is read from its start."""
+    def read_new_rows(self) -> None:
+        """Reads the rows added since the last call; a replaced or shortened log is read from its start."""
         try:
-            about = self.path.stat()
-            if about.st_ino != self._file or about.st_size < self._read:
-                self._start()
-                self._file = about.st_ino
-            self.written = about.st_mtime
-            if about.st_size == self._read or self.fault:
+            stat = self.path.stat()
+            if stat.st_ino != self._inode or stat.st_size < self._bytes_read:
+                self._reset()
+                self._inode = stat.st_ino
+            self.modified_time = stat.st_mtime
+            if stat.st_size == self._bytes_read or self.error:
                 return
             with self.path.open("rb") as file:
-                file.seek(self._read)
+                file.seek(self._bytes_read)
                 new = file.read(READ_BYTES)
         except OSError as error:
-            self._start()
-            self.fault = f"metrics.jsonl cannot be read: {error.strerror}"
+            self._reset()
+            self.error = f"metrics.jsonl cannot be read: {error.strerror}"
             return
-        whole = new[: new.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in whole.splitlines():
-            self._lines += 1
+        complete = new[: new.rfind(b"\n") + 1]
+        self._bytes_read += len(complete)
+        for line in complete.splitlines():
+            self._lines_read += 1
             try:
                 self._add(json.loads(line))
             except (ValueError, KeyError, TypeError, RecursionError):
-                self.fault = f"metrics.jsonl: line {self._lines} is not a row of metrics"
+                self.error = f"metrics.jsonl: line {self._lines_read} is not a row of metrics"
                 return
 
     def _add(self, row: Any) -> None:
@@ -72,7 +72,7 @@ class RunCurves:
             self.curves = {name: [p for p in points if p[0] < step] for name, points in self.curves.items()}
         self.step = max(step, self.step) if "loss" not in row else step
         for name, points in self.curves.items():
-            value = row.get(name)  # null for a number that was none
+            value = row.get(name)  # null for NaN and infinity
             if type(value) in (int, float) and math.isfinite(value):
                 points.append((step, float(value)))
 
@@ -83,61 +83,61 @@ class RunCurves:
 
 
 class CurvesByRun:
-    """The curves of all runs looked at so far."""
+    """The curves of every run that was asked for."""
 
     def __init__(self) -> None:
         self._logs: dict[Path, RunCurves] = {}
         self._lock = threading.Lock()
 
-    def of(self, run: Path) -> RunCurves:
-        """A run's curves, read up to now."""
+    def curves_of(self, run: Path) -> RunCurves:
+        """A run's curves up to now."""
         with self._lock:
             log = self._logs.setdefault(run, RunCurves(run / "metrics.jsonl"))
-            log.look()
+            log.read_new_rows()
             return log
 
 
-def thinned(points: list[Point], most: int = POINTS) -> list[Point]:
-    """At most `most` points, each the mean of as many neighbours as it takes."""
-    size = -(-len(points) // most)
+def downsampled(points: list[Point], max_points: int = MAX_POINTS) -> list[Point]:
+    """At most `max_points` points, each the mean of a group of neighbours, at the last one's step."""
+    size = -(-len(points) // max_points)
     groups = [points[i : i + size] for i in range(0, len(points), size)] if size > 1 else [[p] for p in points]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
 def table(logs: dict[str, tuple[RunCurves, list[int]]]) -> str:
-    """The runs as an HTML table: name, whether it is being written, where it stands, its checkpoints."""
+    """The runs as an HTML table, with the columns `COLUMNS`."""
     if not logs:
         train = as_typed("python scripts/train_jax.py")
         return f'<p class="empty">No run yet: <code>{train}</code> trains one.</p>'
     rows = []
     for name, (log, steps) in logs.items():
-        ago = time.time() - log.written
-        live = '<span class="live">training</span>' if ago < LIVE_SECONDS else html.escape(since(ago))
+        seconds = time.time() - log.modified_time
+        live = '<span class="live">training</span>' if seconds < LIVE_SECONDS else html.escape(time_ago(seconds))
         cells = [
             html.escape(name),
-            f'<span class="fault">{html.escape(log.fault)}</span>' if log.fault else live,
+            f'<span class="fault">{html.escape(log.error)}</span>' if log.error else live,
             f"{log.step:,}",
-            *(shown(log.last(curve), ".3f") for curve in ("loss", "validation_loss")),
-            shown(log.last("tokens_per_second"), ",.0f"),
+            *(formatted(log.last(curve), ".3f") for curve in ("loss", "validation_loss")),
+            formatted(log.last("tokens_per_second"), ",.0f"),
             f"{len(steps)} ({steps[0]:,} to {steps[-1]:,})" if steps else "none",
         ]
-        # The role is said because a phone shows rows as blocks, which are no rows to a screen reader.
-        row = (f'<td role="cell" data-head="{head}">{cell}</td>' for head, cell in zip(HEADS, cells, strict=True))
+        # Explicit roles: on a phone rows are CSS blocks, which a screen reader would not announce as rows.
+        row = (f'<td role="cell" data-head="{head}">{cell}</td>' for head, cell in zip(COLUMNS, cells, strict=True))
         rows.append(f'<tr role="row">{"".join(row)}</tr>')
-    head = "".join(f'<th role="columnheader">{name}</th>' for name in HEADS)
+    head = "".join(f'<th role="columnheader">{name}</th>' for name in COLUMNS)
     return (
         f'<table class="runs" role="table"><thead role="rowgroup"><tr role="row">{head}</tr></thead>'
         f'<tbody role="rowgroup">{"".join(rows)}</tbody></table>'
     )
 
 
-def shown(value: float | None, form: str) -> str:
+def formatted(value: float | None, form: str) -> str:
     """A number, or a dash where there is none."""
     return "-" if value is None else format(value, form)
 
 
-def since(seconds: float) -> str:
-    """How long ago, in the largest unit that fits."""
+def time_ago(seconds: float) -> str:
+    """ "3 hours ago" and the like, in the largest unit that fits."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
         if (count := int(seconds // length)) >= 1:
             return f"{count} {unit}{'s' if count > 1 else ''} ago"

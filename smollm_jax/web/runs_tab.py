@@ -1,4 +1,4 @@
-"""The Runs tab: curves as they are written, and one prompt continued by successive checkpoints."""
+"""The Runs tab: live training curves, and one prompt continued by successive checkpoints of a run."""
 
 import hashlib
 import json
@@ -8,26 +8,34 @@ import gradio as gr
 from gradio.components.plot import AltairPlotData
 
 from smollm_jax.runs.checkpoint import steps_in
-from smollm_jax.web.events import LIGHT, WRITING, note, numbered, refusing, waiting, writing
+from smollm_jax.web.events import (
+    STREAMING,
+    UNQUEUED,
+    by_name,
+    errors_in_note,
+    errors_in_toast,
+    note,
+    progress_html,
+)
 from smollm_jax.web.requests import choice
-from smollm_jax.web.responses import MOST_COMPARED, Answers
-from smollm_jax.web.run_curves import CURVES, CurvesByRun, Point, table, thinned
+from smollm_jax.web.responses import MAX_COMPARED, Handlers
+from smollm_jax.web.run_curves import CURVES, CurvesByRun, Point, downsampled, table
 
 TICK_SECONDS = 2.0
-MOST_DRAWN = 4  # by themselves; any number by choice
+MAX_AUTOMATIC_CURVES = 4  # the user can select any number
 COLOURS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#ca8a04", "#0284c7", "#65a30d", "#9333ea")
-NOTHING_SEEN = {"mark": "", "runs": [], "learner": None, "steps": [], "plot": ""}
+INITIAL_VIEW = {"fingerprint": "", "runs": [], "compared_run": None, "steps": [], "plot": ""}
 
 
 class RunsTab:
-    """The tab's fields; `wire` binds them once the rest of the page is there."""
+    """The tab's components; `wire` binds their events once the rest of the page exists."""
 
-    def __init__(self, answers: Answers, status: gr.HTML):
-        self.answers, self.status, self.logs = answers, status, CurvesByRun()
+    def __init__(self, handlers: Handlers, status: gr.HTML):
+        self.handlers, self.status, self.logs = handlers, status, CurvesByRun()
         with gr.Tab("Runs") as self.tab:
             self.listing = gr.HTML(elem_id="runs-table", padding=False)
             with gr.Row():
-                self.drawn = gr.Dropdown(
+                self.plotted = gr.Dropdown(
                     [], value=[], multiselect=True, label="Runs", scale=3, min_width=280, elem_id="drawn"
                 )
                 self.curve = gr.Dropdown(
@@ -36,8 +44,8 @@ class RunsTab:
             self.plot = gr.Plot(show_label=False, buttons=[], elem_id="curves")
             gr.Markdown("#### The same prompt, continued by successive checkpoints of a run")
             with gr.Row():
-                self.learner = gr.Dropdown([], label="Run", min_width=240, elem_id="learner")
-                label = f"Checkpoints (up to {MOST_COMPARED})"
+                self.compared_run = gr.Dropdown([], label="Run", min_width=240, elem_id="learner")
+                label = f"Checkpoints (up to {MAX_COMPARED})"
                 self.steps = gr.Dropdown(
                     [], value=[], multiselect=True, label=label, scale=2, min_width=240, elem_id="steps"
                 )
@@ -47,83 +55,102 @@ class RunsTab:
                 self.stop = gr.Button("Stop", scale=1, min_width=90, elem_id="stop-comparing")
             self.note = note("runs-note")
             self.cards = gr.HTML(elem_id="cards", padding=False)
-        self.writer = gr.State("")
+        self.writer = gr.State("")  # name of the weights that generated the cards
 
     def wire(self, page: gr.Blocks, sampling: list[Any], others: list[gr.Tab]) -> None:
-        """Looks at the runs when the page opens, and every two seconds while this tab is the one in front."""
-        seen = gr.State(NOTHING_SEEN)
-        chosen = [self.drawn, self.curve, self.learner, seen]
-        looks = {"outputs": [self.listing, self.drawn, self.learner, self.steps, self.plot, seen], **LIGHT}
+        """Refreshes the tab when the page opens, and every `TICK_SECONDS` while the tab is selected."""
+        view = gr.State(INITIAL_VIEW)
+        inputs = [self.plotted, self.curve, self.compared_run, view]
+        refreshed = [self.listing, self.plotted, self.compared_run, self.steps, self.plot, view]
         timer = gr.Timer(TICK_SECONDS, active=False)
-        gr.on([page.load, timer.tick, self.tab.select], refusing(self.look), chosen, **looks)
-        gr.on([self.drawn.input, self.curve.input, self.learner.input], refusing(self.look), chosen, **looks)
-        self.tab.select(lambda: gr.Timer(active=True), outputs=timer, **LIGHT)
-        gr.on([tab.select for tab in others], lambda: gr.Timer(active=False), outputs=timer, **LIGHT)
+        gr.on([page.load, timer.tick, self.tab.select], errors_in_toast(self.refresh), inputs, refreshed, **UNQUEUED)
+        gr.on(
+            [self.plotted.input, self.curve.input, self.compared_run.input],
+            errors_in_toast(self.refresh),
+            inputs,
+            refreshed,
+            **UNQUEUED,
+        )
+        self.tab.select(lambda: gr.Timer(active=True), outputs=timer, **UNQUEUED)
+        gr.on([tab.select for tab in others], lambda: gr.Timer(active=False), outputs=timer, **UNQUEUED)
         comparing = self.compare.click(
-            writing(self.on_compare, lambda why, *_: (gr.skip(), gr.skip(), why, gr.skip())),
-            [self.learner, self.steps, self.prompt, *sampling],
+            errors_in_note(self.on_compare, lambda error, *_: (gr.skip(), gr.skip(), error, gr.skip())),
+            [self.compared_run, self.steps, self.prompt, *sampling],
             [self.cards, self.status, self.note, self.writer],
             api_name="compare",
             show_progress_on=self.note,
-            **WRITING,
+            **STREAMING,
         )
-        self.stop.click(lambda: "", outputs=self.note, cancels=[comparing], **LIGHT)
+        self.stop.click(lambda: "", outputs=self.note, cancels=[comparing], **UNQUEUED)
 
     def on_compare(self, run: Any, steps: Any, prompt: Any, stop: Any, *values: Any):
         """The cards as they grow."""
-        for frame in self.answers.compare(run, steps, prompt, numbered(values), stop):
-            if frame.waiting:
-                yield gr.skip(), gr.skip(), waiting(frame.waiting), gr.skip()
+        for frame in self.handlers.compare(run, steps, prompt, by_name(values), stop):
+            if frame.progress:
+                yield gr.skip(), gr.skip(), progress_html(frame.progress), gr.skip()
             elif not frame.weights:  # the first checkpoints could not be read
-                yield frame.shown, gr.skip(), "", gr.skip()
+                yield frame.content, gr.skip(), "", gr.skip()
             else:
-                yield frame.shown, frame.status, "", frame.weights
+                yield frame.content, frame.status, "", frame.weights
 
-    def look(self, drawn: Any, curve: Any, learner: Any, seen: dict[str, Any]):
-        """The runs as they are now. A new run is drawn by itself, and new checkpoints are picked by themselves."""
+    def refresh(self, plotted: Any, curve: Any, compared_run: Any, view: dict[str, Any]):
+        """The outputs for the runs as they are now, where they differ from `view`, what the tab showed last.
+
+        New runs are added to the plot, and new checkpoints to the comparison.
+        """
         choice("curve", curve, CURVES)
-        runs = self.answers.shelf.runs()
-        state = {name: (self.logs.of(path), steps_in(path / "checkpoints")) for name, path in runs.items()}
-        learners = [name for name, (_, steps) in state.items() if steps]
-        drawn = [name for name in runs if isinstance(drawn, list) and name in drawn]
-        for name in [name for name in runs if name not in seen["runs"]]:
-            drawn += [name] if len(drawn) < MOST_DRAWN and name not in drawn else []
-        learner = next((name for name in learners if name == learner), next(iter(learners), None))
-        there = state[learner][1] if learner else []
-        mark = repr([drawn, curve, learner, [(name, log.step, log.written) for name, (log, _) in state.items()], there])
-        new = {"mark": mark, "runs": list(runs), "learner": learner, "steps": there, "plot": seen["plot"]}
-        if new == seen:
-            return table(state), gr.skip(), gr.skip(), gr.skip(), gr.skip(), new
-        same = (seen["learner"], seen["steps"]) == (learner, there)
-        plot = lines({name: state[name][0].curves[CURVES[curve]] for name in drawn}, list(runs))
-        new["plot"] = hashlib.sha256(plot.plot.encode()).hexdigest()
+        runs = self.handlers.store.runs()
+        state = {name: (self.logs.curves_of(path), steps_in(path / "checkpoints")) for name, path in runs.items()}
+        with_checkpoints = [name for name, (_, steps) in state.items() if steps]
+        plotted = [name for name in runs if isinstance(plotted, list) and name in plotted]
+        for name in [name for name in runs if name not in view["runs"]]:
+            plotted += [name] if len(plotted) < MAX_AUTOMATIC_CURVES and name not in plotted else []
+        compared_run = next(
+            (name for name in with_checkpoints if name == compared_run), next(iter(with_checkpoints), None)
+        )
+        steps = state[compared_run][1] if compared_run else []
+        progress = [(name, log.step, log.modified_time) for name, (log, _) in state.items()]
+        new_view = {
+            "fingerprint": repr([plotted, curve, compared_run, progress, steps]),
+            "runs": list(runs),
+            "compared_run": compared_run,
+            "steps": steps,
+            "plot": view["plot"],
+        }
+        if new_view == view:
+            return table(state), gr.skip(), gr.skip(), gr.skip(), gr.skip(), new_view
+        same_steps = (view["compared_run"], view["steps"]) == (compared_run, steps)
+        plot = chart({name: state[name][0].curves[CURVES[curve]] for name in plotted}, list(runs))
+        new_view["plot"] = hashlib.sha256(plot.plot.encode()).hexdigest()
         return (
             table(state),
-            gr.Dropdown(choices=list(runs), value=drawn),
-            gr.Dropdown(choices=learners, value=learner),
-            gr.skip() if same else gr.Dropdown(choices=there, value=spread(there, MOST_COMPARED)),
-            # Drawn anew only when it changed: two drawings at once can leave none.
-            gr.skip() if new["plot"] == seen["plot"] else plot,
-            new,
+            gr.Dropdown(choices=list(runs), value=plotted),
+            gr.Dropdown(choices=with_checkpoints, value=compared_run),
+            gr.skip() if same_steps else gr.Dropdown(choices=steps, value=evenly_spaced(steps, MAX_COMPARED)),
+            # Only when it changed: two updates at once can leave an empty plot.
+            gr.skip() if new_view["plot"] == view["plot"] else plot,
+            new_view,
         )
 
 
-def spread(steps: list[int], most: int) -> list[int]:
-    """At most `most` of the steps, the first and the last among them, evenly apart."""
-    if len(steps) <= most:
+def evenly_spaced(steps: list[int], count: int) -> list[int]:
+    """At most `count` of the steps, evenly spaced, with the first and the last."""
+    if len(steps) <= count:
         return steps
-    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+    return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
 
 
-def lines(curves: dict[str, list[Point]], runs: list[str]) -> AltairPlotData:
-    """The curves laid over each other as a Vega-Lite chart; a run keeps its colour whatever else is drawn."""
+def chart(curves: dict[str, list[Point]], runs: list[str]) -> AltairPlotData:
+    """The curves in one Vega-Lite chart. A run's colour does not depend on which others are plotted."""
     points = [
-        {"step": step, "value": value, "run": name} for name, curve in curves.items() for step, value in thinned(curve)
+        {"step": step, "value": value, "run": name}
+        for name, curve in curves.items()
+        for step, value in downsampled(curve)
     ]
-    places = {name: place for place, name in enumerate(sorted(runs))}
-    colours = [COLOURS[places[name] % len(COLOURS)] for name in curves]
-    # The channel is the stroke: Gradio gives what has a colour its own. No "$schema": Gradio's LinePlot names a version
-    # that is not its Vega-Lite's, of which each look would leave a warning in the console.
+    colour_of = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(sorted(runs))}
+    colours = [colour_of[name] for name in curves]
+    # The channel is "stroke" because Gradio overrides the colours of "color". There is no "$schema": the one that
+    # Gradio's LinePlot names does not match its Vega-Lite, and each update would log a warning in the console.
     encoding = {
         "x": {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1}},
         "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
@@ -134,12 +161,12 @@ def lines(curves: dict[str, list[Point]], runs: list[str]) -> AltairPlotData:
             "legend": {"orient": "bottom", "title": None, "columns": 2, "labelLimit": 150, "symbolType": "stroke"},
         },
     }
-    shown = [{"field": "run"}, {"field": "step", "format": ","}, {"field": "value", "format": ".4~g"}]
+    tooltip = [{"field": "run"}, {"field": "step", "format": ","}, {"field": "value", "format": ".4~g"}]
     marks = [
         {"mark": {"type": "line", "strokeWidth": 2}, "encoding": encoding},
         {
             "mark": {"type": "point", "size": 90, "strokeOpacity": 0, "fillOpacity": 0, "filled": True},
-            "encoding": encoding | {"tooltip": shown},
+            "encoding": encoding | {"tooltip": tooltip},
         },
     ]
     chart = {"data": {"values": points}, "height": 280, "background": "transparent", "layer": marks}

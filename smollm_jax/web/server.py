@@ -1,4 +1,4 @@
-"""The page as a server: its ASGI app, and the socket it listens on. Imports no framework before it builds one."""
+"""The page as a server: its ASGI app and its socket. Frameworks are imported only when the app is built."""
 
 import ipaddress
 import os
@@ -16,30 +16,30 @@ if TYPE_CHECKING:
 
 def build(
     *,
-    given: Path | None,
+    initial_weights: Path | None,
     assets: Path,
     runs: Path,
     host: str,
     dtype: str,
     quantize: "Quantize | None",
     tokenizer: Path | None,
-    keep: int,
+    max_loaded: int,
     queue_size: int,
     connections: int,
     time_limit: float,
 ):
-    """The ASGI app of a page that begins with the weights `given`, else with the real ones, fetched when asked for.
+    """The ASGI app of a page that starts with `initial_weights`, or else with the real ones, downloaded on first use.
 
-    At most `keep` weights stay in memory, `queue_size` requests wait, `connections` visits are remembered, and an
-    answer takes `time_limit` seconds. Raises `UsageError` where the extra "web" is missing, and what reading weights
-    raises.
+    At most `max_loaded` models stay in memory, `queue_size` requests wait, the state of `connections` visits is kept,
+    and an answer takes `time_limit` seconds. Raises `UsageError` where the extra "web" is missing, and the errors of
+    reading weights.
     """
     from smollm_jax import weights
     from smollm_jax.runtime import compilation_cache
 
-    if given is not None:
-        weights.kind_of(given)
-    # Before the import. Gradio's own usage statistics: none sent, and few kept, for it sums them up at every request.
+    if initial_weights is not None:
+        weights.kind_of(initial_weights)
+    # Before the import of Gradio: send no usage statistics, and keep few, because it sums them up at every request.
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_RUN_HISTORY": "False",
@@ -53,35 +53,35 @@ def build(
     import fastapi
     import jax
 
-    from smollm_jax.web.middleware import Guard
-    from smollm_jax.web.model_store import Shelf
+    from smollm_jax.web.middleware import RequestFilter
+    from smollm_jax.web.model_store import ModelStore
     from smollm_jax.web.page import CSS, SCRIPT, page, theme
-    from smollm_jax.web.responses import Answers
+    from smollm_jax.web.responses import Handlers
 
     compilation_cache.enable()
     if dtype == "float32":  # on a GPU JAX's default is TF32
         jax.config.update("jax_default_matmul_precision", "float32")
-    shelf = Shelf(
-        given=given,
+    store = ModelStore(
+        initial_weights=initial_weights,
         assets=assets,
         runs=runs,
         fetch=fetch_command("weights", assets),
         dtype=dtype,
         quantize=quantize,
         tokenizer=tokenizer,
-        keep=keep,
+        max_loaded=max_loaded,
     )
-    if given is not None:  # so that what is wrong with them is said here
-        print(f"loading {given}", flush=True)
-        for _ in shelf.open(str(given)):
+    if initial_weights is not None:  # now, so that an error ends the start
+        print(f"loading {initial_weights}", flush=True)
+        for _ in store.open(str(initial_weights)):
             pass
     device = jax.devices()[0].device_kind
-    answers = Answers(shelf, device=device, time_limit=time_limit)
-    print(f"weights {next(iter(shelf.entries()))}, device {device}, {quantize or dtype}", flush=True)
-    # No other documentation pages: theirs would load scripts from another host.
+    handlers = Handlers(store, device=device, time_limit=time_limit)
+    print(f"weights {next(iter(store.entries()))}, device {device}, {quantize or dtype}", flush=True)
+    # Without FastAPI's documentation pages, which load scripts from another host.
     outer = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    blocks = page(answers, queue_size=queue_size)
-    blocks.state_session_capacity = connections  # of Gradio's 10,000 visits each keeps 0.1 MB and more
+    blocks = page(handlers, queue_size=queue_size)
+    blocks.state_session_capacity = connections  # Gradio's default is 10,000, of 0.1 MB and more each
     mounted = gradio.mount_gradio_app(
         outer,
         blocks,
@@ -96,9 +96,9 @@ def build(
         pwa=False,
         enable_monitoring=False,
     )
-    own = {"localhost", "127.0.0.1", "::1", host}
-    functions = {number: len(function.inputs) for number, function in blocks.fns.items()}
-    return Guard(mounted, frozenset(own) if is_loopback(host) else None, functions)
+    local_names = {"localhost", "127.0.0.1", "::1", host}
+    input_counts = {number: len(function.inputs) for number, function in blocks.fns.items()}
+    return RequestFilter(mounted, frozenset(local_names) if is_loopback(host) else None, input_counts)
 
 
 def is_loopback(host: str) -> bool:
@@ -110,7 +110,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; raises `UsageError` when it cannot be had."""
+    """A socket bound to the address. Raises `UsageError` where the port is invalid or taken."""
     if not 0 <= port < 65536:
         raise errors.UsageError(f"--port must be from 0 to 65535, got {port}")
     try:

@@ -1,9 +1,9 @@
-// The tooltip of a token: one element, filled with text only, beside the token under the pointer, the last clicked, or
-// the one that the arrow keys went to.
+// The tooltip of a token: one element, filled with text only, next to the token that the pointer hovers over, that was
+// clicked last, or that the arrow keys selected.
 (() => {
   const tip = document.createElement("div");
   tip.id = "token-tip";
-  tip.setAttribute("role", "status"); // read out as the arrow keys go from token to token
+  tip.setAttribute("role", "status"); // screen readers announce it as the arrow keys move
   const place = () => document.body.append(tip);
   document.body ? place() : addEventListener("DOMContentLoaded", place);
   let pinned = null;
@@ -23,12 +23,12 @@
   };
 
   const show = (token) => {
-    const about = JSON.parse(token.dataset.about);
+    const data = JSON.parse(token.dataset.about);
     const head = document.createElement("div");
     head.className = "head";
-    head.textContent = "what might have come here";
-    const rows = about.others.map(([text, share]) => row(text, share, text === about.text));
-    if (!about.others.some(([text]) => text === about.text)) rows.push(row(about.text, about.p, true));
+    head.textContent = "probabilities at this position";
+    const rows = data.others.map(([text, share]) => row(text, share, text === data.text));
+    if (!data.others.some(([text]) => text === data.text)) rows.push(row(data.text, data.p, true));
     tip.replaceChildren(head, ...rows);
     tip.classList.add("open");
     const at = token.getClientRects()[0];
@@ -63,15 +63,15 @@
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") hide();
-    const way = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!way || !event.target.matches("#answer, .card")) return;
+    const direction = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!direction || !event.target.matches("#answer, .card")) return;
     const tokens = [...event.target.querySelectorAll(".token[data-about]")];
     const place = tokens.indexOf(pinned);
-    const next = tokens[place < 0 ? (way > 0 ? 0 : tokens.length - 1) : place + way];
+    const next = tokens[place < 0 ? (direction > 0 ? 0 : tokens.length - 1) : place + direction];
     if (!next) return;
     event.preventDefault();
     next.scrollIntoView({ block: "nearest", behavior: "instant" });
-    requestAnimationFrame(() => requestAnimationFrame(() => pin(next))); // after the scrolling, which hides it
+    requestAnimationFrame(() => requestAnimationFrame(() => pin(next))); // after the scrolling, which hides the tooltip
   });
   document.addEventListener("scroll", hide, { capture: true, passive: true });
 })();

@@ -95,8 +95,8 @@ def test_step_0_is_read_by_the_plots_and_by_the_page(tmp_path):
         write(log, {0: 3.0, 1: 2.9})
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 1]
     page = RunCurves(tmp_path / "metrics.jsonl")
-    page.look()
-    assert page.fault == ""
+    page.read_new_rows()
+    assert page.error == ""
     assert page.curves["validation_loss"] == [(0, 3.0), (1, 2.9)]
 
 

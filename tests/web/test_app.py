@@ -19,8 +19,8 @@ from smollm_jax.commands import app
 from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.web.chat_tab import bubbles
-from smollm_jax.web.model_store import Shelf
-from smollm_jax.web.responses import Answers
+from smollm_jax.web.model_store import ModelStore
+from smollm_jax.web.responses import Handlers
 from smollm_jax.web.token_html import TintedText
 from tests.serving import GREEDY, Client, applied, served, tiny_weights
 
@@ -126,15 +126,16 @@ def test_a_text_that_was_cut_inside_a_character_goes_on_without_that_half(place,
         (seed, place) for seed, row in enumerate(rows) for place, t in enumerate(row.tokens) if t.text == "\ufffd"
     ]
     seed, count = next((seed, place) for seed, place in halves if place)  # the first byte of a character, or one alone
-    some = Shelf(given=place / "assets/tiny", assets=place / "assets", runs=place / "runs", fetch=["false"])
-    answers = Answers(some, device="cpu", time_limit=60)
+    folders = {"assets": place / "assets", "runs": place / "runs"}
+    store = ModelStore(initial_weights=place / "assets/tiny", **folders, fetch=["false"])
+    handlers = Handlers(store, device="cpu", time_limit=60)
     numbers = GREEDY | {"temperature": 1.9, "seed": seed, "max_new_tokens": count + 1}
-    *_, last = answers.complete(str(place / "assets/tiny"), "a", numbers, "")
-    assert last.cut.written == count
-    assert text_of(last.shown) == text_of(last.cut.shown) + "\ufffd"
-    *_, then = answers.complete_on(last.cut, numbers | {"max_new_tokens": 4}, "")
-    assert then.cut.ids[: len(last.cut.ids)] == last.cut.ids
-    assert text_of(then.cut.shown) == engine.tokenizer.decode(then.cut.ids)
+    *_, last = handlers.complete(str(place / "assets/tiny"), "a", numbers, "")
+    assert last.truncated.new_tokens == count
+    assert text_of(last.content) == text_of(last.truncated.content) + "\ufffd"
+    *_, then = handlers.continue_completion(last.truncated, numbers | {"max_new_tokens": 4}, "")
+    assert then.truncated.ids[: len(last.truncated.ids)] == last.truncated.ids
+    assert text_of(then.truncated.content) == engine.tokenizer.decode(then.truncated.ids)
 
 
 def test_a_text_ends_where_the_context_is_full_and_says_so(client, engine):
@@ -151,7 +152,7 @@ def test_there_is_nothing_to_go_on_with_before_a_text_was_cut(client):
     for function, values in (("complete_on", [None, ""]), ("chat_on", [None, [], "", "", ""])):
         values, error = client.call("fresh", function, [*values, *GREEDY.values()])
         assert values is None
-        assert error == "there is no text to go on with"
+        assert error == "there is no text to continue"
 
 
 @pytest.mark.parametrize("message", ["", " ", "\n\t "])
@@ -389,7 +390,7 @@ def test_stop_ends_the_computing(client, streams):
 
 
 def test_what_waits_is_bounded_and_the_next_is_refused_in_words(place):
-    with served(flags(place, queue=2)) as url, Client(url, str(place / "assets/tiny")) as client:
+    with served(flags(place, max_queue=2)) as url, Client(url, str(place / "assets/tiny")) as client:
         running, _ = begin(client, "first")
         for name in ("second", "third"):
             assert client.join(name, "complete", client.values("Wait")).status_code == 200
@@ -441,7 +442,7 @@ def held_kilobytes() -> float:
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_two_hundred_visits_leave_memory_flat_and_compile_nothing_new(place):
-    given = flags(place, queue=2)
+    given = flags(place, max_queue=2)
     compiled = []
     lengths = [5, 60, 120]  # in two buckets of prompt slots
     with served(given) as url, Client(url, str(place / "assets/tiny")) as client:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from smollm_jax.commands import app, command_line
 from smollm_jax.web import server
 from tests import trainer
 from tests.serving import Client, tiny_weights
@@ -73,13 +74,19 @@ def test_what_cannot_be_started_says_so_in_one_line(place):
         for arguments, code, named in [
             (["--port", port], 2, port),
             (["--port", "99999"], 2, "99999"),
-            (["--queue", "0"], 2, "--queue"),
+            (["--max-queue", "0"], 2, "--max-queue"),
             (["--weights", "nowhere", "--port", "0"], 3, "nowhere"),
         ]:
             done = start(*arguments, cwd=place)
             assert done.returncode == code
             assert named in done.stderr
             assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_old_names_of_flags_still_work():
+    flags = command_line.parse(app.Flags, ["--queue", "3", "--loaded", "4"], None)
+    assert flags == command_line.parse(app.Flags, ["--max-queue", "3", "--max-loaded", "4"], None)
+    assert (flags.max_queue, flags.max_loaded) == (3, 4)
 
 
 def test_another_host_is_warned_of(place):

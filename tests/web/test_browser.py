@@ -13,7 +13,7 @@ import pytest
 from smollm_jax.commands import app
 from smollm_jax.errors import UsageError
 from smollm_jax.web.chat_tab import bubbles
-from smollm_jax.web.events import fault, waiting
+from smollm_jax.web.events import error_html, progress_html
 from smollm_parity.page import page as parity_page
 from smollm_parity.rungs import Rung
 from tests import trainer
@@ -84,8 +84,8 @@ def visit(browser, url):
         assert faults == []
 
 
-def set_number(page, knob: str, value: float) -> None:
-    page.locator(f"#{knob} input[type=number]").fill(str(value))
+def set_number(page, name: str, value: float) -> None:
+    page.locator(f"#{name} input[type=number]").fill(str(value))
     page.keyboard.press("Tab")
 
 
@@ -413,12 +413,12 @@ def test_every_tab_can_be_read_reached_and_named_on_a_phone_and_a_desk_in_both_t
         tab(page, name)
         page.wait_for_selector(control)
         if name == "Complete":
-            page.evaluate(FILL, ["#complete-note .html-container", waiting("assets/tiny: loading")])
+            page.evaluate(FILL, ["#complete-note .html-container", progress_html("assets/tiny: loading")])
             page.wait_for_function("document.querySelector('.waiting .seconds').innerText == '1 s'")
         if name == "Chat":
             chat = [{"role": "user", "content": "Show <b>all</b>"}, {"role": "assistant", "content": MARKDOWN}]
             page.evaluate(FILL, ["#chat .html-container", bubbles(chat)])
-            page.evaluate(FILL, ["#chat-note .html-container", fault(UsageError("it was refused"))])
+            page.evaluate(FILL, ["#chat-note .html-container", error_html(UsageError("it was refused"))])
         if name == "Runs":
             page.wait_for_selector("#curves svg.marks")
             page.click("#compare")

@@ -1,4 +1,4 @@
-"""What the web page is made of, without HTTP: the shelf of weights, runs read as they are written, checkpoints."""
+"""The parts of the web page without HTTP: the model store, curves of runs, the comparison of checkpoints."""
 
 import html
 import json
@@ -19,16 +19,16 @@ from smollm_jax.commands import app, fetch
 from smollm_jax.errors import SmolLMError, StorageError, UsageError
 from smollm_jax.generation.engine import Token
 from smollm_jax.runtime.assets import fetch_command
-from smollm_jax.web import run_curves as reading
+from smollm_jax.web import run_curves
 from smollm_jax.web.chat_tab import bubbles
-from smollm_jax.web.markdown import LONGEST, rendered
-from smollm_jax.web.model_store import Shelf
+from smollm_jax.web.markdown import MAX_CHARACTERS, render_markdown
+from smollm_jax.web.model_store import ModelStore
 from smollm_jax.web.page import page
-from smollm_jax.web.requests import KNOBS
-from smollm_jax.web.responses import Answers
-from smollm_jax.web.run_curves import RunCurves, thinned
-from smollm_jax.web.runs_tab import NOTHING_SEEN, RunsTab, spread
-from smollm_jax.web.sampling_panel import asked_for, within
+from smollm_jax.web.requests import SLIDERS
+from smollm_jax.web.responses import Handlers
+from smollm_jax.web.run_curves import RunCurves, downsampled
+from smollm_jax.web.runs_tab import INITIAL_VIEW, RunsTab, evenly_spaced
+from smollm_jax.web.sampling_panel import clamped, sampling_note
 from smollm_jax.web.token_html import span
 from smollm_jax.weights.bundle import Bundle
 from tests.serving import GREEDY, Client, served, tiny_run, tiny_weights
@@ -48,14 +48,14 @@ def place(tmp_path_factory, weights_path) -> Path:
     return folder
 
 
-def shelf(place: Path, **changed) -> Shelf:
-    options = {"given": None, "assets": place / "assets", "runs": place / "runs", "fetch": ["false"]}
-    return Shelf(**(options | changed))
+def model_store(place: Path, **changed) -> ModelStore:
+    options = {"initial_weights": None, "assets": place / "assets", "runs": place / "runs", "fetch": ["false"]}
+    return ModelStore(**(options | changed))
 
 
-def opened(shelf: Shelf, name: object):
-    """What was said on the way, and the loaded weights."""
-    said, opening = [], shelf.open(name)
+def opened(store: ModelStore, name: object):
+    """The progress lines, and the loaded model."""
+    said, opening = [], store.open(name)
     while True:
         try:
             said.append(next(opening))
@@ -65,7 +65,7 @@ def opened(shelf: Shelf, name: object):
 
 def test_only_weights_under_assets_and_runs_are_listed_the_given_ones_first(place):
     (place / "assets/notes").mkdir(exist_ok=True)
-    names = list(shelf(place, given=place / "elsewhere").entries())
+    names = list(model_store(place, initial_weights=place / "elsewhere").entries())
     checkpoints = [f"runs/grown/checkpoints/{step}" for step in (20, 10, 0)]
     real = "assets/SmolLM2-135M-Instruct"
     tiny = ["assets/tiny0", "assets/tiny10", "assets/tiny20"]
@@ -74,12 +74,12 @@ def test_only_weights_under_assets_and_runs_are_listed_the_given_ones_first(plac
 
 @pytest.mark.parametrize("name", ["", "/etc", "../secret", "assets/../assets/tiny0", None, 5, ["assets/tiny0"]])
 def test_a_name_that_is_not_listed_is_not_loaded(place, name):
-    with pytest.raises(UsageError, match="not one of those listed"):
-        opened(shelf(place), name)
+    with pytest.raises(UsageError, match="not one of the options listed"):
+        opened(model_store(place), name)
 
 
 def test_a_run_is_its_newest_checkpoint_and_no_more_weights_are_kept_than_asked_for(place):
-    few = shelf(place, keep=2)
+    few = model_store(place, max_loaded=2)
     run = opened(few, "runs/grown")[1]
     assert opened(few, "runs/grown/checkpoints/20") == ([], run)  # the same ones: loaded once
     first = opened(few, "assets/tiny0")[1]
@@ -89,7 +89,7 @@ def test_a_run_is_its_newest_checkpoint_and_no_more_weights_are_kept_than_asked_
 
 
 def test_weights_that_are_written_anew_are_loaded_anew(place, weights_path):
-    some = shelf(place)
+    some = model_store(place)
     target = tiny_weights(place, weights_path, "again", seed=1)
     before = opened(some, "assets/again")[1]
     shutil.rmtree(target)
@@ -105,22 +105,22 @@ def test_the_sliders_are_what_the_weights_ask_for_before_and_after_they_are_load
     bundle = Bundle(small_tensors(), SMALL, small_tokenizer(), generation_config=asks)
     for kind, name in (("hf", "assets/hf"), ("gguf", "assets/x.gguf"), ("orbax", "runs/run")):
         weights.write(tmp_path / name, bundle, kind)
-    there = shelf(tmp_path)
+    there = model_store(tmp_path)
     for name in ("assets/hf", "assets/x.gguf", "runs/run", "runs/run/checkpoints/0"):
         before = there.generation(name)
         assert (before.sampling["temperature"], before.sampling["top_k"], before.sampling["top_p"]) == (0.6, 50, 0.9)
-        assert "temperature 0.6, top k 50, top p 0.9" in asked_for(before)
+        assert "temperature 0.6, top k 50, top p 0.9" in sampling_note(before)
         assert there.generation(name).eos_token_ids == opened(there, name)[1].engine.generation.eos_token_ids == (0, 2)
         assert there.generation(name).sampling == before.sampling
-    blocks = page(Answers(there, device="cpu", time_limit=60), queue_size=2)
-    setting = next(function for function in blocks.fns.values() if function.name == "own_sampling")
+    blocks = page(Handlers(there, device="cpu", time_limit=60), queue_size=2)
+    setting = next(function for function in blocks.fns.values() if function.name == "recommended_sampling")
     *values, line = setting.fn("assets/hf")
     assert dict(zip((slider.elem_id for slider in setting.outputs), values, strict=False)) == before.sampling
     assert "temperature 0.6" in line
     (tmp_path / "assets/hf/generation_config.json").unlink()
-    assert "greedy" in asked_for(shelf(tmp_path).generation("assets/hf"))
-    assert within(KNOBS["temperature"], 5) == 2
-    with pytest.raises(UsageError, match="not one of those listed"):
+    assert "greedy" in sampling_note(model_store(tmp_path).generation("assets/hf"))
+    assert clamped(SLIDERS["temperature"], 5) == 2
+    with pytest.raises(UsageError, match="not one of the options listed"):
         there.generation("elsewhere")
 
 
@@ -130,9 +130,9 @@ def test_missing_real_weights_are_fetched_when_first_asked_for(place, tmp_path):
     fetch = [sys.executable, "-c", copy, str(place / "assets/tiny0"), str(target)]
     with served(app.Flags(assets=tmp_path / "assets", runs=tmp_path / "runs")) as url, Client(url):
         assert not target.exists(), "fetched at the start"
-    some = shelf(tmp_path, fetch=fetch)
+    some = model_store(tmp_path, fetch=fetch)
     said, loaded = opened(some, "assets/SmolLM2-135M-Instruct")
-    assert said[0].startswith("fetching")
+    assert said[0].startswith("downloading")
     assert said[-1] == "loading"
     assert loaded.engine.config.hidden_size == 96
     assert opened(some, "assets/SmolLM2-135M-Instruct") == ([], loaded)
@@ -141,10 +141,10 @@ def test_missing_real_weights_are_fetched_when_first_asked_for(place, tmp_path):
 def test_a_fetch_that_fails_says_why_and_one_that_nobody_waits_for_is_ended(tmp_path):
     failing = [sys.executable, "-c", "raise SystemExit('error: no network')"]
     with pytest.raises(StorageError, match="no network"):
-        opened(shelf(tmp_path, fetch=failing), "assets/SmolLM2-135M-Instruct")
+        opened(model_store(tmp_path, fetch=failing), "assets/SmolLM2-135M-Instruct")
     mark = tmp_path / "mark"
     slow = [sys.executable, "-c", f"import time; time.sleep(2); open({str(mark)!r}, 'w')"]
-    opening = shelf(tmp_path, fetch=slow).open("assets/SmolLM2-135M-Instruct")
+    opening = model_store(tmp_path, fetch=slow).open("assets/SmolLM2-135M-Instruct")
     next(opening)
     opening.close()
     time.sleep(2.5)
@@ -162,22 +162,22 @@ def test_the_fetching_command_is_one_that_exists(monkeypatch, tmp_path):
 
 
 def cards_of(frame) -> list[str]:
-    return re.findall(r'<div class="card"[^>]*>(.*?)</div>', frame.shown, re.DOTALL)
+    return re.findall(r'<div class="card"[^>]*>(.*?)</div>', frame.content, re.DOTALL)
 
 
 def test_successive_checkpoints_continue_the_same_prompt_and_a_damaged_one_says_so(place):
-    answers = Answers(shelf(place), device="cpu", time_limit=60)
-    *_, last = answers.compare("grown", [20, 0, 10], "Fellow <b>", GREEDY, "")
+    handlers = Handlers(model_store(place), device="cpu", time_limit=60)
+    *_, last = handlers.compare("grown", [20, 0, 10], "Fellow <b>", GREEDY, "")
     cards = cards_of(last)
     assert [re.match(r"step (\d+)Fellow", text_of(card))[1] for card in cards] == ["0", "10", "20"]
     texts = [text_of(card).split("<b>", 1)[1] for card in cards]
     for step, text in ((0, texts[0]), (20, texts[2])):
-        engine = opened(shelf(place), f"assets/tiny{step}")[1].engine
+        engine = opened(model_store(place), f"assets/tiny{step}")[1].engine
         assert text == engine.complete([engine.encode("Fellow <b>")], max_new_tokens=16)[0].text
     assert "sha256 differs" in texts[1]
     assert 'class="fault"' in cards[1]
-    assert re.search(r"[\d.]+ tokens/s", answers.status("runs/grown/checkpoints/20")), "the speed is not kept in sight"
-    assert "- tokens/s" in answers.status("assets/tiny10")
+    assert re.search(r"[\d.]+ tokens/s", handlers.status("runs/grown/checkpoints/20")), "the speed is not kept in sight"
+    assert "- tokens/s" in handlers.status("assets/tiny10")
     assert text_of(last.status).startswith("runs/grown, steps 0 and 20"), "the status line tells of those that answered"
     assert last.weights == "runs/grown/checkpoints/20"
 
@@ -185,12 +185,12 @@ def test_successive_checkpoints_continue_the_same_prompt_and_a_damaged_one_says_
 @pytest.mark.parametrize("steps", [[], [5], ["0"], [True], list(range(9)), "0", None])
 def test_checkpoints_that_the_run_has_not_are_refused(place, steps):
     with pytest.raises(SmolLMError):
-        list(Answers(shelf(place), device="cpu", time_limit=60).compare("grown", steps, "a", GREEDY, ""))
+        list(Handlers(model_store(place), device="cpu", time_limit=60).compare("grown", steps, "a", GREEDY, ""))
 
 
 def test_every_checkpoint_that_the_time_limit_left_out_is_named(place):
-    answers = Answers(shelf(place), device="cpu", time_limit=1e-9)
-    *_, last = answers.compare("grown", [0, 20], "a", GREEDY, "")
+    handlers = Handlers(model_store(place), device="cpu", time_limit=1e-9)
+    *_, last = handlers.compare("grown", [0, 20], "a", GREEDY, "")
     assert [("time limit" in card) for card in cards_of(last)] == [True, True]
 
 
@@ -201,29 +201,29 @@ def row(step: int, **values: float) -> str:
 def test_a_log_is_read_on_as_it_grows_and_half_a_line_waits(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = RunCurves(path)
-    log.look()
-    assert "cannot be read" in log.fault
+    log.read_new_rows()
+    assert "cannot be read" in log.error
     path.write_text(row(1, loss=5.0) + '{"step": 2, "lo')
     log = RunCurves(path)
-    log.look()
+    log.read_new_rows()
     assert log.curves["loss"] == [(1, 5.0)]
     with path.open("a") as file:
         file.write('ss": 4.0}\n' + row(2, validation_loss=4.5) + '{"step": 3, "loss": null}\n')
-    log.look()
+    log.read_new_rows()
     assert log.curves["loss"] == [(1, 5.0), (2, 4.0)]
     assert log.curves["validation_loss"] == [(2, 4.5)]
     assert log.step == 3
-    assert not log.fault
+    assert not log.error
 
 
 def test_steps_that_a_resume_did_again_replace_the_old_ones(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(row(step, loss=float(step)) for step in range(1, 6)) + row(5, validation_loss=1.0))
     log = RunCurves(path)
-    log.look()
+    log.read_new_rows()
     with path.open("a") as file:
         file.write(row(3, loss=30.0))
-    log.look()
+    log.read_new_rows()
     assert log.curves["loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert log.curves["validation_loss"] == []
     assert log.step == 3
@@ -233,9 +233,9 @@ def test_a_log_that_is_begun_anew_is_read_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(row(1, loss=1.0) + row(2, loss=2.0))
     log = RunCurves(path)
-    log.look()
+    log.read_new_rows()
     path.write_text(row(1, loss=9.0))
-    log.look()
+    log.read_new_rows()
     assert log.curves["loss"] == [(1, 9.0)]
 
 
@@ -244,30 +244,30 @@ def test_a_line_that_is_no_row_is_told_and_what_came_before_is_kept(tmp_path, li
     path = tmp_path / "metrics.jsonl"
     path.write_text(row(1, loss=1.0) + line + "\n")
     log = RunCurves(path)
-    log.look()
-    assert log.fault == "metrics.jsonl: line 2 is not a row of metrics"
+    log.read_new_rows()
+    assert log.error == "metrics.jsonl: line 2 is not a row of metrics"
     assert log.curves["loss"] == [(1, 1.0)]
 
 
 def test_a_long_curve_is_thinned_to_means(tmp_path):
     points = [(step, float(step)) for step in range(1, 1001)]
-    thin = thinned(points, 100)
+    thin = downsampled(points, 100)
     assert len(thin) == 100
     assert thin[0] == (10, 5.5)
     assert thin[-1] == (1000, 995.5)
-    assert thinned(points[:100], 100) == points[:100]
+    assert downsampled(points[:100], 100) == points[:100]
 
 
 @pytest.mark.filterwarnings("ignore:The value passed into")  # Gradio: said of an update, its choices beside it
 def test_the_runs_tab_lays_new_runs_over_each_other_and_follows_their_logs(place):
     with gradio.Blocks():
-        tab = RunsTab(Answers(shelf(place), device="cpu", time_limit=60), gradio.HTML())
+        tab = RunsTab(Handlers(model_store(place), device="cpu", time_limit=60), gradio.HTML())
     run = place / "runs/other"
     run.mkdir()
     (run / "metrics.jsonl").write_text(row(1, loss=5.0))
 
     def look(drawn, seen):
-        _, drawn, _, _, plot, seen = tab.look(drawn, "Training loss", None, seen)
+        _, drawn, _, _, plot, seen = tab.refresh(drawn, "Training loss", None, seen)
         return drawn, plot, seen
 
     def points(plot) -> dict[str, list]:
@@ -276,7 +276,7 @@ def test_the_runs_tab_lays_new_runs_over_each_other_and_follows_their_logs(place
             run: [(row["step"], row["value"]) for row in rows if row["run"] == run] for run in {r["run"] for r in rows}
         }
 
-    drawn, plot, seen = look([], NOTHING_SEEN)
+    drawn, plot, seen = look([], INITIAL_VIEW)
     drawn = drawn.value
     assert sorted(drawn) == ["grown", "other"]
     assert points(plot) == {"grown": [(step, 9 - step / 20) for step in range(1, 21)], "other": [(1, 5.0)]}
@@ -292,15 +292,15 @@ def test_the_runs_tab_lays_new_runs_over_each_other_and_follows_their_logs(place
 
 def test_a_run_s_name_is_shown_as_text():
     log = RunCurves(Path("nowhere/metrics.jsonl"))
-    shown = reading.table({"<img src=x onerror=alert(1)>": (log, [])})
+    shown = run_curves.table({"<img src=x onerror=alert(1)>": (log, [])})
     assert "<img" not in shown
     assert "&lt;img src=x" in shown
 
 
 def test_the_checkpoints_offered_are_spread_from_first_to_last():
-    assert spread(list(range(0, 1000, 100)), 4) == [0, 300, 600, 900]
-    assert spread([5, 10], 4) == [5, 10]
-    assert spread([], 4) == []
+    assert evenly_spaced(list(range(0, 1000, 100)), 4) == [0, 300, 600, 900]
+    assert evenly_spaced([5, 10], 4) == [5, 10]
+    assert evenly_spaced([], 4) == []
 
 
 def test_a_user_s_turn_is_shown_as_it_is_tags_markdown_and_all():
@@ -323,13 +323,13 @@ def test_an_answer_s_markdown_is_rendered_and_its_code_has_a_copy_button():
         "<td>1</td>\n<td>2</td>",
     ):
         assert part in shown
-    unfinished = rendered("```python\nif a")  # as it comes, token by token
+    unfinished = render_markdown("```python\nif a")  # as it comes, token by token
     assert "<code>if a</code></pre>" in unfinished.replace("\n", "")
 
 
 def test_the_longest_text_is_shown_whole_however_it_is_meant():
-    said = "**a** " * (LONGEST // 6 + 1)
-    assert text_of(rendered(said)) == said
+    said = "**a** " * (MAX_CHARACTERS // 6 + 1)
+    assert text_of(render_markdown(said)) == said
 
 
 class Tags(HTMLParser):
@@ -413,7 +413,7 @@ HOSTILE = [
 )
 @example(HOSTILE)
 def test_no_answer_brings_a_script_a_handler_an_image_or_a_link_that_is_none(parts):
-    for tag, attributes in Tags(rendered("".join(parts)) + rendered("\n\n".join(parts))).seen:
+    for tag, attributes in Tags(render_markdown("".join(parts)) + render_markdown("\n\n".join(parts))).seen:
         assert tag in MARKDOWN_TAGS
         assert set(attributes) <= ATTRIBUTES.get(tag, set())
         if tag == "a":
