@@ -1,1 +1,1 @@
-"""Ours against other implementations, measured; and what XLA makes of our programs."""
+"""Benchmarks of this package against other implementations, and readers of compiled XLA programs (`xla/`)."""

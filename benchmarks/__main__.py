@@ -1,9 +1,9 @@
-"""One backend of a benchmark in a process of its own: `scripts/benchmark.py` starts it and gives it work by lines.
+"""The process of one benchmark backend: `scripts/benchmark.py` starts it and requests each measurement by a line.
 
     python -m benchmarks BACKEND WORKLOAD WEIGHTS
 
-Prepares, says so in a line of JSON, then answers each line of stdin with what one unit of work took, right after
-another: steps of a training follow each other, too.
+Prints a line of JSON once it is ready. For each line of stdin it then runs one warm-up unit of work and one timed unit,
+and prints the measurement as JSON.
 """
 
 import json
@@ -21,9 +21,9 @@ from smollm_jax.runtime.program import run_main
 def main() -> None:
     name, workload, weights = sys.argv[1], Workload(**json.loads(sys.argv[2])), Path(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries may print to stdout: only answers go to the pipe
     if name == "ours" and workload.training:
-        allocator.retain_freed_memory()  # as the trainer does, before there are threads
+        allocator.retain_freed_memory()  # as the trainer does, before threads exist
     if workload.what == "prepare":
         from benchmarks.prepare_backend import prepare
     elif name in ("ours", "plain", "freed-memory") or name.startswith("remat-"):
@@ -40,22 +40,22 @@ def main() -> None:
         tokens = workload.batch_size * workload.sequence_length
         answer = {"gemm": max(timed_gemm(gemm) for _ in range(3)), "tokens": tokens}
         if workload.what != "prepare":
-            unit()  # not timed: since the last turn the caches were another process's, and freed memory the system's
+            unit()  # warm-up: since its last turn another backend had the caches, and the system the freed memory
         began, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
-        said = unit()
+        measured = unit()
         answer["seconds"] = seconds = time.perf_counter() - began
         answer["others"] = max(0.0, (busy_seconds() - busy - (time.process_time() - own)) / seconds)
-        print(json.dumps(answer | said), file=answers, flush=True)
+        print(json.dumps(answer | measured), file=answers, flush=True)
 
 
 def timed_gemm(gemm: Callable[[], int]) -> float:
-    """FLOP/s of a matrix product; `gemm` says how many it did."""
+    """FLOP/s of a matmul; `gemm` returns how many it ran."""
     began = time.perf_counter()
     return gemm() * 2 * GEMM**3 / (time.perf_counter() - began)
 
 
 def busy_seconds() -> float:
-    """How long this machine's cores have worked, for whatever process."""
+    """Seconds that this machine's cores have worked, for all processes."""
     user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:8])
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 

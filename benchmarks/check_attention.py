@@ -1,9 +1,9 @@
-"""Attention and its gradients on this device, against plain float32 attention on the CPU.
+"""Checks attention and its gradients on this device against plain float32 attention on the CPU.
 
     python -m benchmarks.check_attention --out attention.json --sequence-length 2048
 
-By XLA and, on a GPU in bfloat16, by cuDNN: causal, and packed documents against each document on its own. Prints and
-writes each RMS error over the RMS of the truth; exit status 1 when one exceeds its bound. A stage of
+Covers XLA and, on a GPU in bfloat16, cuDNN; causal attention, and packed documents against each document alone. Prints
+and writes each RMS error relative to the RMS of the reference; exit status 1 when one exceeds its bound. A stage of
 `scripts/gpu_suite.sh`.
 """
 
@@ -20,7 +20,7 @@ from smollm_jax.runtime.program import run_main
 
 # Measured on a CPU at T = 64 and 2,048: up to 1.1e-6 in float32 and 3.0e-3 in bfloat16, whose rounding is 4e-3.
 BOUND = {"float32": 1e-5, "bfloat16": 2e-2}
-CUDNN_OVER_XLA = 2.0  # both round to bfloat16; in which order is theirs
+CUDNN_OVER_XLA = 2.0  # both round to bfloat16, in different places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Flags:
     out: Path
     """JSON file to write."""
     preset: str = "smollm2-135m"
-    """Shape of the heads."""
+    """Model whose heads' shape is used."""
     sequence_length: int = 2048
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     document_tokens: int = 512
     """Mean length of a packed document."""
 
@@ -38,7 +38,7 @@ class Flags:
 def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=argv, description=__doc__)
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    os.environ["JAX_PLATFORMS"] = "cpu" if platforms == "cpu" else "cuda,cpu"  # the truth's device too
+    os.environ["JAX_PLATFORMS"] = "cpu" if platforms == "cpu" else "cuda,cpu"  # the reference runs on the CPU
     import jax
     import numpy as np
 
@@ -50,51 +50,50 @@ def main(argv: list[str] | None = None) -> None:
     cpu = jax.devices("cpu")[0]
     length, documents = flags.sequence_length, flags.document_tokens
     workload = Workload("attention", flags.preset, 1, 2, length, 2, documents, "float32", "none", 1)
-    # Numbers of bfloat16, so that both dtypes compute from the same ones.
+    # Rounded to bfloat16, so that both dtypes compute from the same numbers.
     inputs = [np.asarray(jax.numpy.asarray(x, "bfloat16"), np.float32) for x in workload.heads()]
     segments = workload.segments()
 
-    def plain(q: Any, k: Any, v: Any, cache: Any) -> tuple[Any, Any]:
+    def plain_attention(q: Any, k: Any, v: Any, cache: Any) -> tuple[Any, Any]:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla"), cache
 
-    alone_or_causal = forward_and_backward(plain)  # compiled once a length
+    reference = forward_and_backward(plain_attention)  # compiled once per length
 
-    def on(device: Any, both: Any, arrays: list[np.ndarray], dtype: str) -> list[np.ndarray]:
+    def run_on(device: Any, function: Any, arrays: list[np.ndarray], dtype: str) -> list[np.ndarray]:
         put = [jax.device_put(jax.numpy.asarray(x, dtype), device) for x in arrays]
-        return [np.asarray(x, np.float32) for x in both(*put)]
+        return [np.asarray(x, np.float32) for x in function(*put)]
 
-    def alone() -> list[np.ndarray]:
-        """Every document by itself, put together again."""
-        whole = [np.zeros_like(inputs[i]) for i in (0, 0, 1, 2)]
+    def documents_separately() -> list[np.ndarray]:
+        """The results of every document alone, at its positions of the packed rows."""
+        packed_rows = [np.zeros_like(inputs[i]) for i in (0, 0, 1, 2)]
         for row, numbers in enumerate(segments):
             for document in np.unique(numbers):
-                (places,) = np.nonzero(numbers == document)
-                part = slice(places[0], places[-1] + 1)
-                for target, found in zip(
-                    whole, on(cpu, alone_or_causal, [x[row : row + 1, part] for x in inputs], "float32"), strict=True
-                ):
-                    target[row, part] = found[0]
-        return whole
+                (positions,) = np.nonzero(numbers == document)
+                span = slice(positions[0], positions[-1] + 1)
+                results = run_on(cpu, reference, [x[row : row + 1, span] for x in inputs], "float32")
+                for target, result in zip(packed_rows, results, strict=True):
+                    target[row, span] = result[0]
+        return packed_rows
 
     device, rows = jax.devices()[0], []
-    truths = {"causal": on(cpu, alone_or_causal, inputs, "float32"), "packed": alone()}
-    inside = packed(jax.device_put(jax.numpy.asarray(segments), device))
+    expected = {"causal": run_on(cpu, reference, inputs, "float32"), "packed": documents_separately()}
+    by_xla = packed(jax.device_put(jax.numpy.asarray(segments), device))
     runs = [("causal", "xla", causal("xla"), dtype) for dtype in BOUND]
-    runs += [("packed", "xla", inside, dtype) for dtype in BOUND]
+    runs += [("packed", "xla", by_xla, dtype) for dtype in BOUND]
     by_cudnn = packed(jax.device_put(jax.numpy.asarray(segments), device), "cudnn")
-    left_out: dict[str, str] = {}  # as the trainer does
+    not_measured: dict[str, str] = {}  # where the trainer would not use cuDNN either
     for what, attend in (("causal", causal("cudnn")), ("packed", by_cudnn)):
         _, needs = fastest_attention(device, "bfloat16", length, workload.config.head_dim, what == "packed")
         if needs:
-            left_out[what] = f"not measured: cudnn {needs}"
-            print(f"{what}: {left_out[what]}")
+            not_measured[what] = f"not measured: cudnn {needs}"
+            print(f"{what}: {not_measured[what]}")
         else:
             runs.append((what, "cudnn", attend, "bfloat16"))
     worst: dict[tuple[str, str, str], float] = {}
     for what, by, attend, dtype in runs:
-        found = on(device, forward_and_backward(attend), inputs, dtype)
-        for name, mine, true in zip(("out", "d q", "d k", "d v"), found, truths[what], strict=True):
-            error = float(np.sqrt(np.mean((mine - true) ** 2) / np.mean(true**2)))
+        results = run_on(device, forward_and_backward(attend), inputs, dtype)
+        for name, result, true in zip(("out", "d q", "d k", "d v"), results, expected[what], strict=True):
+            error = float(np.sqrt(np.mean((result - true) ** 2) / np.mean(true**2)))
             bound = BOUND[dtype]
             if by == "cudnn":
                 bound = min(bound, CUDNN_OVER_XLA * worst[what, "xla", name])
@@ -102,9 +101,9 @@ def main(argv: list[str] | None = None) -> None:
                 worst[what, by, name] = error
             rows.append({"attention": what, "by": by, "dtype": dtype, "of": name, "error": error, "bound": bound})
     for row in rows:
-        row["passed"] = bool(row["error"] <= row["bound"])  # a NaN fails
+        row["passed"] = bool(row["error"] <= row["bound"])  # False for NaN
         print(f"{'pass' if row['passed'] else 'FAIL'}  {row}")
-    content = {"device": device.device_kind, "rows": rows, "cudnn": left_out or "measured"}
+    content = {"device": device.device_kind, "rows": rows, "cudnn": not_measured or "measured"}
     flags.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if not all(row["passed"] for row in rows):
         raise SystemExit(1)

@@ -1,9 +1,9 @@
-"""The losses of two runs, step by step: how far apart they are at most.
+"""Compares the losses of two runs step by step.
 
     python -m benchmarks.check_curves runs/jax runs/torch --steps 20 --bound 0.02 --out curves.json
 
-For a JAX run and the twin trained like it (`scripts/train_torch.py`). Exit status 1 when they are further apart, or
-when a step is missing. A stage of `scripts/gpu_suite.sh`.
+For a JAX run and the twin trained like it (`scripts/train_torch.py`). Exit status 1 when a difference exceeds the
+bound, 3 when a step is missing. A stage of `scripts/gpu_suite.sh`.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from smollm_jax.runtime.program import run_main
 @dataclasses.dataclass(frozen=True)
 class Flags:
     run: tyro.conf.Positional[Path]
-    """One run folder."""
+    """Run folder."""
     other: tyro.conf.Positional[Path]
-    """Another."""
+    """Run folder to compare it with."""
     steps: int
-    """Steps that both must have."""
+    """Steps to compare; both runs must have them."""
     bound: float
-    """Most that two losses of a step may differ, relative."""
+    """Largest relative difference allowed between two losses of a step."""
     out: Path
     """JSON file to write."""
 
@@ -35,13 +35,19 @@ def main(argv: list[str] | None = None) -> None:
     curves = [losses(run)[: flags.steps] for run in (flags.run, flags.other)]
     for run, curve in zip((flags.run, flags.other), curves, strict=True):
         if len(curve) < flags.steps:
-            raise errors.InputFileError(f"{run}/metrics.jsonl: has {len(curve)} steps, {flags.steps} are compared")
-    apart = [abs(a - b) / abs(b) for a, b in zip(*curves, strict=True)]
-    content = {"steps": flags.steps, "bound": flags.bound, "furthest": max(apart), "apart": apart, "losses": curves}
+            raise errors.InputFileError(f"{run}/metrics.jsonl: has {len(curve)} steps, but --steps is {flags.steps}")
+    differences = [abs(a - b) / abs(b) for a, b in zip(*curves, strict=True)]
+    content = {
+        "steps": flags.steps,
+        "bound": flags.bound,
+        "furthest": max(differences),
+        "apart": differences,
+        "losses": curves,
+    }
     flags.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    passed = all(x <= flags.bound for x in apart)  # a NaN fails
+    passed = all(x <= flags.bound for x in differences)  # False for NaN
     verdict = "pass" if passed else "FAIL"
-    print(f"{verdict}  {flags.steps} losses are at most {max(apart):.1e} apart, {flags.bound:g} allowed")
+    print(f"{verdict}  {flags.steps} losses differ by at most {max(differences):.1e} (allowed: {flags.bound:g})")
     if not passed:
         raise SystemExit(1)
 

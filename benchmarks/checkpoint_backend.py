@@ -1,4 +1,4 @@
-"""What a checkpoint's manifest adds to a save and to a restore, and the check for finite numbers to a step."""
+"""Times what a checkpoint's manifest adds to save and restore, and what the check for finite numbers adds to a step."""
 
 import functools
 import tempfile
@@ -22,33 +22,29 @@ from smollm_jax.training.state import TrainState, init_model, init_train_state
 
 
 def prepare(_name: str, workload: Workload, folder: Path) -> Prepared:
-    """No unit of work: what this backend says once it is ready is all, seconds by name, round by round."""
+    """The backend measures before it is ready: its `times` are lists of seconds by name, one per round."""
     seconds, states = steps(workload)
-    state = states.pop("guarded")  # moments that are no longer zero, which would compress to nothing
+    state = states.pop("guarded")  # after some steps: an optimizer state of zeros would compress to nothing
     states.clear()
-    with tempfile.TemporaryDirectory(dir=folder.parent) as place:  # on the disk the parent chose
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:  # on the disk that the parent chose
         seconds |= saves(workload, state, Path(place))
     return dict, lambda: 0, {"device": jax.devices()[0].device_kind, "times": seconds}
 
 
-def alternate(backends: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds each backend took in each round, the backends in turn; the first round, which compiles, is left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in backends}
+def alternate(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each function in each round, in turn; the first round compiles and is discarded."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
-        for name, backend in backends.items():
+        for name, function in functions.items():
             began = time.perf_counter()
-            backend()
+            function()
             seconds[name].append(time.perf_counter() - began)
     return {name: times[1:] for name, times in seconds.items()}
 
 
 def steps(workload: Workload) -> tuple[dict[str, list[float]], dict[str, TrainState]]:
-    """Seconds of a step with the check for finite numbers and of one without, and the states they leave."""
-    tokens, tx, execution = (
-        jnp.asarray(workload.tokens()),
-        optimizer.adamw(workload.recipe()),
-        ExecutionConfig("float32"),
-    )
+    """Seconds of steps with and without the check for finite numbers, and the state after them."""
+    tokens, tx, execution = jnp.asarray(workload.tokens()), optimizer.adamw(workload.recipe()), ExecutionConfig("float32")
     state = init_train_state(init_model(workload.config, 0), tx)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -72,23 +68,23 @@ def steps(workload: Workload) -> tuple[dict[str, list[float]], dict[str, TrainSt
 
 
 def saves(workload: Workload, state: TrainState, folder: Path) -> dict[str, list[float]]:
-    """Seconds of a save, of the manifest in it, of verifying and of restoring."""
+    """Seconds of saving, of the manifest in it, of verifying and of restoring."""
     items = {"params": flatten(state.model), "optimizer": flatten(state.opt_state)}
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items)
-    sealing, seal = [], manifest.seal
+    manifest_seconds, seal = [], manifest.seal
 
     def timed_seal(folder: Path, about: dict[str, Any]) -> None:
         began = time.perf_counter()
         seal(folder, about)
-        sealing.append(time.perf_counter() - began)
+        manifest_seconds.append(time.perf_counter() - began)
 
     manifest.seal = timed_seal
     with CheckpointStore(folder / "checkpoints", keep=1) as store:
-        backends = {
-            "save": lambda: store.save(len(sealing) + 1, items, {}),
+        functions = {
+            "save": lambda: store.save(len(manifest_seconds) + 1, items, {}),
             "verify": lambda: store.verify(store.latest_step()),
             "restore": lambda: jax.block_until_ready(store.restore(store.latest_step(), like)),
         }
-        seconds = alternate(backends, workload.rounds)
+        seconds = alternate(functions, workload.rounds)
     manifest.seal = seal
-    return seconds | {"manifest": sealing[1:]}
+    return seconds | {"manifest": manifest_seconds[1:]}

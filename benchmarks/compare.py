@@ -1,4 +1,4 @@
-"""The parent's end of the backends' processes: it starts them, refuses unequal work, and divides round by round."""
+"""The parent of the backends' processes: starts them, checks that they do equal work, computes ratios per round."""
 
 import contextlib
 import json
@@ -14,16 +14,16 @@ from typing import Any
 
 from smollm_jax import errors
 
-PROMPT = 16  # tokens before the decoded ones
+PROMPT = 16  # tokens of a prompt to decode from
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # between two backends' results, relative
 Rows = dict[str, dict[str, float]]
 
 
 class Backend:
-    """A backend in a process of its own, ready: torch and JAX in one fight over cuDNN on a GPU (jax#19004).
+    """A backend in its own process, because torch and JAX in one process conflict over cuDNN on a GPU (jax#19004).
 
-    While it is not its turn the process is stopped, so that threads that spin while they wait take nobody's core.
+    The process is stopped between its turns, so that threads that spin while they wait take no core from the others.
     """
 
     def __init__(self, name: str, workload: dict[str, Any], weights: Path, **environment: str):
@@ -31,39 +31,39 @@ class Backend:
         command = [sys.executable, "-m", "benchmarks", name, json.dumps(workload), str(weights)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process: Any = subprocess.Popen(command, env=process_environment(**environment), **pipes)
-        self.ready = self._answer()
+        self.ready = self._read_answer()
 
     def run_once(self) -> dict[str, Any]:
-        """What one unit of work took."""
+        """The measurement of one unit of work."""
         self.process.send_signal(signal.SIGCONT)
         print("go", file=self.process.stdin, flush=True)
-        return self._answer()
+        return self._read_answer()
 
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
 
-    def _answer(self) -> dict[str, Any]:
+    def _read_answer(self) -> dict[str, Any]:
         if line := self.process.stdout.readline():
             self.process.send_signal(signal.SIGSTOP)
             return json.loads(line)
-        raise errors.SmolLMError(f"side {self.name} ended with status {self.process.wait()}; what it said is above")
+        raise errors.SmolLMError(f"backend {self.name} ended with status {self.process.wait()}; its output is above")
 
 
-def process_environment(**more: str) -> dict[str, str]:
+def process_environment(**variables: str) -> dict[str, str]:
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    ours = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
-    return os.environ | ours | more
+    settings = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    return os.environ | settings | variables
 
 
 def write_weights(preset: str, folder: Path, *, gguf: bool = False, tokenizer: bool = False) -> Path:
-    """A Hugging Face folder of seeded weights, made in processes that leave the GPU alone.
+    """Writes a Hugging Face folder of seeded random weights, in processes that do not use the GPU; returns its path.
 
-    With SmolLM2's tokenizer, and with `model.gguf`, in it where asked for.
+    `tokenizer` adds SmolLM2's tokenizer, `gguf` adds that and `model.gguf`.
     """
     out, variables = folder / "weights", process_environment(JAX_PLATFORMS="cpu")
     command = [sys.executable, ROOT / "scripts/random_weights.py", "--preset", preset, "--out", out]
-    if gguf or tokenizer:  # a GGUF needs one, used or not
+    if gguf or tokenizer:  # every GGUF contains one
         command += ["--tokenizer", ROOT / "assets/tokenizer"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=variables)
     if gguf:
@@ -72,45 +72,45 @@ def write_weights(preset: str, folder: Path, *, gguf: bool = False, tokenizer: b
     return out
 
 
-def most_memory(pid: int, work: Callable[[], Any]) -> tuple[Any, int]:
-    """What `work` returns, and the most bytes that a process and its descendants held meanwhile, 50 looks a second.
+def peak_memory(pid: int, work: Callable[[], Any]) -> tuple[Any, int]:
+    """What `work` returns, and the peak memory in bytes of a process and its descendants, sampled 50 times a second.
 
-    Held is what no file backs: a page that several share counts once, one of a mapped file not at all.
+    Only anonymous memory counts: a page that processes share counts once, a page of a mapped file not at all.
     """
     peaks, done = [0], threading.Event()
 
-    def look() -> None:
-        peaks.append(sum(map(held, descendants(pid))))  # once at least, however short the work
+    def sample() -> None:
+        peaks.append(sum(map(anonymous_bytes, descendants(pid))))  # at least once, however short the work is
         while not done.wait(0.02):
-            peaks.append(sum(map(held, descendants(pid))))
+            peaks.append(sum(map(anonymous_bytes, descendants(pid))))
 
-    looking = threading.Thread(target=look)
-    looking.start()
+    sampler = threading.Thread(target=sample)
+    sampler.start()
     try:
         returned = work()
     finally:
         done.set()
-        looking.join()
+        sampler.join()
     if not max(peaks):
-        raise errors.SmolLMError(f"/proc/{pid}/smaps_rollup: this system does not say what a process holds")
+        raise errors.SmolLMError(f"/proc/{pid}/smaps_rollup: this system does not report the memory of a process")
     return returned, max(peaks)
 
 
 def descendants(pid: int) -> list[int]:
-    """A process, its children, theirs and so on."""
+    """The ids of a process and of all its descendants."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(folder.name))
-    found = [pid]
-    for each in found:  # which grows meanwhile
-        found += children.get(each, [])
-    return found
+    pids = [pid]
+    for each in pids:  # the list grows during the loop
+        pids += children.get(each, [])
+    return pids
 
 
-def held(pid: int) -> int:
-    """Bytes of a process's memory that no file backs, its share of what it shares; 0 once it has ended."""
+def anonymous_bytes(pid: int) -> int:
+    """Bytes of a process's anonymous memory, with its share of shared pages; 0 once it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -119,10 +119,10 @@ def held(pid: int) -> int:
 
 
 def check_equal(dtypes: dict[str, str], ready: dict[str, dict[str, Any]]) -> None:
-    """Raises unless every backend does what ours does: losses and samples within `TOLERANCE`, on one kind of device.
+    """Raises unless every backend computes what ours does: losses and samples within `TOLERANCE`, on the same platform.
 
-    `dtypes` are the backends'; the less exact of two sets the tolerance. In float32 decoded token ids must be equal
-    too; in bfloat16 rounding decides near-ties.
+    `dtypes` are the backends' data types; the less exact of two sets the tolerance. In float32 decoded token ids must
+    be equal too; in bfloat16 rounding decides near-ties.
     """
     ours = ready["ours"]
     for name, other in ready.items():
@@ -130,15 +130,15 @@ def check_equal(dtypes: dict[str, str], ready: dict[str, dict[str, Any]]) -> Non
         if ours["platform"] != other["platform"]:
             raise errors.UsageError(f"ours is on a {ours['platform']}, {name} on a {other['platform']}: not comparable")
         for step, (a, b) in enumerate(zip(ours["losses"], other["losses"], strict=True), 1):
-            if not abs(a - b) <= TOLERANCE[dtype] * abs(b):  # a NaN too is refused
+            if not abs(a - b) <= TOLERANCE[dtype] * abs(b):  # raises for NaN too
                 raise errors.SmolLMError(
-                    f"loss {step} is {a:.6f} for ours and {b:.6f} for {name}, apart by more than "
+                    f"loss {step} is {a:.6f} for ours and {b:.6f} for {name}, a difference of more than "
                     f"{TOLERANCE[dtype]:g} relative ({dtype}): not the same work, so not compared"
                 )
         for what, numbers in other.get("samples", {}).items():
-            apart = max(abs(a - b) for a, b in zip(ours["samples"][what], numbers, strict=True))
-            if not apart <= TOLERANCE[dtype] * max(map(abs, numbers)):
-                raise errors.SmolLMError(f"{what} of ours and of {name} are {apart:.2g} apart: not the same work")
+            difference = max(abs(a - b) for a, b in zip(ours["samples"][what], numbers, strict=True))
+            if not difference <= TOLERANCE[dtype] * max(map(abs, numbers)):
+                raise errors.SmolLMError(f"{what} of ours and of {name} differ by {difference:.2g}: not the same work")
         if dtype == "float32" and ours.get("ids") != other.get("ids"):
             raise errors.SmolLMError(f"ours and {name} decode different tokens: not the same work, so not compared")
 
@@ -149,9 +149,9 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def with_ratios(what: str, values: dict[str, list[float]], best: Callable[..., str] = max) -> Rows:
-    """A row a backend, one of ours over each other backend's, divided round by round, and one over the best of several.
+    """A row for each backend, the ratio of ours to each other one, computed per round, and that to the best of several.
 
-    `best` is `max` where more is better, else `min`; of medians.
+    The best has the best median: `best` is `max` where more is better, else `min`.
     """
     rows = {f"{what}, {name}": spread(numbers) for name, numbers in values.items()}
     ratios = {

@@ -23,19 +23,19 @@ from smollm_jax.training.validation import eval_step
 
 
 def prepare(name: str, workload: Workload, folder: Path) -> Prepared:
-    """A unit of work, a matrix product, and what this backend has to say before."""
+    """A unit of work, a GEMM to time, and the backend's `ready` report."""
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
     if workload.dtype == "float32":  # as the trainer does: on a GPU JAX's default is TF32
         jax.config.update("jax_default_matmul_precision", "float32")
     square = jnp.ones((GEMM, GEMM), jnp.bfloat16 if gpu else jnp.float32)
-    product, repeats = jax.jit(jnp.matmul), 200 if gpu else 1
+    matmul, repeats = jax.jit(jnp.matmul), 200 if gpu else 1
 
     def gemm() -> int:
-        repeat(product, (square, square), repeats)
+        repeat(matmul, (square, square), repeats)
         return repeats
 
-    kernels = {"loss": head_loss, "attention": attend, "packed": attend, "gemm": products}
+    kernels = {"loss": head_loss, "attention": attend, "packed": attend, "gemm": matmuls}
     if workload.what in kernels:
         unit, ready = kernels[workload.what](workload, name)
     elif workload.training:
@@ -46,13 +46,13 @@ def prepare(name: str, workload: Workload, folder: Path) -> Prepared:
 
 
 def implementation(workload: Workload) -> attention.Implementation:
-    """The trainer's choice."""
+    """The attention implementation that the trainer would choose."""
     length, packed = workload.sequence_length, workload.what == "packed"
     return fastest_attention(jax.devices()[0], workload.dtype, length, workload.config.head_dim, packed)[0]
 
 
 def step(workload: Workload, folder: Path) -> tuple[Unit, dict[str, Any]]:
-    """Optimizer steps, and the most memory they take: None where JAX's allocator keeps no count."""
+    """Optimizer steps, with their peak memory: None where JAX's allocator keeps no statistics."""
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
     tokens, tx = jnp.asarray(workload.tokens()), optimizer.adamw(workload.recipe())
@@ -91,11 +91,11 @@ def inference(workload: Workload, folder: Path) -> tuple[Unit, dict[str, Any]]:
         prepared = Quantized.from_model(model, workload.quantize) if workload.quantize else Unrolled.from_model(model)
 
     def decode() -> dict[str, Any]:
-        # Not from the first tokens to the last: when those are read, the next call is under way already.
+        # Not timed from the first token to the last: JAX starts the next call before the previous tokens are read.
         first, _ = timed_text(1)
         whole, ids = timed_text(workload.new_tokens)
-        timed = workload.batch_size * (workload.new_tokens - 1)
-        return {"seconds": whole - first, "tokens": timed, "ids": ids.tolist()}
+        tokens_timed = workload.batch_size * (workload.new_tokens - 1)
+        return {"seconds": whole - first, "tokens": tokens_timed, "ids": ids.tolist()}
 
     def timed_text(new_tokens: int) -> tuple[float, np.ndarray]:
         began = time.perf_counter()
@@ -113,51 +113,51 @@ def inference(workload: Workload, folder: Path) -> tuple[Unit, dict[str, Any]]:
 
 
 def head_loss(workload: Workload, _name: str) -> tuple[Unit, dict[str, Any]]:
-    """The loss of hidden states, and its gradients by them and by the head."""
+    """The loss of hidden states, and its gradients with respect to them and to the head."""
     hidden, head, targets = map(jnp.asarray, workload.head())
     hidden = hidden.astype(workload.dtype)
 
     @jax.jit
-    def both(hidden, head, targets):
+    def loss_and_gradients(hidden, head, targets):
         mean = lambda hidden, head: cross_entropy.linear_cross_entropy(hidden, head, targets) / targets.size  # noqa: E731
         return jax.value_and_grad(mean, argnums=(0, 1))(hidden, head)
 
-    value, gradients = both(hidden, head, targets)
-    found = dict(zip(("d hidden", "d head"), map(samples, gradients), strict=True))
-    return timed(both, hidden, head, targets), {
+    value, gradients = loss_and_gradients(hidden, head, targets)
+    sampled = dict(zip(("d hidden", "d head"), map(samples, gradients), strict=True))
+    return timed(loss_and_gradients, hidden, head, targets), {
         "losses": [float(value)],
-        "samples": found,
+        "samples": sampled,
         "flops": 3 * workload.flops()["head"],
     }
 
 
 def attend(workload: Workload, name: str) -> tuple[Unit, dict[str, Any]]:
-    """Causal attention and its gradients; in "packed", ours within documents, "plain" across them."""
+    """Causal attention and its gradients; for "packed", "ours" masks other documents and "plain" does not."""
     q, k, v, gradient = (jnp.asarray(x, workload.dtype) for x in workload.heads())
     if workload.what == "packed" and name == "ours":
-        both = forward_and_backward(attention.packed(jnp.asarray(workload.segments()), implementation(workload)))
+        function = forward_and_backward(attention.packed(jnp.asarray(workload.segments()), implementation(workload)))
     else:
-        both = forward_and_backward(attention.causal(implementation(workload)))
+        function = forward_and_backward(attention.causal(implementation(workload)))
     ready: dict[str, Any] = {"flops": workload.flops()["attention both ways"]}
-    if workload.what == "attention":  # packed and plain are to differ
-        found = zip(("out", "d q", "d k", "d v"), map(samples, both(q, k, v, gradient)), strict=True)
-        ready["samples"] = dict(found)
-    return timed(both, q, k, v, gradient), ready
+    if workload.what == "attention":  # the results of packed and plain differ
+        sampled = zip(("out", "d q", "d k", "d v"), map(samples, function(q, k, v, gradient)), strict=True)
+        ready["samples"] = dict(sampled)
+    return timed(function, q, k, v, gradient), ready
 
 
 def forward_and_backward(attend: attention.Attend) -> Callable[..., Any]:
     @jax.jit
-    def both(q, k, v, gradient):
-        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, None)[0], q, k, v)
-        return out, *pull(gradient)
+    def function(q, k, v, gradient):
+        out, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, None)[0], q, k, v)
+        return out, *pullback(gradient)
 
-    return both
+    return function
 
 
-def products(workload: Workload, _name: str) -> tuple[Unit, dict[str, Any]]:
-    """FLOP/s of each product of the model's forward pass, and of its attention."""
+def matmuls(workload: Workload, _name: str) -> tuple[Unit, dict[str, Any]]:
+    """FLOP/s of each matmul of the model's forward pass, and of its attention."""
     work = {}
-    for name, (rows, inner, columns) in workload.products().items():
+    for name, (rows, inner, columns) in workload.matmuls().items():
         pair = (jnp.ones((rows, inner), workload.dtype), jnp.ones((inner, columns), workload.dtype))
         work[name] = functools.partial(repeat, jax.jit(jnp.matmul), pair)
     q, k, v, gradient = (jnp.asarray(x, workload.dtype) for x in workload.heads())
@@ -176,5 +176,5 @@ def repeat(function: Callable[..., Any], arguments: tuple[Any, ...], times: int)
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> Unit:
-    """A unit of work that repeats a short call and gives the time of one."""
+    """A unit of work that repeats a short call and returns the seconds of one."""
     return per_call(functools.partial(repeat, function, arguments))

@@ -1,7 +1,7 @@
 """llama.cpp's backend, through llama-cpp-python: one text, as many threads as cores.
 
-"llamacpp" has float32 weights and a float32 cache; "llamacpp-q8_0" and the like weights that llama.cpp quantised
-itself, and the cache it takes by default, float16.
+"llamacpp" has float32 weights and a float32 cache; "llamacpp-q8_0" and the like have weights that llama.cpp quantised
+itself, and its default cache, float16.
 """
 
 import os
@@ -19,12 +19,15 @@ FTYPE = {"bf16": 32, "q8_0": 7, "q4_0": 2}  # llama.h's llama_ftype
 
 
 def prepare(name: str, workload: Workload, folder: Path) -> Prepared:
-    """A unit of work, a matrix product, and what this backend has to say first; `folder/model.gguf` has the weights."""
+    """A unit of work, a GEMM to time, and the backend's `ready` report; the weights are in `folder/model.gguf`."""
     file = folder / "model.gguf"
     if kind := name.partition("-")[2]:
         file = quantised(file, kind)
     if crashes(file):
-        print(f"{name}: llama.cpp crashes with weights repacked for this CPU; measured without", file=sys.stderr)
+        print(
+            f"{name}: llama.cpp crashes with weights repacked for this CPU; measuring without that",
+            file=sys.stderr,
+        )
         without_repacking()
     tokens, square = workload.tokens()[0], np.ones((GEMM, GEMM), np.float32)
     prompt, vocabulary = tokens[:-1].tolist(), workload.config.vocab_size
@@ -38,7 +41,7 @@ def prepare(name: str, workload: Workload, folder: Path) -> Prepared:
     llama = model(file, len(prompt) + (workload.new_tokens if workload.what == "decode" else 0), logits_all=False)
 
     def gemm() -> int:
-        np.matmul(square, square)  # NumPy's product: llama.cpp offers none to call
+        np.matmul(square, square)  # NumPy's: llama.cpp has no matmul to call
         return 1
 
     def decode() -> dict[str, Any]:
@@ -63,26 +66,26 @@ def prepare(name: str, workload: Workload, folder: Path) -> Prepared:
 
 
 def quantised(file: Path, kind: str) -> Path:
-    """The weights in another of llama.cpp's types, beside `file`, every matrix in that type."""
-    out, how = file.with_stem(f"model-{kind}"), llama_cpp.llama_model_quantize_default_params()
-    how.ftype, how.pure = FTYPE[kind], True
-    if status := llama_cpp.llama_model_quantize(bytes(file), bytes(out), how):
+    """Writes the weights next to `file` with every matrix in another of llama.cpp's types; returns the path."""
+    out, options = file.with_stem(f"model-{kind}"), llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.pure = FTYPE[kind], True
+    if status := llama_cpp.llama_model_quantize(bytes(file), bytes(out), options):
         raise RuntimeError(f"llama.cpp could not write {kind}: status {status}")
     return out
 
 
 def crashes(file: Path) -> bool:
-    """Whether a process that reads a short prompt ends by a signal (0.3.36, q8_0 on a CPU with AMX: SIGSEGV)."""
+    """Whether reading a short prompt ends a process by a signal (0.3.36, q8_0 on a CPU with AMX: SIGSEGV)."""
     if (child := os.fork()) == 0:
         try:
             model(file, 64, logits_all=False).eval(list(range(64)))
-        finally:  # an error is the parent's to meet: no second backend goes on here
+        finally:  # also after an exception: the child must not go on as a second backend
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 def without_repacking() -> None:
-    """Models loaded from now on keep their weights as the file has them."""
+    """Makes llama.cpp load weights in the file's layout, for all models from now on."""
     default = llama_cpp.llama_cpp.llama_model_default_params
 
     def changed() -> Any:

@@ -1,8 +1,8 @@
-"""The machine a measurement ran on, to a JSON file: its GPUs and driver, versions, and what JAX finds.
+"""Writes a description of this machine to a JSON file: GPUs and driver, package versions, JAX's device.
 
     python -m benchmarks.machine machine.json
 
-The file is there even where JAX does not start; that is then the exit status. A stage of `scripts/gpu_first.sh`.
+The file is written even if JAX does not start; the exit status then says so. A stage of `scripts/gpu_first.sh`.
 """
 
 import json
@@ -20,31 +20,31 @@ QUERY = "name,driver_version,memory.total,memory.used,power.limit,clocks.sm,cloc
 
 
 def main(out: Path) -> None:
-    names = {each.metadata["Name"]: each.version for each in metadata.distributions()}
-    found: dict[str, Any] = {
+    installed = {each.metadata["Name"]: each.version for each in metadata.distributions()}
+    description: dict[str, Any] = {
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
         "nvidia_smi": nvidia_smi(),
-        "versions": {name: names[name] for name in sorted(names) if PACKAGES.match(name)},
+        "versions": {name: installed[name] for name in sorted(installed) if PACKAGES.match(name)},
     }
-    write(out, found)
+    write(out, description)
     import jax
 
     device = jax.devices()[0]
-    found["device"] = device.device_kind
-    found["platform_version"] = device.client.platform_version  # CUDA's too
-    found["compute_capability"] = getattr(device, "compute_capability", None)
-    found["memory_stats"] = device.memory_stats()  # None under some allocators
-    write(out, found)
+    description["device"] = device.device_kind
+    description["platform_version"] = device.client.platform_version  # CUDA's too
+    description["compute_capability"] = getattr(device, "compute_capability", None)
+    description["memory_stats"] = device.memory_stats()  # None under some allocators
+    write(out, description)
 
 
-def write(out: Path, found: dict[str, Any]) -> None:
-    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(found), flush=True)
+def write(out: Path, description: dict[str, Any]) -> None:
+    out.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(description), flush=True)
 
 
 def nvidia_smi() -> list[str]:
-    """A line a GPU, after one that names the columns; what went wrong, where there is none."""
+    """nvidia-smi's CSV, one line per GPU after the header; its error where there is none."""
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv"],

@@ -1,4 +1,4 @@
-"""How fast text becomes a data set, on all cores: ours, `datasets`, and `tokenizers` alone."""
+"""The backends of "prepare", which tokenise text on all cores: ours, `datasets`, and `tokenizers` alone."""
 
 import os
 import resource
@@ -23,7 +23,7 @@ Work = Callable[[Path], int]  # writes to an empty folder; returns the number of
 
 
 def prepare(name: str, _workload: Workload, source: Path) -> Prepared:
-    """A unit of work is one data set of the files and folders in `source`; it says seconds, CPU seconds and tokens."""
+    """A unit of work tokenises the files and folders in `source`; it returns seconds, CPU seconds and tokens."""
     work = {"ours": ours, "datasets": with_datasets, "tokenizers": tokenizers_alone}[name](source)
 
     def unit() -> dict[str, Any]:
@@ -36,7 +36,7 @@ def prepare(name: str, _workload: Workload, source: Path) -> Prepared:
 
 
 def ours(source: Path) -> Work:
-    """All of it: loading the tokenizer, starting processes, reading, encoding, shuffling, writing, reading again."""
+    """All that prepare_data.py does, from loading the tokenizer and starting processes to opening the result."""
 
     def work(out: Path) -> int:
         settings = Settings(TOKENIZER)
@@ -47,24 +47,24 @@ def ours(source: Path) -> Work:
 
 
 def with_datasets(source: Path) -> Work:
-    """`load_dataset` and `map` by a process a core, both written as Arrow in the empty folder; a plain text is a row.
+    """`load_dataset`, then `map` with one process per core, both writing Arrow files. A plain text file is one row.
 
-    In each process the tokenizer has one thread (the parent sets TOKENIZERS_PARALLELISM).
+    Each process has one tokenizer thread (the parent sets TOKENIZERS_PARALLELISM).
     """
     import datasets
 
     eos = Tokenizer.load(TOKENIZER).eos_token_id
     is_plain = next(source.rglob("*.txt"), None) is not None
-    how: dict[str, Any] = {"path": "text", "sample_by": "document"} if is_plain else {"path": "json"}
+    options: dict[str, Any] = {"path": "text", "sample_by": "document"} if is_plain else {"path": "json"}
 
     def work(out: Path) -> int:
         core = tokenizers.Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
 
         def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
-            core.encode_special_tokens = True  # here: pickling, on the way to the processes, loses it
+            core.encode_special_tokens = True  # set here: pickling for the processes loses it
             return {"ids": [[*x.ids, eos] for x in core.encode_batch_fast(batch["text"], add_special_tokens=False)]}
 
-        rows: Any = datasets.load_dataset(**how, data_files=f"{source}/**", split="train", cache_dir=str(out))
+        rows: Any = datasets.load_dataset(**options, data_files=f"{source}/**", split="train", cache_dir=str(out))
         cores = len(os.sched_getaffinity(0))
         rows = rows.map(tokenize, batched=True, num_proc=cores, remove_columns=rows.column_names)
         return sum(len(chunk.flatten()) for chunk in rows.data.column("ids").chunks)
@@ -73,14 +73,14 @@ def with_datasets(source: Path) -> Work:
 
 
 def tokenizers_alone(source: Path) -> Work:
-    """One call of `encode_batch_fast`, on all threads, with all texts in memory; nothing is written."""
+    """One call of `encode_batch_fast` on all threads, with all texts in memory; it writes nothing."""
     core = Tokenizer.load(TOKENIZER).core
     core.encode_special_tokens = True
     texts = [text for each in sorted(source.iterdir()) for file in text_files(each) for text in documents(file)]
-    return lambda _: sum(len(found.ids) + 1 for found in core.encode_batch_fast(texts, add_special_tokens=False))
+    return lambda _: sum(len(encoding.ids) + 1 for encoding in core.encode_batch_fast(texts, add_special_tokens=False))
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those it waited for: what a busy machine does not change."""
-    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    """CPU seconds of this process and of its finished children, which other load hardly changes."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

@@ -1,6 +1,6 @@
-"""What 1 to 512 H100s could do with a recipe, by arithmetic: nothing here was measured.
+"""Estimates how long a recipe takes on 1 to 512 H100s. Nothing here was measured.
 
-`python -m benchmarks.roofline` prints the tables of docs/scaling.md, which says where the speeds and links come from.
+`python -m benchmarks.roofline` prints the tables of docs/scaling.md, which gives the sources of the speeds.
 """
 
 import math
@@ -11,16 +11,16 @@ from smollm_jax.model.cost import count_parameters
 
 FLOOR, GOAL, CEILING = 215_000, 320_000, 775_000  # tokens/s of one H100 at T = 2,048: docs/performance.md
 LONG = {FLOOR: 0.45, GOAL: 0.52}  # of that at T = 8,192, the same file's floor and goal
-NVLINK, INFINIBAND = 450e9, 50e9  # bytes/s a GPU sends, and receives at the same time
-MACHINE = 8  # GPUs that NVLink joins
+NVLINK, INFINIBAND = 450e9, 50e9  # bytes/s that a GPU sends and, at the same time, receives
+MACHINE = 8  # GPUs connected by NVLink
 LAYOUTS = ((1, 1), (8, 1), (64, 1), (8, 8), (512, 1), (64, 8))  # data, fsdp
 
 
 def communication_seconds(data: int, fsdp: int, nbytes: float) -> float:
-    """Seconds in which a step's parameters are gathered over fsdp and its gradients summed, by rings.
+    """Seconds a step spends on ring collectives: parameters gathered over `fsdp`, gradients reduced.
 
-    A ring of n sends (n - 1) / n of the bytes to gather or scatter, twice that to sum, at the speed of its slowest
-    link. Neighbours in the mesh are fsdp's, so that fsdp up to 8 stays within a machine.
+    In a ring of n devices each sends (n - 1) / n of the bytes for an all-gather or reduce-scatter and twice that for an
+    all-reduce, at the speed of the slowest link. `fsdp` joins mesh neighbours, so that up to 8 stay within a machine.
     """
     within = NVLINK if fsdp <= MACHINE else INFINIBAND
     between = NVLINK if data * fsdp <= MACHINE else INFINIBAND
@@ -28,12 +28,12 @@ def communication_seconds(data: int, fsdp: int, nbytes: float) -> float:
 
 
 def seconds(tokens: float, tokens_per_second: float, layout: tuple[int, int], nbytes: float) -> float:
-    """Seconds of a step of `tokens` over all devices, where nothing is sent while something is computed."""
+    """Seconds of a step of `tokens` over all devices, if communication does not overlap computation."""
     return tokens / math.prod(layout) / tokens_per_second + communication_seconds(*layout, nbytes)
 
 
 def mesh_name(data: int, fsdp: int) -> str:
-    """The mesh as `--mesh` takes it, an axis of 1 left out."""
+    """The mesh in the form of `--mesh`, without axes of size 1."""
     return ",".join(f"{name}={size}" for name, size in (("data", data), ("fsdp", fsdp)) if size > 1) or "data=1"
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # only arithmetic
+os.environ["JAX_PLATFORMS"] = "cpu"  # it only estimates
 
 import tyro
 
@@ -31,10 +31,10 @@ def main(gigabytes: float, arguments: list[str]) -> int:
     if fits(flags, gigabytes):
         return 0
     smaller = [rows for rows in (1 << n for n in range(flags.batch_size.bit_length())) if rows < flags.batch_size]
-    room = [rows for rows in smaller if fits(dataclasses.replace(flags, batch_size=rows), gigabytes)]
-    said = " and ".join(f"{of:.0f} GB for {backend}" for backend, of in need.items())
-    instead = f"--batch-size {room[-1]} has room" if room else "no batch size has"
-    print(f"no room by arithmetic for {said} in {memory.USABLE_FRACTION:.0%} of {gigabytes:.0f} GB; {instead}")
+    fitting = [rows for rows in smaller if fits(dataclasses.replace(flags, batch_size=rows), gigabytes)]
+    estimates = " and ".join(f"{size:.0f} GB for {backend}" for backend, size in need.items())
+    instead = f"--batch-size {fitting[-1]} fits" if fitting else "no batch size fits"
+    print(f"estimated memory of {estimates} exceeds {memory.USABLE_FRACTION:.0%} of {gigabytes:.0f} GB; {instead}")
     return 3
 
 
@@ -44,13 +44,13 @@ def fits(flags: Flags, gigabytes: float) -> bool:
 
 
 def needs(flags: Flags, gigabytes: float) -> dict[str, float]:
-    """GB of each backend."""
-    others = {backend: torchs(flags, backend) / 1e9 for backend in flags.others}
-    return {"ours": ours(flags, gigabytes) / 1e9} | others
+    """Estimated GB of each backend."""
+    baselines = {backend: torch_bytes(flags, backend) / 1e9 for backend in flags.baselines}
+    return {"ours": jax_bytes(flags, gigabytes) / 1e9} | baselines
 
 
-def ours(flags: Flags, gigabytes: float) -> int:
-    """The plan of a step's memory, in bytes, with the `remat` that is taken on such a GPU."""
+def jax_bytes(flags: Flags, gigabytes: float) -> int:
+    """The planned memory of our step, with the `remat` that the trainer would choose on this GPU."""
     config = preset(flags.preset)
     recipe = Recipe(
         1000, flags.batch_size, flags.sequence_length, learning_rate=1e-3, warmup_steps=0, dtype=flags.dtype
@@ -62,19 +62,19 @@ def ours(flags: Flags, gigabytes: float) -> int:
     return memory.estimate(config, recipe, execution, "gpu").total
 
 
-def torchs(flags: Flags, backend: str) -> int:
-    """PyTorch's, under autocast, in bytes: parameters, gradients and moments; what a layer keeps; transformers' logits.
+def torch_bytes(flags: Flags, backend: str) -> int:
+    """The estimated memory of PyTorch's step: parameters, gradients, optimizer state, residuals, transformers' logits.
 
-    A layer keeps the residual stream twice in float32, and in the dtype of the products both norms' outputs, queries,
-    keys, values, the attention's output and the MLP's gate, up and product. Of the logits transformers holds a float32
-    copy and its gradient beside those in the dtype of the products; the twin computes them in chunks.
+    For its backward pass a layer stores the residual stream twice in float32 and, in the matmuls' dtype, the outputs of
+    both norms, queries, keys, values, the attention's output, and the MLP's gate, up and their product. transformers
+    holds logits and their gradient in float32 and in the matmuls' dtype; the twin computes them in chunks.
     """
     config, narrow, M = preset(flags.preset), memory.BYTES[flags.dtype], flags.batch_size * flags.sequence_length
     D, F, L, H = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.head_dim
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    kept = L * M * (4 * 2 * D + narrow * (2 * D + heads * H + 3 * F))
+    residuals = L * M * (4 * 2 * D + narrow * (2 * D + heads * H + 3 * F))
     logits = 0 if backend.startswith("twin") else M * config.vocab_size * (4 + 4 + 2 * narrow)
-    return 16 * count_parameters(config) + kept + logits
+    return 16 * count_parameters(config) + residuals + logits
 
 
 if __name__ == "__main__":

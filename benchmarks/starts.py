@@ -1,4 +1,4 @@
-"""Seconds from starting a process to what its user waits for: the first training step, or the first token."""
+"""The subjects "startup" and "first-token": seconds from process start to the first training step or first token."""
 
 import subprocess
 import sys
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from benchmarks.options import Flags
 
 TEXT = "The capital of France is"
-# By default JAX keeps only programs that took a second to compile.
+# By default JAX caches only programs that took a second or more to compile.
 KEEP_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 DEVICE = "import jax; device = jax.devices()[0]; print(device.platform, device.device_kind)"
 
 
 def startup(flags: "Flags", folder: Path) -> tuple[str, Rows]:
-    """Seconds from starting a process to the end of its first training step, with empty compilation caches and again.
+    """Seconds from process start to the end of the first training step: cold (empty compilation caches), then warm.
 
-    Ours is the trainer itself, on text that was tokenised before; the other backends are this script's.
+    Ours is the trainer itself, on text that is tokenised already; the others are the benchmark's own backends.
     """
 
     weights = write_weights(flags.preset, folder)
@@ -35,21 +35,21 @@ def startup(flags: "Flags", folder: Path) -> tuple[str, Rows]:
     train += ["--sequence-length", str(flags.sequence_length)]
     train += [] if flags.remat is None else ["--remat", flags.remat]
     train += [] if flags.unroll is None else ["--unroll", str(flags.unroll)]
-    device, times = "", {"cold": {name: [] for name in ("ours", *flags.others)}}
+    device, times = "", {"cold": {name: [] for name in ("ours", *flags.baselines)}}
     times["warm"] = {name: [] for name in times["cold"]}
 
     def start_ours(run: str, cache: str) -> tuple[str, float]:
-        """The device, and the seconds until the first step is done, without those that ending the process takes."""
-        variables, found = process_environment(JAX_COMPILATION_CACHE_DIR=cache, **KEEP_ALL), ""
+        """The device, and the seconds until the first step is done; ending the process is not timed."""
+        variables, device = process_environment(JAX_COMPILATION_CACHE_DIR=cache, **KEEP_ALL), ""
         began = time.perf_counter()
         with subprocess.Popen([*train, "--out", run], stdout=subprocess.PIPE, text=True, env=variables) as process:
             for line in process.stdout or ():
-                found = line.split(None, 1)[1].split(",")[0] if line.startswith("device ") else found
+                device = line.split(None, 1)[1].split(",")[0] if line.startswith("device ") else device
                 if line.startswith("step 1/1 "):
                     seconds = time.perf_counter() - began
-                    process.kill()  # what it would save is not wanted
-                    return found, seconds
-        raise errors.SmolLMError("train_jax.py ended before its first step; what it said is above")
+                    process.kill()  # its checkpoint is not needed
+                    return device, seconds
+        raise errors.SmolLMError("train_jax.py ended before its first step; its output is above")
 
     for turn in range(flags.rounds):
         for name in times["cold"]:
@@ -73,15 +73,15 @@ def startup(flags: "Flags", folder: Path) -> tuple[str, Rows]:
 
 
 def first_token(flags: "Flags", folder: Path) -> tuple[str, Rows]:
-    """Seconds from starting a process to the first token it prints, with empty compilation caches and again.
+    """Seconds from process start to the first printed token: cold (empty compilation caches), then warm.
 
-    Ours is generate.py itself, the others the shortest scripts that do the same; they keep no compiled programs. Before
-    anything is timed each runs once, so that no file is read from the disk later, and in float32 the tokens must agree.
+    Ours is generate.py itself, the others are minimal scripts that cache no compiled programs. Each runs once untimed,
+    so that all files are in the page cache; in float32 these runs must print the same token.
     """
-    weights = write_weights(flags.preset, folder, gguf="llamacpp" in flags.others, tokenizer=True)
-    found = subprocess.run([sys.executable, "-c", DEVICE], check=True, capture_output=True, text=True)
-    platform, device = found.stdout.strip().split(None, 1)
-    if platform != "cpu" and "llamacpp" in flags.others:
+    weights = write_weights(flags.preset, folder, gguf="llamacpp" in flags.baselines, tokenizer=True)
+    printed = subprocess.run([sys.executable, "-c", DEVICE], check=True, capture_output=True, text=True)
+    platform, device = printed.stdout.strip().split(None, 1)
+    if platform != "cpu" and "llamacpp" in flags.baselines:
         raise errors.UsageError(f"ours is on a {platform}, llamacpp on a cpu: not comparable")
     ours = ["--weights", weights, "--prompt", TEXT, "--max-new-tokens", "1", "--dtype", flags.dtype]
     scripts = {
@@ -90,7 +90,7 @@ def first_token(flags: "Flags", folder: Path) -> tuple[str, Rows]:
         "llamacpp": ["benchmarks/llamacpp_generate.py", weights / "model.gguf", TEXT],
     }
     commands = {name: [sys.executable, ROOT / script, *arguments] for name, (script, *arguments) in scripts.items()}
-    names = ("ours", *flags.others)
+    names = ("ours", *flags.baselines)
 
     def start(name: str, cache: str) -> tuple[float, str]:
         variables = {"JAX_COMPILATION_CACHE_DIR": str(folder / cache), "HF_HOME": str(folder / "hf")}
@@ -101,30 +101,30 @@ def first_token(flags: "Flags", folder: Path) -> tuple[str, Rows]:
         check_same_token(tokens)
     times = {kind: {name: [] for name in names} for kind in ("cold", "warm")}
     for turn in range(flags.rounds):
-        for of_kind in times.values():
+        for seconds in times.values():
             for name in names:
-                of_kind[name].append(start(name, f"cache-{turn}")[0])
+                seconds[name].append(start(name, f"cache-{turn}")[0])
     return device, with_ratios("cold seconds", times["cold"], min) | with_ratios("warm seconds", times["warm"], min)
 
 
 def until_token(name: str, command: list[str | Path], variables: dict[str, str]) -> tuple[float, str]:
-    """The seconds until a process prints something after the prompt, and that text; the process is killed then."""
-    said, began = b"", time.perf_counter()
+    """The seconds until a process prints something after the prompt, and that text. Kills the process then."""
+    output, began = b"", time.perf_counter()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, bufsize=0, env=variables
     ) as process:
         assert process.stdout
-        while len(said) <= len(TEXT):
+        while len(output) <= len(TEXT):
             if not (piece := process.stdout.read(4096)):
-                raise errors.SmolLMError(f"{name} ended before its first token; what it said is above")
-            said += piece
+                raise errors.SmolLMError(f"{name} ended before its first token; its output is above")
+            output += piece
         seconds = time.perf_counter() - began
         process.kill()
-    return seconds, said[len(TEXT) :].decode(errors="replace").removesuffix("\n")
+    return seconds, output[len(TEXT) :].decode(errors="replace").removesuffix("\n")
 
 
 def check_same_token(tokens: dict[str, str]) -> None:
-    """Raises unless every backend printed ours' first token, and ours printed some."""
+    """Raises unless every backend printed the same first token, and not an empty one."""
     for name, token in tokens.items():
         if token != tokens["ours"] or not token:
             raise errors.SmolLMError(

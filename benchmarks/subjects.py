@@ -1,4 +1,4 @@
-"""One function a subject of scripts/benchmark.py: starts the processes, takes turns, gives rows."""
+"""One function per subject of scripts/benchmark.py: it starts the backends, alternates them and returns rows."""
 
 import contextlib
 import itertools
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import Backend, Rows, check_equal, most_memory, spread, with_ratios, write_weights
+from benchmarks.compare import Backend, Rows, check_equal, peak_memory, spread, with_ratios, write_weights
 from benchmarks.options import LLAMACPP, Flags
 from smollm_jax import errors
 from smollm_jax.config import preset
@@ -17,13 +17,13 @@ from smollm_jax.model import cost
 
 
 def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
-    """tokens/s first, then seconds, FLOP/s, and beside each round what else moved: a lone GEMM, other processes."""
+    """tokens/s, seconds, FLOP/s and MFU; the speed of a GEMM and the cores of other processes show how busy it was."""
     kernels = flags.what in ("loss", "attention", "packed", "gemm")
-    gguf = any(name in LLAMACPP for name in flags.others)
+    gguf = any(name in LLAMACPP for name in flags.baselines)
     weights = folder if kernels else write_weights(flags.preset, folder, gguf=gguf)
     with contextlib.ExitStack() as stack:
         backends: dict[str, Backend] = {}
-        for name in ("ours", *flags.others):
+        for name in ("ours", *flags.baselines):
             print(f"{name}: preparing", flush=True)
             backends[name] = Backend(name, flags.workload(name), weights)
             stack.callback(backends[name].close)
@@ -32,60 +32,67 @@ def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
         rounds = [{name: backend.run_once() for name, backend in backends.items()} for _ in range(flags.rounds)]
     device = ready["ours"]["device"]
 
-    def each(value: Callable[[dict[str, Any]], float]) -> dict[str, list[float]]:
+    def per_backend(value: Callable[[dict[str, Any]], float]) -> dict[str, list[float]]:
         return {name: [value(answers[name]) for answers in rounds] for name in backends}
 
     if flags.what == "gemm":
         rows: Rows = {}
         for name in rounds[0]["ours"]["rates"]:
-            rows |= with_ratios(f"GFLOP/s {name}", each(lambda x, name=name: x["rates"][name] / 1e9))
-        rows |= with_ratios("ceiling tokens/s", each(lambda x: x["tokens"] / x["seconds"]))
-        rest = {}
+            rows |= with_ratios(f"GFLOP/s {name}", per_backend(lambda x, name=name: x["rates"][name] / 1e9))
+        rows |= with_ratios("ceiling tokens/s", per_backend(lambda x: x["tokens"] / x["seconds"]))
+        columns = {}
     else:
-        rows = with_ratios("tokens/s", each(lambda x: x["tokens"] / x["seconds"]))
-        rest = {"seconds": each(lambda x: x["seconds"])}
+        rows = with_ratios("tokens/s", per_backend(lambda x: x["tokens"] / x["seconds"]))
+        columns = {"seconds": per_backend(lambda x: x["seconds"])}
     if flops := ready["ours"].get("flops"):
-        rest["GFLOP/s"] = each(lambda x: flops / x["seconds"] / 1e9)
+        columns["GFLOP/s"] = per_backend(lambda x: flops / x["seconds"] / 1e9)
     if flags.what == "train":
-        # The convention: 3 x forward, every matrix product, the head's and attention's causal half too, no remat.
+        # The usual convention: 3 x forward, all matmuls with the head's and the causal half of attention's, no remat.
         flops = cost.flops_per_token(preset(flags.preset), flags.sequence_length)
         peak = cost.peak_flops(device, flags.dtype)
         title = "MFU of the bf16 peak" if peak else "MFU of the GEMM's speed"
-        rest[title] = each(lambda x: flops * x["tokens"] / x["seconds"] / (peak or x["gemm"]))
-    rest |= {"GEMM GFLOP/s": each(lambda x: x["gemm"] / 1e9), "cores others took": each(lambda x: x["others"])}
+        columns[title] = per_backend(lambda x: flops * x["tokens"] / x["seconds"] / (peak or x["gemm"]))
+    columns |= {
+        "GEMM GFLOP/s": per_backend(lambda x: x["gemm"] / 1e9),
+        "cores others took": per_backend(lambda x: x["others"]),
+    }
     for step in range(len(ready["ours"]["losses"])):
-        rest[f"loss {step + 1}"] = {name: [ready[name]["losses"][step]] for name in backends}
-    return device, rows | {f"{what}, {name}": spread(v) for what, of in rest.items() for name, v in of.items()}
+        columns[f"loss {step + 1}"] = {name: [ready[name]["losses"][step]] for name in backends}
+    return device, rows | {
+        f"{what}, {name}": spread(values) for what, column in columns.items() for name, values in column.items()
+    }
 
 
 def memory(flags: Flags, folder: Path) -> tuple[str, Rows]:
-    """The most memory of two training steps, compiling included: resident on a CPU, the allocator's peak on a GPU."""
-    weights, names = write_weights(flags.preset, folder), ("ours", *flags.others)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    """Peak memory of compiling and two training steps: resident memory on a CPU, the allocator's peak on a GPU."""
+    weights, names = write_weights(flags.preset, folder), ("ours", *flags.baselines)
+    reports: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(flags.rounds):
         for name in names:
             backend = Backend(name, flags.workload(name), weights)
             backend.close()  # one at a time: two could be more than the machine has
-            found[name].append(backend.ready)
+            reports[name].append(backend.ready)
             if None in (backend.ready["before_bytes"], backend.ready["peak_bytes"]):
-                raise errors.SmolLMError(f"memory: {name} does not say how much it takes: its allocator keeps no count")
-        check_equal({name: flags.dtype_of(name) for name in names}, {name: found[name][-1] for name in names})
-    peaks = {name: [x["peak_bytes"] / 1e9 for x in of] for name, of in found.items()}
+                raise errors.SmolLMError(f"memory of {name} is unknown: its allocator keeps no statistics")
+        check_equal({name: flags.dtype_of(name) for name in names}, {name: reports[name][-1] for name in names})
+    peaks = {name: [x["peak_bytes"] / 1e9 for x in rounds] for name, rounds in reports.items()}
     rows = with_ratios("peak GB", peaks, min)
-    for name, of in found.items():  # no ratio: PyTorch allocates AdamW's moments in the first step, we before it
-        rows[f"GB above before the step, {name}"] = spread([(x["peak_bytes"] - x["before_bytes"]) / 1e9 for x in of])
-    for name, of in found.items():
-        if "program_bytes" in of[0]:
-            rows[f"GB of the compiled step, {name}"] = spread([x["program_bytes"] / 1e9 for x in of])
-    return found["ours"][0]["device"], rows
+    for name, rounds in reports.items():  # no ratio: PyTorch allocates optimizer state in the first step, ours before
+        rows[f"GB above before the step, {name}"] = spread(
+            [(x["peak_bytes"] - x["before_bytes"]) / 1e9 for x in rounds]
+        )
+    for name, rounds in reports.items():
+        if "program_bytes" in rounds[0]:
+            rows[f"GB of the compiled step, {name}"] = spread([x["program_bytes"] / 1e9 for x in rounds])
+    return reports["ours"][0]["device"], rows
 
 
 def checkpoint(flags: Flags, folder: Path) -> tuple[str, Rows]:
-    """What the manifest adds to a save and to a restore, and the check for finite numbers to a step."""
+    """The cost of the manifest in a save and a restore, and of the check for finite numbers in a step."""
     backend = Backend("checkpoint", flags.workload("ours"), folder / "none")
     backend.close()
     times = backend.ready["times"]
-    rows = {f"{name}, seconds": spread(of) for name, of in times.items()}
+    rows = {f"{name}, seconds": spread(seconds) for name, seconds in times.items()}
     for name, a, b in (
         ("manifest / save", "manifest", "save"),
         ("verify / save", "verify", "save"),
@@ -96,26 +103,26 @@ def checkpoint(flags: Flags, folder: Path) -> tuple[str, Rows]:
 
 
 def prepare(flags: Flags, folder: Path) -> tuple[str, Rows]:
-    """MB/s of text to a data set, in turn, and the most memory of it in a round before, which is not timed."""
+    """MB/s of tokenising text, and peak memory in an untimed round before."""
     text, copies = flags.text.resolve(), folder / "text"
     files = text_files(text)
-    for copy, file in itertools.product(range(flags.copies), files):  # no links: a file is read once
-        target = copies / f"{copy}-{text.name}" / file.relative_to(text)  # of a file: "."
+    for copy, file in itertools.product(range(flags.copies), files):  # not links: a file is read once
+        target = copies / f"{copy}-{text.name}" / file.relative_to(text)  # "." where the text is one file
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
-    size = flags.copies * sum(len(one.encode()) for file in files for one in documents(file)) / 1e6
+    size = flags.copies * sum(len(document.encode()) for file in files for document in documents(file)) / 1e6
     caches = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    more = {"datasets": caches | {"TOKENIZERS_PARALLELISM": "false"}}  # a process a core, and no threads beside it
+    variables = {"datasets": caches | {"TOKENIZERS_PARALLELISM": "false"}}  # one process per core, without threads
     with contextlib.ExitStack() as stack:
         backends: dict[str, Backend] = {}
-        for name in ("ours", *flags.others):
-            backends[name] = Backend(name, flags.workload(name), copies, **more.get(name, {}))
+        for name in ("ours", *flags.baselines):
+            backends[name] = Backend(name, flags.workload(name), copies, **variables.get(name, {}))
             stack.callback(backends[name].close)
         peaks: dict[str, list[float]] = {}
         rounds: list[dict[str, Any]] = [{}]
         for name, backend in backends.items():
-            rounds[0][name], peak = most_memory(backend.process.pid, backend.run_once)
-            peaks |= {name: [peak / 1e9]} if name != "tokenizers" else {}  # which holds all texts
+            rounds[0][name], peak = peak_memory(backend.process.pid, backend.run_once)
+            peaks |= {name: [peak / 1e9]} if name != "tokenizers" else {}  # it holds all texts
         check_same_tokens(rounds[0])
         for _ in range(flags.rounds):
             rounds.append({name: backend.run_once() for name, backend in backends.items()})
@@ -129,7 +136,7 @@ def prepare(flags: Flags, folder: Path) -> tuple[str, Rows]:
 
 
 def check_same_tokens(answers: dict[str, dict[str, Any]]) -> None:
-    """Raises unless every backend made as many tokens of the text as ours."""
+    """Raises unless every backend made the same number of tokens."""
     ours = answers["ours"]["tokens"]
     for name, other in answers.items():
         if (theirs := other["tokens"]) != ours:

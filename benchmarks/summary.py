@@ -1,8 +1,8 @@
-"""What `scripts/gpu_suite.sh` and `scripts/gpu_first.sh` leave: summary.json, and table.md to read.
+"""Writes summary.json and table.md from the results of `scripts/gpu_suite.sh` or `scripts/gpu_first.sh`.
 
     python -m benchmarks.summary FOLDER "bash scripts/gpu_suite.sh"
 
-FOLDER/stages.tsv has a row a stage; left-out.txt, if there is one, a line for each that does not fit this machine.
+FOLDER/stages.tsv has a row per stage; left-out.txt, if it exists, a line for each stage that does not fit this GPU.
 Exit status 1 when a stage failed.
 """
 
@@ -16,18 +16,18 @@ from typing import Any
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "torch", "transformers")
 HEADLINES = re.compile(r"tokens/s|peak GB|cold seconds|warm seconds|GFLOP/s [^,]+,|ceiling|MFU|step guarded|manifest /")
-COMPARED = re.compile(r"speed-\d+(-max|-twin|-unroll-\d+|-remat-dots)?")  # of one sequence length
+COMPARED = re.compile(r"speed-\d+(-max|-twin|-unroll-\d+|-remat-dots)?")  # stages of the same sequence length
 
 
 def main(folder: Path, command: str) -> int:
-    """The number of stages that failed."""
+    """Writes both files; returns the number of failed stages."""
     stages = []
     for line in (folder / "stages.tsv").read_text(encoding="utf-8").splitlines():
         stage, exit_status, seconds, ran = line.split("\t")
         stages.append({"stage": stage, "exit_status": int(exit_status), "seconds": int(seconds), "command": ran})
-    found = {row["stage"]: folder / f"{row['stage']}.json" for row in stages}
-    contents = {stage: json.loads(path.read_text()) for stage, path in found.items() if path.is_file()}
-    measured = {stage: of["rows"] for stage, of in contents.items() if isinstance(of.get("rows"), dict)}
+    paths = {row["stage"]: folder / f"{row['stage']}.json" for row in stages}
+    contents = {stage: json.loads(path.read_text()) for stage, path in paths.items() if path.is_file()}
+    measured = {stage: content["rows"] for stage, content in contents.items() if isinstance(content.get("rows"), dict)}
     best = best_over_best({stage: rows for stage, rows in measured.items() if COMPARED.fullmatch(stage)})
     left_out = (folder / "left-out.txt").read_text().splitlines() if (folder / "left-out.txt").is_file() else []
     machine = folder / "machine.json"
@@ -40,7 +40,7 @@ def main(folder: Path, command: str) -> int:
         "left_out": left_out,
         "best_over_best": best,
         "rows": measured,
-        "others": {stage: of for stage, of in contents.items() if stage not in {*measured, "machine"}},
+        "others": {stage: content for stage, content in contents.items() if stage not in {*measured, "machine"}},
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     report = folder / "parity/report.json"
@@ -53,9 +53,10 @@ def main(folder: Path, command: str) -> int:
 
 
 def best_over_best(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Our best tokens/s of any batch size over each other backend's best; "hf at its best" takes its best kind.
+    """The ratio of our best tokens/s at any batch size to each other backend's best.
 
-    Each best is a median of one stage's rounds. The two can be of different stages, and so of different minutes.
+    "hf at its best" is the best of all hf backends. Each best is the median of one stage's rounds; the two stages can
+    differ, and so can the load of the machine.
     """
     medians: dict[str, dict[str, float]] = {}
     for stage, rows in measured.items():
@@ -63,12 +64,19 @@ def best_over_best(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
             what, _, backend = name.partition(", ")
             if what == "tokens/s" and " / " not in backend:
                 medians.setdefault(backend, {})[stage] = row["median"]
-    hf = {f"{stage}, {name}": x for name, of in medians.items() if name.startswith("hf") for stage, x in of.items()}
-    backends = {name: of for name, of in medians.items() if name != "ours"} | ({"hf at its best": hf} if hf else {})
+    hf = {
+        f"{stage}, {name}": speed
+        for name, by_stage in medians.items()
+        if name.startswith("hf")
+        for stage, speed in by_stage.items()
+    }
+    backends = {name: speeds for name, speeds in medians.items() if name != "ours"} | (
+        {"hf at its best": hf} if hf else {}
+    )
     ours = best_of(medians["ours"]) if "ours" in medians else None
     return {
-        backend: {"ratio": ours["tokens/s"] / best_of(of)["tokens/s"], "ours": ours, "other": best_of(of)}
-        for backend, of in backends.items()
+        backend: {"ratio": ours["tokens/s"] / best_of(speeds)["tokens/s"], "ours": ours, "other": best_of(speeds)}
+        for backend, speeds in backends.items()
         if ours
     }
 
@@ -85,21 +93,20 @@ def table(
     best: dict[str, Any],
     rungs: list[dict[str, Any]],
 ) -> str:
-    """The headline rows of every benchmark, ours over others at their best, the parity report's errors (against the
-    float64 truth, most of them) and how each stage ended."""
+    """Markdown tables: headline rows of the benchmarks, best over best, the parity report's rungs, the stages."""
     lines = ["| stage | row | median | smallest to largest |", "|---|---|---:|---:|"]
     for stage, rows in measured.items():
         for name, row in rows.items():
             if HEADLINES.match(name):
                 lines.append(f"| {stage} | {name} | {row['median']:.4g} | {row['min']:.4g} to {row['max']:.4g} |")
     lines += ["", "| best of all batch sizes | ratio | ours | other |", "|---|---:|---:|---:|"]
-    for backend, of in best.items():
-        both = " | ".join(f"{of[who]['tokens/s']:,.0f} ({of[who]['stage']})" for who in ("ours", "other"))
-        lines.append(f"| tokens/s, ours / {backend} | {of['ratio']:.3f} | {both} |")
+    for backend, entry in best.items():
+        both = " | ".join(f"{entry[who]['tokens/s']:,.0f} ({entry[who]['stage']})" for who in ("ours", "other"))
+        lines.append(f"| tokens/s, ours / {backend} | {entry['ratio']:.3f} | {both} |")
     lines += ["", "| parity | measured | bound | |", "|---|---:|---:|---|"]
-    for of in rungs:
-        verdict = "pass" if of["passed"] else "FAIL"
-        lines.append(f"| {of['rung']}: {of['claim']} | {of['measured']:.2e} | {of['bound']:.1e} | {verdict} |")
+    for rung in rungs:
+        verdict = "pass" if rung["passed"] else "FAIL"
+        lines.append(f"| {rung['rung']}: {rung['claim']} | {rung['measured']:.2e} | {rung['bound']:.1e} | {verdict} |")
     lines += ["", "| stage | exit status | seconds | command |", "|---|---:|---:|---|"]
     lines += [f"| {row['stage']} | {row['exit_status']} | {row['seconds']} | `{row['command']}` |" for row in stages]
     lines += ["", *left_out] if left_out else []

@@ -19,21 +19,21 @@ from benchmarks.workload import GEMM, Prepared, Unit, Workload, decoded, per_cal
 from smollm_torch import weights
 
 GPU = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
-ON = "cuda" if GPU else "cpu"
+DEVICE = "cuda" if GPU else "cpu"
 
 
 def prepare(name: str, workload: Workload, folder: Path) -> Prepared:
-    """A unit of work, a matrix product, and what this backend has to say before."""
+    """A unit of work, a GEMM to time, and the backend's `ready` report."""
     if workload.dtype == "float32":
         torch.backends.cuda.matmul.allow_tf32 = False
-    square = torch.ones((GEMM, GEMM), dtype=torch.bfloat16 if GPU else torch.float32, device=ON)
+    square = torch.ones((GEMM, GEMM), dtype=torch.bfloat16 if GPU else torch.float32, device=DEVICE)
     repeats = 200 if GPU else 1
 
     def gemm() -> int:
         repeat(lambda: torch.mm(square, square), repeats)
         return repeats
 
-    kernels = {"loss": head_loss, "attention": attend, "gemm": products}
+    kernels = {"loss": head_loss, "attention": attend, "gemm": matmuls}
     if workload.what in kernels:
         unit, ready = kernels[workload.what](workload, name)
     elif workload.training:
@@ -45,8 +45,8 @@ def prepare(name: str, workload: Workload, folder: Path) -> Prepared:
 
 
 def compiled(name: str, function: Callable[..., Any]) -> Any:
-    """`function` as the backend's name asks for it."""
-    if "-freeze" in name:  # weights become constants of the program: inference only
+    """`function`, compiled in the way that the backend's name specifies."""
+    if "-freeze" in name:  # weights become constants: for inference only
         inductor.freezing = True
     if "-max" in name:
         return torch.compile(function, mode="max-autotune")
@@ -61,22 +61,24 @@ def wait() -> None:
 def transformers_model(workload: Workload, folder: Path) -> Any:
     dtype = torch.float32 if workload.training else getattr(torch, workload.dtype)
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    model.generation_config.eos_token_id = None  # so many tokens, whatever they are
-    return model.to(ON)
+    model.generation_config.eos_token_id = None  # always generate all tokens
+    return model.to(DEVICE)
 
 
 def transformers_loss(forward: Any, tokens: torch.Tensor, workload: Workload) -> torch.Tensor:
     targets = tokens[:, 1:].contiguous()
-    with torch.autocast(ON, getattr(torch, workload.dtype), enabled=workload.training and workload.dtype == "bfloat16"):
-        # `shift_labels`: transformers' own loss, of T positions as ours, not of T + 1 with the last one masked.
+    with torch.autocast(
+        DEVICE, getattr(torch, workload.dtype), enabled=workload.training and workload.dtype == "bfloat16"
+    ):
+        # `shift_labels`: transformers' own loss over T positions, as ours, instead of T + 1 with the last one masked.
         return forward(input_ids=tokens[:, :-1], labels=targets, shift_labels=targets, use_cache=False).loss
 
 
 def step(workload: Workload, name: str, folder: Path) -> tuple[Unit, dict[str, Any]]:
-    """Optimizer steps, and the most memory they take."""
-    recipe, tokens = workload.recipe(), torch.from_numpy(workload.tokens()).long().to(ON)
+    """Optimizer steps, with their peak memory."""
+    recipe, tokens = workload.recipe(), torch.from_numpy(workload.tokens()).long().to(DEVICE)
     if twin := name.startswith("twin"):
-        model: Any = weights.load(folder)[0].to(ON)
+        model: Any = weights.load(folder)[0].to(DEVICE)
         smollm_torch.train.mean_loss = forward = compiled(name, smollm_torch.loss.mean_loss)
     else:
         model = transformers_model(workload, folder)
@@ -99,9 +101,9 @@ def step(workload: Workload, name: str, folder: Path) -> tuple[Unit, dict[str, A
         return float(loss.detach())
 
     def unit() -> dict[str, Any]:
-        taken = smollm_torch.train.train_step(model, adamw, tokens, recipe, 0)["loss"] if twin else transformers_step()
+        loss = smollm_torch.train.train_step(model, adamw, tokens, recipe, 0)["loss"] if twin else transformers_step()
         wait()
-        return {"loss": taken}
+        return {"loss": loss}
 
     ready: dict[str, Any] = {"before_bytes": torch.cuda.memory_allocated() if GPU else resident("VmRSS")}
     ready["losses"] = [unit()["loss"] for _ in range(1 if workload.what == "startup" else 2)]
@@ -111,7 +113,7 @@ def step(workload: Workload, name: str, folder: Path) -> tuple[Unit, dict[str, A
 
 def inference(workload: Workload, name: str, folder: Path) -> tuple[Unit, dict[str, Any]]:
     """Greedy decoding, or one forward pass that fills a cache."""
-    model, tokens = transformers_model(workload, folder), torch.from_numpy(workload.tokens()).long().to(ON)
+    model, tokens = transformers_model(workload, folder), torch.from_numpy(workload.tokens()).long().to(DEVICE)
     forward = model if workload.what == "decode" else compiled(name, model)
     prompt = tokens[:, :-1]
 
@@ -119,9 +121,9 @@ def inference(workload: Workload, name: str, folder: Path) -> tuple[Unit, dict[s
         clock = Clock()
         options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": workload.new_tokens}
         if "-compile" in name:
-            how: Any = CompileConfig(mode="max-autotune") if "-max" in name else CompileConfig()
-            how._compile_all_devices = True  # by default it compiles on a GPU only
-            options |= {"cache_implementation": "static", "compile_config": how}
+            compile_config: Any = CompileConfig(mode="max-autotune") if "-max" in name else CompileConfig()
+            compile_config._compile_all_devices = True  # by default it compiles on a GPU only
+            options |= {"cache_implementation": "static", "compile_config": compile_config}
         model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options)
         return decoded(clock.pieces[1:], clock.times[1:])  # [0] is the prompt
 
@@ -138,7 +140,7 @@ def inference(workload: Workload, name: str, folder: Path) -> tuple[Unit, dict[s
 
 
 class Clock:
-    """A streamer for transformers' `generate`, which shows it the prompt and then each token as it comes."""
+    """A streamer for transformers' `generate` that records when the prompt and each token arrive."""
 
     def __init__(self) -> None:
         self.pieces, self.times = [], []
@@ -155,8 +157,8 @@ class Clock:
 
 
 def head_loss(workload: Workload, name: str) -> tuple[Unit, dict[str, Any]]:
-    """The loss of hidden states as transformers computes it, all logits held, and its two gradients."""
-    hidden, head, targets = (torch.from_numpy(array).to(ON) for array in workload.head())
+    """transformers' loss of hidden states, with all logits in memory, and its two gradients."""
+    hidden, head, targets = (torch.from_numpy(array).to(DEVICE) for array in workload.head())
     hidden, targets = hidden.to(getattr(torch, workload.dtype)).requires_grad_(), targets.long()
     head.requires_grad_()
 
@@ -166,24 +168,24 @@ def head_loss(workload: Workload, name: str) -> tuple[Unit, dict[str, Any]]:
 
     forward = compiled(name, mean)
 
-    def both() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def loss_and_gradients() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         loss = forward(hidden, head)
         return loss, torch.autograd.grad(loss, (hidden, head))
 
-    loss, gradients = both()
+    loss, gradients = loss_and_gradients()
     ready = {"losses": [float(loss.detach())], "flops": 3 * workload.flops()["head"]}
-    found = zip(("d hidden", "d head"), map(numbers, gradients), strict=True)
-    return per_call(functools.partial(repeat, both)), ready | {"samples": dict(found)}
+    sampled = zip(("d hidden", "d head"), map(sampled_values, gradients), strict=True)
+    return per_call(functools.partial(repeat, loss_and_gradients)), ready | {"samples": dict(sampled)}
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of `[B, heads, T, H]`, called as transformers calls it."""
+    """Causal attention of `[B, heads, T, H]`, with the arguments that transformers passes."""
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def heads(workload: Workload) -> list[torch.Tensor]:
-    """q, k, v and out's gradient `[B, heads, T, H]`, strided as transformers has them: views of `[B, T, heads, H]`."""
-    on_device = (torch.from_numpy(x).to(ON, getattr(torch, workload.dtype)) for x in workload.heads())
+    """q, k, v and the gradient of out `[B, heads, T, H]`, as views of `[B, T, heads, H]`: transformers' strides."""
+    on_device = (torch.from_numpy(x).to(DEVICE, getattr(torch, workload.dtype)) for x in workload.heads())
     q, k, v, gradient = (x.transpose(1, 2) for x in on_device)
     return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), gradient]
 
@@ -193,34 +195,36 @@ def attend(workload: Workload, name: str) -> tuple[Unit, dict[str, Any]]:
     q, k, v, gradient = heads(workload)
     forward = compiled(name, sdpa)
 
-    def both() -> tuple[torch.Tensor, ...]:
+    def forward_and_backward() -> tuple[torch.Tensor, ...]:
         out = forward(q, k, v)
         return out, *torch.autograd.grad(out, (q, k, v), gradient)
 
-    found = zip(("out", "d q", "d k", "d v"), (numbers(x.transpose(1, 2)) for x in both()), strict=True)
-    ready = {"samples": dict(found), "flops": workload.flops()["attention both ways"]}
-    return per_call(functools.partial(repeat, both)), ready
+    results = (sampled_values(x.transpose(1, 2)) for x in forward_and_backward())
+    sampled = zip(("out", "d q", "d k", "d v"), results, strict=True)
+    ready = {"samples": dict(sampled), "flops": workload.flops()["attention both ways"]}
+    return per_call(functools.partial(repeat, forward_and_backward)), ready
 
 
-def products(workload: Workload, name: str) -> tuple[Unit, dict[str, Any]]:
-    """FLOP/s of each product of the model's forward pass, and of its attention."""
+def matmuls(workload: Workload, name: str) -> tuple[Unit, dict[str, Any]]:
+    """FLOP/s of each matmul of the model's forward pass, and of its attention."""
     work: dict[str, Callable[[int], None]] = {}
-    for title, (rows, inner, columns) in workload.products().items():
+    for title, (rows, inner, columns) in workload.matmuls().items():
         dtype = getattr(torch, workload.dtype)
-        x = torch.ones((rows, inner), dtype=dtype, device=ON)
-        weight = torch.ones((columns, inner), dtype=dtype, device=ON)  # a Linear's layout
+        x = torch.ones((rows, inner), dtype=dtype, device=DEVICE)
+        weight = torch.ones((columns, inner), dtype=dtype, device=DEVICE)  # a Linear's layout
         work[title] = functools.partial(repeat, functools.partial(compiled(name, functional.linear), x, weight))
     q, k, v, gradient = heads(workload)
     forward = compiled(name, sdpa)
 
-    def once() -> None:
+    def forward_only() -> None:
         with torch.no_grad():
             forward(q, k, v)
 
-    def both() -> None:
+    def forward_and_backward() -> None:
         torch.autograd.grad(forward(q, k, v), (q, k, v), gradient)
 
-    work["attention"], work["attention both ways"] = functools.partial(repeat, once), functools.partial(repeat, both)
+    work["attention"] = functools.partial(repeat, forward_only)
+    work["attention both ways"] = functools.partial(repeat, forward_and_backward)
     return rates(workload, work), {}
 
 
@@ -230,5 +234,5 @@ def repeat(function: Callable[[], Any], times: int) -> None:
     wait()
 
 
-def numbers(tensor: torch.Tensor) -> list[float]:
+def sampled_values(tensor: torch.Tensor) -> list[float]:
     return samples(tensor.detach().float().cpu().numpy())

@@ -1,25 +1,25 @@
-"""Measure one thing on our backend and on PyTorch's, in turn in one run, medians with their spread.
+"""Benchmark this package against PyTorch and others, alternating in one run; prints medians with their spread.
 
     python scripts/benchmark.py train --against pytorch                  # seconds, tokens/s and MFU of optimizer steps
-    python scripts/benchmark.py train --against freed-memory             # ours, giving freed memory back
-    python scripts/benchmark.py train --against remat-none remat-full    # ours with each way to rematerialise
-    python scripts/benchmark.py memory --sequence-length 2048            # the most memory such steps take
-    python scripts/benchmark.py decode --against hf every-llamacpp       # tokens after a prompt of 16, greedy, cached
+    python scripts/benchmark.py train --against freed-memory             # ours with glibc returning freed memory
+    python scripts/benchmark.py train --against remat-none remat-full    # ours with other remat policies
+    python scripts/benchmark.py memory --sequence-length 2048            # peak memory of such steps
+    python scripts/benchmark.py decode --against hf every-llamacpp       # greedy tokens after a prompt of 16, cached
     python scripts/benchmark.py decode --quantize int8 --against llamacpp-q8_0
     python scripts/benchmark.py prefill --sequence-length 2048           # one forward pass that fills a cache
     python scripts/benchmark.py startup --against hf-compile --rounds 1  # process start to the end of the first step
     python scripts/benchmark.py first-token --against hf llamacpp        # process start to the first token generated
-    python scripts/benchmark.py loss --sequence-length 2048              # the head's loss and its gradients
-    python scripts/benchmark.py attention --sequence-length 2048         # one layer's causal attention, both ways
-    python scripts/benchmark.py packed --sequence-length 2048            # the same within documents, over plain causal
-    python scripts/benchmark.py gemm --sequence-length 2048              # each product of the model: what a step allows
-    python scripts/benchmark.py checkpoint                               # what the manifest and the step's guard cost
-    python scripts/benchmark.py prepare --against tokenizers datasets    # text to a data set, over both
+    python scripts/benchmark.py loss --sequence-length 2048              # the loss of the head and its gradients
+    python scripts/benchmark.py attention --sequence-length 2048         # one layer's causal attention and gradients
+    python scripts/benchmark.py packed --sequence-length 2048            # the same within documents, to plain causal
+    python scripts/benchmark.py gemm --sequence-length 2048              # each matmul of the model
+    python scripts/benchmark.py checkpoint                               # the manifest and the check for finite numbers
+    python scripts/benchmark.py prepare --against tokenizers datasets    # tokenising text into a data set
 
-Each backend is a process of its own with the same seeded weights, tokens and optimizer (AdamW, clip 1.0, float32 state,
-fused in PyTorch); results that differ are refused before anything is timed. One process runs at a time, the others are
-stopped. Prints a table and writes it, with versions, the CPU's name and the command, to benchmarks/results/. Only
-ratios of one run mean anything: machines are shared, their speed changes.
+Each backend runs in its own process with the same seeded weights, tokens and optimizer (AdamW, clip 1.0, float32 state,
+fused in PyTorch). The script checks that their results agree before it times anything. One process runs at a time, the
+others are stopped. Prints a table and writes it, with versions, the CPU's name and the command, to benchmarks/results/.
+Compare only ratios within one run: the speed of a shared machine changes.
 """
 
 import contextlib
@@ -56,10 +56,10 @@ SETTINGS = (
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__)
     check_flags(flags)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit's: leave nothing behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # sent by a time limit: clean up before exiting
     special = {"startup": startup, "first-token": first_token, "memory": memory}
     measure = (special | {"checkpoint": checkpoint, "prepare": prepare}).get(flags.what, speed)
-    with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark-") as folder:  # on a disk: /tmp may be memory
+    with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark-") as folder:  # not in /tmp, which may be in memory
         device, rows = measure(flags, Path(folder).resolve())
     for name, row in rows.items():
         print(f"{name:44} {'  '.join(f'{what} {value:.4g}' for what, value in row.items())}")
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def unused(path: Path) -> Path:
-    """`path`, or where another measurement of the day has it, the next free one with a number."""
+    """`path`, or, where that exists, the same with the first free number."""
     numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
     return next(each for each in itertools.chain([path], numbered) if not each.exists())
 

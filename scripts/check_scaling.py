@@ -1,12 +1,11 @@
-"""Compile a training step for many devices, on a machine that has none of them.
+"""Compile a training step for many devices, on a machine that does not have them.
 
-    python scripts/check_scaling.py                                            # the real recipe on 64 devices
+    python scripts/check_scaling.py                                            # the default recipe on 64 devices
     python scripts/check_scaling.py --mesh data=64 data=8,fsdp=8 --gradient-accumulation-steps 2
     python scripts/check_scaling.py --recipe smollm2-135m-long --mesh data=512 --batch-size 512
 
-Prints what the step holds on each device and what the devices send each other. Nothing is computed, no array is made:
-the devices are XLA's virtual CPU ones. On a GPU the collectives' bytes are the same; the temporaries are fewer there
-with cuDNN's attention.
+Prints the step's memory per device and its collectives. It runs nothing and allocates no arrays: the devices are XLA's
+virtual CPU devices. On GPUs the collectives have the same bytes; cuDNN's attention needs less temporary memory.
 """
 
 import dataclasses
@@ -28,21 +27,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: `b
 @dataclasses.dataclass(frozen=True)
 class Flags:
     mesh: tuple[str, ...] = ("data=64",)
-    """Layouts to compile for, one after another: data=64, data=8,fsdp=8 ..."""
+    """Meshes to compile for: data=64, data=8,fsdp=8 ..."""
     recipe: str = "smollm2-135m"
-    """Preset and numbers; see train_jax.py."""
+    """Preset and hyperparameters; see train_jax.py."""
     preset: str | None = None
-    """Another model than the recipe's."""
+    """Model, instead of the recipe's."""
     batch_size: int | None = None
-    """Sequences a step, over all devices."""
+    """Sequences per step, over all devices."""
     sequence_length: int | None = None
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     gradient_accumulation_steps: int | None = None
-    """Parts a batch is computed in, one after another."""
+    """Micro-batches per step."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the matrix products."""
+    """Data type of the matmuls."""
     remat: Remat = "dots"
-    """What a layer keeps for its backward pass."""
+    """What a layer stores for its backward pass."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     named = named_runs.by_name(flags.recipe)
     given = {name: getattr(flags, name) for name in RECIPE_FLAGS if getattr(flags, name) is not None}
     recipe = named.resolve(given)
-    # Read when JAX first looks for devices; of two settings the last counts.
+    # JAX reads XLA_FLAGS when it first looks for devices; the last of two settings wins.
     devices = max(math.prod(map(int, re.findall(r"=(\d+)", mesh))) for mesh in flags.mesh)
     virtual = f"--xla_force_host_platform_device_count={devices}"
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {virtual}"}
@@ -64,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def describe(name: str, recipe, layout: str, remat: Remat) -> str:
-    """The memory of each device and the collectives of a step, as text."""
+    """The memory per device and the collectives of a step, as text."""
     import collections
 
     from benchmarks.xla.collectives import collectives
@@ -83,7 +82,7 @@ def describe(name: str, recipe, layout: str, remat: Remat) -> str:
     shape = f"{rows} of {recipe.batch_size} x {recipe.sequence_length:,} tokens in {micro_batches}"
     lines = [
         f"step            {name} on {layout}: each device {shape}, {recipe.dtype}, remat {remat}",
-        f"a device        {memory.argument_size_in_bytes:,} bytes of parameters, optimizer state and tokens",
+        f"per device      {memory.argument_size_in_bytes:,} bytes of parameters, optimizer state and tokens",
         f"                {memory.temp_size_in_bytes:,} bytes of temporaries (compiled for a CPU)",
     ]
     total = collections.Counter()
@@ -92,7 +91,7 @@ def describe(name: str, recipe, layout: str, remat: Remat) -> str:
         total[kind, in_loop, "bytes"] += size
     for kind, in_loop in sorted({key[:2] for key in total}):
         count, size = total[kind, in_loop, "count"], total[kind, in_loop, "bytes"]
-        lines.append(f"{kind:16}{size:,} bytes in {count}, {'in a loop' if in_loop else 'once a step'}")
+        lines.append(f"{kind:16}{size:,} bytes in {count}, {'in a loop' if in_loop else 'once per step'}")
     return "\n".join([*lines, ""])
 
 

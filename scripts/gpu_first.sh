@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The first minutes on a GPU that is rented, bare and without a network: the most valuable answers first, in one command.
-# A stage that fails or hangs loses itself, and all of them end at the limit.
+# For the first minutes on a rented GPU machine without packages or network: the most important measurements first.
+# A stage that fails or hangs does not stop the others, and all end at the limit.
 #
-#   make gpu-wheels                                    # beforehand, at home: packages such a machine lacks, into .whl
-#   OUT=results bash scripts/gpu_first.sh              # there: 480 seconds at most, 4 files in $OUT
-#   OUT=results PART=second bash scripts/gpu_first.sh  # while the machine is warm: 270 seconds at most, 4 more files
-#   STAGES="train resume" bash scripts/gpu_first.sh    # these stages alone, after a mend
+#   make gpu-wheels                                    # beforehand: downloads the packages that such a machine lacks into .whl
+#   OUT=results bash scripts/gpu_first.sh              # on the machine: at most 480 seconds, 4 files in $OUT
+#   OUT=results PART=second bash scripts/gpu_first.sh  # in the same session: at most 270 seconds, 4 more files
+#   STAGES="train resume" bash scripts/gpu_first.sh    # only these stages, for example after a fix
 #   bash scripts/gpu_first.sh --dry-run                # at toy size on the CPU, limits fourfold
 #
-# .whl, assets/tokenizer and assets/sotu must travel with the source tree, for git ignores them. LIMIT=300: other seconds.
-# In $OUT (default build/gpu-first-results): first.log, all output; first.json, the machine, its versions, every stage's
-# exit status and rows; first.md, the rows to look at; first-metrics.jsonl, the training's. scripts/gpu_suite.sh is the
-# long version, for people with a GPU of their own.
+# Copy .whl, assets/tokenizer and assets/sotu together with the source tree: git ignores them. LIMIT=300 changes the limit.
+# $OUT (default build/gpu-first-results) gets first.log with all output, first.json with the machine, versions, exit
+# statuses and rows, first.md with the main rows, and the training's first-metrics.jsonl. scripts/gpu_suite.sh is the long
+# version, for a GPU that you have for longer.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} part=${PART:-first} only=${STAGES:-}
@@ -24,7 +24,7 @@ refuse() {
 case $part in
 first) limit=480 ;;
 second) limit=270 ;;
-*) refuse "PART=$part: first or second" ;;
+*) refuse "PART=$part: must be first or second" ;;
 esac
 case ${1:-} in
 --dry-run)
@@ -36,11 +36,11 @@ case ${1:-} in
     device=gpu preset=smollm2-135m batch=16 length=2048 long=8192 documents=512 steps=30 rounds=6 dtype=bfloat16 tokens=128
     patience=1 hf=hf-compile text=assets/sotu
     ;;
-*) refuse "$1: --dry-run or nothing" ;;
+*) refuse "$1: the only argument is --dry-run" ;;
 esac
 end=$((${LIMIT:-$limit} * patience)) # seconds
 out=${OUT:-build/gpu-first-results} results=$part${only:+-again} work=${WORK:-$PWD/build/gpu-first}
-# A cold start is wanted in the first call alone; what it compiled and tuned serves those after it.
+# Only the first call must start with an empty compilation cache; the later ones reuse it.
 [ "$part" = second ] || [ -n "$only" ] || rm -rf "$work/cache"
 rm -rf "${work:?}/results" "$work/run" "$out/$results".* "$out/$results-metrics.jsonl"
 mkdir -p "$work/results" "$out"
@@ -52,18 +52,18 @@ stage() { # name, seconds, command ...
     local name=$1 limit=$(($2 * patience)) began=$SECONDS status=124 from
     shift 2
     [ -z "$only" ] || [[ " wheels machine $only " == *" $name "* ]] || return 0
-    local said="${XLA_FLAGS:+XLA_FLAGS='$XLA_FLAGS' }$*"
-    echo "== $name: $said" | tee -a "$out/$results.log"
+    local command="${XLA_FLAGS:+XLA_FLAGS='$XLA_FLAGS' }$*"
+    echo "== $name: $command" | tee -a "$out/$results.log"
     from=$(wc -c <"$out/$results.log")
-    ((limit < end - SECONDS - 7)) || limit=$((end - SECONDS - 7)) # 5 to be killed in, 2 for the summary
+    ((limit < end - SECONDS - 7)) || limit=$((end - SECONDS - 7)) # 5 seconds to kill the stage, 2 for the summary
     if ((limit > 0)); then
         timeout --kill-after=5 "$limit" "$@" >>"$out/$results.log" 2>&1 </dev/null
         status=$?
         tail -c "+$((from + 1))" "$out/$results.log" | tail -n "$((status ? 20 : 6))" | cut -c1-180
     fi
     echo "   exit status $status after $((SECONDS - began)) s, at $SECONDS s" | tee -a "$out/$results.log"
-    printf '%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - began))" "$said" >>"$work/results/stages.tsv"
-    collect >/dev/null # after each stage: whoever ends the machine early finds what there was
+    printf '%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - began))" "$command" >>"$work/results/stages.tsv"
+    collect >/dev/null # after each stage, so that results exist if the machine is stopped early
     return "$status"
 }
 
@@ -92,23 +92,23 @@ decoding=(decode --dtype "$dtype" --new-tokens "$tokens" --rounds "$((rounds / 2
 
 stage machine 40 "$PYTHON" -m benchmarks.machine "$work/results/machine.json"
 if [ "$part" = first ]; then
-    # The trainer itself, cold: whether cuDNN takes it, seconds to the first step, tokens/s, loss, save, validation, text.
+    # The trainer from a cold start: whether cuDNN accepts it, seconds to the first step, tokens/s, loss, save, validation.
     stage train 150 "${cold[@]}"
-    case $? in 0 | 124 | 137) ;; *) # if it was cuDNN: without it
+    case $? in 0 | 124 | 137) ;; *) # retry without cuDNN, which may be the cause
         rm -rf "$work/run"
         stage train-xla 100 "${cold[@]}" --attention xla
         ;;
     esac
     benchmark speed 190 "${training[@]}" --against "$hf"
-    benchmark remat-dots 70 "${training[@]}" --remat dots --against # the default keeps more where there is room
-    # cuDNN's attention and XLA's, causal and packed, and their gradients, against float32 on the CPU.
+    benchmark remat-dots 70 "${training[@]}" --remat dots --against # the default policy stores more where memory allows
+    # Attention by cuDNN and by XLA, causal and packed, and its gradients, against float32 on the CPU.
     stage attention 70 "$PYTHON" -m benchmarks.check_attention --preset "$preset" --sequence-length "$((length / 2))" \
         --document-tokens "$documents" --out "$work/results/attention.json"
     stage profile 60 "$PYTHON" scripts/profile_train.py --preset "$preset" --dtype "$dtype" --batch-size "$batch" \
         --sequence-length "$length" --instructions 40 --out "$work/trace"
     stage resume 60 "${train[@]}" --steps "$((steps + 5))" --out "$work/run" --resume
     benchmark decode 60 "${decoding[@]}" --against
-    # Loops inside CUDA graphs, which they are not by default; an XLA that does not know the word ends at once.
+    # With loops inside CUDA graphs, which is not XLA's default; an XLA without this option fails at once.
     XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=+WHILE" benchmark decode-loops 60 "${decoding[@]}" --against
 else
     benchmark batch-32 70 "${training[@]}" --batch-size "$((2 * batch))" --against
@@ -123,5 +123,5 @@ rm -rf "$work/run/checkpoints" "$work/trace" "$work/weights" # large
 collect | tee -a "$out/$results.log"
 status=${PIPESTATUS[0]}
 cat "$out/$results.md"
-[ "$part" = second ] || echo "while the machine is warm: PART=second bash scripts/gpu_first.sh" | tee -a "$out/$results.log" "$out/$results.md"
+[ "$part" = second ] || echo "next, in the same session: PART=second bash scripts/gpu_first.sh" | tee -a "$out/$results.log" "$out/$results.md"
 exit "$status"

@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
-# Everything worth seeing on a GPU, in one command; each stage has its own time limit and loses one row, not the run.
+# All GPU checks and benchmarks in one command. Each stage has its own time limit; a failed stage loses one row of the
+# result, not the run.
 #
 #   bash scripts/gpu_suite.sh                # on a machine with a CUDA GPU: the full 134.5M shape, under 25 minutes
-#   PART=speed bash scripts/gpu_suite.sh     # or correctness, kernels, sweep: under 10 minutes each
+#   PART=speed bash scripts/gpu_suite.sh     # or correctness, kernels, sweep: less than 10 minutes each
 #   bash scripts/gpu_suite.sh --dry-run      # at toy size on the CPU, limits fourfold, with one of the speed stages
 #
-# LIMIT=900 ends it after 900 seconds: what has not begun by then is left out (exit status 124), the sweep first.
+# LIMIT=900 ends it after 900 seconds: stages that have not started by then get exit status 124, the sweep first.
 #
 # Works from the source tree, without installing the package: PYTHON names the interpreter. Needs assets/tokenizer and
-# assets/sotu; weights are seeded random ones of the full shape, so that no large file has to travel. Writes
-# benchmarks/results/<device>-<date>/: a log a stage, the parity report, summary.json with versions, every exit status
-# and every row, and table.md with the rows to look at, our best batch size over the best of transformers among them.
-# What this GPU has no room for, by arithmetic, is left out; both name it. scripts/gpu_first.sh is for rented minutes.
+# assets/sotu; weights are random with a fixed seed, in the full shape, so that no large file has to be copied. Writes
+# benchmarks/results/<device>-<date>/: a log per stage, the parity report, summary.json with versions, exit statuses and
+# all rows, and table.md with the main rows, such as our best batch size compared with the best of transformers. Stages
+# that are estimated not to fit this GPU's memory are skipped and listed in both. For a few rented minutes use
+# scripts/gpu_first.sh.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-# What one stage compiled and tuned the next need not; the startup stage has a cache of its own.
+# The stages share a compilation cache, except for the startup stage.
 if [ -z "${JAX_COMPILATION_CACHE_DIR:-}" ]; then
     JAX_COMPILATION_CACHE_DIR=$(mktemp -d)
     trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
@@ -36,15 +38,15 @@ case ${1:-} in
 "")
     device=gpu on=cuda preset=smollm2-135m length=2048 documents=512 steps=20 bound=2e-2 patience=1
     name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr 'A-Z ' 'a-z-')
-    [ -n "$name" ] || refuse "nvidia-smi names no GPU here; --dry-run needs none"
+    [ -n "$name" ] || refuse "no GPU: nvidia-smi lists none; --dry-run works without one"
     ;;
-*) refuse "$1: --dry-run or nothing" ;;
+*) refuse "$1: the only argument is --dry-run" ;;
 esac
 gigabytes=$([ "$device" = cpu ] || nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null |
     awk 'NR == 1 && /^[0-9]+$/ { print $1 * 1048576 / 1e9 }')
 part=${PART:-all}
 case $part in all | correctness | speed | kernels | sweep) ;; *)
-    refuse "PART=$part: correctness, speed, kernels, sweep or nothing"
+    refuse "PART=$part: must be correctness, speed, kernels, sweep or unset"
     ;;
 esac
 end=$((${LIMIT:-1490} * patience)) # seconds
@@ -67,12 +69,12 @@ stage() { # name, seconds, command ...
 }
 
 benchmark() { # name, seconds, arguments ...
-    local title=$1 limit=$2 said
+    local title=$1 limit=$2 message
     shift 2
     case ${gigabytes:+$1} in train | memory)
-        said=$("$PYTHON" -m benchmarks.room "$gigabytes" "$@" --preset "$preset")
-        if [ $? = 3 ]; then # as opposed to a failure of its own
-            echo "$title left out: $said" | tee -a "$out/left-out.txt"
+        message=$("$PYTHON" -m benchmarks.room "$gigabytes" "$@" --preset "$preset")
+        if [ $? = 3 ]; then # it does not fit; any other status is a failure of benchmarks.room
+            echo "$title skipped: $message" | tee -a "$out/left-out.txt"
             return
         fi
         ;;
@@ -81,7 +83,7 @@ benchmark() { # name, seconds, arguments ...
     grep -sE "^(tokens/s|ceiling|peak GB|cold|warm)" "$out/$title.log"
 }
 
-# A stage ends at its own limit, all of them at `end`. A part's limits add up to less than 600 seconds.
+# Each stage ends at its own limit, all end at `end`. The limits of a part add up to less than 600 seconds.
 if [ "$part" = all ] || [ "$part" = correctness ]; then
     stage weights 40 "$PYTHON" scripts/random_weights.py --preset "$preset" --out "$out/weights" --tokenizer assets/tokenizer
     stage parity 170 "$PYTHON" scripts/parity_report.py --weights "$out/weights" --out "$out/parity" --device "$device"
@@ -111,7 +113,7 @@ if [ "$device" = gpu ] && { [ "$part" = all ] || [ "$part" = speed ]; }; then
 fi
 if [ "$device" = gpu ] && { [ "$part" = all ] || [ "$part" = kernels ]; }; then
     shape=(--dtype bfloat16 --sequence-length 2048 --batch-size 8)
-    # Where the time goes, to be read against scripts/compile_for_gpu.py's ceilings.
+    # Where the time goes; compare with the roofline that scripts/compile_for_gpu.py estimates.
     stage profile 60 "$PYTHON" scripts/profile_train.py "${shape[@]}" --out "$out/trace"
     benchmark gemm 40 gemm "${shape[@]}"
     benchmark attention 40 attention "${shape[@]}"
@@ -120,7 +122,7 @@ if [ "$device" = gpu ] && { [ "$part" = all ] || [ "$part" = kernels ]; }; then
     # "-compile": a static cache and transformers' own compiled decoding.
     benchmark decode-1 100 decode --dtype bfloat16 --new-tokens 128 --rounds 3 --against hf hf-compile
     benchmark decode-64 100 decode --dtype bfloat16 --new-tokens 128 --rounds 3 --batch-size 64 --against hf hf-compile
-    # 65k tokens a step, where memory decides; hf eager would hold all logits, and is not asked.
+    # 65k tokens per step, where memory is the limit. hf eager is not measured: it would hold all logits.
     benchmark memory 60 memory --dtype bfloat16 --rounds 1 --sequence-length 2048 --batch-size 32 --against hf-compile
     benchmark startup 120 startup --dtype bfloat16 --rounds 1 --sequence-length 2048 --batch-size 8 --against
 fi
@@ -134,5 +136,5 @@ if [ "$device" = gpu ] && { [ "$part" = all ] || [ "$part" = sweep ]; }; then
     benchmark long-1 70 "${training[@]}" --sequence-length 8192 --batch-size 1 --against
 fi
 
-rm -rf "$out"/weights "$out"/trace "$out"/run*/checkpoints "$out"/run*/*.safetensors # large, and seeded: made again anywhere
+rm -rf "$out"/weights "$out"/trace "$out"/run*/checkpoints "$out"/run*/*.safetensors # large, and reproducible from their seed
 "$PYTHON" -m benchmarks.summary "$out" "bash scripts/gpu_suite.sh${1:+ $1}"

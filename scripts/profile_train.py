@@ -3,12 +3,11 @@
     python scripts/profile_train.py --sequence-length 2048                                    # CPU
     python scripts/profile_train.py --dtype bfloat16 --batch-size 16 --sequence-length 2048   # GPU
 
-Runs some steps of seeded random weights and tokens under JAX's profiler, gives each moment to the instructions of the
-compiled program that were at work in it (in equal parts when several were), and adds them up. On a CPU an instruction
-counts from the start to the end of its call; what its threads do after that shows as idle. On a GPU kernels inside
-command buffers (CUDA graphs) carry no instruction's name in a trace (openxla/xprof#3070), so none are made unless
-XLA_FLAGS says something about them; that leaves more idle between kernels than a training has. The trace itself stays
-in --out, for Perfetto or XProf.
+Runs a few steps with random weights and tokens under JAX's profiler and attributes their time to the instructions of
+the compiled program, in equal shares where several run at once. On a CPU an instruction lasts from the start to the
+end of its call; work of its threads after that counts as idle. On a GPU, traces do not name the instructions of kernels
+inside command buffers (CUDA graphs; openxla/xprof#3070), so the script disables them unless XLA_FLAGS sets them; this
+leaves more idle time between kernels than training has. The trace stays in --out, for Perfetto or XProf.
 """
 
 import collections
@@ -21,7 +20,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: `benchmarks` is in no wheel
 
 from benchmarks.xla.hlo import Program, parse
-from benchmarks.xla.profile import at_work, shares
+from benchmarks.xla.profile import attribute_time, busy_intervals
 from smollm_jax import errors
 from smollm_jax.commands import command_line
 from smollm_jax.config.recipe import Remat
@@ -33,19 +32,19 @@ class Flags:
     preset: str = "smollm2-135m"
     """Model, with seeded random weights."""
     batch_size: int = 1
-    """Sequences a step."""
+    """Sequences per step."""
     sequence_length: int = 256
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the products."""
+    """Data type of the matmuls."""
     remat: Remat | None = None
     """As in train_jax.py."""
     unroll: int | None = None
     """Layers unrolled per step of the layer scan; default: as in train_jax.py."""
     steps: int = 3
-    """Steps to trace, after two that are not."""
+    """Steps to trace, after two warm-up steps."""
     instructions: int = 15
-    """How many single instructions to list."""
+    """Number of instructions to list."""
     out: Path = Path("profiles")
     """Folder for the trace."""
     debug: bool = False
@@ -101,15 +100,15 @@ def main(argv: list[str] | None = None) -> None:
         jax.block_until_ready(state)
     trace = max(flags.out.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     program = parse(step.as_text())
-    seconds, wall = shares(at_work(jax.profiler.ProfileData.from_file(str(trace)), program))
+    seconds, wall = attribute_time(busy_intervals(jax.profiler.ProfileData.from_file(str(trace)), program))
     if not seconds:
-        raise errors.SmolLMError(f"{trace}: the trace names no instruction of the step")
+        raise errors.SmolLMError(f"{trace}: no event of the trace names an instruction of the step")
     print_tables(flags, program, seconds, wall)
     print(f"\ntrace: {trace}", file=sys.stderr)
 
 
 def print_tables(flags: Flags, program: Program, seconds: collections.Counter[str], wall: float) -> None:
-    """Milliseconds a step by kind of work, which add up to the whole, and of the longest instructions."""
+    """Prints milliseconds per step by kind of work, which add up to the step, and those of the longest instructions."""
     instructions = program.instructions
     kinds: collections.Counter[str] = collections.Counter()
     for name, spent in seconds.items():
@@ -126,12 +125,12 @@ def print_tables(flags: Flags, program: Program, seconds: collections.Counter[st
 
 
 def without_command_buffers() -> str:
-    """Has XLA make no command buffers, unless the user's XLA_FLAGS name them already; says which, in words."""
+    """Disables command buffers in XLA_FLAGS unless the user has set them; returns a line that says so."""
     given = os.environ.get("XLA_FLAGS", "")
     if NO_COMMAND_BUFFERS in given:
-        return f"command buffers as XLA_FLAGS says; kernels inside one have no name: {given}"
+        return f"command buffers as set in XLA_FLAGS={given}; kernels inside one have no name"
     os.environ["XLA_FLAGS"] = f"{given} {NO_COMMAND_BUFFERS}".strip()
-    return f"no command buffers, so that every kernel has a name: XLA_FLAGS={NO_COMMAND_BUFFERS}"
+    return f"command buffers disabled, so that every kernel has a name: XLA_FLAGS={NO_COMMAND_BUFFERS}"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Write seeded random weights of a preset: the recipe's init, the same numbers on every machine of a kind.
+"""Write random weights of a preset with a fixed seed: the training init, the same on every machine of a kind.
 
     python scripts/random_weights.py --preset smollm2-135m --out random/ --tokenizer assets/tokenizer
 
-For measuring where the real weights cannot be had: shapes and speed are the real ones, the text is not.
+For benchmarks without the real weights: shapes and speed are the same, generated text is noise.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ class Flags:
     out: Path
     """Hugging Face folder to write; must not exist."""
     tokenizer: Path | None = None
-    """Folder (or GGUF) whose tokenizer goes along."""
+    """Folder (or GGUF) whose tokenizer is included."""
     seed: int = 0
-    """Of the numbers."""
+    """Random seed."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 

@@ -80,21 +80,34 @@ def test_the_first_call_asks_the_most_valuable_first_and_names_the_second(rehear
     summary = json.loads((out / "first.json").read_text())
     assert summary["command"] == "PART=first bash scripts/gpu_first.sh"
     assert all(row["command"] for row in summary["stages"])
-    flags = [(variables, script, arguments) for variables, script, *arguments in calls]
-    trained = [tyro.cli(TrainingFlags, args=of) for _, script, of in flags if script.endswith("train_jax.py")]
+    flags = [(variables, Path(script).name, arguments) for variables, script, *arguments in calls]
+    trained = [
+        tyro.cli(TrainingFlags, args=arguments) for _, script, arguments in flags if script.endswith("train_jax.py")
+    ]
     cold, resumed = trained
     assert (cold.steps, cold.batch_size, cold.sequence_length, cold.dtype) == (30, 16, 2048, "bfloat16")
     assert (cold.eval_every, cold.save_every, cold.resume, resumed.resume, resumed.steps) == (30, 30, False, True, 35)
-    measured = [(x, tyro.cli(benchmark.Flags, args=of)) for x, script, of in flags if script.endswith("benchmark.py")]
-    for _, of in measured:
-        check_flags(of)
+    measured = [
+        (variables, tyro.cli(benchmark.Flags, args=arguments))
+        for variables, name, arguments in flags
+        if name == "benchmark.py"
+    ]
+    for _, each in measured:
+        check_flags(each)
     (_, speed), (_, dots), (plain, decode), (loops, again) = measured
-    assert (speed.what, speed.batch_size, speed.sequence_length, speed.others) == ("train", 16, 2048, ("hf-compile",))
-    assert (dots.remat, dots.others) == ("dots", ())
+    assert (speed.what, speed.batch_size, speed.sequence_length, speed.baselines) == (
+        "train",
+        16,
+        2048,
+        ("hf-compile",),
+    )
+    assert (dots.remat, dots.baselines) == ("dots", ())
     assert decode.what == again.what == "decode"
     assert "WHILE" not in (plain or "")
     assert loops.split()[-1] == "--xla_gpu_enable_command_buffer=+WHILE"
-    (profiled,) = [tyro.cli(ProfileFlags, args=of) for _, script, of in flags if script.endswith("profile_train.py")]
+    (profiled,) = [
+        tyro.cli(ProfileFlags, args=arguments) for _, script, arguments in flags if script.endswith("profile_train.py")
+    ]
     assert (profiled.batch_size, profiled.sequence_length) == (16, 2048)
 
 
@@ -102,11 +115,13 @@ def test_the_second_call_is_of_flags_that_exist_too_and_some_stages_can_be_had_a
     calls, out, done = rehearse(PART="second")
     assert done.returncode == 0, done.stderr
     assert ended(out, "second") == dict.fromkeys(SECOND, 0)
-    flags = [tyro.cli(benchmark.Flags, args=of) for _, script, *of in calls if script.endswith("benchmark.py")]
+    flags = [
+        tyro.cli(benchmark.Flags, args=arguments) for _, script, *arguments in calls if script.endswith("benchmark.py")
+    ]
     for each in flags:
         check_flags(each)
     assert [(each.what, each.batch_size, each.unroll) for each in flags[:2]] == [("train", 32, None), ("train", 16, 1)]
-    assert (flags[-1].sequence_length, flags[-1].others) == (8192, ("hf-compile",))
+    assert (flags[-1].sequence_length, flags[-1].baselines) == (8192, ("hf-compile",))
     calls, out, _ = rehearse(STAGES="speed profile")
     assert ended(out, "first-again") == dict.fromkeys(["machine", "speed", "profile"], 0)
     assert ended(out, "second") == dict.fromkeys(SECOND, 0)
@@ -139,7 +154,10 @@ def test_a_training_that_fails_is_tried_without_cudnn(rehearse):
 
 @pytest.mark.parametrize(
     ("arguments", "part", "said"),
-    [(["--dryrun"], "first", "--dryrun: --dry-run or nothing\n"), ([], "third", "PART=third: first or second\n")],
+    [
+        (["--dryrun"], "first", "--dryrun: the only argument is --dry-run\n"),
+        ([], "third", "PART=third: must be first or second\n"),
+    ],
 )
 def test_it_refuses_what_it_cannot_do(rehearse, arguments, part, said):
     calls, _, done = rehearse(*arguments, PART=part)

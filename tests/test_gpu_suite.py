@@ -67,17 +67,17 @@ def test_every_benchmark_of_the_gpu_suite_has_flags_that_exist(on_a_gpu):
         if script == "scripts/benchmark.py":
             flags.append(tyro.cli(benchmark.Flags, args=arguments))
             check_flags(flags[-1])
-    measured = {(of.what, of.sequence_length, side) for of in flags for side in ("ours", *of.others)}
-    for side in ("ours", "hf-compile", "hf-compile-max", "twin-compile"):
-        assert ("train", 2048, side) in measured
+    measured = {(each.what, each.sequence_length, name) for each in flags for name in ("ours", *each.baselines)}
+    for name in ("ours", "hf-compile", "hf-compile-max", "twin-compile"):
+        assert ("train", 2048, name) in measured
     assert {("train", 8192, "hf-compile"), ("memory", 2048, "hf-compile"), ("loss", 2048, "hf-compile")} < measured
-    trained = [of for of in flags if of.what == "train"]
+    trained = [each for each in flags if each.what == "train"]
     for length in (2048, 8192):
-        assert len({of.batch_size for of in trained if of.sequence_length == length}) == 3
-        assert len({of.unroll for of in trained if of.sequence_length == length}) >= 2
-    decoded = {of.batch_size: of.others for of in flags if of.what == "decode"}
+        assert len({each.batch_size for each in trained if each.sequence_length == length}) == 3
+        assert len({each.unroll for each in trained if each.sequence_length == length}) >= 2
+    decoded = {each.batch_size: each.baselines for each in flags if each.what == "decode"}
     assert decoded == {1: ("hf", "hf-compile"), 64: ("hf", "hf-compile")}
-    assert {"gemm", "attention", "packed", "startup"} < {of.what for of in flags}
+    assert {"gemm", "attention", "packed", "startup"} < {each.what for each in flags}
 
 
 def test_no_part_of_the_suite_takes_more_than_ten_minutes_and_all_end_at_the_limit(on_a_gpu):
@@ -99,9 +99,9 @@ def test_no_part_of_the_suite_takes_more_than_ten_minutes_and_all_end_at_the_lim
 @pytest.mark.parametrize(
     ("arguments", "part", "said"),
     [
-        (["--dry-run"], "sped", "PART=sped: correctness, speed, kernels, sweep or nothing\n"),
-        (["--dryrun"], "speed", "--dryrun: --dry-run or nothing\n"),
-        ([], "speed", "nvidia-smi names no GPU here; --dry-run needs none\n"),
+        (["--dry-run"], "sped", "PART=sped: must be correctness, speed, kernels, sweep or unset\n"),
+        (["--dryrun"], "speed", "--dryrun: the only argument is --dry-run\n"),
+        ([], "speed", "no GPU: nvidia-smi lists none; --dry-run works without one\n"),
     ],
 )
 def test_the_suite_refuses_what_it_cannot_do(tmp_path, arguments, part, said):
@@ -111,14 +111,14 @@ def test_the_suite_refuses_what_it_cannot_do(tmp_path, arguments, part, said):
     assert (done.returncode, done.stderr) == (2, said)
 
 
-def test_what_has_no_room_is_left_out_and_said(on_a_gpu):
-    """81,559 MiB are an H100's: 16 sequences of both sides have room there, 32 have none."""
+def test_what_does_not_fit_is_skipped_and_reported(on_a_gpu):
+    """81,559 MiB are an H100's: 16 sequences of both backends fit there, 32 do not."""
     calls, summary = on_a_gpu(PART="speed", MEMORY_MIB="81559")
     assert [row["stage"] for row in summary["stages"]] == ["speed-16", "speed-16-max", "speed-16-twin", "speed-8"]
     assert len(calls) == 4
     (said,) = summary["left_out"]
-    assert said.startswith("speed-32 left out: no room by arithmetic for ")
-    assert said.endswith("for hf-compile in 90% of 86 GB; --batch-size 16 has room")
+    assert said.startswith("speed-32 skipped: estimated memory of ")
+    assert said.endswith("for hf-compile exceeds 90% of 86 GB; --batch-size 16 fits")
 
 
 @pytest.mark.parametrize(
@@ -135,21 +135,21 @@ def test_what_has_no_room_is_left_out_and_said(on_a_gpu):
         (55.0, "train --batch-size 16 --against twin-compile", 0),  # holds no logits
     ],
 )
-def test_room_is_what_all_sides_need_at_once(monkeypatch, gigabytes, arguments, status, capsys):
+def test_memory_is_estimated_for_all_backends_at_once(monkeypatch, gigabytes, arguments, status, capsys):
     from benchmarks import room
 
     assert room.main(gigabytes, [*arguments.split(), "--dtype", "bfloat16", "--sequence-length", "2048"]) == status
-    assert ("no room" in capsys.readouterr().out) is (status == 3)
+    assert ("estimated memory of " in capsys.readouterr().out) is (status == 3)
 
 
 def measured_stage(folder, stage, **medians):
-    rows = {f"tokens/s, {side}": {"median": x, "min": x, "max": x} for side, x in medians.items()}
+    rows = {f"tokens/s, {name}": {"median": x, "min": x, "max": x} for name, x in medians.items()}
     (folder / f"{stage}.json").write_text(json.dumps({"rows": rows}))
     return f"{stage}\t0\t1\tx\n"
 
 
 def test_the_suites_summary_divides_best_by_best(tmp_path, monkeypatch, capsys):
-    """Each side at its own best batch size, transformers at its best kind too; other shapes and failures stay apart."""
+    """Each backend at its own best batch size; other shapes and failed stages are excluded."""
     from benchmarks import summary
 
     stages = [
@@ -167,7 +167,7 @@ def test_the_suites_summary_divides_best_by_best(tmp_path, monkeypatch, capsys):
     assert "4 of 5 stages finished" in (said := capsys.readouterr().out)
     assert "failed: speed-32" in said
     best = json.loads((tmp_path / "summary.json").read_text())["best_over_best"]
-    assert {side: (of["ratio"], of["ours"]["stage"], of["other"]["stage"]) for side, of in best.items()} == {
+    assert {name: (x["ratio"], x["ours"]["stage"], x["other"]["stage"]) for name, x in best.items()} == {
         "hf-compile": (120 / 90, "speed-16", "speed-8"),
         "hf-compile-max": (1.2, "speed-16", "speed-16-max"),
         "hf at its best": (1.2, "speed-16", "speed-16-max, hf-compile-max"),
@@ -182,10 +182,10 @@ def test_the_suites_summary_divides_best_by_best(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("losses", "code", "said"),
     [
-        ([4.0, 3.0], 0, "pass  2 losses are at most 0.0e+00 apart"),
-        ([4.0, 3.1], 1, "FAIL  2 losses are at most 3.2e-02 apart"),
+        ([4.0, 3.0], 0, "pass  2 losses differ by at most 0.0e+00"),
+        ([4.0, 3.1], 1, "FAIL  2 losses differ by at most 3.2e-02"),
         ([4.0, float("nan")], 1, "FAIL"),
-        ([4.0], 3, "has 1 steps, 2 are compared"),
+        ([4.0], 3, "has 1 steps, but --steps is 2"),
     ],
 )
 def test_two_runs_curves_are_compared_step_by_step(tmp_path, losses, code, said):

@@ -1,6 +1,6 @@
-"""What devices send each other in a compiled program, read off its HLO text. Framework-free.
+"""The collectives of a compiled program, from its HLO text. Framework-free.
 
-`scripts/check_scaling.py` prints it for a training step.
+`scripts/check_scaling.py` prints those of a training step.
 """
 
 import collections
@@ -12,17 +12,17 @@ KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "coll
 
 
 class Collective(NamedTuple):
-    """One collective instruction; `bytes` are those of the whole arrays: gathered, or before they are scattered."""
+    """One collective; `bytes` is the size of the whole arrays: after a gather, before a scatter."""
 
     kind: str
     bytes: int
-    in_loop: bool  # in a loop's body or condition, or in what these call
+    in_loop: bool  # in a loop's body or condition, or in a computation called from there
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of `compiled.as_text()`, in its order; a start and its done are one.
+    """The collectives of `compiled.as_text()` in order; an asynchronous start and its done count as one.
 
-    Raises `ValueError` when an operand is nowhere defined: this is not the text of a whole program then.
+    Raises `ValueError` when an operand is not defined, as in the text of half a program.
     """
     program = parse(text)
     looped = _computations_in_loops(program)
@@ -35,7 +35,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _computations_in_loops(program: Program) -> set[str]:
-    """Bodies and conditions of loops, and all that these call."""
+    """The bodies and conditions of loops, and all computations called from them."""
     calls, looped = collections.defaultdict(set), set()
     for name, computation in program.computations.items():
         for each in computation.values():
@@ -49,11 +49,11 @@ def _computations_in_loops(program: Program) -> set[str]:
 
 
 def _bytes(name: str, each: Instruction, computation: dict[str, Instruction]) -> int:
-    """Bytes of the whole arrays that a collective of the computation `name` takes or gives, whichever are more."""
+    """Bytes of a collective's operands or results, whichever is larger; `name` is its computation."""
     if missing := [operand for operand in each.operands if operand not in computation]:
-        raise ValueError(f"{name}: {each.name} takes {missing[0]}, which is not defined before it")
-    given = sum(size_in_bytes(computation[operand].shape) for operand in each.operands)
+        raise ValueError(f"{name}: operand {missing[0]} of {each.name} is not defined")
+    operands = sum(size_in_bytes(computation[operand].shape) for operand in each.operands)
     total = size_in_bytes(each.shape)
-    # A start may return what it was given beside what it will give.
-    got = total - given if each.opcode.endswith("-start") and total > given else total
-    return max(given, got)
+    # A start can return its operands together with its results.
+    results = total - operands if each.opcode.endswith("-start") and total > operands else total
+    return max(operands, results)

@@ -1,4 +1,4 @@
-"""A training step compiled for a GPU that is not there, and the GPUs it can be compiled for."""
+"""Compiles a training step for a GPU without having one, and describes the GPUs to compile for."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,7 @@ from smollm_jax import errors
 from smollm_jax.model import cost
 from smollm_jax.runtime import install
 
-# What XLA wants to know of a GPU. `%` is what differs from card to card.
+# XLA's description of a GPU; the `%` fields differ between models.
 CARD = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 block_dim_limit_x: 2147483647
@@ -28,41 +28,41 @@ device_description_str: "%(name)s"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A GPU to compile for, and the bytes/s and FLOP/s it is taken to reach."""
+    """A GPU to compile for, with the bytes/s and FLOP/s that its roofline assumes."""
 
-    name: str  # as its driver says it
+    name: str  # as the driver reports it
     capability: str
     numbers: str
     bandwidth: float
-    products: float
-    source: str  # of these two
+    peak_flops: float
+    source: str  # of bandwidth and peak_flops
 
     @property
     def platform(self) -> str:
-        """As a `jax.Device` says it."""
+        """As in `jax.Device`."""
         return "gpu"
 
     @property
     def compute_capability(self) -> str:
-        """As a `jax.Device` says it, without the letter of features that only this architecture has."""
+        """As in `jax.Device`, without the suffix for architecture-specific features."""
         return self.capability.rstrip("a")
 
     @property
     def config(self) -> str:
-        """As XLA's `target_config` takes it."""
+        """The text for XLA's `target_config`."""
         return CARD % {"name": self.name, "capability": self.capability, "numbers": " ".join(self.numbers.split())}
 
 
-def by_data_sheet(name: str, capability: str, numbers: str) -> Target:
-    bandwidth, products = cost.bandwidth(name), cost.peak_flops(name)
+def from_data_sheet(name: str, capability: str, numbers: str) -> Target:
+    bandwidth, peak_flops = cost.bandwidth(name), cost.peak_flops(name)
     assert bandwidth
-    assert products
-    return Target(name, capability, numbers, bandwidth, products, "by its data sheet")
+    assert peak_flops
+    return Target(name, capability, numbers, bandwidth, peak_flops, "from its data sheet")
 
 
-# The numbers of h100 and a100: openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb, a100_sxm_80.txtpb.
-# Of rtx4090, which has none there: NVIDIA's Ada whitepaper, appendix A, and the CUDA programming guide's table of
-# compute capability 8.9. An L40S is of that capability, too.
+# Sources for h100 and a100: openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb, a100_sxm_80.txtpb.
+# For rtx4090, which XLA does not list: NVIDIA's Ada whitepaper, appendix A, and the CUDA programming guide's table of
+# compute capability 8.9, which an L40S has too.
 TARGETS = {
     "h100": Target(
         "NVIDIA H100 80GB HBM3",
@@ -73,16 +73,16 @@ TARGETS = {
         device_memory_size: 84942979072""",
         3.0e12,
         790e12,
-        "which large copies and products reach",  # docs/performance.md
+        "reached by large copies and matmuls",  # docs/performance.md
     ),
-    "a100": by_data_sheet(
+    "a100": from_data_sheet(
         "NVIDIA A100-SXM4-80GB",
         "8.0",
         """cuda_compute_capability { major: 8 } core_count: 108 fpus_per_core: 64
         shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 threads_per_core_limit: 2048
         memory_bandwidth: 2039040000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41 device_memory_size: 85100068864""",
     ),
-    "rtx4090": by_data_sheet(
+    "rtx4090": from_data_sheet(
         "NVIDIA GeForce RTX 4090",
         "8.9",
         """cuda_compute_capability { major: 8 minor: 9 } core_count: 128 fpus_per_core: 128
@@ -95,7 +95,7 @@ H100 = TARGETS["h100"]
 
 def compile_step(config: Any, recipe: Any, execution: Any, target: Target = H100) -> Any:
     """`train_step.compile_step` for a GPU; raises `SmolLMError` where JAX's CUDA plugin is not installed."""
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it asks libraries that ask the driver
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the check needs a driver
     import jax
     import jax.numpy as jnp
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -107,16 +107,16 @@ def compile_step(config: Any, recipe: Any, execution: Any, target: Target = H100
     try:
         topology = topologies.get_topology_desc(platform="cuda", target_config=target.config, topology="1x1x1")
     except Exception as error:
-        raise errors.SmolLMError(f"no CUDA plugin of JAX's here, {install.command('cuda13')}: {error}") from error
+        raise errors.SmolLMError(f"JAX's CUDA plugin is not installed, {install.command('cuda13')}: {error}") from error
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     state = abstract_state(config, recipe)
     tokens = jax.ShapeDtypeStruct((recipe.batch_size, recipe.sequence_length + 1), jnp.int32)
-    there = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)  # noqa: E731
-    state, tokens = jax.tree.map(there, (state, tokens))
-    with contextlib.ExitStack() as answers:  # what a GPU and its libraries would say, where these are asked
-        answers.enter_context(mock.patch.object(jax, "default_backend", return_value="gpu"))
-        answers.enter_context(mock.patch.object(cudnn, "check_cudnn_version", return_value=91200))
-        answers.enter_context(mock.patch.object(cudnn, "check_compute_capability", return_value=True))
-        answers.enter_context(mock.patch.object(cudnn, "is_cuda_compute_capability_equal", return_value=False))
+    on_gpu = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)  # noqa: E731
+    state, tokens = jax.tree.map(on_gpu, (state, tokens))
+    with contextlib.ExitStack() as mocks:  # the answers of a GPU and its libraries
+        mocks.enter_context(mock.patch.object(jax, "default_backend", return_value="gpu"))
+        mocks.enter_context(mock.patch.object(cudnn, "check_cudnn_version", return_value=91200))
+        mocks.enter_context(mock.patch.object(cudnn, "check_compute_capability", return_value=True))
+        mocks.enter_context(mock.patch.object(cudnn, "is_cuda_compute_capability_equal", return_value=False))
         traced = train_step.train_step.trace(state, tokens, tx=optimizer.adamw(recipe), execution=execution)
         return traced.lower(lowering_platforms=("cuda",)).compile()

@@ -1,4 +1,4 @@
-"""The text of a compiled program (HLO), read: its computations, and the instructions in them. Framework-free."""
+"""A parser for the HLO text of compiled programs: computations and their instructions. Framework-free."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import re
 
 from smollm_jax import errors
 
-# The scopes named in train_step.py, loss.py and smollm.py; what is in none of them is a layer's.
+# The `jax.named_scope`s of train_step.py, loss.py and smollm.py. Work outside them belongs to a layer.
 SCOPES = {"optimizer": "optimizer", "loss": "head and loss", "attention": "attention"}
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
@@ -21,25 +21,25 @@ _ARRAY = re.compile(r"\b(?:(pred)|(token)|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     name: str
-    shape: str  # of what it returns, as it is written: `f32[8,4]{1,0}`, or several in parentheses
+    shape: str  # of its result, as in the text: `f32[8,4]{1,0}`, or a tuple in parentheses
     opcode: str
     operands: tuple[str, ...]  # names
-    attributes: str  # all that follows the operands
-    is_root: bool  # whether its computation returns what it returns
+    attributes: str  # the text after the operands
+    is_root: bool  # whether its result is that of its computation
 
     @property
     def origin(self) -> str:
-        """Jax's name for what it computes; "" without one."""
+        """JAX's name of the operation; "" without one."""
         return self._quoted("op_name")
 
     @property
     def custom_call_target(self) -> str:
-        """The library function that a custom call names; "" for any other instruction."""
+        """The library function of a custom call; "" for any other instruction."""
         return self._quoted("custom_call_target")
 
     @property
     def called(self) -> dict[str, list[str]]:
-        """The computations it names, by attribute (`body`, `calls`, `branch_computations` ...)."""
+        """The computations it refers to, by attribute (`body`, `calls`, `branch_computations` ...)."""
         names = _CALLED.findall(self.attributes)
         return {attribute: [name] if name else re.findall(r"[\w.-]+", several) for attribute, name, several in names}
 
@@ -51,15 +51,15 @@ class Instruction:
 @dataclasses.dataclass(frozen=True)
 class Program:
     computations: dict[str, dict[str, Instruction]]  # by name, instructions in the order of the text
-    entry: str  # the computation that is the whole program
+    entry: str  # name of the main computation
 
     @functools.cached_property
     def instructions(self) -> dict[str, Instruction]:
-        """Those of all computations, by name, which no two of them share."""
+        """The instructions of all computations by name; names are unique in a program."""
         return {name: each for computation in self.computations.values() for name, each in computation.items()}
 
     def kind(self, instruction: Instruction) -> str:
-        """The kind of work it does: that of the scope it was traced in, else by what it computes."""
+        """The kind of work: that of the scope it was traced in, or else of its operation."""
         for word, kind in SCOPES.items():
             if re.search(rf"\b{word}\b", instruction.origin):
                 return kind
@@ -86,22 +86,22 @@ def parse(text: str) -> Program:
 
 
 def _split_at_closing(text: str) -> tuple[str, str]:
-    """A pair of parentheses with all that is in it, and what follows."""
+    """The text up to the parenthesis that closes the first one, and the rest."""
     depth = 0
     for end, letter in enumerate(text, 1):
         depth += (letter == "(") - (letter == ")")
         if depth == 0:
             return text[:end], text[end:]
-    raise errors.SmolLMError(f"a parenthesis without its pair: {text[:80]}")
+    raise errors.SmolLMError(f"unbalanced parentheses in the HLO text: {text[:80]}")
 
 
 def dimensions(shape: str) -> list[int]:
-    """The sizes of an array, or of the first one of several."""
+    """The dimensions of an array, or of a tuple's first array."""
     return [int(size) for size in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if size]  # pyright: ignore
 
 
 def size_in_bytes(shape: str) -> int:
-    """Bytes of an array, or of all arrays of a tuple."""
+    """Bytes of an array or of all arrays of a tuple."""
     total = 0
     for pred, token, bits, sizes in _ARRAY.findall(shape):
         width = 8 if pred else 0 if token else int(bits)

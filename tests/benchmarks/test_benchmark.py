@@ -1,4 +1,4 @@
-"""What the benchmark says: every subject at toy size, and that unequal work is refused. Never how fast it is."""
+"""The benchmark: every subject at toy size, and the refusal of unequal work. Never how fast anything is."""
 
 import json
 import os
@@ -76,13 +76,13 @@ def measured(folder, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", list(BOTH))
-def test_a_subject_measures_both_sides(tmp_path, what):
+def test_a_subject_measures_both_backends(tmp_path, what):
     size = ["--new-tokens", "24", "--batch-size", "2"] if what == "decode" else ["--sequence-length", "32"]
     content = measured(tmp_path, what, *size)
     rows = content["rows"]
-    assert {f"{row}, {side}" for row in BOTH[what] for side in ("ours", "hf")} <= rows.keys()
+    assert {f"{row}, {backend}" for row in BOTH[what] for backend in ("ours", "hf")} <= rows.keys()
     assert {"torch", "transformers"} < content["environment"].keys()
-    ours, hf = (rows[f"{RATIO[what]}, {side}"]["median"] for side in ("ours", "hf"))
+    ours, hf = (rows[f"{RATIO[what]}, {backend}"]["median"] for backend in ("ours", "hf"))
     assert rows[f"{RATIO[what]}, ours / hf"]["median"] == pytest.approx(ours / hf)
     assert all(row["min"] > 0 for name, row in rows.items() if not name.startswith("cores others"))
     for name in (name for name in rows if name.startswith("loss") and name.endswith("ours")):
@@ -99,7 +99,7 @@ def test_quantised_decoding_is_measured_against_narrow_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_twin_trains_beside_us(tmp_path):
+def test_the_twin_is_a_baseline_of_training(tmp_path):
     rows = measured(tmp_path, "train", "--against", "twin", "--sequence-length", "32", "--dtype", "bfloat16")["rows"]
     assert {"tokens/s, ours / twin", "loss 2, twin"} < rows.keys()
     assert rows["loss 2, ours"]["median"] == pytest.approx(rows["loss 2, twin"]["median"], rel=2e-2)
@@ -127,7 +127,7 @@ def test_packed_documents_are_measured_against_plain_causal_attention(tmp_path):
     rows = measured(tmp_path, "packed", "--sequence-length", "64", "--document-tokens", "16", "--batch-size", "2")[
         "rows"
     ]
-    ours, plain = (rows[f"tokens/s, {side}"]["median"] for side in ("ours", "plain"))
+    ours, plain = (rows[f"tokens/s, {backend}"]["median"] for backend in ("ours", "plain"))
     assert rows["tokens/s, ours / plain"]["median"] == pytest.approx(ours / plain)
 
 
@@ -145,7 +145,7 @@ def test_prepare_measures_ours_datasets_and_the_tokenizer_alone(tmp_path):
     rows = measured(tmp_path, "prepare", "--text", "x.jsonl", "--against", "tokenizers", "datasets")["rows"]
     for what in ("MB/s", "MB/s of a core"):
         for name in ("tokenizers", "datasets"):
-            ours, other = (rows[f"{what}, {side}"]["median"] for side in ("ours", name))
+            ours, other = (rows[f"{what}, {backend}"]["median"] for backend in ("ours", name))
             assert rows[f"{what}, ours / {name}"]["median"] == pytest.approx(ours / other)
     ours, other = (rows[f"peak GB, {name}"]["median"] for name in ("ours", "datasets"))
     assert rows["peak GB, ours / datasets"]["median"] == pytest.approx(ours / other)
@@ -166,7 +166,7 @@ def test_datasets_read_the_files_that_we_read(tmp_path):
 
 
 def test_prepare_measures_the_tokenizer_alone_by_default():
-    assert benchmark.Flags("prepare", preset="tiny").others == ("tokenizers",)
+    assert benchmark.Flags("prepare", preset="tiny").baselines == ("tokenizers",)
 
 
 @pytest.mark.parametrize(("suffix", "documents"), [(".txt", 3), (".jsonl", 6)])
@@ -195,7 +195,7 @@ def test_preparations_of_other_tokens_are_refused():
         check_same_tokens({"ours": {"tokens": 10}, "tokenizers": {"tokens": 10}, "datasets": {"tokens": 11}})
 
 
-def test_the_most_memory_is_of_a_process_and_of_its_children():
+def test_the_peak_memory_is_of_a_process_and_of_its_children():
     """200 MB in a child that its parent shares count once, as do 100 of the child's own; a mapped file does not."""
     script = (
         "import mmap, os, sys, tempfile; shared = b'x' * 200_000_000; file = tempfile.TemporaryFile(); "
@@ -206,36 +206,36 @@ def test_the_most_memory_is_of_a_process_and_of_its_children():
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
-        returned, peak = compare.most_memory(process.pid, lambda: time.sleep(0.5) or "returned")
+        returned, peak = compare.peak_memory(process.pid, lambda: time.sleep(0.5) or "returned")
         process.stdin.close()
     assert returned == "returned"
     assert 300e6 <= peak < 330e6
 
 
 @pytest.mark.slow
-def test_checkpoint_measures_both_sides(tmp_path):
+def test_checkpoint_measures_what_it_compares(tmp_path):
     rows = measured(tmp_path, "checkpoint", "--sequence-length", "32")["rows"]
     assert {"manifest / save", "verify / save", "step guarded / unguarded"} < rows.keys()
 
 
-def side(losses, **rest):
-    return {"platform": "cpu", "losses": losses} | rest
+def ready(losses, **more):
+    return {"platform": "cpu", "losses": losses} | more
 
 
 @pytest.mark.parametrize(
     ("dtype", "ours", "theirs", "named"),
     [
-        ("float32", side([10.0, 9.0]), side([10.0, 9.02]), "loss 2 is 9.000000"),
-        ("float32", side([float("nan")]), side([10.0]), "loss 1 is nan"),
-        ("float32", side([10.0]), side([float("nan")]), "hf"),
-        ("bfloat16", side([10.0]), side([10.3]), "0.02 relative"),
-        ("float32", side([10.0], ids=[[1, 2]]), side([10.0], ids=[[1, 3]]), "different tokens"),
-        ("float32", side([10.0], platform="gpu"), side([10.0]), "ours is on a gpu, hf on a cpu"),
-        ("float32", side([], samples={"d q": [1.0, 0.0]}), side([], samples={"d q": [1.0, 2e-3]}), "d q of ours and"),
-        ("bfloat16", side([], samples={"out": [1.0]}), side([], samples={"out": [float("nan")]}), "out of ours and"),
+        ("float32", ready([10.0, 9.0]), ready([10.0, 9.02]), "loss 2 is 9.000000"),
+        ("float32", ready([float("nan")]), ready([10.0]), "loss 1 is nan"),
+        ("float32", ready([10.0]), ready([float("nan")]), "hf"),
+        ("bfloat16", ready([10.0]), ready([10.3]), "0.02 relative"),
+        ("float32", ready([10.0], ids=[[1, 2]]), ready([10.0], ids=[[1, 3]]), "different tokens"),
+        ("float32", ready([10.0], platform="gpu"), ready([10.0]), "ours is on a gpu, hf on a cpu"),
+        ("float32", ready([], samples={"d q": [1.0, 0.0]}), ready([], samples={"d q": [1.0, 2e-3]}), "d q of ours and"),
+        ("bfloat16", ready([], samples={"out": [1.0]}), ready([], samples={"out": [float("nan")]}), "out of ours and"),
     ],
 )
-def test_sides_that_do_not_do_the_same_work_are_refused(dtype, ours, theirs, named):
+def test_backends_that_do_not_do_the_same_work_are_refused(dtype, ours, theirs, named):
     with pytest.raises(SmolLMError, match=named):
         check_equal(dict.fromkeys(("ours", "hf"), dtype), {"ours": ours, "hf": theirs})
 
@@ -243,31 +243,33 @@ def test_sides_that_do_not_do_the_same_work_are_refused(dtype, ours, theirs, nam
 @pytest.mark.parametrize(
     ("dtype", "ours", "theirs"),
     [
-        ("float32", side([10.0, 9.0]), side([10.005, 9.0])),
-        ("bfloat16", side([10.0], ids=[[1]]), side([10.1], ids=[[2]])),
-        ("float32", side([], samples={"out": [1.0, 0.0]}), side([], samples={"out": [1.0, 1e-4]})),
+        ("float32", ready([10.0, 9.0]), ready([10.005, 9.0])),
+        ("bfloat16", ready([10.0], ids=[[1]]), ready([10.1], ids=[[2]])),
+        ("float32", ready([], samples={"out": [1.0, 0.0]}), ready([], samples={"out": [1.0, 1e-4]})),
     ],
 )
 def test_rounding_is_no_difference(dtype, ours, theirs):
     check_equal(dict.fromkeys(("ours", "hf"), dtype), {"ours": ours, "hf": theirs})
 
 
-def test_the_less_exact_of_two_sides_sets_the_tolerance():
-    ready = {"ours": side([10.0]), "hf-bf16": side([10.1])}
-    check_equal({"ours": "float32", "hf-bf16": "bfloat16"}, ready)
+def test_the_less_exact_of_two_backends_sets_the_tolerance():
+    reports = {"ours": ready([10.0]), "hf-bf16": ready([10.1])}
+    check_equal({"ours": "float32", "hf-bf16": "bfloat16"}, reports)
     with pytest.raises(SmolLMError, match=r"0\.001 relative"):
-        check_equal({"ours": "float32", "hf-bf16": "float32"}, ready)
+        check_equal({"ours": "float32", "hf-bf16": "float32"}, reports)
 
 
-@pytest.mark.parametrize(("fast", "rest"), [(True, ("hf-bf16", "hf-compile-bf16", "hf-compile-max-bf16")), (False, ())])
-def test_pytorch_is_measured_in_every_form_that_this_cpu_has(monkeypatch, fast, rest):
+@pytest.mark.parametrize(
+    ("fast", "narrow"), [(True, ("hf-bf16", "hf-compile-bf16", "hf-compile-max-bf16")), (False, ())]
+)
+def test_pytorch_is_measured_in_every_form_that_this_cpu_has(monkeypatch, fast, narrow):
     monkeypatch.setattr("smollm_jax.runtime.cpu.has_fast_bfloat16", lambda: fast)
     flags = benchmark.Flags("train", against=("pytorch", "twin"), preset="tiny")
-    assert flags.others == ("hf", "hf-compile", "hf-compile-max", *rest, "twin")
+    assert flags.baselines == ("hf", "hf-compile", "hf-compile-max", *narrow, "twin")
     assert [flags.dtype_of(name) for name in ("ours", "hf", "hf-bf16")] == ["float32", "float32", "bfloat16"]
 
 
-def test_a_side_waits_as_openmp_does_by_default_and_is_stopped_while_it_is_not_its_turn(tmp_path, monkeypatch):
+def test_a_backend_waits_as_openmp_does_by_default_and_is_stopped_while_it_is_not_its_turn(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     other = Backend("hf", benchmark.Flags("loss", preset="tiny", sequence_length=8).workload("hf"), tmp_path)
     try:
@@ -276,7 +278,7 @@ def test_a_side_waits_as_openmp_does_by_default_and_is_stopped_while_it_is_not_i
         for _ in range(2):
             deadline = time.monotonic() + 60
             while (state := folder.joinpath("stat").read_text().rpartition(")")[2].split()[0]) != "T":
-                assert time.monotonic() < deadline, f"state {state}: a side that waits takes a core"
+                assert time.monotonic() < deadline, f"state {state}: a backend that waits takes a core"
             assert other.run_once()["seconds"] > 0
     finally:
         other.close()
@@ -289,8 +291,8 @@ def test_ratios_are_taken_round_by_round():
     assert rows["x, ours / twin"] == {"median": 3.0, "min": 1.0, "max": 8.0}
 
 
-def test_a_side_that_dies_is_named(tmp_path):
-    with pytest.raises(SmolLMError, match="side hf ended with status"):
+def test_a_backend_that_dies_is_named(tmp_path):
+    with pytest.raises(SmolLMError, match="backend hf ended with status"):
         Backend("hf", benchmark.Flags("train", preset="tiny").workload("hf"), tmp_path / "nowhere")
 
 
@@ -298,14 +300,14 @@ def test_a_side_that_dies_is_named(tmp_path):
     ("flags", "named"),
     [
         ({"what": "train", "rounds": 0}, "--rounds must be at least 1, got 0"),
-        ({"what": "decode", "against": ("twin",)}, "decode cannot be measured --against twin, only hf, "),
-        ({"what": "checkpoint", "against": ("hf",)}, "checkpoint cannot be measured --against hf, nothing"),
-        ({"what": "packed", "against": ("hf",)}, "--against hf, only plain"),
+        ({"what": "decode", "against": ("twin",)}, "decode cannot be measured --against twin: only hf, "),
+        ({"what": "checkpoint", "against": ("hf",)}, "checkpoint cannot be measured --against hf: it has no baselines"),
+        ({"what": "packed", "against": ("hf",)}, "--against hf: only plain"),
         ({"what": "packed", "document_tokens": 0}, "--document-tokens must be at least 1"),
         ({"what": "decode", "against": ("llamacpp",), "batch_size": 2}, "--batch-size 1 only"),
         ({"what": "train", "sequence_length": 513}, "513 tokens exceed the 512"),
-        ({"what": "first-token", "against": ("hf", "llamacpp-q8_0")}, "against llamacpp-q8_0, only hf, llamacpp"),
-        ({"what": "prepare", "against": ("hf",)}, "against hf, only tokenizers, datasets"),
+        ({"what": "first-token", "against": ("hf", "llamacpp-q8_0")}, "against llamacpp-q8_0: only hf, llamacpp"),
+        ({"what": "prepare", "against": ("hf",)}, "against hf: only tokenizers, datasets"),
         ({"what": "prefill", "quantize": "int8"}, "--quantize is for decode"),
         ({"what": "decode", "new_tokens": 1}, "--new-tokens must be at least 2"),
         ({"what": "decode", "new_tokens": 500}, "516 tokens exceed the 512"),
@@ -350,7 +352,7 @@ def test_the_clock_stops_at_what_follows_the_prompt():
 
 def test_datasets_that_are_not_there_are_asked_for_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
-    with pytest.raises(UsageError, match="--against datasets needs it: pip install datasets"):
+    with pytest.raises(UsageError, match="--against datasets needs the package: pip install datasets"):
         check_flags(benchmark.Flags("prepare", against=("datasets",), preset="tiny"))
 
 
@@ -358,7 +360,7 @@ def test_datasets_that_are_not_there_are_asked_for_in_one_line(monkeypatch):
 def test_text_that_datasets_would_read_otherwise_is_refused(tmp_path, names):
     for name in names:
         (tmp_path / name).write_text("text\n")
-    with pytest.raises(UsageError, match=r"is to be \.txt files alone, or \.jsonl alone"):
+    with pytest.raises(UsageError, match=r"must have only \.txt files or only \.jsonl files"):
         check_flags(benchmark.Flags("prepare", against=("datasets",), preset="tiny", text=tmp_path))
 
 
@@ -372,7 +374,7 @@ def test_memory_that_would_not_be_kept_is_not_measured(monkeypatch, why):
         check_flags(benchmark.Flags("train", against=("freed-memory",), preset="tiny"))
 
 
-def test_the_sides_are_given_the_same_seeded_work(monkeypatch):
+def test_the_backends_are_given_the_same_seeded_work(monkeypatch):
     """Documents fill every row and are as long as asked for; a sample is of fixed places."""
     from benchmarks import workload
 

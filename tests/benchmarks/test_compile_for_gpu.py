@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks.xla.gpu_program import TARGETS
 from benchmarks.xla.kernels import Kernel, kernels_of, milliseconds
+from scripts import compile_for_gpu
+from smollm_jax.commands import command_line
 from smollm_jax.errors import SmolLMError
 from smollm_jax.model import cost
 from tests.trainer import ENVIRONMENT, ROOT
@@ -101,27 +103,35 @@ def test_of_branches_by_number_the_last_is_counted_the_true_one():
 
 
 def test_what_is_not_known_is_an_error():
-    with pytest.raises(SmolLMError, match="attention_of_tomorrow: a kernel whose work is not known"):
+    with pytest.raises(SmolLMError, match="attention_of_tomorrow: the FLOPs of this custom call are unknown"):
         [*kernels_of(PROGRAM.replace("__cudnn$fmhaSoftmax", "attention_of_tomorrow"))]
-    with pytest.raises(SmolLMError, match="loop: a loop of unknown length"):
+    with pytest.raises(SmolLMError, match="loop: the number of the loop's iterations is unknown"):
         [*kernels_of(PROGRAM.replace("known_trip_count", "guess"))]
 
 
-def test_the_ceiling_is_the_longer_of_moving_and_computing():
+def test_the_roofline_is_the_longer_of_moving_and_computing():
     kernels = [Kernel("a", "", "", "", 2, 3_000_000, 0.0), Kernel("b", "", "", "", 1, 3_000_000, 7.9e9)]
     assert milliseconds(kernels) == pytest.approx(2 * 0.001 + 0.01)
 
 
-def test_another_card_has_the_ceilings_of_its_data_sheet():
-    for name, capability, bandwidth, products in (
+def test_another_card_has_the_roofline_of_its_data_sheet():
+    for name, capability, bandwidth, peak_flops in (
         ("a100", "8.0", 2.039e12, 312e12),
         ("rtx4090", "8.9", 1.008e12, 165.2e12),
     ):
         target = TARGETS[name]
-        kernels = [Kernel("a", "", "", "", 2, int(bandwidth / 1e6), 0.0), Kernel("b", "", "", "", 1, 3, products / 1e5)]
+        kernels = [
+            Kernel("a", "", "", "", 2, int(bandwidth / 1e6), 0.0),
+            Kernel("b", "", "", "", 1, 3, peak_flops / 1e5),
+        ]
         assert milliseconds(kernels, target) == pytest.approx(2 * 0.001 + 0.01)
         assert f"Compute Capability {capability}" in target.config
     assert {cost.peak_flops(target.name) for target in TARGETS.values()} == {989e12, 312e12, 165.2e12}
+
+
+def test_the_old_name_of_top_kernels_still_works():
+    for name in ("--top-kernels", "--kernels"):
+        assert command_line.parse(compile_for_gpu.Flags, [name, "3"], None).top_kernels == 3
 
 
 def test_the_script_compiles_where_it_can_and_else_says_what_is_missing():
@@ -134,4 +144,6 @@ def test_the_script_compiles_where_it_can_and_else_says_what_is_missing():
         assert re.search(r"\| \*\*step\*\* \| [\d,]+ \|", done.stdout)
     else:
         assert done.returncode == 1
-        assert re.fullmatch(r"error: no CUDA plugin of JAX's here, pip install -e '\.\[cuda13\]': .*\n", done.stderr)
+        assert re.fullmatch(
+            r"error: JAX's CUDA plugin is not installed, pip install -e '\.\[cuda13\]': .*\n", done.stderr
+        )

@@ -98,7 +98,7 @@ def test_a_step_moves_no_more_than_when_it_was_last_looked_at():
     for line, most in ((DEFAULT, 176), (LOOP, 217)):
         kernels = [*kernels_of(compiled(line)[2])]
         moved = sum(kernel.times * kernel.bytes for kernel in kernels) / 1e9
-        print(f"{line}: {moved:.1f} GB, {milliseconds(kernels):.1f} ms at the ceilings")
+        print(f"{line}: {moved:.1f} GB, {milliseconds(kernels):.1f} ms at the roofline")
         assert 0.9 * most < moved < most
 
 

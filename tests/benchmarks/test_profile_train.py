@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks.xla.hlo import parse
-from benchmarks.xla.profile import shares
+from benchmarks.xla.profile import attribute_time
 from scripts.profile_train import without_command_buffers
 from tests.trainer import ENVIRONMENT, ROOT
 
@@ -40,9 +40,9 @@ def test_instructions_are_told_apart_by_what_they_compute_and_for_what():
     }
 
 
-def test_moments_are_shared_by_what_is_at_work_in_them():
+def test_time_is_shared_by_the_instructions_that_run_at_once():
     """0 to 4: a; 2 to 4: b beside it; 4 to 7: nothing; 7 to 8: c."""
-    seconds, wall = shares([(0, 4e9, "a"), (2e9, 4e9, "b"), (7e9, 8e9, "c")])
+    seconds, wall = attribute_time([(0, 4e9, "a"), (2e9, 4e9, "b"), (7e9, 8e9, "c")])
     assert seconds == pytest.approx({"a": 3, "b": 1, "idle": 3, "c": 1})
     assert wall == pytest.approx(8)
 
@@ -50,9 +50,9 @@ def test_moments_are_shared_by_what_is_at_work_in_them():
 @pytest.mark.parametrize(
     ("given", "after", "said"),
     [
-        (None, "--xla_gpu_enable_command_buffer=", "no command buffers"),
-        ("--xla_a=1", "--xla_a=1 --xla_gpu_enable_command_buffer=", "no command buffers"),
-        ("--xla_gpu_enable_command_buffer=+WHILE", "--xla_gpu_enable_command_buffer=+WHILE", "as XLA_FLAGS says"),
+        (None, "--xla_gpu_enable_command_buffer=", "command buffers disabled"),
+        ("--xla_a=1", "--xla_a=1 --xla_gpu_enable_command_buffer=", "command buffers disabled"),
+        ("--xla_gpu_enable_command_buffer=+WHILE", "--xla_gpu_enable_command_buffer=+WHILE", "as set in XLA_FLAGS"),
     ],
 )
 def test_command_buffers_are_off_unless_the_user_speaks_of_them(monkeypatch, given, after, said):

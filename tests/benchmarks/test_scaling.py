@@ -36,7 +36,7 @@ def check_scaling(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
 
 
-def test_gradients_are_summed_once_a_step_whatever_the_number_of_parts():
+def test_gradients_are_reduced_once_per_step_whatever_the_number_of_micro_batches():
     small = ["--preset", "tiny", "--batch-size", "32", "--sequence-length", "64", "--dtype", "float32"]
     done = check_scaling("--mesh", "data=16", "data=4,fsdp=4", *small, "--gradient-accumulation-steps", "2")
     assert done.returncode == 0, done.stderr
@@ -108,8 +108,8 @@ def test_every_recipe_compiles_at_its_full_shape(name):
     parameters = cost.count_parameters(preset("smollm2-135m"))
     recipe = named_runs.by_name(name).resolve({})
     held = 3 * 4 * parameters + 4 * recipe.batch_size // devices * (recipe.sequence_length + 1)
-    told = int(re.search(r"a device +([\d,]+) bytes", done.stdout)[1].replace(",", ""))
-    assert held <= told < held + 4096, "parameters and two moments, a device's rows, and counters"
+    told = int(re.search(r"per device +([\d,]+) bytes", done.stdout)[1].replace(",", ""))
+    assert held <= told < held + 4096, "parameters, optimizer state, a device's rows, and counters"
     # Here the memory plan of the recipe (training/memory.py) is to be compared with `told` and the temporaries.
 
 
