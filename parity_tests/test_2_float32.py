@@ -22,13 +22,13 @@ def test_no_layer_is_further_from_the_truth_than_transformers(place, bundle, hf,
         tokens, skip, truth = texts, 1, texts_truth
     ours, theirs = ladder.jax_stream(bundle, tokens, "float32"), ladder.torch_stream(hf, tokens)
     (rms, largest), (hf_rms, hf_largest) = (
-        metrics.layer_errors(side[0][:, :, skip:], truth[0][:, :, skip:]) for side in (ours, theirs)
+        metrics.layer_errors(backend[0][:, :, skip:], truth[0][:, :, skip:]) for backend in (ours, theirs)
     )
     assert (rms > 0).all(), "the float32 model was computed in float64"
     within((rms / hf_rms).max(), FLOAT32_RMS_RATIO, f"float32 RMS error over transformers', worst layer, {place}")
     within((largest / hf_largest).max(), FLOAT32_MAX_RATIO, f"float32 largest error, worst layer, {place}")
     (rms, largest), (hf_rms, hf_largest) = (
-        metrics.logit_errors(side[1][:, skip:], truth[1][:, skip:]) for side in (ours, theirs)
+        metrics.logit_errors(backend[1][:, skip:], truth[1][:, skip:]) for backend in (ours, theirs)
     )
     within(rms / hf_rms, FLOAT32_RMS_RATIO, f"float32 RMS error over transformers', logits, {place}")
     within(largest / hf_largest, FLOAT32_MAX_RATIO, f"float32 largest error, logits, {place}")
@@ -50,13 +50,13 @@ def twin_logits(model, tokens):
 
 
 @pytest.mark.parametrize("length", [600, pytest.param(2048, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("side", ["jax", "twin"])
-def test_logits_equal_transformers_at_every_position(side, length, hf_logits, jax_model, twin, real_tokens):
+@pytest.mark.parametrize("backend", ["jax", "twin"])
+def test_logits_equal_transformers_at_every_position(backend, length, hf_logits, jax_model, twin, real_tokens):
     """At default precision, as a user calls it; transformers is causal, so its shorter text is a prefix."""
     tokens, theirs = real_tokens[:, :length], hf_logits[:, :length]
-    ours = jax_logits(jax_model, tokens) if side == "jax" else twin_logits(twin, tokens)
+    ours = jax_logits(jax_model, tokens) if backend == "jax" else twin_logits(twin, tokens)
     assert ours.shape == theirs.shape == (1, length, 49_152)
-    within(np.abs(ours - theirs).max() / np.abs(theirs).max(), FLOAT32_LOGITS, f"float32 logits, {side}, T={length}")
+    within(np.abs(ours - theirs).max() / np.abs(theirs).max(), FLOAT32_LOGITS, f"float32 logits, {backend}, T={length}")
     best = np.sort(theirs, axis=-1)
     clear = best[..., -1] - best[..., -2] > ARGMAX_MARGIN
     assert (ours.argmax(-1) == theirs.argmax(-1))[clear].all()

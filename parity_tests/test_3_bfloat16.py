@@ -19,7 +19,7 @@ from smollm_parity.tolerances import (
 def test_distributions_are_no_further_from_the_truth(bundle, weights_path, texts, texts_truth):
     theirs = ladder.torch_stream(load_hf(weights_path, dtype=torch.bfloat16), texts)
     ours = ladder.jax_stream(bundle, texts, "bfloat16")
-    jax_metrics, torch_metrics = (metrics.distribution(side[1], texts_truth[1], texts) for side in (ours, theirs))
+    jax_metrics, torch_metrics = (metrics.distribution(backend[1], texts_truth[1], texts) for backend in (ours, theirs))
     exact = metrics.distribution(texts_truth[1], texts_truth[1], texts)
     print("truth", exact, "JAX", jax_metrics, "transformers", torch_metrics)
     assert jax_metrics["kl"] > 1e-5, "the bfloat16 model was computed in float32"
@@ -55,7 +55,7 @@ def test_their_gradients_are_nearer_to_the_truth_than_autocasts(bundle, weights_
     _, ours = ladder.jax_gradients(bundle, window, "float32", operands="bfloat16")
     with torch.autocast("cpu", torch.bfloat16):
         _, theirs = ladder.torch_gradients(module, window)
-    jax_metrics, torch_metrics = (metrics.gradient_errors(side, truth) for side in (ours, theirs))
+    jax_metrics, torch_metrics = (metrics.gradient_errors(backend, truth) for backend in (ours, theirs))
     ratios = {name: jax_metrics[name] / torch_metrics[name] for name in torch_metrics}
     print(
         "median", np.median(list(ratios.values())), "worst", max(ratios, key=ratios.__getitem__), max(ratios.values())

@@ -31,12 +31,12 @@ def test_gradients_are_close_to_the_truth(ours, true_gradient):
     within(abs(ours[0] / true_gradient[0] - 1), FLOAT32_LOSS, "float32 loss against the truth")
 
 
-@pytest.mark.parametrize("side", ["twin", "hf"])
-def test_gradients_equal_pytorchs(side, ours, window, request):
-    loss, theirs = ladder.torch_gradients(request.getfixturevalue(side), window)
+@pytest.mark.parametrize("backend", ["twin", "hf"])
+def test_gradients_equal_pytorchs(backend, ours, window, request):
+    loss, theirs = ladder.torch_gradients(request.getfixturevalue(backend), window)
     errors = metrics.gradient_errors(ours[1], theirs)
-    within(max(errors.values()), FLOAT32_GRADIENTS_BETWEEN, f"float32 gradients against {side}, worst tensor")
-    within(abs(ours[0] / loss - 1), FLOAT32_LOSS_BETWEEN, f"float32 loss against {side}")
+    within(max(errors.values()), FLOAT32_GRADIENTS_BETWEEN, f"float32 gradients against {backend}, worst tensor")
+    within(abs(ours[0] / loss - 1), FLOAT32_LOSS_BETWEEN, f"float32 loss against {backend}")
 
 
 def test_jax_is_no_further_from_the_truth_than_transformers(ours, hf, window, true_gradient):

@@ -58,18 +58,18 @@ def dry_run():
 
 def stored(rungs: list[Rung], transformers: bool = True) -> dict:
     """What a report.json holds, of these rungs."""
-    sides = ["jax", "twin"] + ["transformers"] * transformers
+    backends = ["jax", "twin"] + ["transformers"] * transformers
     return {
         "weights": "some/weights",
         "origin": "random <weights>",
         "date": "2026-11-28",
         "seconds": 1,
         "command": "python scripts/parity_report.py --weights some/weights",
-        "versions": {side: {side: "1.0"} for side in sides},
+        "versions": {backend: {backend: "1.0"} for backend in backends},
         "passed": all(rung.passed for rung in rungs),
         "curves": {
-            "layers": {f"{side}, float32": [1e-6, 2e-6] for side in sides},
-            "positions": {side: [1e-6, 2e-6] for side in sides},
+            "layers": {f"{backend}, float32": [1e-6, 2e-6] for backend in backends},
+            "positions": {backend: [1e-6, 2e-6] for backend in backends},
             "training": {"jax": [2.0, 1.0], "twin": [2.0, 1.0]},
         },
     }

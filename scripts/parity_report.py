@@ -1,4 +1,4 @@
-"""Show that JAX, PyTorch and transformers compute the same function on your weights: see smollm_parity/command.py.
+"""Compare JAX, PyTorch and transformers on your weights: see smollm_parity/command.py.
 
 python scripts/parity_report.py --weights assets/SmolLM2-135M-Instruct       # writes report/index.html
 """

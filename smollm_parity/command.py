@@ -1,11 +1,11 @@
-"""Show that JAX, PyTorch and transformers compute the same function on your weights, and how exactly.
+"""Compare JAX, PyTorch and transformers on your weights, and write a report of their differences.
 
     python scripts/parity_report.py --weights assets/SmolLM2-135M-Instruct       # writes report/index.html
     python scripts/parity_report.py --weights runs/my-run --out report-my-run
     python scripts/parity_report.py --weights PATH --device gpu                   # the same ladder on a GPU
 
-For weights of any kind; the thing to run after converting some. Writes a self-contained page and report.json; exit
-status 1 when a rung fails. Needs the extras "torch", "plot" and "gguf", and "hf" for the comparison with transformers.
+Takes weights in any format, for example after a conversion. Writes a self-contained page and report.json; exit status 1
+when a rung fails. Needs the extras "torch", "plot" and "gguf", and "hf" for the comparison with transformers.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ from smollm_jax.runtime import install
 @dataclasses.dataclass(frozen=True)
 class Flags:
     weights: Path
-    """Weights of any kind: a run, a Hugging Face folder, a .pt, .safetensors or .gguf file."""
+    """Weights in any format: a run, a Hugging Face folder, a .pt, .safetensors or .gguf file."""
     out: Path = Path("report")
-    """Folder to write; an older report in it is replaced."""
+    """Folder to write; it replaces an older report."""
     text: Path = Path("assets/sotu")
-    """Real text to measure on: a file, a folder or .jsonl of at least 9 documents or 3,000 tokens."""
+    """Text to measure on: a file, a folder or .jsonl of at least 9 documents or 3,000 tokens."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """Where the models run; torch and JAX always run in separate processes."""
+    """Device of the models; torch and JAX always run in separate processes."""
     readme: Path | None = None
-    """Also write the table into this file, between its parity markers."""
+    """Markdown file to write the table into, between its parity markers."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         if importlib.util.find_spec(module) is None:
             raise errors.UsageError(install.needs("parity_report.py", extra))
     if flags.device == "gpu" and shutil.which("nvidia-smi") is None:
-        raise errors.UsageError("--device gpu: this machine has no NVIDIA driver")
+        raise errors.UsageError("--device gpu: nvidia-smi is not installed here; use --device cpu")
     from smollm_parity.page import page, verdict, write_readme
     from smollm_parity.rungs import compared
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measured_report(flags: Flags) -> tuple[dict[str, Any], list[Any]]:
-    """What report.json holds, and the list of `Rung`s in it; every backend is measured for it."""
+    """Measures every backend; returns the content of report.json and its list of `Rung`s."""
     import numpy as np
 
     from smollm_jax import weights

@@ -1,4 +1,4 @@
-"""What the JAX model computes for the parity report: streams, logits, gradients, training, greedy and packed text."""
+"""The JAX backend of the parity report: streams, logits, gradients, training, greedy decoding and packing."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def measure_jax(weights_path: Path, job: Job, out: Path, device: str) -> dict[st
 
 
 def forward(bundle: Bundle, job: Job, out: Path, device: str) -> None:
-    """Streams and logits in each dtype, and the logits as a CPU trains in bfloat16."""
+    """Streams and logits in each dtype, and logits of bfloat16 operands with float32 results (a CPU's training)."""
     for dtype in ("float64", "float32", "bfloat16"):
         write_stream(out, dtype, *ladder.jax_stream(bundle, job["texts"], dtype))
         if dtype != "bfloat16":
@@ -58,17 +58,17 @@ def forward(bundle: Bundle, job: Job, out: Path, device: str) -> None:
 
 
 def rounded(bundle: Bundle, job: Job, out: Path, device: str) -> None:
-    """Logits of the weights as each GGUF type rounds them, what that loses, and logits of quantised decoding."""
+    """For each GGUF type: logits of the rounded weights, the rounding error, and logits of quantised decoding."""
     for kind in GGUF_TYPES:
         try:
             tensors = gguf_writer.rounded(bundle.tensors, kind)
-        except UsageError as error:  # rows of another length, numbers too large: no file of this type can be written
+        except UsageError as error:  # the type cannot store these weights: row length, or values out of range
             print(error)
             continue
         logits = ladder.jax_stream(dataclasses.replace(bundle, tensors=tensors), job["texts"], "float32")[1]
         write(out, f"logits-{kind}", logits)
         write(out, f"lost-{kind}", gguf_writer.rounding_error(bundle.tensors, tensors))
-        if device == "cpu" and kind in DECODED:  # quantised decoding is for CPUs
+        if device == "cpu" and kind in DECODED:  # quantised decoding runs on CPUs only
             write(out, f"decoded-{kind}", ladder.decoded(bundle, job["texts"], DECODED[kind]))
 
 
@@ -84,7 +84,7 @@ def training(bundle: Bundle, job: Job, out: Path) -> None:
 
 
 def greedy(bundle: Bundle, job: Job, out: Path) -> None:
-    """The job's prompts continued by the likeliest tokens; -1 after a text's end."""
+    """Greedy continuations of the job's prompts; -1 after the end of a text."""
     model, eos = weights.from_bundle(bundle), bundle.config.eos_token_ids
     pieces = generate(model, prompts_of(job), max_new_tokens=NEW_TOKENS, eos_token_ids=eos)
     new = np.concatenate(list(pieces), axis=1)
@@ -93,11 +93,11 @@ def greedy(bundle: Bundle, job: Job, out: Path) -> None:
 
 
 def packing(bundle: Bundle, job: Job, out: Path) -> None:
-    """The difference of the logits of two documents in one row from those of each in its own row."""
+    """The logits of two documents packed into one row, minus those of each document in its own row."""
     model, (first, second) = weights.from_bundle(bundle), job["texts"][:2]
     tokens = jnp.asarray(np.concatenate([first, second])[None])
     segments = jnp.asarray(np.repeat([0, 1], len(first))[None])
     positions = jnp.asarray(np.tile(np.arange(len(first)), 2)[None])
-    together = jax.jit(lambda m, t: m(t, attend=packed(segments), positions=positions))(model, tokens)
-    apart = jax.jit(lambda m, t: m(t))(model, jnp.asarray(np.stack([first, second])))
-    write(out, "packed", np.asarray(together).reshape(apart.shape) - np.asarray(apart))
+    packed_logits = jax.jit(lambda m, t: m(t, attend=packed(segments), positions=positions))(model, tokens)
+    separate_logits = jax.jit(lambda m, t: m(t))(model, jnp.asarray(np.stack([first, second])))
+    write(out, "packed", np.asarray(packed_logits).reshape(separate_logits.shape) - np.asarray(separate_logits))

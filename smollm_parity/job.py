@@ -1,4 +1,4 @@
-"""What every backend is to compute, and a process for each backend that computes it (`measure.py`)."""
+"""The inputs of the parity report's backends, and the process that runs each backend (`measure.py`)."""
 
 import dataclasses
 import json
@@ -15,25 +15,26 @@ from smollm_jax.config import Recipe
 from smollm_jax.data.text import documents
 from smollm_jax.data.text_sources import text_files
 
-NEW_TOKENS = 48  # of a prompt's greedy continuation
+NEW_TOKENS = 48  # per greedy continuation
 
 
 def make_job(text: Path, tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     """The inputs of every backend: texts, a window for gradients, batches to train on, prompts to continue.
 
     `texts` `[8, 128]`, `firsts` (distinct first tokens) `[256, 1]`, `window` `[1, 513]`, `batches` `[10, 1, 257]`,
-    `prompts` `[10, 32]` with -1 after a prompt's end, and `recipe` (JSON). Raises `InputFileError` for too little
-    text, and `UsageError` for a tokenizer whose ids the weights do not know.
+    `prompts` `[10, 32]` padded with -1, and `recipe` (JSON). Raises `InputFileError` for too little text, and
+    `UsageError` for a tokenizer with ids beyond the weights' vocabulary.
     """
     files = text_files(text)
     chosen = files[:: max(1, len(files) // 9)][:9]
     ids = [tokenizer.encode(document) for file in chosen for document in documents(file)]
     stream = [token for document in ids for token in document]
     if len(stream) < 3000:
-        raise errors.InputFileError(f"{text}: {len(stream)} tokens are too few for the report, it needs 3,000")
+        raise errors.InputFileError(f"{text}: has {len(stream)} tokens, the report needs at least 3,000")
     if max(stream) >= vocab_size:
-        raise errors.UsageError(f"the tokenizer gives id {max(stream)}, the weights know {vocab_size}")
-    # From the middle of documents: beginnings are alike, and one unlucky rounding there would count many times.
+        problem = f"the tokenizer produces id {max(stream)}, but the weights have {vocab_size} tokens"
+        raise errors.UsageError(f"{problem}: give the matching --tokenizer")
+    # From the middle of documents: their beginnings are alike, so one rounding error there would count many times.
     middles = [document[len(document) // 2 :][:128] for document in ids if len(document) >= 256]
     while len(middles) < 8:  # few documents: pieces of the whole text
         middles.append(stream[128 * len(middles) : 128 * (len(middles) + 1)])
@@ -62,14 +63,14 @@ def make_job(text: Path, tokenizer: Any, vocab_size: int) -> dict[str, Any]:
 
 
 def prompts_of(job: dict[str, Any]) -> list[list[int]]:
-    """The prompts to continue, without what fills their rows."""
+    """The prompts without padding."""
     return [[int(i) for i in row if i >= 0] for row in job["prompts"]]
 
 
 def measure(backend: str, work: Path, device: str) -> None:
-    """Runs one backend in a process of its own, on `work/job.npz` and `work/hf`; its results are in `work/backend`.
+    """Runs one backend in its own process on `work/job.npz` and `work/hf`; it writes its results to `work/backend`.
 
-    Raises `RuntimeError` with what the process wrote when it fails.
+    Raises `RuntimeError` with the process's stderr when it fails.
     """
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "smollm_parity.measure", backend, "--device", device]

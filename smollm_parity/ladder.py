@@ -1,9 +1,8 @@
-"""The measurements behind the parity claims, rung by rung: what the tests assert on and the report shows.
+"""The measurements behind the parity claims, rung by rung, for the parity tests and the report.
 
-Nothing here asserts. Each function takes models on the same weights and real tokens and returns plain numbers, so that
-any weights can be measured. JAX is always asked for `default_matmul_precision("highest")` in float32: on a GPU that
-turns TF32 off, on a CPU it makes sums as exact as PyTorch's. The truth is the JAX model in float64, which rung 1 holds
-against the twin in float64.
+Nothing here asserts: each function takes weights or a model and tokens and returns numbers, so that any weights can be
+measured. JAX always uses `default_matmul_precision("highest")` in float32: on a GPU this disables TF32, on a CPU it
+makes sums as exact as PyTorch's. The truth is the JAX model in float64; rung 1 compares it with the twin in float64.
 """
 
 import functools
@@ -32,7 +31,7 @@ Arrays = dict[str, np.ndarray]
 
 @contextmanager
 def precisely(dtype: str) -> Iterator[None]:
-    """float64 enabled where asked for, and float32 products as exact as float32 allows."""
+    """Enables float64 if `dtype` is float64, and full-precision float32 matmuls."""
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         yield
 
@@ -70,7 +69,7 @@ def _jax_logits(model: SmolLM, tokens: Any, dtype: str, operands: str) -> Any:
 
 
 def jax_operand_logits(bundle: Bundle, tokens: np.ndarray) -> np.ndarray:
-    """The JAX model's logits as a CPU trains in bfloat16: float32 results of products of bfloat16 numbers."""
+    """The JAX model's logits as in bfloat16 training on a CPU: matmuls of bfloat16 operands with float32 results."""
     return np.asarray(_jax_logits(weights.from_bundle(bundle), jnp.asarray(tokens), "float32", "bfloat16"))
 
 
@@ -85,7 +84,7 @@ def autocast_logits(module: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def decoded(bundle: Bundle, tokens: np.ndarray, kind: Quantize) -> np.ndarray:
-    """Logits `[B, T, V]` of the quantised model, one token after another through its cache."""
+    """Logits `[B, T, V]` of the quantised model, decoded token by token with its cache."""
     model = Quantized.from_model(weights.from_bundle(bundle), kind)
     start = jnp.zeros(len(tokens), jnp.int32)
 

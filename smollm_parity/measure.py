@@ -1,9 +1,9 @@
-"""One backend of the ladder on any weights, measured in a process of its own and left as arrays in a folder.
+"""The process of one backend of the parity report: it measures the backend and writes its arrays to a folder.
 
     python -m smollm_parity.measure jax --weights PATH --job job.npz --out FOLDER [--device gpu]
 
-Torch and JAX in one process fight over cuDNN on a GPU (jax#19004); apart, they also do not share their memory.
-`job.py` starts the processes, and `rungs.py` compares what they leave.
+Separate processes because torch and JAX in one process conflict over cuDNN on a GPU (jax#19004), and to free memory.
+`job.py` starts them, `rungs.py` compares their arrays.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
         job = dict(file)
     flags.out.mkdir(parents=True)
     if flags.backend == "jax":
-        if mutant := os.environ.get("SMOLLM_MUTANT"):  # so that a test can see the report fail
+        if mutant := os.environ.get("SMOLLM_MUTANT"):  # for the test that sees the report fail
             from smollm_parity import mutants
 
             mutants.apply(mutant)

@@ -1,4 +1,4 @@
-"""How far two backends of the ladder are apart. NumPy only: the report compares what other processes measured."""
+"""Errors between two backends of the ladder. NumPy only: the report compares arrays that other processes wrote."""
 
 from collections.abc import Mapping
 
@@ -18,7 +18,7 @@ def logit_errors(logits: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
 
 
 def gradient_errors(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Per tensor: the norm of the difference over the norm of the second."""
+    """For each tensor the norm of the difference, relative to the norm of `theirs`."""
     assert set(ours) == set(theirs)
     errors = {}
     for name in theirs:
@@ -28,9 +28,9 @@ def gradient_errors(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndar
 
 
 def distribution(logits: np.ndarray, truth: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
-    """How far a model's next-token distributions are from the truth's, over `[B, T]` tokens.
+    """A model's next-token distributions compared with the truth's, over `[B, T]` tokens.
 
-    KL(truth || model) in nats a token, summed over the vocabulary; the share of equal argmaxes; perplexity.
+    KL(truth || model) in nats per token, the share of equal argmaxes, and the model's perplexity.
     """
     log_p, log_q = (log_softmax(x.astype(np.float64)) for x in (truth, logits))
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)

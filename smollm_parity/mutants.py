@@ -1,11 +1,11 @@
-"""Deliberate, realistic bugs in the JAX code, each of which a named fast test must catch.
+"""Deliberate, realistic bugs in the JAX code; for each a named fast test must fail.
 
     python -m smollm_parity.mutants            # all of them, about 4 minutes on 2 cores; exit status 1 if one survives
     python -m smollm_parity.mutants gelu       # those whose name contains a word
 
-A mutant is one replacement in one module's source, made when the module is imported (`conftest.py`), in a process of
-its own. The text to replace must occur exactly once, so that a mutant cannot rot. The tests are in the checkout: an
-installed package has none.
+A mutant is one replacement in one module's source, made when the module is imported (`conftest.py`), in its own process.
+The text to replace must occur exactly once, so that no mutant goes stale. It needs a checkout: an installed package has
+no tests.
 """
 
 # ruff: noqa: E501  # one mutant a line reads best
@@ -195,7 +195,7 @@ MUTANTS = [
 
 
 class _MutatedLoader(importlib.machinery.SourceFileLoader):
-    """Compiles a module's source with the replacement made; neither reads nor writes bytecode."""
+    """Compiles a module's source after the replacement, without reading or writing bytecode."""
 
     def __init__(self, fullname: str, path: str, mutant: Mutant) -> None:
         super().__init__(fullname, path)
@@ -209,7 +209,7 @@ class _MutatedLoader(importlib.machinery.SourceFileLoader):
 
 
 class _MutatedFinder(importlib.abc.MetaPathFinder):
-    """Finds one module, and gives it the loader that changes its source."""
+    """Finds one module and gives it the mutating loader."""
 
     def __init__(self, mutant: Mutant) -> None:
         self.mutant = mutant
@@ -227,8 +227,8 @@ class _MutatedFinder(importlib.abc.MetaPathFinder):
 def apply(name: str) -> None:
     """Imports the mutated module in place of the real one; for `conftest.py`, before anything else imports it.
 
-    The import goes through a finder because importing `smollm_jax.config.model` first imports `smollm_jax.config`, whose
-    face imports `Config` from that same module: the face, too, must get the mutant's.
+    A finder is needed because importing `smollm_jax.config.model` first imports `smollm_jax.config`, whose `__init__`
+    imports `Config` from that module: it must get the mutant's too.
     """
     (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
     assert mutant.qualified not in sys.modules, f"{mutant.qualified} is imported already"
@@ -241,17 +241,17 @@ def apply(name: str) -> None:
 
 
 def hunt(mutant: Mutant) -> tuple[bool, str]:
-    """Whether the mutant's test caught it, and how: the largest margin measured, or the line that failed."""
+    """Whether the mutant's test failed, and how: the largest measured margin, or the line that failed."""
     with tempfile.TemporaryDirectory() as folder:
         measured = Path(folder) / "measured.jsonl"
         environment = os.environ | {"SMOLLM_MUTANT": mutant.name, "SMOLLM_MEASURED": str(measured)}
-        # --maxfail: several failures, so that the margin is not only the first one's
+        # --maxfail: several failures, for the largest margin of them
         command = [sys.executable, "-m", "pytest", "-m", "not overnight", "-p", "no:cacheprovider", "--maxfail=4"]
         done = subprocess.run(
             [*command, mutant.test], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
         rows = [json.loads(line) for line in measured.read_text().splitlines()] if measured.exists() else []
-    # 1: tests ran and some failed. An error on the way to the test is no catch.
+    # Status 1: tests ran and some failed. An error before the test does not count.
     caught = done.returncode == 1 and bool(re.search(r"\d+ failed", done.stdout)) and "\nERROR " not in done.stdout
     margins = [row["measured"] / row["bound"] for row in rows if row["bound"] and not row["measured"] <= row["bound"]]
     if margins:
@@ -262,7 +262,7 @@ def hunt(mutant: Mutant) -> tuple[bool, str]:
 
 def main() -> None:
     if not (ROOT / "parity_tests").is_dir():
-        raise UsageError(f"the mutants run the tests of the checkout, and {ROOT} has none")
+        raise UsageError(f"mutants need the tests of a checkout, but {ROOT} has no parity_tests folder")
     chosen = [mutant for mutant in MUTANTS if all(word in mutant.name for word in sys.argv[1:])]
     survivors = []
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

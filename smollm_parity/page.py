@@ -1,6 +1,6 @@
-"""The parity report as a page, as plots and as a table of a Markdown file.
+"""The parity report as an HTML page with plots and as a Markdown table.
 
-A page can be made of a stored report.json without measuring anything; `command.py` measures.
+Measures nothing: a page can be made from a stored report.json.
 """
 
 import base64
@@ -14,7 +14,7 @@ from smollm_jax import errors
 from smollm_jax.runs.plots import style
 from smollm_parity.rungs import Rung, compared
 
-# The rungs that the report does not measure.
+# The rungs that only tests cover.
 TESTS_ONLY = {"4 modules": "each module by itself", "6 optimizer": "AdamW and the schedule"}
 TESTS_ONLY |= {"10 family": "other configs of the family", "11 evaluation": "perplexity and lm-eval's answers"}
 STYLE = """
@@ -36,7 +36,7 @@ code, li { overflow-wrap: anywhere }
 
 
 def verdict(rungs: list[Rung]) -> str:
-    """Whether all holds, in one sentence that names what does not."""
+    """One sentence: whether all claims hold, or which do not."""
     failed = [f"{rung.rung}, {rung.claim} ({compared(rung)})" for rung in rungs if not rung.passed]
     if not failed:
         return f"The same function: all {len(rungs)} claims on {len({rung.rung for rung in rungs})} rungs hold."
@@ -44,7 +44,7 @@ def verdict(rungs: list[Rung]) -> str:
 
 
 def absent(rungs: list[Rung]) -> tuple[str, str]:
-    """The rungs of the ladder that are not among these, and the command that runs them."""
+    """A sentence on the rungs that are not in the report, and the command that tests them."""
     names = ", ".join(f"{name} ({what})" for name, what in TESTS_ONLY.items())
     files = " ".join(f"parity_tests/test_{name.replace(' ', '_')}.py" for name in TESTS_ONLY)
     text = f"Not in the table, for they are tests only: rungs {names}."
@@ -54,7 +54,7 @@ def absent(rungs: list[Rung]) -> tuple[str, str]:
 
 
 def page(report: dict[str, Any], rungs: list[Rung]) -> str:
-    """The report as one HTML page without any outside asset; `report["curves"]` are plotted."""
+    """The report as one self-contained HTML page, with plots of `report["curves"]`."""
 
     def row(rung: Rung) -> str:
         state = "pass" if rung.passed else "fail"
@@ -65,9 +65,8 @@ def page(report: dict[str, Any], rungs: list[Rung]) -> str:
             f'<td class="noise">{html.escape(rung.noise)}</td></tr>'
         )
 
-    missing = (
-        "" if "transformers" in report["versions"] else "<p>transformers is not installed: its columns are absent.</p>"
-    )
+    without = "<p>transformers is not installed, so there is no comparison with it.</p>"
+    missing = "" if "transformers" in report["versions"] else without
     versions = "".join(f"<li>{backend}: {html.escape(json.dumps(v))}</li>" for backend, v in report["versions"].items())
     images = "".join(
         f'<img alt="{name}" src="data:image/png;base64,{png}">' for name, png in plots(report["curves"]).items()
@@ -94,7 +93,7 @@ def plots(curves: dict[str, Any]) -> dict[str, str]:
 
     colors = {"jax": "#0072b2", "twin": "#d55e00", "transformers": "#009e73"}
     images = {}
-    size = {"figsize": (6, 3.6), "layout": "constrained"}  # inches: letters that can be read on a phone too
+    size = {"figsize": (6, 3.6), "layout": "constrained"}  # inches; labels stay legible on a phone
 
     def keep(name: str, figure: Any, axes: Any) -> None:
         axes.legend(frameon=False, fontsize=8)
@@ -126,11 +125,11 @@ def plots(curves: dict[str, Any]) -> dict[str, str]:
 
 
 def write_readme(path: Path, report: dict[str, Any], rungs: list[Rung]) -> None:
-    """Replaces what lies between the parity markers of a Markdown file with the table."""
+    """Replaces the text between the parity markers of a Markdown file with the table."""
     begin, end = "<!-- parity:begin -->", "<!-- parity:end -->"
     text = path.read_text(encoding="utf-8")
     if begin not in text or end not in text:
-        raise errors.InputFileError(f"{path}: has no {begin} and {end}")
+        raise errors.InputFileError(f"{path}: needs the markers {begin} and {end}")
     rows = "\n".join(f"| {r.rung} | {r.claim} | {compared(r)} | {r.noise} |" for r in rungs)
     table = f"{verdict(rungs)}\n\n| rung | claim | measured, bound | to be read against |\n|---|---|---|---|\n{rows}"
     tests, command = absent(rungs)

@@ -1,4 +1,4 @@
-"""The arrays that a backend leaves in its folder: written by the backends, read by `rungs.py`. NumPy only."""
+"""The arrays in a backend's folder: backends write them, `rungs.py` reads them. NumPy only."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ def write(out: Path, name: str, array: Any) -> None:
 
 
 def write_stream(out: Path, dtype: str, stream: np.ndarray, logits: np.ndarray) -> None:
-    """A residual stream of this dtype, in float64 or else in float32, and the logits."""
+    """Writes a residual stream, as float64 if `dtype` is float64 and else as float32, and the logits."""
     write(out, f"stream-{dtype}", stream.astype(np.float64 if dtype == "float64" else np.float32))
     write(out, f"logits-{dtype}", logits)
 
@@ -28,7 +28,7 @@ def write_gradient(out: Path, dtype: str, loss: float, gradient: dict[str, Any])
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The arrays that each backend left in its folder, and the tokens `[B, T]` whose logits they are."""
+    """The arrays in each backend's folder, and the tokens `[B, T]` that they were computed from."""
 
     folders: dict[str, Path]
     texts: np.ndarray
@@ -39,7 +39,7 @@ class Results:
 
     @property
     def baseline(self) -> str:
-        """The backend whose errors ours are measured in: transformers where it is installed, else the twin."""
+        """The backend whose errors ours are compared with: transformers if installed, else the twin."""
         return self.backends[-1]
 
     def has(self, backend: str, name: str) -> bool:
@@ -49,7 +49,7 @@ class Results:
         return np.load(self.folders[backend] / f"{name}.npy")
 
     def gradient(self, backend: str, dtype: str) -> Mapping[str, np.ndarray]:
-        """By tensor; each is read from the file when it is looked up."""
+        """The gradient by tensor name; each tensor is read from the file on access."""
         return np.load(self.folders[backend] / f"gradient-{dtype}.npz")
 
     def distribution(self, backend: str, name: str) -> dict[str, float]:
@@ -58,7 +58,7 @@ class Results:
 
     @functools.cached_property
     def true_logits(self) -> np.ndarray:
-        """JAX's in float64 `[B, T, V]`: the truth, because rung 1 holds it against the twin's."""
+        """JAX's float64 logits `[B, T, V]`: the truth, which rung 1 compares with the twin's."""
         return self.load("jax", "logits-float64")
 
     @functools.cached_property

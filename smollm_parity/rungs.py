@@ -1,7 +1,7 @@
-"""The claims of the parity report, one function a rung, from what the backends left (`measure.py`).
+"""The claims of the parity report, one function per rung, computed from the backends' arrays (`results.py`).
 
 A rung of the ladder is a precision or a use of the model; each function returns its claims: a measured number, the
-noise to read it against, and a bound from `tolerances.py`. NumPy only, as in `metrics.py`.
+noise to compare it with, and a bound from `tolerances.py`. NumPy only, as in `metrics.py`.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ import numpy as np
 from smollm_parity import metrics, tolerances
 from smollm_parity.results import Results
 
-# The types of `generate.py --quantize`, each under the GGUF type whose rounding it has.
+# GGUF types, and the `generate.py --quantize` type that rounds in the same way.
 DECODED: dict[str, Literal["bf16", "int8"]] = {"bf16": "bf16", "q8_0": "int8"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """One claim: a measured number, the noise it is to be read against, and the bound it must not exceed."""
+    """One claim: a measured number, the noise to compare it with, and the bound that it must not exceed."""
 
     rung: str
     claim: str
@@ -34,7 +34,7 @@ class Rung:
 
 
 def number(value: float, digits: int = 2) -> str:
-    """A number in so many digits: 0.84, 12, or 7.5e-15 where a decimal would be mostly zeros."""
+    """A number with that many significant digits: 0.84, 12, or 7.5e-15 where a decimal would be mostly zeros."""
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         short = f"{value:.{digits}g}"
         return short if "e" not in short else f"{value:.0f}"
@@ -43,7 +43,7 @@ def number(value: float, digits: int = 2) -> str:
 
 
 def compared(rung: Rung) -> str:
-    """The measured number against its bound, as 0.84 <= 1.5, in as many digits as it takes to see which is larger."""
+    """The measured number and its bound, as in 0.84 <= 1.5, with enough digits to see which is larger."""
     if not math.isfinite(rung.measured):
         return f"{rung.measured}, bound {number(rung.bound)}"
     pairs = [(number(rung.measured, digits), number(rung.bound, digits)) for digits in range(2, 18)]
@@ -52,7 +52,7 @@ def compared(rung: Rung) -> str:
 
 
 def compare(folders: dict[str, Path], job: dict[str, Any]) -> tuple[list[Rung], dict[str, Any]]:
-    """The claims of every rung from what the backends left, by backend a folder, and the numbers to plot."""
+    """The claims of every rung, and the numbers to plot, from the folder of each backend."""
     results = Results(folders, job["texts"])
     ladder = (float64, float32, bfloat16, gradients, training, generation, packing, gguf)
     rungs = [rung for rung_of in ladder for rung in rung_of(results)]
@@ -70,7 +70,7 @@ def float64(results: Results) -> list[Rung]:
 
 
 def float32(results: Results) -> list[Rung]:
-    """Rung 2: JAX's error is the baseline's, in every layer, and logits agree."""
+    """Rung 2: JAX's error is like the baseline's in every layer, and logits agree."""
     baseline, rungs = results.baseline, []
     owner = f"{baseline}'" if baseline.endswith("s") else f"{baseline}'s"
     for place, name, skip in (("first tokens", "first", 0), ("other tokens", "stream", 1)):
@@ -91,7 +91,7 @@ def float32(results: Results) -> list[Rung]:
 
 
 def bfloat16(results: Results) -> list[Rung]:
-    """Rung 3: rounding costs JAX no more of the distributions than the baseline."""
+    """Rung 3: rounding changes JAX's distributions no more than the baseline's."""
     baseline, exact = results.baseline, results.true_distribution
     ours, theirs = results.bfloat16_distributions["jax"], results.bfloat16_distributions[baseline]
     operands, autocast = (
@@ -154,7 +154,7 @@ def training(results: Results) -> list[Rung]:
 
 
 def generation(results: Results) -> list[Rung]:
-    """Rung 8: greedy texts are transformers'; nothing is claimed where it is not installed."""
+    """Rung 8: greedy texts equal transformers'; no claim where it is not installed."""
     if "transformers" not in results.folders:
         return []
     differ = (results.load("jax", "greedy") != results.load("transformers", "greedy")).any(axis=1).sum()
@@ -168,12 +168,12 @@ def packing(results: Results) -> list[Rung]:
 
 
 def gguf(results: Results) -> list[Rung]:
-    """What each GGUF type loses of the weights, and (rung 8) decoding with the numbers that it stores."""
+    """The rounding error of each GGUF type, and (rung 8) decoding with its rounded weights."""
     rungs = []
     for kind, bound in tolerances.GGUF_LOSS.items():
-        if not results.has("jax", f"lost-{kind}"):  # no file of this type can be written
+        if not results.has("jax", f"lost-{kind}"):  # this type cannot store the weights
             continue
-        claim, noise = f"what {kind} loses of the weights, RMS", _loss_of_text(results, f"logits-{kind}")
+        claim, noise = f"what {kind} loses of the weights, RMS", _text_loss(results, f"logits-{kind}")
         rungs.append(Rung("GGUF", claim, float(results.load("jax", f"lost-{kind}")), bound, noise))
         if results.has("jax", f"decoded-{kind}"):
             rungs.append(_decoding(results, kind))
@@ -181,16 +181,16 @@ def gguf(results: Results) -> list[Rung]:
 
 
 def _decoding(results: Results, kind: str) -> Rung:
-    """Decoding with quantised weights against float32's forward pass of the same rounded weights."""
+    """Decoding with quantised weights, compared with the float32 forward pass of the same rounded weights."""
     decoded, rounded = results.load("jax", f"decoded-{kind}"), results.load("jax", f"logits-{kind}")
     error = np.abs(decoded - rounded).max() / np.abs(rounded).max()
     claim = f"logits decoded with --quantize {DECODED[kind]}, against float32's of the same rounded weights"
-    noise = f"decoded: {_loss_of_text(results, f'decoded-{kind}')}"
+    noise = f"decoded: {_text_loss(results, f'decoded-{kind}')}"
     return Rung("8 generation", claim, error, tolerances.FLOAT32_LOGITS, noise)
 
 
-def _loss_of_text(results: Results, name: str) -> str:
-    """What JAX's logits of this name lose of the text, in words."""
+def _text_loss(results: Results, name: str) -> str:
+    """KL and perplexity of JAX's logits of this name, in words."""
     rounded, exact = results.distribution("jax", name), results.true_distribution
     perplexities = f"perplexity {exact['perplexity']:.3f} -> {rounded['perplexity']:.3f}"
     return f"KL {number(rounded['kl'])} nats a token, {perplexities}"

@@ -1,4 +1,4 @@
-"""What the PyTorch twin and transformers compute for the parity report, on the same weights as JAX."""
+"""The PyTorch twin and transformers as backends of the parity report, on the same weights as JAX."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def training(model: Any, job: Job, out: Path, torch_device: str) -> None:
 
 
 def greedy(model: Any, job: Job, out: Path, torch_device: str) -> None:
-    """The job's prompts continued by transformers' likeliest tokens; -1 after a text's end."""
+    """transformers' greedy continuations of the job's prompts; -1 after the end of a text."""
     rows = []
     for prompt in prompts_of(job):
         ids = torch.tensor([prompt], device=torch_device)
@@ -72,7 +72,7 @@ def greedy(model: Any, job: Job, out: Path, torch_device: str) -> None:
 
 
 def load_transformers(folder: Path, **options: Any) -> Any:
-    """transformers' own model of a Hugging Face folder, eager; it would load missing tensors without an exception."""
+    """transformers' model of a Hugging Face folder, with eager attention. Fails on missing or unexpected tensors."""
     from transformers import AutoModelForCausalLM
 
     options = {"attn_implementation": "eager"} | options
