@@ -44,7 +44,11 @@ def alternate(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str,
 
 def steps(workload: Workload) -> tuple[dict[str, list[float]], dict[str, TrainState]]:
     """Seconds of steps with and without the check for finite numbers, and the state after them."""
-    tokens, tx, execution = jnp.asarray(workload.tokens()), optimizer.adamw(workload.recipe()), ExecutionConfig("float32")
+    tokens, tx, execution = (
+        jnp.asarray(workload.tokens()),
+        optimizer.adamw(workload.recipe()),
+        ExecutionConfig("float32"),
+    )
     state = init_train_state(init_model(workload.config, 0), tx)
 
     @functools.partial(jax.jit, donate_argnums=0)
