@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         from smollm_jax.weights.gguf_writer import rounding_error
 
         share = rounding_error(bundle.tensors, weights.read(flags.dst).tensors)
-        print(f"what it rounding_error: {f'{share:.2e} of the weights, RMS' if share else 'no bit'}")
+        print(f"what it lost: {f'{share:.2e} of the weights, RMS' if share else 'no bit'}")
     if bundle.tokenizer_files and kind in ("pt", "safetensors"):
         print(f"the tokenizer stays in {flags.src}: a {flags.dst.suffix} file holds weights and config only")
     if not bundle.tokenizer_files and kind in ("hf", "orbax"):

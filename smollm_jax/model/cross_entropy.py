@@ -61,7 +61,7 @@ def _forward(hidden, head, targets, chunk_tokens, operands):
         d_logits = probability - (jnp.arange(weight.shape[0]) == target[:, None])
         d_logits = (d_logits * valid[:, None]).astype(operands)
         head_gradient += jnp.einsum("MV,MD->VD", d_logits, h.astype(operands), preferred_element_type=acc_dtype)
-        # A sum over 49,152 terms: unblocked, its rounding d_logits would exceed that of the rest of the backward pass.
+        # A sum over 49,152 terms: unblocked, its rounding error would exceed that of the rest of the backward pass.
         if wants_full_precision(operands):
             d_hidden = blocked_matmul(d_logits, weight, EXACT_BLOCK)
         else:

@@ -159,9 +159,9 @@ def affixes(*names: str) -> dict:
 
 
 CASES = [
-    ({"tokenizer_files": {}}, None, UsageError, "there is no tokenizer.json"),
-    ({"config": dataclasses.replace(SMALL, eos_token_id=(0, 2, 3, 4))}, None, UsageError, "places for 3 of them"),
-    ({"config": dataclasses.replace(SMALL, eos_token_id=5)}, None, UsageError, "eos_token_id 5, .* 0"),
+    ({"tokenizer_files": {}}, None, UsageError, "have no tokenizer.json: give one"),
+    ({"config": dataclasses.replace(SMALL, eos_token_id=(0, 2, 3, 4))}, None, UsageError, "can only store 3"),
+    ({"config": dataclasses.replace(SMALL, eos_token_id=5)}, None, UsageError, "eos_token_id is 5 in .* but 0 in"),
     ({"config": dataclasses.replace(SMALL, rope_theta=1e5 + 1e-4)}, None, UsageError, "rope_theta is 100000.0001"),
     ({"config": dataclasses.replace(SMALL, vocab_size=259)}, None, UsageError, "ids up to 259"),
     (changed_tokenizer(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
@@ -202,7 +202,7 @@ def test_a_type_for_another_kind_is_refused(tmp_path):
 
 def test_a_file_that_reads_back_different_is_no_file(tmp_path, monkeypatch):
     """The rows of q left in Hugging Face's order, the error a reader cannot see."""
-    monkeypatch.setattr(gguf_writer, "_heads", lambda name, config: None)
+    monkeypatch.setattr(gguf_writer, "_rotary_heads", lambda name, config: None)
     with pytest.raises(StorageError, match=r"x\.gguf: tensor .*q_proj\.weight read back different") as caught:
         weights.write(tmp_path / "x.gguf", bundle(), "gguf")
     assert isinstance(caught.value, SmolLMError)
