@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from smollm_jax.config import named_runs, preset
 from smollm_jax.model.cost import count_parameters
 
-FLOOR, GOAL, CEILING = 215_000, 320_000, 775_000  # tokens/s of one H100 at T = 2,048: docs/performance.md
-LONG = {FLOOR: 0.45, GOAL: 0.52}  # of that at T = 8,192, the same file's floor and goal
-NVLINK, INFINIBAND = 450e9, 50e9  # bytes/s that a GPU sends and, at the same time, receives
-MACHINE = 8  # GPUs connected by NVLink
+MINIMUM, TARGET, CEILING = 215_000, 320_000, 775_000  # tokens/s of one H100 at T = 2,048: docs/performance.md
+LONG = {MINIMUM: 0.45, TARGET: 0.52}  # of that at T = 8,192, its minimum and target in the same file
+NVLINK, INFINIBAND = 450e9, 50e9  # bytes/s a GPU sends, and receives at the same time
+MACHINE = 8  # GPUs that NVLink joins
 LAYOUTS = ((1, 1), (8, 1), (64, 1), (8, 8), (512, 1), (64, 8))  # data, fsdp
 
 
@@ -41,7 +41,7 @@ def tables() -> Iterator[str]:
     """The lines of docs/scaling.md's three tables."""
     real = named_runs.by_name("smollm2-135m")
     recipe, nbytes = real.resolve({}), 4 * count_parameters(preset(real.preset))
-    speeds = (FLOOR, GOAL, CEILING)
+    speeds = (MINIMUM, TARGET, CEILING)
     heads = " | ".join(f"at {speed:,} tokens/s" for speed in speeds)
     yield f"| GPUs | mesh | sending, ms a step | {heads} |"
     yield "|---:|---|---:|---:|---:|---:|"
@@ -64,12 +64,12 @@ def tables() -> Iterator[str]:
                 f"| {daily:,.0f} | {days:,.2f} | {24 * days * devices:,.0f} |"
             )
     yield ""
-    yield "| recipe | tokens | hours of one GPU at the floor | at the goal |"
+    yield "| recipe | tokens | hours of one GPU at the minimum | at the target |"
     yield "|---|---:|---:|---:|"
     for name in ("one-gpu-day", "smollm2-135m", "smollm2-135m-long"):
         run = named_runs.by_name(name).resolve({})
         tokens = run.steps * run.tokens_per_step
-        rates = [speed * (LONG[speed] if run.sequence_length == 8192 else 1) for speed in (FLOOR, GOAL)]
+        rates = [speed * (LONG[speed] if run.sequence_length == 8192 else 1) for speed in (MINIMUM, TARGET)]
         hours = " | ".join(f"{tokens / rate / 3600:,.1f}" for rate in rates)
         yield f"| `{name}` | {tokens:,} | {hours} |"
 
