@@ -27,7 +27,7 @@ comma := ,
 TRAIN_EXTRAS := gguf,plot$(if $(JAX),$(comma)$(JAX))
 TESTED = SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) $(BIN)/python -m pytest $(if $(filter 1,$(TORCH)),,tests)
 READY := $(VENV)/.test$(if $(filter 1,$(TORCH)),,-without-torch)
-TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)torch$(comma)hf$(comma)eval$(comma)serve)
+TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)torch$(comma)hf$(comma)eval$(comma)serve$(comma)finetune-tests)
 
 # Two at a time, file by file (tests/reporting.py orders them). One that dies or hangs ends the run and is named; xdist's second try can wait for ever.
 TWO := -n 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart 0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true

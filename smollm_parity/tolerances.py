@@ -79,6 +79,11 @@ GGUF_LOSS = {"f16": 2**-11, "bf16": 2**-8, "q8_0": 2.3e-2}
 QUALITY = 1e-5
 LOGLIKELIHOOD = 1e-5
 
+# Rung 12, 20 steps of fine-tuning at the tiny shape from the same weights on the same batches, against TRL, relative.
+FINETUNING_FLOAT32 = 2e-5
+FINETUNING_FLOAT64 = 1e-9
+PACKED_LOSS = 1e-6
+
 
 def within(measured: float, bound: float, what: str) -> None:
     """Asserts measured <= bound, and leaves a line in the file $SMOLLM_MEASURED names, for reports of margins."""

@@ -12,6 +12,7 @@ FLOORS = (
     "weights",
     "generation smollm_torch",
     "training evaluation web",
+    "finetuning",
     "commands",
     "smollm_parity benchmarks",
     "scripts",

@@ -8,7 +8,7 @@ from typing import Literal
 
 from smollm_jax.errors import UsageError
 
-Schedule = Literal["wsd", "cosine"]
+Schedule = Literal["wsd", "cosine", "linear", "constant"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 # What a layer saves for its backward pass. none: all activations; swiglu: the outputs of matmuls, RoPE, attention and
 # SwiGLU; dots: the same without SwiGLU; full: only its input. The rest is recomputed.
@@ -72,7 +72,9 @@ class Recipe:
 
     @property
     def decay_start(self) -> int:
-        """The first step of the decay phase; `steps` for a cosine schedule, which has no such phase."""
+        """The first step of the decay phase; `steps` for schedules without one."""
+        if self.schedule == "linear":
+            return self.warmup_steps
         return self.steps - round(self.steps * self.decay_fraction) if self.schedule == "wsd" else self.steps
 
     @property
@@ -84,3 +86,8 @@ class Recipe:
     def tokens_per_step(self) -> int:
         """Tokens in the batch of one step."""
         return self.batch_size * self.sequence_length
+
+    @property
+    def decays_norms(self) -> bool:
+        """Whether weight decay is for the norms' scales, too."""
+        return True

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from smollm_jax.config import Config, Recipe
+from smollm_jax.config.finetune_recipe import FinetuneRecipe
 from smollm_jax.errors import CheckpointError, UsageError
 
 # May change on resume. (The learning rate schedule's decay moves with the last step.)
@@ -34,7 +35,8 @@ class Provenance:
             raise CheckpointError("it has weights but no training state: start from them with --init-from")
         try:
             others = {field.name: meta[field.name] for field in dataclasses.fields(cls)[2:]}
-            return cls(Recipe(**meta["recipe"]), Config(**meta["config"]), **others)
+            kind = FinetuneRecipe if "method" in meta["recipe"] else Recipe
+            return cls(kind(**meta["recipe"]), Config(**meta["config"]), **others)
         except (KeyError, TypeError, UsageError) as error:
             raise CheckpointError(f"it was saved by another version of this trainer: {error}") from error
 

@@ -5,6 +5,7 @@ import sys
 
 VERBS = {  # verb of `smollm`: name of the same command under scripts/
     "train": "train_jax",
+    "finetune": "finetune",
     "generate": "generate",
     "chat": "chat",
     "app": "app",

@@ -1,6 +1,7 @@
 """AdamW with gradient clipping and the recipe's learning rate schedule, built from optax."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +45,15 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
+def without_norms(parameters: Any) -> Any:
+    """True for every parameter but the norms' scales, which are told by their names."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), parameters)
+
+
 @functools.cache  # one object per recipe, so that jit compiles a step once for it
 def adamw(recipe: Recipe) -> optax.GradientTransformationExtraArgs:
-    """Clip by global norm (`norm=` if known), then AdamW with decoupled weight decay on every parameter.
+    """Clip by global norm (`norm=` if known), then AdamW with decoupled weight decay on every parameter, or
+    on all but the norms' scales.
 
     Source: Loshchilov and Hutter 2019.
     """
@@ -58,5 +65,6 @@ def adamw(recipe: Recipe) -> optax.GradientTransformationExtraArgs:
             b2=recipe.beta2,
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
+            mask=None if recipe.decays_norms or not recipe.weight_decay else without_norms,
         ),
     )

@@ -1,0 +1,75 @@
+"""Fine-tune SmolLM2 on chats.
+
+    python scripts/finetune.py --data my_chats.jsonl             # the Instruct weights, everything chosen
+    python scripts/finetune.py --data my_chats.jsonl --weights runs/my-run --steps 500
+    python scripts/finetune.py --resume                          # go on with the newest run
+
+The answers are learnt, not the questions; several chats share a row and do not see each other. Without a GPU a run is
+at most 60 steps of 2 x 512 tokens. The run folder is one like any other: chat.py, generate.py, app.py, evaluate.py
+and convert_weights.py take it as --weights.
+"""
+
+import contextlib
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.finetuning.flags import Flags
+from smollm_jax.runtime import allocator
+from smollm_jax.runtime.assets import asset
+from smollm_jax.runtime.startup import QuickStart
+
+if TYPE_CHECKING:
+    from smollm_jax.runtime.signals import StopSignal
+
+WEIGHTS = "SmolLM2-135M-Instruct"
+
+
+def main(argv: list[str] | None = None) -> None:
+    startup = QuickStart(threads=True)
+    flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
+    for name in ("log_every", "keep"):
+        if getattr(flags, name) < 1:
+            raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(flags, name)}")
+    from smollm_jax.runtime.signals import StopSignal
+
+    begin(flags, StopSignal().install(), startup)
+
+
+def begin(flags: Flags, stop: "StopSignal", startup: QuickStart) -> None:
+    """Fine-tunes in the run folder the flags name, which is locked meanwhile."""
+    from smollm_jax import weights
+    from smollm_jax.data.text_sources import text_files
+    from smollm_jax.runs.folder import check_no_checkpoint, clean_up_failed_start, newest_run
+    from smollm_jax.runtime.lock import RunLock
+
+    if flags.resume:
+        run = flags.out or newest_run()
+        if not (run / "checkpoints").is_dir():
+            raise errors.CheckpointError(f"--resume: {run / 'checkpoints'}: no such checkpoint folder")
+    else:
+        if flags.allow_change or flags.allow_unverified:
+            raise errors.UsageError("--allow-change and --allow-unverified are for --resume only")
+        if not flags.data:
+            raise errors.UsageError("--data: name the chats to learn from, a .jsonl file for example")
+        for source in flags.data:
+            text_files(Path(source))
+        start = flags.weights or asset(WEIGHTS)
+        weights.kind_of(start)
+        flags = dataclasses.replace(flags, weights=start)
+        run = flags.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{flags.method or 'sft'}")
+        check_no_checkpoint(run)
+        if any(run.glob("*")) and not (run / "lock").exists():
+            raise errors.UsageError(f"{run}: exists and is no run: name another --out")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(RunLock(run))
+        stack.enter_context(clean_up_failed_start(run))
+        if not flags.resume:
+            check_no_checkpoint(run)  # another trainer may have had it in between
+        retained = allocator.retain_freed_memory()  # before there are threads that allocate
+        from smollm_jax.finetuning.run import run_finetuning
+
+        run_finetuning(run, flags, stop, startup, retained=retained)

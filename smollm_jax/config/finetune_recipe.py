@@ -1,0 +1,79 @@
+"""What a fine-tuning run is, apart from model and data, and such recipes by name. Framework-free.
+
+Sources: where a recipe says nothing, the numbers are those of TRL 1.16's SFTConfig. `smollm2-sft` is
+huggingface/alignment-handbook, recipes/smollm2/sft/config_smol.yaml, which SmolLM2-135M-Instruct was made with.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from smollm_jax.config.recipe import Recipe, Schedule
+from smollm_jax.errors import UsageError
+
+Method = Literal["sft"]
+Learn = Literal["assistant", "completion", "all"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneRecipe(Recipe):
+    """Everything that decides the numbers of a fine-tuning run: same recipe, data and weights give the same losses."""
+
+    schedule: Schedule = "linear"
+    beta2: float = 0.999
+    weight_decay: float = 0.0  # on all parameters but the norms' scales
+    validation_fraction: float = 0.05  # of the examples, drawn by the seed
+    method: Method = "sft"
+    learn: Learn = "assistant"  # which tokens are learnt
+    packing: bool = True  # several examples in one row, which do not see each other
+
+    @property
+    def decays_norms(self) -> bool:
+        """As in transformers' Trainer."""
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedFinetuning:
+    """The fields of a `FinetuneRecipe`, but for steps and warm-up, which depend on how much data there is."""
+
+    fields: dict[str, Any]
+    epochs: float = 3.0
+    longest: int | None = None  # steps, where that is less
+    warmup_fraction: float = 0.0  # of the steps
+
+    def resolve(self, given: dict[str, Any], rows: int) -> FinetuneRecipe:
+        """The recipe for so many rows of training data, with the fields in `given` instead of this run's."""
+        fields = self.fields | given
+        steps = max(1, math.ceil(self.epochs * rows / fields["batch_size"]))
+        steps = fields.setdefault("steps", steps if self.longest is None else min(steps, self.longest))
+        fields.setdefault("warmup_steps", min(math.ceil(steps * self.warmup_fraction), max(steps - 1, 0)))
+        return FinetuneRecipe(**fields)
+
+
+RECIPES = {
+    # Ours, the default: less than 10 minutes on 2 cores. The peak is what 12 steps of 512 tokens took best
+    # (named_runs.py).
+    "laptop-sft": NamedFinetuning(
+        {"batch_size": 2, "sequence_length": 512, "learning_rate": 1e-4}, longest=60, warmup_fraction=0.1
+    ),
+    "smollm2-sft": NamedFinetuning(
+        {
+            "batch_size": 128,
+            "sequence_length": 8192,
+            "learning_rate": 1e-3,
+            "schedule": "cosine",
+            "learn": "all",
+            "dtype": "bfloat16",
+        },
+        epochs=2,
+        warmup_fraction=0.1,
+    ),
+}
+
+
+def named(name: str) -> NamedFinetuning:
+    """The recipe of that name; raises `UsageError` with the known names otherwise."""
+    if name not in RECIPES:
+        raise UsageError(f"--recipe {name}: unknown, known: {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,170 @@
+"""A fine-tuning run from its flags to its last checkpoint: `run_finetuning` is the table of contents."""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from smollm_jax import weights
+from smollm_jax.config.generation_config import GenerationConfig
+from smollm_jax.finetuning import answers
+from smollm_jax.finetuning.answers import Question
+from smollm_jax.finetuning.flags import Flags
+from smollm_jax.finetuning.objectives import LearntTokens
+from smollm_jax.finetuning.setup import Setup, set_up
+from smollm_jax.model import cost
+from smollm_jax.parallel import processes, sharding
+from smollm_jax.runs import metrics
+from smollm_jax.runs.checkpoint import CheckpointStore
+from smollm_jax.runs.folder import write_run_files
+from smollm_jax.runs.tracking import Tracker
+from smollm_jax.runtime import allocator, compilation_cache
+from smollm_jax.runtime.invocation import as_typed
+from smollm_jax.runtime.signals import StopSignal
+from smollm_jax.runtime.startup import QuickStart
+from smollm_jax.training import memory, optimizer
+from smollm_jax.training.announce import print_resume_differences
+from smollm_jax.training.loop import Trainer
+from smollm_jax.training.run import compile_in_background
+from smollm_jax.training.state import Progress, TrainState, init_train_state, recorded_environment
+from smollm_jax.training.train_step import Step
+from smollm_jax.weights.bundle import Bundle
+
+OBJECTIVE = LearntTokens()
+
+
+def run_finetuning(run: Path, flags: Flags, stop: StopSignal, startup: QuickStart, *, retained: bool) -> None:
+    """Fine-tunes in a run folder that is ours alone; `retained`: glibc reuses freed memory."""
+    compilation_cache.enable()
+    bundle = weights.read(flags.weights, mapped=True) if flags.weights and not flags.resume else None
+    setup = set_up(flags, run, bundle)
+    if setup.recipe.dtype == "float32":  # on a GPU JAX's default is TF32
+        jax.config.update("jax_default_matmul_precision", "float32")
+    device = jax.local_devices()[0]
+    if retained and (setup.planned > setup.limit / 2 or device.platform != "cpu"):
+        allocator.restore_defaults()
+    announce(run, flags, setup, device, bundle)
+    step = compile_ahead(setup, device)
+    startup.end()
+    progress, state = initial_state(flags, setup, bundle)
+    generation = setup.generation_config if bundle else None
+    if bundle:
+        write_run_files(run, setup.config, setup.tokenizer.files, generation_config=generation)
+    room = setup.config.max_position_embeddings - answers.NEW_TOKENS
+    questions = answers.questions_of(flags.prompt, setup.held_out, setup.tokenizer, room)
+    ends = GenerationConfig.from_values(generation, setup.config, f"{run}: generation_config").eos_token_ids
+    reply = functools.partial(
+        answers.answers_of, questions=questions, tokenizer=setup.tokenizer, eos_token_ids=ends, stop=stop
+    )
+    if progress.step == 0 and (before := reply(processes.gather_to_local_device(state.model))):
+        answers.write_before(run, questions, before)
+    state = fit(run, flags, setup, progress, state, stop, step)
+    finish(run, setup, questions, reply(processes.gather_to_local_device(state.model)), stop)
+
+
+def announce(run: Path, flags: Flags, setup: Setup, device: Any, bundle: Bundle | None) -> None:
+    """Prints what was decided."""
+    recipe, execution, intervals = setup.recipe, setup.execution, setup.intervals
+    devices = f"{execution.devices} of {jax.device_count()}{f' as {flags.mesh}' if flags.mesh else ''}"
+    print(f"device      {device.device_kind}, {devices}, jax {jax.__version__}")
+    print(f"model       {cost.count_parameters(setup.config):,} parameters, all of them trained")
+    if setup.restored:
+        print(f"start       checkpoint of step {setup.restored.progress.step}, verified")
+    elif bundle:
+        print(f"start       weights of {flags.weights} ({bundle.origin})")
+    for number, note in enumerate(setup.notes):
+        print(f"{'' if number else 'data':<12}{note}")
+    rows = f"{len(setup.batches.train):,} {'packed ' if recipe.packing else ''}rows of {recipe.sequence_length} tokens"
+    print(f"            trained on {setup.train:,} examples in {rows}; {len(setup.held_out):,} examples held out")
+    results = f" with {execution.dtype} results" if execution.operands != execution.dtype else ""
+    attention = f"attention {execution.attention}"
+    print(f"precision   {recipe.dtype} matmuls{results}, {attention}; weights, optimizer state and loss in float32")
+    print(f"recipe      {setup.recipe_name}: {recipe.method}, learns {recipe.learn}")
+    epochs = recipe.steps * recipe.batch_size / len(setup.batches.train)
+    print(f"steps       {recipe.steps:,} of {recipe.batch_size} rows, {epochs:.3g} epochs; {recipe.schedule} schedule,")
+    peak = f"peak {recipe.learning_rate}, warm-up {recipe.warmup_steps} steps, weight decay {recipe.weight_decay}"
+    print(f"            {peak}, seed {recipe.seed}")
+    every = [f"every {n} steps" if n else "after the last step" for n in (intervals.save_every, intervals.eval_every)]
+    print(f"            checkpoints {every[0]}" + (f", validation {every[1]}" if setup.held_out else ", no validation"))
+    limit = f" of {setup.limit / 1e9:.1f} GB on each device" if setup.limit else ""
+    print(f"memory      {setup.planned / 1e9:.1f} GB estimated{limit}, remat {execution.remat}")
+    print(f"run         {run}", flush=True)
+
+
+def compile_ahead(setup: Setup, device: Any) -> Step | None:
+    """The train step, which is being compiled; None if the run has no step left to do."""
+    if setup.restored and setup.restored.progress.step >= setup.recipe.steps:
+        return None
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in setup.batches.shapes.items()}
+    compile_step = functools.partial(
+        memory.compile_within,
+        setup.limit,
+        setup.config,
+        setup.recipe,
+        setup.execution,
+        device.platform,
+        objective=OBJECTIVE,
+        batch=batch,
+    )
+    return compile_in_background(ThreadPoolExecutor(1), device.platform, compile_step)[1]
+
+
+def initial_state(flags: Flags, setup: Setup, bundle: Bundle | None) -> tuple[Progress, TrainState]:
+    """The state to resume from, or that of the weights to start from."""
+    restored = setup.restored
+    if restored is not None:
+        for change in setup.provenance.check_resumes(restored.provenance, flags.allow_change):
+            print(f"note: changed, as --allow-change says: {change}")
+        print_resume_differences(restored, setup.recipe, recorded_environment(setup.execution))
+        return restored.progress, restored.state
+    assert bundle is not None
+    bundle.config = setup.config  # its special ids are those of a chat
+    model = sharding.shard_params(weights.from_bundle(bundle), setup.execution.mesh)
+    bundle.tensors.clear()
+    return Progress(), init_train_state(model, optimizer.adamw(setup.recipe), setup.execution.mesh)
+
+
+def fit(
+    run: Path, flags: Flags, setup: Setup, progress: Progress, state: TrainState, stop: StopSignal, step: Step | None
+) -> TrainState:
+    """The state after the last step; checkpoints and metrics are in the run folder."""
+    recipe, execution = setup.recipe, setup.execution
+    peak = cost.peak_flops(jax.local_devices()[0].device_kind, recipe.dtype)
+    about = setup.provenance.meta() | {"environment": recorded_environment(execution)}
+    with (
+        CheckpointStore(run / "checkpoints", keep=flags.keep, asynchronous=flags.async_save) as store,
+        metrics.RunLog(
+            run,
+            log_every=flags.log_every,
+            flops_per_token=cost.flops_per_token(setup.config, recipe.sequence_length),
+            peak_flops=peak and peak * execution.devices,
+            tensorboard=flags.tensorboard,
+            tracker=Tracker(flags.track, run, about) if flags.track else None,
+        ) as log,
+    ):
+        return Trainer(
+            state,
+            progress,
+            provenance=setup.provenance,
+            batches=setup.batches,
+            store=store,
+            execution=execution,
+            intervals=setup.intervals,
+            stop=stop,
+            log=log,
+            step=step,
+            objective=OBJECTIVE,
+        ).run()
+
+
+def finish(run: Path, setup: Setup, questions: list[Question], after: list[str] | None, stop: StopSignal) -> None:
+    """Shows the answers before and after; raises `StoppedError` if a signal came after the last step."""
+    if after is not None and questions:
+        print(answers.comparison(answers.write_after(run, questions, after)))
+    if stop:
+        raise stop.error(f"all {setup.recipe.steps} steps are done, saved and verified")
+    stop.ignore()
+    print(f"\nnext: {as_typed('python scripts/chat.py')} --weights {run}")

@@ -1,0 +1,161 @@
+"""A fine-tuning run as its flags, its data, this machine and the checkpoint it resumes from decide it."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from smollm_jax.config import Config
+from smollm_jax.config.finetune_recipe import FinetuneRecipe, named
+from smollm_jax.config.hf_config import read_config
+from smollm_jax.config.recipe import check_batch_divides
+from smollm_jax.data.examples.examples import Example, read_examples
+from smollm_jax.errors import CheckpointError, UsageError
+from smollm_jax.finetuning.batches import RowBatches, split
+from smollm_jax.finetuning.chat_format import with_chat_format
+from smollm_jax.finetuning.flags import Flags
+from smollm_jax.model import precision
+from smollm_jax.parallel import sharding
+from smollm_jax.runs.checkpoint import CheckpointStore
+from smollm_jax.runs.provenance import Provenance
+from smollm_jax.runtime import cpu
+from smollm_jax.tokenizer import Tokenizer
+from smollm_jax.training import memory
+from smollm_jax.training.execution import ExecutionConfig, Intervals, default_unroll, fastest_attention
+from smollm_jax.training.state import RestoredRun, restore_run
+from smollm_jax.weights.bundle import Bundle
+
+GPU_INTERVALS, CPU_INTERVALS = Intervals(save_every=500, eval_every=250), Intervals(save_every=100, eval_every=20)
+DEFAULT_RECIPE = "laptop-sft"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """All that is decided; `set_up` makes it."""
+
+    recipe: FinetuneRecipe
+    recipe_name: str
+    config: Config
+    tokenizer: Tokenizer
+    generation_config: dict[str, Any] | None
+    execution: ExecutionConfig
+    intervals: Intervals
+    limit: int  # bytes of memory on each device; 0: JAX does not say
+    planned: int  # bytes of them that a step is estimated to need
+    batches: RowBatches
+    held_out: list[Example]
+    train: int  # examples that are trained on
+    notes: list[str]  # about the data, for the reader
+    provenance: Provenance
+    restored: RestoredRun | None
+
+
+def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
+    """What to train, and how; raises an error that names the flag, the file or the field that does not fit.
+
+    `bundle` has the weights to start from; None with --resume.
+    """
+    device = jax.local_devices()[0]
+    mesh = sharding.make_mesh(flags.mesh) if flags.mesh else None
+    devices = mesh.size if mesh else 1
+    limit = memory.device_limit(device, devices)
+    restored = _restore(flags, run, mesh) if bundle is None else None
+    given = flags.recipe_fields()
+    if restored is None:
+        assert bundle is not None
+        assert flags.weights is not None
+        tokenizer, config, generation_config = with_chat_format(Tokenizer.of_weights(flags.weights), bundle.config)
+        generation_config = bundle.generation_config if generation_config is None else generation_config
+        recipe_name, start_from = flags.recipe or DEFAULT_RECIPE, str(flags.weights)
+        known = named(recipe_name).fields | given
+        if "dtype" not in known:
+            fast = device.platform == "gpu" or cpu.has_fast_bfloat16()
+            given["dtype"] = "bfloat16" if fast else "float32"
+        if flags.eval_every == 0:
+            given.setdefault("validation_fraction", 0.0)
+        sources = flags.data
+        draft = named(recipe_name).resolve(given, 1)
+    else:
+        saved = restored.provenance
+        assert isinstance(saved.recipe, FinetuneRecipe)
+        tokenizer, config, generation_config = Tokenizer.of_weights(run), read_config(run / "config.json"), None
+        recipe_name, start_from = flags.recipe or "that of the run", saved.start_from
+        draft = dataclasses.replace(saved.recipe, **given)
+        sources = flags.data or tuple(shlex.split(saved.data))
+    if not sources:
+        raise UsageError("--data: name the chats to learn from, a .jsonl file for example")
+    if draft.sequence_length > config.max_position_embeddings:
+        raise UsageError(
+            f"--sequence-length {draft.sequence_length} exceeds the model's {config.max_position_embeddings} positions"
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    examples, report = read_examples(
+        sources, tokenizer, learn=draft.learn, max_length=draft.sequence_length, on_bad_text=flags.on_bad_text
+    )
+    train, held_out = split(examples, draft.validation_fraction, draft.seed)
+    batches = RowBatches.of(train, held_out, draft)
+    recipe = draft if restored else named(recipe_name).resolve(given, len(batches.train))
+    batches = RowBatches(batches.train, batches.held_out, recipe)
+    check_batch_divides(recipe.batch_size, devices, recipe.gradient_accumulation_steps)
+    execution = _execution(flags, recipe, config, tokenizer, device, mesh, limit)
+    usual = GPU_INTERVALS if device.platform == "gpu" else CPU_INTERVALS
+    intervals = dataclasses.replace(restored.intervals if restored else usual, **flags.interval_fields())
+    source = shlex.join(sources)
+    provenance = Provenance(recipe, config, source, batches.sha256, tokenizer.sha256, start_from)
+    return Setup(
+        recipe=recipe,
+        recipe_name=recipe_name,
+        config=config,
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+        execution=execution,
+        intervals=intervals,
+        limit=limit,
+        planned=memory.estimate(config, recipe, execution, device.platform).total,
+        batches=batches,
+        held_out=held_out,
+        train=len(train),
+        notes=report.lines(),
+        provenance=provenance,
+        restored=restored,
+    )
+
+
+def _restore(flags: Flags, run: Path, mesh: jax.sharding.Mesh | None) -> RestoredRun:
+    """The run in its newest verified checkpoint."""
+    with CheckpointStore(run / "checkpoints", create=False) as store:
+        load = lambda step: restore_run(store, step, mesh)  # noqa: E731
+        restored = store.restore_newest_valid(load, allow_unverified=flags.allow_unverified)
+    saved = restored.provenance
+    if not isinstance(saved.recipe, FinetuneRecipe):
+        raise CheckpointError(f"--resume: {run} is a pre-training run: resume it with python scripts/train_jax.py")
+    if flags.weights is not None and str(flags.weights) != saved.start_from:
+        raise UsageError(f"--weights {flags.weights}: this run started from {saved.start_from}; leave the flag out")
+    return restored
+
+
+def _execution(
+    flags: Flags,
+    recipe: FinetuneRecipe,
+    config: Config,
+    tokenizer: Tokenizer,
+    device: Any,
+    mesh: jax.sharding.Mesh | None,
+    limit: int,
+) -> ExecutionConfig:
+    """How a step is computed on this device, with attention masked across the examples of a row."""
+    fastest, lacks = fastest_attention(device, recipe.dtype, recipe.sequence_length, config.head_dim, True)
+    if flags.attention == "cudnn" and lacks:
+        raise UsageError(f"--attention cudnn {lacks}; leave it out to attend in blocks")
+    attention = flags.attention or fastest
+    unroll = default_unroll(config, attention) if flags.unroll is None else flags.unroll
+    dtype, operands = precision.activation_and_operand_dtypes(recipe.dtype, device.platform)
+    steps = recipe.gradient_accumulation_steps
+    remat, separator = flags.remat or "dots", tokenizer.eos_token_id
+    execution = ExecutionConfig(dtype, attention, remat, unroll, steps, mesh, separator, operands)
+    if flags.remat is None:
+        return memory.choose_remat(config, recipe, execution, device.platform, limit)
+    return execution
