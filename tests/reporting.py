@@ -32,13 +32,23 @@ def sort_key(name: str) -> tuple:
     return kind, int(words[1]) if kind == 0 else 0, name
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     rank = {file: index for index, file in enumerate([*LADDER, *LONGEST])}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))  # stable
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("ladder" if file in LADDER else file))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        """A worker has all tests of a file, and one worker all files of LADDER."""
+
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "ladder" if file in LADDER else file
+
+    return ByFile(config, log)
 
 
 def pytest_terminal_summary(terminalreporter):
