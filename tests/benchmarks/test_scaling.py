@@ -138,7 +138,7 @@ def test_every_recipe_trains_at_toy_size(name, tiny, tmp_path):
 def test_a_continuation_needs_weights_to_continue(tmp_path):
     done = train(tmp_path / "run", "--recipe", "smollm2-135m-long")
     assert done.returncode == 2
-    assert done.stderr == "error: --recipe smollm2-135m-long continues a run: add --init-from RUN\n"
+    assert done.stderr == "error: --recipe smollm2-135m-long continues from trained weights: add --init-from RUN\n"
 
 
 def test_the_tables_of_the_scaling_document_are_the_arithmetics():
