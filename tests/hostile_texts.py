@@ -90,7 +90,7 @@ CONFIG: Cases = {
     "theta of 1e300": (config(rope_theta=1e300, rope_parameters=None), "rope_theta must be a number from 1 to"),
     "theta of 1e-300": (config(rope_theta=1e-300, rope_parameters=None), "rope_theta must be a number from 1 to"),
     "theta in words": (config(rope_theta="10000"), "rope_theta must be a number"),
-    "two thetas": (config(rope_theta=5.0), "disagree: rope_theta=5.0"),
+    "two thetas": (config(rope_theta=5.0), "must agree, got rope_theta=5.0"),
     "a scaled theta": (config(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling"),
     "eps of 1e-300": (config(rms_norm_eps=1e-300), "rms_norm_eps must be a number from 1e-30"),
     "eos in a list in a list": (config(eos_token_id=[[0]]), r"eos_token_id must be a token id .* got \[0\]"),
@@ -98,8 +98,8 @@ CONFIG: Cases = {
     "eos below 0": (config(eos_token_id=-2), "eos_token_id must be a token id"),
     "a dtype in words": (config(torch_dtype="banana"), "torch_dtype must be one of float32.* got 'banana'"),
     "a dtype that is a number": (config(dtype=16), "dtype must be one of float32.* got 16"),
-    "two dtypes": (config(dtype="float16"), "disagree: dtype='float16'"),
-    "no head_dim to be had": (config(head_dim=None, hidden_size=9), "num_attention_heads does not divide hidden_size"),
+    "two dtypes": (config(dtype="float16"), "must agree, got dtype='float16'"),
+    "no head_dim to be had": (config(head_dim=None, hidden_size=9), "hidden_size is not divisible by num_attention_heads"),
 }
 
 # --------------------------------------------------------------------------------------- token files and texts
