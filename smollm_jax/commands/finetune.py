@@ -2,6 +2,8 @@
 
     python scripts/finetune.py --data my_chats.jsonl             # the Instruct weights, everything chosen
     python scripts/finetune.py --data my_chats.jsonl --weights runs/my-run --steps 500
+    python scripts/finetune.py --data my_chats.jsonl --show-mask 3    # what is learnt of three of them; trains nothing
+    python scripts/finetune.py                                   # without chats of your own: those of assets/chats
     python scripts/finetune.py --resume                          # go on with the newest run
 
 The answers are learnt, not the questions; several chats share a row and do not see each other. Without a GPU a run is
@@ -25,7 +27,7 @@ from smollm_jax.runtime.startup import QuickStart
 if TYPE_CHECKING:
     from smollm_jax.runtime.signals import StopSignal
 
-WEIGHTS = "SmolLM2-135M-Instruct"
+WEIGHTS, CHATS = "SmolLM2-135M-Instruct", "chats"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,6 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("log_every", "keep"):
         if getattr(flags, name) < 1:
             raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(flags, name)}")
+    if flags.show_mask < 0:
+        raise errors.UsageError(f"--show-mask must be a number of examples, got {flags.show_mask}")
+    if flags.show_mask and flags.resume:
+        raise errors.UsageError("--show-mask trains nothing: leave --resume out, and name the --data")
     from smollm_jax.runtime.signals import StopSignal
 
     begin(flags, StopSignal().install(), startup)
@@ -53,13 +59,19 @@ def begin(flags: Flags, stop: "StopSignal", startup: QuickStart) -> None:
     else:
         if flags.allow_change or flags.allow_unverified:
             raise errors.UsageError("--allow-change and --allow-unverified are for --resume only")
-        if not flags.data:
-            raise errors.UsageError("--data: name the chats to learn from, a .jsonl file for example")
-        for source in flags.data:
+        data = flags.data or (str(asset(CHATS)),)
+        if not flags.data and not Path(data[0]).exists():
+            raise errors.InputFileError(
+                f"{data[0]}: no such folder: fetch it with `python scripts/fetch_assets.py chats`, or name your --data"
+            )
+        for source in data:
             text_files(Path(source))
         start = flags.weights or asset(WEIGHTS)
         weights.kind_of(start)
-        flags = dataclasses.replace(flags, weights=start)
+        flags = dataclasses.replace(flags, data=data, weights=start)
+        if flags.show_mask:
+            show_mask(flags, data, start)
+            return
         run = flags.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{flags.method or 'sft'}")
         check_no_checkpoint(run)
         if any(run.glob("*")) and not (run / "lock").exists():
@@ -73,3 +85,32 @@ def begin(flags: Flags, stop: "StopSignal", startup: QuickStart) -> None:
         from smollm_jax.finetuning.run import run_finetuning
 
         run_finetuning(run, flags, stop, startup, retained=retained)
+
+
+def show_mask(flags: Flags, sources: tuple[str, ...], start: Path) -> None:
+    """Prints the first examples token by token; what is learnt is green."""
+    from rich.console import Console
+
+    from smollm_jax.config.finetune_recipe import named
+    from smollm_jax.data.examples.examples import read_examples
+    from smollm_jax.data.examples.show import mask_of
+    from smollm_jax.finetuning.chat_format import chat_tokenizer
+    from smollm_jax.finetuning.setup import DEFAULT_RECIPE
+    from smollm_jax.tokenizer import Tokenizer
+
+    tokenizer = chat_tokenizer(Tokenizer.of_weights(start))
+    recipe = named(flags.recipe or DEFAULT_RECIPE).resolve(
+        {"dtype": "float32"} | flags.recipe_fields(), 1
+    )  # whose dtype decides nothing here
+    examples, report = read_examples(
+        sources,
+        tokenizer,
+        learn=recipe.learn,
+        max_length=recipe.sequence_length,
+        on_bad_text=flags.on_bad_text,
+        most=flags.show_mask,
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    for example in examples:
+        console.print(mask_of(example, tokenizer))
+    print(*report.lines(), sep="\n")

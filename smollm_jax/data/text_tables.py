@@ -17,7 +17,7 @@ from smollm_jax.errors import InputFileError, short_repr
 from smollm_jax.runtime.files import import_optional, one_line, parse_json
 
 CONVERSATIONS = {"messages", "conversations", "conversation"}  # column names of chats
-RENDER = "{} is a conversation: render it to text with a chat template first (docs/data.md)"
+RENDER = "{} is a conversation: learn it with finetune.py, or render it to text by its chat template (docs/data.md)"
 STRINGS = ("string", "large_string", "string_view")
 Lines = Iterator[tuple[str, float]]  # each with its line end, and the fraction of the file that is read
 

@@ -36,8 +36,16 @@ def with_chat_format(tokenizer: Tokenizer, config: Config) -> tuple[Tokenizer, C
     """
     if tokenizer.chat_template is not None:
         return tokenizer, config, None
-    ids = {role: tokenizer.token_to_id(token) for role, token in ROLES.items()}
-    if missing := sorted({ROLES[role] for role, i in ids.items() if i is None}):
+    tokenizer = chat_tokenizer(tokenizer)
+    special = {f"{name}_id": tokenizer.token_to_id(ROLES[name]) for name in ("bos_token", "eos_token", "pad_token")}
+    return tokenizer, dataclasses.replace(config, **special), special
+
+
+def chat_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer with a chat template: its own, or SmolLM2-Instruct's, and then its special tokens too."""
+    if tokenizer.chat_template is not None:
+        return tokenizer
+    if missing := sorted({token for token in ROLES.values() if tokenizer.token_to_id(token) is None}):
         raise UsageError(
             f"{tokenizer.path}: has no chat template, and no {' and '.join(missing)} to give it SmolLM2's: "
             "start from the weights of a chat model"
@@ -46,8 +54,7 @@ def with_chat_format(tokenizer: Tokenizer, config: Config) -> tuple[Tokenizer, C
     files = dict(tokenizer.files)
     files["tokenizer_config.json"] = _json(settings | ROLES | {"chat_template": TEMPLATE})
     files["special_tokens_map.json"] = _json(ROLES)
-    special = {f"{name}_id": ids[name] for name in ("bos_token", "eos_token", "pad_token")}
-    return Tokenizer.from_files(files, tokenizer.path), dataclasses.replace(config, **special), special
+    return Tokenizer.from_files(files, tokenizer.path)
 
 
 def _json(values: dict[str, Any]) -> bytes:

@@ -16,7 +16,8 @@ class Flags:
 
     data: tuple[str, ...] | None = None
     """Chats or other examples: .jsonl (.gz, .zst), .json or .parquet files, or folders of them. Recognized by their
-    columns: messages, conversations, prompt and completion, instruction and output, or text. Needed for a new run."""
+    columns: messages, conversations, prompt and completion, instruction and output, or text. Default for a new run: the
+    conversations that fetch_assets.py chats brings into assets/chats."""
     weights: Annotated[Path | None, tyro.conf.arg(aliases=("--init-from",))] = None
     """Weights to start from, of any kind that convert_weights.py reads. Default: assets/SmolLM2-135M-Instruct."""
     recipe: str | None = None
@@ -35,6 +36,8 @@ class Flags:
     learn: Learn | None = None
     """Which tokens are learnt: assistant, each of the assistant's turns with the token that ends it (default);
     completion, the last of them; all."""
+    show_mask: int = 0
+    """Print so many examples token by token, what is learnt in green between brackets, and end: nothing is trained."""
     packing: bool = True
     """Several examples in one row, which do not see each other; --no-packing: one example a row."""
     validation_fraction: float | None = None
@@ -107,7 +110,7 @@ _NAMES = {field.name for field in dataclasses.fields(Flags)}
 RECIPE = tuple(field.name for field in dataclasses.fields(FinetuneRecipe) if field.name in _NAMES)
 GROUPS = {  # the titles under which --help shows the flags
     "run": ("data", "weights", "recipe", "method", "out", "resume", "allow_change", "allow_unverified", "debug"),
-    "examples": ("learn", "packing", "validation_fraction", "on_bad_text"),
+    "examples": ("learn", "show_mask", "packing", "validation_fraction", "on_bad_text"),
     "batch": ("steps", "batch_size", "gradient_accumulation_steps", "sequence_length", "seed"),
     "optimizer": ("learning_rate", "schedule", "warmup_steps", "weight_decay", "adam_beta2"),
     "computing": ("mesh", "dtype", "attention", "remat", "unroll"),

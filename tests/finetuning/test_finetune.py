@@ -12,7 +12,7 @@ from smollm_jax.config import preset
 from smollm_jax.config.finetune_recipe import FinetuneRecipe, named
 from smollm_jax.config.hf_config import read_config
 from smollm_jax.data.examples.examples import Example
-from smollm_jax.errors import InputFileError, SmolLMError, UsageError
+from smollm_jax.errors import InputFileError, SmolLMError
 from smollm_jax.finetuning.batches import split
 from smollm_jax.finetuning.chat_format import TEMPLATE, with_chat_format
 from smollm_jax.finetuning.flags import Flags
@@ -142,11 +142,6 @@ def test_a_row_that_does_not_fit_names_file_row_and_field(tmp_path, run):
     wrong.write_text('{"messages": [{"role": "user", "content": "a"}]}\n{"question": "b"}\n')
     with pytest.raises(InputFileError, match=r"wrong\.jsonl.*2.*question"):
         run(tmp_path / "run", "--data", str(wrong))
-
-
-def test_data_is_needed(tmp_path):
-    with pytest.raises(UsageError, match="--data: name the chats"):
-        finetune.begin(Flags(out=tmp_path / "run"), StopSignal(), QuickStart())
 
 
 def test_steps_come_from_the_rows_and_from_flags():
