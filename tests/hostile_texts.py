@@ -99,7 +99,10 @@ CONFIG: Cases = {
     "a dtype in words": (config(torch_dtype="banana"), "torch_dtype must be one of float32.* got 'banana'"),
     "a dtype that is a number": (config(dtype=16), "dtype must be one of float32.* got 16"),
     "two dtypes": (config(dtype="float16"), "must agree, got dtype='float16'"),
-    "no head_dim to be had": (config(head_dim=None, hidden_size=9), "hidden_size is not divisible by num_attention_heads"),
+    "no head_dim to be had": (
+        config(head_dim=None, hidden_size=9),
+        "hidden_size is not divisible by num_attention_heads",
+    ),
 }
 
 # --------------------------------------------------------------------------------------- token files and texts

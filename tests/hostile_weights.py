@@ -107,7 +107,10 @@ SAFETENSORS: Cases = {
     "header longer than the file": (patched(lambda c: len(c).to_bytes(8, "little") + c[8:]), "a header of"),
     "header of 2**63 bytes": (patched(lambda c: (1 << 63).to_bytes(8, "little") + c[8:]), "9,223,372,036,854,775,808"),
     "header of 2**64 - 1 bytes": (patched(lambda c: b"\xff" * 8 + c[8:]), "18,446,744,073,709,551,615"),
-    "header of 17 MiB": (patched(lambda c: (17 << 20).to_bytes(8, "little") + b" " * (17 << 20)), "the limit is 16,777,216"),
+    "header of 17 MiB": (
+        patched(lambda c: (17 << 20).to_bytes(8, "little") + b" " * (17 << 20)),
+        "the limit is 16,777,216",
+    ),
     "header no JSON": (headed(lambda h: "{not json"), "header: not readable as JSON"),
     "header nested too deeply": (headed(lambda h: "[" * 100_000), "nested too deeply"),
     "header no UTF-8": (headed(lambda h: b'{"\xff": 1}'), "byte 2 of the header"),
