@@ -36,7 +36,7 @@ class Flags:
     every_checkpoint: bool = False
     """Of a run folder take all checkpoints, not the newest."""
     length: int | None = None
-    """Tokens of a window; default: the context, at most 2,048."""
+    """Tokens of a window; default: the context, at most 2048."""
     stride: int | None = None
     """Tokens between the beginnings of two windows; default: half of --length."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -33,7 +33,7 @@ WEIGHTS, CHATS = "SmolLM2-135M-Instruct", "chats"
 def main(argv: list[str] | None = None) -> None:
     startup = QuickStart(threads=True)
     flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
-    for name in ("log_every", "keep"):
+    for name in ("log_every", "keep_checkpoints"):
         if getattr(flags, name) < 1:
             raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(flags, name)}")
     if flags.show_mask < 0:

@@ -77,10 +77,10 @@ class Flags:
     """Layers unrolled per step of the layer scan; default: all with cudnn, else 1."""
     save_every: int | None = None
     """Steps between checkpoints; default 500 on a GPU, 100 without. The last step is always saved."""
-    keep: int = 2
-    """Newest checkpoints that are kept."""
+    keep_checkpoints: Annotated[int, tyro.conf.arg(aliases=("--keep",))] = 2
+    """Number of checkpoints to keep, the newest."""
     async_save: bool = False
-    """Write checkpoints while training goes on, from a copy of the state in memory."""
+    """Write checkpoints in the background, from a copy of the state in memory."""
     eval_every: int | None = None
     """Steps between validations on held-out examples; 0: none, and all examples are trained on. Default 250 on a GPU,
     20 without."""
@@ -114,6 +114,6 @@ GROUPS = {  # the titles under which --help shows the flags
     "batch": ("steps", "batch_size", "gradient_accumulation_steps", "sequence_length", "seed"),
     "optimizer": ("learning_rate", "schedule", "warmup_steps", "weight_decay", "adam_beta2"),
     "computing": ("mesh", "dtype", "attention", "remat", "unroll"),
-    "saving": ("save_every", "keep", "async_save"),
+    "saving": ("save_every", "keep_checkpoints", "async_save"),
     "logging": ("log_every", "tensorboard", "track", "eval_every", "prompt"),
 }

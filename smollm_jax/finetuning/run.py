@@ -135,7 +135,7 @@ def fit(
     peak = cost.peak_flops(jax.local_devices()[0].device_kind, recipe.dtype)
     about = setup.provenance.meta() | {"environment": recorded_environment(execution)}
     with (
-        CheckpointStore(run / "checkpoints", keep=flags.keep, asynchronous=flags.async_save) as store,
+        CheckpointStore(run / "checkpoints", keep=flags.keep_checkpoints, asynchronous=flags.async_save) as store,
         metrics.RunLog(
             run,
             log_every=flags.log_every,

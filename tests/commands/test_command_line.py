@@ -50,6 +50,22 @@ def test_every_suggestion_names_flags_that_the_script_has(script):
             assert {flag.lower() for flag in flags} <= set(ours), (name, advice)
 
 
+@pytest.mark.parametrize(
+    ("script", "old", "field"),
+    [
+        ("train_jax", "--keep", "keep_checkpoints"),
+        ("finetune", "--keep", "keep_checkpoints"),
+        ("train_jax", "--reference", "compare_with"),
+        ("app", "--queue", "max_queue"),
+        ("app", "--loaded", "max_loaded"),
+        ("compile_for_gpu", "--kernels", "top_kernels"),
+    ],
+)
+def test_a_flag_s_old_spelling_still_sets_it(script, old, field):
+    flags = command_line.parse(KINDS[script], [old, "7"], None)
+    assert str(getattr(flags, field)) == "7"
+
+
 def test_every_row_of_the_table_is_of_use():
     known = set().union(*map(command_line.names, KINDS.values()))
     assert {flag for row in SAME for flag in row.ours.split()} <= known
