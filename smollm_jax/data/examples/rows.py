@@ -127,8 +127,8 @@ def _answered(prompt: Any, answer: Any, row: dict[str, Any], where: str, name: s
 def _instruction(row: dict[str, Any], where: str) -> Chat:
     """Alpaca's rows: the instruction, and what it is about if anything, are the user's message."""
     answer = next(name for name in ("output", "response") if row.get(name) is not None)
-    about = next((name for name in ("input", "context") if row.get(name)), None)
-    texts = [_text(row[name], f"{where}: {name}") for name in ("instruction", about) if name]
+    context = next((name for name in ("input", "context") if row.get(name)), None)
+    texts = [_text(row[name], f"{where}: {name}") for name in ("instruction", context) if name]
     messages = [{"role": "user", "content": "\n\n".join(texts)}]
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": _text(row["system"], f"{where}: system")})
