@@ -17,6 +17,7 @@ from smollm_parity.rungs import Rung, compared
 # The rungs that only tests cover.
 TESTS_ONLY = {"4 modules": "each module by itself", "6 optimizer": "AdamW and the schedule"}
 TESTS_ONLY |= {"10 family": "other configs of the family", "11 evaluation": "perplexity and lm-eval's answers"}
+TESTS_ONLY |= {"12 finetuning": "steps on chats against TRL's"}
 STYLE = """
 :root { color-scheme: light dark; --pass: light-dark(#0a6b2c, #5fd88a); --fail: light-dark(#b3261e, #ff9d94) }
 html { color: light-dark(#111, #eee); background: light-dark(#fff, #111) }

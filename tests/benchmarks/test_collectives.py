@@ -63,5 +63,5 @@ def test_bytes_are_of_whole_arrays_and_what_a_loop_calls_is_in_the_loop():
 
 
 def test_text_that_is_no_whole_program_is_refused():
-    with pytest.raises(ValueError, match="part takes z, which is not defined"):
+    with pytest.raises(ValueError, match="main: operand z of part is not defined"):
         collectives(PROGRAM.replace("%z = ", "%other = "))

@@ -72,7 +72,7 @@ def test_continuations_of_one_context_share_its_forward_pass(tiny_model, monkeyp
 
 
 def test_more_continuations_than_a_row_holds_are_laid_in_several(tiny_model, monkeypatch):
-    monkeypatch.setattr(loglikelihood, "LONGEST_TREE", 80)
+    monkeypatch.setattr(loglikelihood, "LONGEST_SHARED_ROW", 80)
     context = tuple(range(60))
     asked = [Request(context, tuple(range(i, i + 12))) for i in range(8)]
     for got, request in zip(loglikelihood.score(tiny_model, asked), asked, strict=True):

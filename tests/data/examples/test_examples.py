@@ -325,6 +325,8 @@ def test_targets_are_the_tokens_that_follow_and_are_learnt():
     assert rows.targets.tolist() == [[2, 3, -1, -1, 8, -1], [5, -1, -1, -1, -1, -1]]
     assert rows.documents.tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, -1, -1, -1, -1]]
     assert rows[1:].tokens.tolist() == [[4, 5, 0, 0, 0, 0]]
+    both = packed([example(1, 2, learnt="11"), example(3, 4, learnt="11")], 4)
+    assert both.targets.tolist() == [[2, -1, 4, -1]], "a document's first token follows no token of its own"
     alone = padded([example(1, 2, 3, learnt="011"), example(4, 5, learnt="01")], 4)
     assert alone.targets.tolist() == [[2, 3, -1, -1], [5, -1, -1, -1]]
 
