@@ -117,7 +117,7 @@ def initial_state(flags: Flags, setup: Setup, bundle: Bundle | None) -> tuple[Pr
     restored = setup.restored
     if restored is not None:
         for change in setup.provenance.check_resumes(restored.provenance, flags.allow_change):
-            print(f"note: changed, as --allow-change says: {change}")
+            print(f"note: changed, allowed by --allow-change: {change}")
         print_resume_differences(restored, setup.recipe, recorded_environment(setup.execution))
         return restored.progress, restored.state
     assert bundle is not None

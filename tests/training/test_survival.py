@@ -324,7 +324,7 @@ def test_a_change_that_is_allowed_is_made_and_named(tmp_path):
     assert "seed: 0" not in refused.stderr
     done = train(run, *flags, "--allow-change", "seed", "sequence_length")
     assert done.returncode == 0, done.stderr
-    assert "note: changed, as --allow-change says: seed: 0 -> 7" in done.stdout
+    assert "note: changed, allowed by --allow-change: seed: 0 -> 7" in done.stdout
     with CheckpointStore(run / "checkpoints", create=False) as store:
         assert store.meta(4)["tokens_seen"] == 2 * 2 * 64 + 2 * 2 * 32
         assert store.meta(4)["recipe"]["seed"] == 7
