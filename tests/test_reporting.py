@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 SUITE = {
     "tests/data/test_a.py": "def test_one(): pass\ndef test_two(): assert False\n",
     "parity_tests/test_3_b.py": "import time\ndef test_three(): time.sleep(0.3)\n",
+    **{file: "import os\ndef test_it(): open(os.environ['PYTEST_XDIST_WORKER'], 'a').write('x')\n" for file in LADDER},
     "tests/web/test_c.py": "import pytest\n@pytest.mark.skip('no browser: install one')\ndef test_four(): pass\n",
 }
 
@@ -54,6 +55,7 @@ def test_a_run_says_what_it_showed_what_it_did_not_check_and_what_took_longest(t
         check=False,
     )
     assert done.returncode == 1
+    assert [path.read_text() for path in tmp_path.glob("gw?")] == ["x" * len(LADDER)], "one worker has the ladder"
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert any(re.fullmatch(r"rung 3 b 1 claims hold \d+ s", line) for line in lines), done.stdout
     assert any(re.fullmatch(r"data 1 claims hold, 1 FAILED \d+ s", line) for line in lines), done.stdout

@@ -52,8 +52,7 @@ class NamedFinetuning:
 
 
 RECIPES = {
-    # Ours, the default: less than 10 minutes on 2 cores. The peak is what 12 steps of 512 tokens took best
-    # (named_runs.py).
+    # Ours, the default, small enough for a CPU. The peak is what 12 steps of 512 tokens took best (named_runs.py).
     "laptop-sft": NamedFinetuning(
         {"batch_size": 2, "sequence_length": 512, "learning_rate": 1e-4}, longest=60, warmup_fraction=0.1
     ),

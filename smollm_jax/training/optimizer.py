@@ -46,7 +46,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
 
 
 def without_norms(parameters: Any) -> Any:
-    """True for every parameter but the norms' scales, which are told by their names."""
+    """True for every parameter but the norms' scales, recognized by name."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), parameters)
 
 

@@ -24,7 +24,7 @@ SKIP_LIMIT, SKIP_WINDOW = 10, 1000
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step reads and replaces: float32 parameters and AdamW's state (moments and step count)."""
+    """What a step reads and replaces: float32 parameters and AdamW's state, step count included."""
 
     model: SmolLM
     opt_state: optax.OptState

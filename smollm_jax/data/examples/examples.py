@@ -114,7 +114,9 @@ def read_examples(
     bad = BadTextHandler(on_bad_text, tokenizer.unencodable)
     for where, row, kind in _rows(sources, report):
         if kind == "preference pair":
-            raise InputFileError(f"{where} has chosen and rejected: preference pairs are for --method dpo")
+            raise InputFileError(
+                f"{where} has chosen and rejected: DPO, which learns preference pairs, does not exist yet"
+            )
         content = _checked(example_of(row, kind, where), bad, where)
         if content is not None and (
             example := report.counted(_encoded(content, tokenizer, learn, max_length, where), max_length)
@@ -136,7 +138,7 @@ def read_pairs(
     bad = BadTextHandler(on_bad_text, tokenizer.unencodable)
     for where, row, kind in _rows(sources, report):
         if kind != "preference pair":
-            raise InputFileError(f"{where} has no chosen and rejected: --method dpo needs preference pairs")
+            raise InputFileError(f"{where} has no chosen and rejected: it is no preference pair")
         sides = []
         for answer in preference_of(row, where):
             if (content := _checked(answer, bad, where)) is not None:

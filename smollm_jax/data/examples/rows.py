@@ -22,7 +22,7 @@ KINDS = {  # kind: columns of which a row has to have one each
     "instruction": (("instruction",), ("output", "response")),
     "text": (("text",),),
 }
-OFFERED = "messages; conversations; prompt, completion; instruction, output; text; or chosen, rejected for --method dpo"
+OFFERED = "messages; conversations; prompt, completion; instruction, output; or text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def kind_of_row(row: Any, where: str) -> str:
         if all(columns.intersection(names) for names in needed):
             return kind
     if "prompt" in columns and not columns.intersection(("completion", "chosen", "rejected")):
-        raise InputFileError(f"{where} has a prompt but no completion (or chosen and rejected): it has {_names(row)}")
+        raise InputFileError(f"{where} has a prompt but no completion: it has {_names(row)}")
     raise InputFileError(f"{where} has columns {_names(row)}: needed are {OFFERED}")
 
 
