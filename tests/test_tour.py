@@ -40,6 +40,7 @@ def words(text: str) -> list[str]:
     return NUMBER.sub("", text).replace("#", "").split()
 
 
+@pytest.mark.slow
 def test_the_tour_runs_and_prints_what_it_shows(weights_path, text_path):
     cells = code_cells()
     done = subprocess.run(

@@ -73,6 +73,7 @@ def test_command_buffers_are_off_before_jax_is_imported(tmp_path):
     assert done.stderr.splitlines()[-1:] == ["flags --xla_gpu_enable_command_buffer="]
 
 
+@pytest.mark.slow
 def test_a_step_is_profiled(tmp_path):
     flags = ["--preset", "tiny", "--sequence-length", "32", "--steps", "1", "--out", str(tmp_path)]
     done = subprocess.run(

@@ -285,6 +285,7 @@ def test_several_processes_may_ask_for_the_same_text_at_once(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mixture_is_resumed_on_it(tmp_path):
     for name in ("a b.txt", "c.txt"):
         (tmp_path / name).write_text("".join(f"{name}: line {i}<|im_end|>\x13\n" for i in range(300)))

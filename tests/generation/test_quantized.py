@@ -26,7 +26,7 @@ def texts(model, prompts=PROMPTS, max_new_tokens=12, sampling=GREEDY):
     return np.concatenate(list(generate(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling)), axis=1)
 
 
-@pytest.fixture(scope="module", params=["bf16", "int8"])
+@pytest.fixture(scope="module", params=["int8", pytest.param("bf16", marks=pytest.mark.slow)])
 def quantized(request, tiny_model) -> Quantized:
     return Quantized.from_model(tiny_model, request.param)
 

@@ -1,5 +1,7 @@
 """Every way to attend gives the same numbers as the plain one it stands for."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,9 +39,16 @@ def test_attention_is_the_formula_written_out():
     np.testing.assert_allclose(causal()(*inputs, None)[0], reference(q, k, v, allowed), **CLOSE)
 
 
-@pytest.mark.parametrize("segments", ["one text", "packed"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("T", "block"), [(1, None), (32, 16), (70, 32), (40, 512)])
+FAST = [(1, None, np.float64, "one text"), (70, 32, np.float32, "one text"), (70, 32, np.float64, "packed")]
+FAST += [(40, 512, np.float32, "packed")]
+SIZES, DTYPES, SEGMENTS = [(1, None), (32, 16), (70, 32), (40, 512)], [np.float32, np.float64], ["one text", "packed"]
+OTHERS = [(*size, *other) for size, *other in itertools.product(SIZES, DTYPES, SEGMENTS)]
+
+
+@pytest.mark.parametrize(
+    ("T", "block", "dtype", "segments"),
+    [*FAST, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS if other not in FAST)],
+)
 def test_blocks_give_the_values_and_gradients_of_attention_at_once(T, block, dtype, segments):
     q, k, v, weight = (draw(2, T, heads, 16).astype(dtype) for heads in (6, 2, 2, 6))
     rng = np.random.default_rng(T)

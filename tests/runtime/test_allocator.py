@@ -88,6 +88,7 @@ def test_nothing_changes_with_a_gpu(monkeypatch, tmp_path):
     assert not calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.4, 0.6])
 def test_the_trainer_retains_memory_when_its_plan_is_less_than_half_of_the_free_memory(tmp_path, share):
     python, _, *flags = command(tmp_path / "run", "--batch-size", "2", "--steps", "1", "--eval-every", "0")

@@ -119,6 +119,7 @@ def test_an_error_is_one_line_in_any_locale(tmp_path, command, code, expected):
         assert environment or expected in message
 
 
+@pytest.mark.slow
 def test_a_trainer_without_streams_trains_and_keeps_its_log(tmp_path, tokenizer_path, text_path):
     flags = f"--preset tiny --data {text_path}/1861-Lincoln-1.txt --tokenizer {tokenizer_path} --steps 2 --out run "
     flags += "--sequence-length 32 --batch-size 2"

@@ -32,7 +32,7 @@ from smollm_jax.training.state import Progress, init_model, init_train_state, re
 from tests.small_files import of_tokens
 
 POISON = 77
-MORE = [(0, 1), (1, 2), (2, 1), (2, 2)]  # seeds and micro-batches
+MORE = [(0, 1), (0, 2), (1, 1), (2, 1), (2, 2)]  # seeds and micro-batches
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def losses(folder) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("seed", "accumulate"), [(0, 2), (1, 1), *(pytest.param(*other, marks=pytest.mark.slow) for other in MORE)]
+    ("seed", "accumulate"), [(1, 2), *(pytest.param(*other, marks=pytest.mark.slow) for other in MORE)]
 )
 def test_stopped_and_resumed_is_bit_equal_also_across_an_epoch(tmp_path, config, seed, accumulate):
     plan = recipe(seed=seed, gradient_accumulation_steps=accumulate)
@@ -121,8 +121,15 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(config):
         assert error < 1e-6 * 3, name  # sums of a float32 in another order
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("accumulate", "dtype"),
+    [
+        (2, "float32"),
+        pytest.param(1, "float32", marks=pytest.mark.slow),
+        pytest.param(1, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(2, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_has_the_same_losses_and_dtypes_where_jax_enables_float64(tmp_path, config, dtype, accumulate):
     plan = recipe(dtype=dtype, gradient_accumulation_steps=accumulate, steps=6)
     usual, _ = run(tmp_path / "usual", config, plan)
@@ -176,7 +183,7 @@ def guarded(monkeypatch):
     train_step.train_step.clear_cache()
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["gradient", pytest.param("loss", marks=pytest.mark.slow)])
 def test_an_update_that_is_not_finite_leaves_the_state_as_it_was(config, poison, guarded, where):
     poison(where)
     tx = optimizer.adamw(recipe())

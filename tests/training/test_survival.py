@@ -159,6 +159,7 @@ def test_a_run_stopped_by_signals_again_and_again_has_the_bits_of_one_that_was_n
     print(f"{2 * half} of {2 * half} signals ended in exit 75, saved at steps {saved + more_saved}")
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_run_at_once_and_breaks_nothing(straight, tmp_path, monkeypatch):
     run = tmp_path / "run"
     process = start(run, *FLAGS)
@@ -386,6 +387,7 @@ def test_a_terminal_or_pipe_that_goes_away_ends_no_run_unsaved(straight, tmp_pat
     assert_same_as(straight, run)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_whole_but_cannot_be_understood_is_not_set_aside(tmp_path):
     from smollm_jax.runs import manifest as integrity
 

@@ -469,9 +469,10 @@ def test_two_hundred_visits_leave_memory_flat_and_compile_nothing_new(place):
     assert resident < 20
 
 
-def test_a_tinted_text_is_the_engine_s_text_whatever_bytes_and_stop_strings(engine):
+@pytest.mark.parametrize("seeds", [range(12), pytest.param(range(12, 60), marks=pytest.mark.slow)], ids=len)
+def test_a_tinted_text_is_the_engine_s_text_whatever_bytes_and_stop_strings(engine, seeds):
     ids = engine.encode("a")
-    for seed in range(60):
+    for seed in seeds:
         options = {"max_new_tokens": 24, "sampling": Sampling(1.5, seed=seed), "stop": ("e", " the", "<")}
         tinted = TintedText(engine.tokenizer)
         pieces = list(engine.stream([ids], alternatives=3, **options))
