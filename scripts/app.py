@@ -1,4 +1,4 @@
-"""A page in the browser to complete texts, to chat, and to watch runs learn."""
+"""A web page to complete texts, to chat, and to watch training runs."""
 
 from smollm_jax.commands.app import main
 from smollm_jax.runtime.program import run_main

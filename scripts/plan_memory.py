@@ -1,4 +1,4 @@
-"""What a training step needs of each device's memory, by arithmetic, for each remat policy."""
+"""Estimate the memory per device that a training step needs, for each remat policy."""
 
 from smollm_jax.commands.plan_memory import main
 from smollm_jax.runtime.program import run_main

@@ -1,4 +1,4 @@
-"""Text to a data set for training: text, JSON, tables become sharded token files with a manifest, on all cores."""
+"""Tokenize text, JSON and tables into a data set for training: sharded token files with a manifest, on all cores."""
 
 from smollm_jax.commands.prepare import main
 from smollm_jax.runtime.program import run_main

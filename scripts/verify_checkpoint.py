@@ -1,4 +1,4 @@
-"""Check every checkpoint of a run, file by file, against what was written."""
+"""Check every file of a run's checkpoints against the sizes and hashes stored with it."""
 
 from smollm_jax.commands.verify import main
 from smollm_jax.runtime.program import run_main

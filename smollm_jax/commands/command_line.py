@@ -1,7 +1,7 @@
-"""A script's flags, read by tyro; a line that cannot be understood is refused in one line that says what can.
+"""Parses a script's flags with tyro; a wrong command line becomes a one-line `UsageError` that suggests the right flag.
 
-Flags are the fields of a dataclass, flat for its user and in code. A table GROUPS beside it, title to field names, says
-under which titles --help shows them.
+Flags are the fields of a dataclass. A table GROUPS in its module, title to field names, sets the titles under which
+--help shows them.
 """
 
 import ast
@@ -20,37 +20,37 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from smollm_jax.commands.flag_names import ABSENT, SAME
+from smollm_jax.commands.flag_names import SYNONYMS, UNSUPPORTED
 from smollm_jax.errors import UsageError
 from smollm_jax.runtime.assets import resolve_asset
 from smollm_jax.runtime.invocation import names_as_typed, this_command
 
 F = TypeVar("F")
 POSITIONAL = typing.get_args(tyro.conf.Positional[int])[1]
-PATHS = ("data", "sources")  # of the flags that are strings: a file's name is any bytes, a text is UTF-8
+PATHS = ("data", "sources")  # string flags that are file names, which can be any bytes; other strings must be UTF-8
 
 
 def parse(kind: type[F], argv: list[str] | None, description: str | None, *, weights: tuple[str, ...] = ()) -> F:
     """The flags of a command line (None: this process's); `weights` are fields that may be a model's name on the hub.
 
-    Raises `UsageError` for a line that tyro does not take, and for a text that is not UTF-8.
+    Raises `UsageError` for a line that tyro rejects, and for a text that is not UTF-8.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    _draw_what_can_be_shown()
+    _use_ascii_boxes_if_needed()
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            if {"-h", "--help"} & {*arguments}:  # the groups are for its reader, and take time at every start
-                grouped, shown = _grouped(kind, groups_of(kind)), names_as_typed(description or "")
-                # Every text is given: tyro need not look for a source of classes that have none.
-                tyro.cli(grouped, args=arguments, description=shown, config=(tyro.conf.HelptextFromCommentsOff,))
+            if {"-h", "--help"} & {*arguments}:  # only here, because building the groups takes time
+                grouped, text = _grouped(kind, groups_of(kind)), names_as_typed(description or "")
+                # Every field has its help text, so tyro need not look for the source of these generated classes.
+                tyro.cli(grouped, args=arguments, description=text, config=(tyro.conf.HelptextFromCommentsOff,))
             flags = tyro.cli(kind, args=arguments, description=description)
     except SystemExit as end:
         if not end.code:  # --help
             raise
         message = _unknown_flags(kind, arguments) or _one_line(errors.getvalue())
         raise UsageError(f"{message} (all flags: {this_command()} --help)") from None
-    flags = _with_texts(flags)
+    flags = _decode_texts(flags)
     if any(getattr(flags, name) for name in weights):
         from smollm_jax.weights.hub import locate
 
@@ -58,42 +58,43 @@ def parse(kind: type[F], argv: list[str] | None, description: str | None, *, wei
     return flags
 
 
-def names(kind: type) -> dict[str, bool]:
-    """Every flag of a script without its dashes, `no-` forms and aliases too: whether it is written without a name."""
+def flag_names(kind: type) -> dict[str, bool]:
+    """Every flag of a script without its dashes, with `no-` forms and aliases, to whether it is positional."""
     flags = {"help": False}
     for field, hint in _fields(kind):
-        spelled = [field.name, *(alias for mark in _marks(hint) for alias in getattr(mark, "aliases", None) or ())]
+        metadata = _metadata(hint)
+        names = [field.name, *(alias for item in metadata for alias in getattr(item, "aliases", None) or ())]
         if field.type is bool:
-            spelled.append(f"no-{field.name}")
-        flags |= {name.lstrip("-").replace("_", "-"): POSITIONAL in _marks(hint) for name in spelled}
+            names.append(f"no-{field.name}")
+        flags |= {name.lstrip("-").replace("_", "-"): POSITIONAL in metadata for name in names}
     return flags
 
 
 def suggestion(kind: type, name: str) -> str:
-    """What to use instead of a flag that a script does not have: "--learning-rate" for "lr"; "" where nothing fits."""
-    ours = names(kind)
-    for flags, theirs, note in SAME:
-        fitting = [flag for flag in flags.split() if flag in ours and flag != name]
-        if name in theirs.split() and fitting:
-            shown = " or ".join(f"{flag.upper()} without a flag" if ours[flag] else f"--{flag}" for flag in fitting)
-            return f"use {note if note.startswith('-') else shown + (note and f' ({note})')}"
-    for where, theirs, instead in ABSENT:
-        if name in theirs.split() and (not where or where in ours):
-            return instead
-    near = difflib.get_close_matches(name, ours, n=2, cutoff=0.7) if len(name) > 1 else []
-    longer = [flag for flag in ours if len(name) > 1 and flag.startswith(name)]
-    close = [flag for flag in dict.fromkeys(near + longer) if not ours[flag]]
-    return f"perhaps {' or '.join(f'--{flag}' for flag in close[:3])}" if close else ""
+    """Advice for a flag that a script does not have: "use --learning-rate" for "lr"; "" if there is none."""
+    is_positional = flag_names(kind)
+    for flags, other_names, note in SYNONYMS:
+        candidates = [flag for flag in flags.split() if flag in is_positional and flag != name]
+        if name in other_names.split() and candidates:
+            usage = [f"{flag.upper()} without a flag" if is_positional[flag] else f"--{flag}" for flag in candidates]
+            return f"use {note if note.startswith('-') else ' or '.join(usage) + (note and f' ({note})')}"
+    for required_flag, other_names, advice in UNSUPPORTED:
+        if name in other_names.split() and (not required_flag or required_flag in is_positional):
+            return advice
+    similar = difflib.get_close_matches(name, is_positional, n=2, cutoff=0.7) if len(name) > 1 else []
+    longer = [flag for flag in is_positional if len(name) > 1 and flag.startswith(name)]
+    matches = [flag for flag in dict.fromkeys(similar + longer) if not is_positional[flag]]
+    return f"perhaps {' or '.join(f'--{flag}' for flag in matches[:3])}" if matches else ""
 
 
 def groups_of(kind: type) -> Mapping[str, Sequence[str]]:
-    """The titles under which --help shows a dataclass's flags, each with its fields; none for a short list."""
+    """The titles under which --help shows a dataclass's flags, each with its fields; empty for a short list."""
     return getattr(sys.modules[kind.__module__], "GROUPS", {})
 
 
 def _grouped(kind: type, groups: Mapping[str, Sequence[str]]) -> type:
-    """A dataclass for tyro: of `kind`'s fields, or of one dataclass a group, whose name tyro shows as its title."""
-    fields = dict(_shown_fields(kind))
+    """A dataclass for tyro: `kind`'s fields, or one nested dataclass per group, whose name tyro shows as its title."""
+    fields = dict(_help_fields(kind))
     if not groups:
         return dataclasses.make_dataclass(kind.__name__, fields.values(), kw_only=True)
     kinds = {
@@ -103,23 +104,22 @@ def _grouped(kind: type, groups: Mapping[str, Sequence[str]]) -> type:
     return dataclasses.make_dataclass(kind.__name__, hints)
 
 
-def _shown_fields(kind: Any) -> Iterator[tuple[str, tuple[str, Any, Any]]]:
-    """The fields of a dataclass of flags and of those in it, by name, as `make_dataclass` takes them."""
+def _help_fields(kind: Any) -> Iterator[tuple[str, tuple[str, Any, Any]]]:
+    """The fields of a dataclass and of the dataclasses nested in it, by name, as arguments for `make_dataclass`."""
     texts = _docstrings(kind)
     for field in dataclasses.fields(kind):
-        inner = _inner(field.type)
-        if dataclasses.is_dataclass(inner):
-            yield from _shown_fields(inner)
+        bare_type = _bare_type(field.type)
+        if dataclasses.is_dataclass(bare_type):
+            yield from _help_fields(bare_type)
             continue
-        # A default that stands for leaving the flag out says nothing to its reader.
-        marks = _marks(field.type)
-        left_out = field.default in (None, ()) and tyro.conf.UseAppendAction not in marks
-        silent = left_out or POSITIONAL in marks
-        help_of = tyro.conf.arg(help=names_as_typed(texts[field.name]), help_behavior_hint="" if silent else None)
+        # tyro's hint "(default: None)" would tell the user nothing.
+        metadata = _metadata(field.type)
+        is_optional = field.default in (None, ()) and tyro.conf.UseAppendAction not in metadata
+        hint = "" if is_optional or POSITIONAL in metadata else None
+        help_text = tyro.conf.arg(help=names_as_typed(texts[field.name]), help_behavior_hint=hint)
         defaults = {"default": field.default, "default_factory": field.default_factory}
-        given = {name: default for name, default in defaults.items() if default is not dataclasses.MISSING}
-        made = dataclasses.field(**given, kw_only=True)
-        yield field.name, (field.name, Annotated[field.type, help_of], made)
+        defaults = {name: default for name, default in defaults.items() if default is not dataclasses.MISSING}
+        yield field.name, (field.name, Annotated[field.type, help_text], dataclasses.field(**defaults, kw_only=True))
 
 
 def _docstrings(kind: type) -> dict[str, str]:
@@ -135,74 +135,75 @@ def _docstrings(kind: type) -> dict[str, str]:
     return texts
 
 
-def _inner(hint: Any) -> Any:
-    """A field's type without what is noted on it."""
-    return typing.get_args(hint)[0] if _marks(hint) else hint
+def _bare_type(hint: Any) -> Any:
+    """The type inside `Annotated`."""
+    return typing.get_args(hint)[0] if _metadata(hint) else hint
 
 
 def _fields(kind: Any) -> Iterator[tuple[Any, Any]]:
-    """The fields of a dataclass of flags and of those in it, each with its annotation."""
+    """The fields of a dataclass and of the dataclasses nested in it, each with its annotation."""
     for field in dataclasses.fields(kind):
-        inner = _inner(field.type)
-        if dataclasses.is_dataclass(inner):
-            yield from _fields(inner)
+        bare_type = _bare_type(field.type)
+        if dataclasses.is_dataclass(bare_type):
+            yield from _fields(bare_type)
         else:
             yield field, field.type
 
 
-def _marks(hint: Any) -> tuple[Any, ...]:
+def _metadata(hint: Any) -> tuple[Any, ...]:
+    """What `Annotated` adds to the type."""
     return getattr(hint, "__metadata__", ())
 
 
 def _unknown_flags(kind: type, arguments: list[str]) -> str:
-    """What to say of the flags that the script does not have; "" when it has all of them."""
-    ours, faults = names(kind), []
+    """The message for the flags that the script does not have; "" if it has all of them."""
+    is_positional, messages = flag_names(kind), []
     for argument in arguments:
         if argument == "--":
             break
-        # A single dash has one letter, -h alone is ours; -5 is a number.
+        # -h is the only flag with a single dash; -5 is a number.
         match = re.fullmatch(r"(--?)([A-Za-z][\w.-]*)(=.*)?", argument, re.DOTALL)
         if match is None or argument == "-h":
             continue
         dashes, name = match[1], match[2].replace("_", "-")
-        if dashes == "--" and name in ours and not ours[name]:
+        if dashes == "--" and name in is_positional and not is_positional[name]:
             continue
         advice = names_as_typed(suggestion(kind, name))
-        if name in ours:  # with one dash, or written without a name
-            advice = f"give {name.upper()} without a flag" if ours[name] else f"use --{name}"
-        faults.append(f"{dashes}{match[2]}: no such flag{advice and f'; {advice}'}")
-    return "; ".join(dict.fromkeys(faults))
+        if name in is_positional:  # one dash instead of two, or a flag for a positional argument
+            advice = f"give {name.upper()} without a flag" if is_positional[name] else f"use --{name}"
+        messages.append(f"{dashes}{match[2]}: no such flag{advice and f'; {advice}'}")
+    return "; ".join(dict.fromkeys(messages))
 
 
 def _one_line(box: str) -> str:
-    """The text in a box that tyro drew, without its title, its lines and what it repeats of the help."""
+    """The text in a box that tyro drew, without its title, its border and the help that it repeats."""
     rows = [row.strip("│| \t") for row in box.splitlines() if not re.match(r"\s*[╭╰+]", row)]
     text = " ".join(row for row in rows if not re.fullmatch(r"[─-]*", row))
     text = re.split(r"For full helptext|Argument helptext", text)[0]
     text = re.sub(r"Missing from \S+", "missing", text).replace("(required)", "")
-    # Of a flag that may also be left out ({None}|INT), the fault of the value alone.
+    # For an optional flag ({None}|INT), show only the error about the value.
     text = re.sub(r": no type matching .* - <class '\w+'>:", ":", text, flags=re.DOTALL)
-    # Of a flag with several names the first ones are those of other programs.
+    # For a flag with several names, show only the last: the others are aliases.
     text = re.sub(r"(missing\s+)(?:--[\w-]+ \S+,\s+)+(?=--)", r"\1", text)
     text = re.sub(r"(?<=Expected one of \().*?(?=\))", lambda choices: _choices(choices[0]), text, flags=re.DOTALL)
     return " ".join(text.replace("Unrecognized options", "not understood").split()) or "not understood"
 
 
-def _choices(listed: str) -> str:
-    """The same choices in an order that is always the same, without None, which stands for leaving the flag out."""
-    return ", ".join(choice for choice in sorted(" ".join(listed.split()).split(", ")) if choice != "'None'")
+def _choices(text: str) -> str:
+    """The choices sorted (tyro's order varies), without None, which stands for leaving the flag out."""
+    return ", ".join(choice for choice in sorted(" ".join(text.split()).split(", ")) if choice != "'None'")
 
 
-def _draw_what_can_be_shown() -> None:
-    """Boxes of ASCII where stdout's encoding has no others."""
+def _use_ascii_boxes_if_needed() -> None:
+    """Makes tyro draw ASCII boxes if stdout's encoding has no box characters."""
     try:
         "─│╭".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except (UnicodeEncodeError, LookupError):
         tyro._experimental_options["utf8_boxes"] = False
 
 
-def _with_texts(flags: Any, prefix: str = "") -> Any:
-    """The same flags, their texts as they were typed; raises `UsageError` for one that is not UTF-8."""
+def _decode_texts(flags: Any) -> Any:
+    """The flags with their texts decoded as UTF-8, also in an ASCII locale; raises `UsageError` for invalid UTF-8."""
     changed = {}
     for field in dataclasses.fields(flags):
         value = getattr(flags, field.name)
@@ -218,11 +219,11 @@ def _with_texts(flags: Any, prefix: str = "") -> Any:
 def _text(value: str, name: str) -> str:
     if not any("\ud800" <= character <= "\udfff" for character in value):
         return value
-    try:  # what an ASCII locale made of UTF-8
+    try:  # an ASCII locale decodes UTF-8 bytes to surrogates
         return os.fsencode(value).decode("utf-8")
     except UnicodeError as error:
-        at = f"byte {error.start} " if isinstance(error, UnicodeDecodeError) else ""
-        raise UsageError(f"--{name.replace('_', '-')}: {at}is not UTF-8") from error
+        position = f"byte {error.start} " if isinstance(error, UnicodeDecodeError) else ""
+        raise UsageError(f"--{name.replace('_', '-')}: {position}is not UTF-8") from error
 
 
 def _located(value: Any, locate: Any) -> Any:

@@ -7,7 +7,7 @@
     python scripts/convert_weights.py runs/my-run my-run.gguf --type q8_0           # for llama.cpp
 
 SRC: a run folder or one step under its checkpoints/, a Hugging Face folder, a .pt, .safetensors or .gguf file.
-DST must not exist; it is written whole or not at all. A file's kind is its suffix, a folder's is given with --to.
+DST must not exist; it is written completely or not at all. The suffix of a file sets its format, --to that of a folder.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ class Flags:
     src: tyro.conf.Positional[Path]
     """Weights to read."""
     dst: tyro.conf.Positional[Path]
-    """Where to write them."""
+    """File or folder to write."""
     to: Literal["orbax", "hf", "pt", "safetensors", "gguf"] | None = None
-    """Kind of DST; needed for a folder."""
+    """Format of DST; required for a folder."""
     type: Literal["f32", "f16", "bf16", "q8_0"] | None = None
-    """How a GGUF holds its matrices; default: what keeps every bit. Its norms are float32."""
+    """Type of the matrices in a GGUF. Default: that of the weights, which keeps every bit. Norms are float32."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     allow_unverified: bool = False
@@ -44,33 +44,32 @@ def main(argv: list[str] | None = None) -> None:
     suffixes = {".pt": "pt", ".safetensors": "safetensors", ".gguf": "gguf"}
     if not flags.src.exists():
         raise errors.InputFileError(f"{flags.src}: no such file or folder")
-    kind = flags.to or suffixes.get(flags.dst.suffix.lower())
-    if kind is None:
+    target_format = flags.to or suffixes.get(flags.dst.suffix.lower())
+    if target_format is None:
         raise errors.UsageError(
-            f"{flags.dst}: which kind? Add --to hf or --to orbax, or a suffix .pt, .safetensors or .gguf"
+            f"{flags.dst}: unknown format: add --to hf or --to orbax, or a suffix .pt, .safetensors or .gguf"
         )
     if flags.dst.exists():
         raise errors.UsageError(f"{flags.dst}: exists already; name another target or remove it first")
-    if flags.type and kind != "gguf":
-        raise errors.UsageError(f"--type {flags.type} is for GGUF files; {flags.dst} is to be {kind}")
+    if flags.type and target_format != "gguf":
+        raise errors.UsageError(f"--type {flags.type} is for GGUF files; the format of {flags.dst} is {target_format}")
     from smollm_jax import weights
     from smollm_jax.tokenizer import Tokenizer
 
-    chosen = Tokenizer.of_weights(flags.src, flags.tokenizer) if flags.tokenizer else None
+    tokenizer = Tokenizer.of_weights(flags.src, flags.tokenizer) if flags.tokenizer else None
     bundle = weights.read(flags.src, allow_unverified=flags.allow_unverified)
-    if chosen:
-        bundle.tokenizer_files = chosen.files
-    weights.write(flags.dst, bundle, kind, gguf_type=flags.type)
-    numbers = sum(tensor.size for tensor in bundle.tensors.values())
-    print(
-        f"{flags.dst}: {len(bundle.tensors)} tensors, {numbers:,} parameters, {flags.type or bundle.dtype}, kind {kind}"
-    )
-    if kind == "gguf":
+    if tokenizer:
+        bundle.tokenizer_files = tokenizer.files
+    weights.write(flags.dst, bundle, target_format, gguf_type=flags.type)
+    count = sum(tensor.size for tensor in bundle.tensors.values())
+    dtype = flags.type or bundle.dtype
+    print(f"{flags.dst}: {len(bundle.tensors)} tensors, {count:,} parameters, {dtype}, format {target_format}")
+    if target_format == "gguf":
         from smollm_jax.weights.gguf_writer import rounding_error
 
-        share = rounding_error(bundle.tensors, weights.read(flags.dst).tensors)
-        print(f"what it lost: {f'{share:.2e} of the weights, RMS' if share else 'no bit'}")
-    if bundle.tokenizer_files and kind in ("pt", "safetensors"):
+        error = rounding_error(bundle.tensors, weights.read(flags.dst).tensors)
+        print(f"rounding error: {f'{error:.2e} of the weights, RMS' if error else 'none, every bit is kept'}")
+    if bundle.tokenizer_files and target_format in ("pt", "safetensors"):
         print(f"the tokenizer stays in {flags.src}: a {flags.dst.suffix} file holds weights and config only")
-    if not bundle.tokenizer_files and kind in ("hf", "orbax"):
-        print(f"{flags.src} has no tokenizer that is read here, and so {flags.dst} has none: --tokenizer names one")
+    if not bundle.tokenizer_files and target_format in ("hf", "orbax"):
+        print(f"{flags.dst} has no tokenizer, because none was found in {flags.src}: name one with --tokenizer")

@@ -4,10 +4,10 @@
     python scripts/evaluate.py --weights runs/my-run --every-checkpoint --data held-out.jsonl --out quality
     python scripts/evaluate.py --weights runs/a runs/b assets/SmolLM2-135M-Instruct --data held-out.jsonl
 
-Every document is read after the beginning-of-text token, so all of its bytes are predicted. One longer than --length
-is read in windows that begin --stride tokens apart, each token scored once, in the first window that reaches it: a
-smaller stride gives it more text to go by, and takes longer. Bits per byte compare across tokenizers, loss and
-perplexity do not. With --out: quality.json, and quality.png where there are several weights.
+Every document starts with the beginning-of-text token, so all of its bytes are predicted. A document longer than
+--length is read in windows that start --stride tokens apart; each token is scored once, in the first window that
+contains it. A smaller stride gives tokens more context and takes longer. Bits per byte are comparable across
+tokenizers, loss and perplexity are not. --out writes quality.json, and quality.png for several weights.
 """
 
 import dataclasses
@@ -23,28 +23,28 @@ from smollm_jax.runtime import install
 @dataclasses.dataclass(frozen=True)
 class Flags:
     weights: tuple[Path, ...]
-    """Weights of any kind, one or several."""
+    """Weights in any format, one or several."""
     data: Path
-    """Text as prepare_data.py takes it: a file, folder or glob. Each plain file, line, row or object is a document.
-    Of a folder with splits the one to test on is read."""
+    """Text in any form that prepare_data.py reads: a file, folder or glob. Each plain file, line, row or object is a
+    document. In a folder with splits, the test split is read."""
     text_column: str = "text"
-    """Which field of JSON or column of a table is the text."""
+    """JSON field or table column that holds the text."""
     on_bad_text: Literal["stop", "skip", "replace"] = "stop"
-    """What becomes of a document without tokens, as in prepare_data.py."""
+    """What to do with a document that cannot be encoded, as in prepare_data.py."""
     special_tokens: bool = False
-    """Read a special token that is written in the text as one; its bytes still count as those of the text."""
+    """Encode a special token in the text as one token; its bytes still count."""
     every_checkpoint: bool = False
-    """Of a run folder take all checkpoints, not the newest."""
+    """Evaluate all checkpoints of a run folder, not only the newest."""
     length: int | None = None
-    """Tokens of a window; default: the context, at most 2048."""
+    """Tokens per window. Default: the model's context, at most 2048."""
     stride: int | None = None
-    """Tokens between the beginnings of two windows; default: half of --length."""
+    """Tokens between the starts of two windows. Default: half of --length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights; XLA multiplies bfloat16 slowly on a CPU."""
+    """Dtype of the weights; bfloat16 matmuls are slow in XLA on a CPU."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     out: Path | None = None
-    """Folder to write."""
+    """Folder for quality.json and quality.png."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
     if not flags.weights:
         raise errors.UsageError("--weights: name at least one")
-    paths = [path for given in flags.weights for path in checkpoints_of(given, flags.every_checkpoint)]
+    paths = [path for weights in flags.weights for path in checkpoints_of(weights, flags.every_checkpoint)]
     from smollm_jax.data.text_sources import select_files
     from smollm_jax.evaluation.quality import Texts, measure
     from smollm_jax.runtime import compilation_cache
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     compilation_cache.enable()
     select_files(flags.data, flags.text_column)  # reports a missing path before weights are read
     if flags.out and flags.out.exists() and not flags.out.is_dir():
-        raise errors.UsageError(f"--out {flags.out}: is no folder")
+        raise errors.UsageError(f"--out {flags.out}: is a file, not a folder")
     texts = Texts(flags.data, flags.text_column, flags.on_bad_text, flags.special_tokens)
     rows, printed = [], set[str]()
     print(" | ".join(["weights", *(column.replace("_", " ") for column in COLUMNS)]))
@@ -103,7 +103,7 @@ def checkpoints_of(path: Path, every: bool) -> list[Path]:
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """quality.json, and for several rows quality.png: bits per byte against the step, or side by side."""
+    """Writes quality.json and, for several rows, quality.png: bits per byte against the step."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     if len(rows) < 2:
@@ -123,7 +123,7 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> None:
         name = str(Path(row["weights"]).parent.parent) if row["step"] is not None else row["weights"]
         runs.setdefault(name, []).append(row)
     for name, points in runs.items():
-        if points[0]["step"] is None:  # no point of a training: a level to compare with
+        if points[0]["step"] is None:  # weights without a step become a horizontal line
             axes.axhline(points[0]["bits_per_byte"], linestyle="--", linewidth=1, color="grey")
             axes.annotate(name, (0, points[0]["bits_per_byte"]), xycoords=("axes fraction", "data"), va="bottom")
         else:

@@ -5,14 +5,14 @@
     python examples/load_exported.py instruct.npz 504 3575 282 4649 314       # a loader to copy: 30 lines
 
 The file is a NumPy archive: the StableHLO of `forward` and `decode` as `jax.export` serialises it, lowered for CPU and
-CUDA, batch and lengths symbolic, and the parameters in the order the programs take them. To read it takes JAX, NumPy
-and flatbuffers.
+CUDA with symbolic batch and lengths, and the parameters in the order of the programs' arguments. A reader needs JAX,
+NumPy and flatbuffers.
 
     forward(parameters, tokens [b, t]) -> logits [b, t, V]
     decode(parameters, tokens [b, n], keys, values [L, b, s, K, H], length) -> logits [b, n, V], keys, values
 
-`decode` reads a prompt (n tokens into an empty cache) and each token after it (n = 1); `length` is how many slots of
-the cache are in use. Attention is the plain one, with a t x t mask: for long training contexts use the package.
+`decode` reads a prompt (n tokens into an empty cache) and each token after it (n = 1); `length` is the number of cache
+slots in use. Attention materializes a t x t mask: for long contexts use the package.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ from smollm_jax.runtime import install
 @dataclasses.dataclass(frozen=True)
 class Flags:
     src: tyro.conf.Positional[Path]
-    """Weights of any kind."""
+    """Weights in any format."""
     dst: tyro.conf.Positional[Path]
-    """The .npz to write; must not exist."""
+    """The .npz file to write; must not exist."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights, the products and the cache; logits are float32."""
+    """Dtype of weights, matmuls and cache; logits are float32."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
@@ -43,11 +43,11 @@ class Flags:
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__, weights=("src",))
     if flags.dst.suffix != ".npz":
-        raise errors.UsageError(f"{flags.dst}: the file's name must end in .npz")
+        raise errors.UsageError(f"{flags.dst}: the file name must end in .npz")
     if flags.dst.exists():
         raise errors.UsageError(f"{flags.dst}: exists already; name another target or remove it first")
     try:
-        import flatbuffers  # noqa: F401  # what jax.export serialises with
+        import flatbuffers  # noqa: F401  # jax.export serialises with it
     except ImportError as error:
         raise errors.UsageError(install.needs("export.py", "export")) from error
     import jax.numpy as jnp

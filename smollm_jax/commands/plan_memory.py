@@ -1,12 +1,12 @@
-"""What a training step needs of each device's memory, by arithmetic, for each remat policy.
+"""Estimate the memory per device that a training step needs, for each remat policy.
 
     python scripts/plan_memory.py --batch-size 8 --sequence-length 2048
     python scripts/plan_memory.py --platform gpu --dtype bfloat16 --memory 80 --mesh data=4,fsdp=2 --batch-size 256
-    python scripts/plan_memory.py --sequence-length 1024 --check    # compiles each, and shows what XLA says
+    python scripts/plan_memory.py --sequence-length 1024 --check    # compiles each step and compares with XLA's figure
 
-Takes train_jax.py's flags. Nothing is allocated, and nothing compiled but with --check, so that a model may be planned
-for devices that are not here. A GPU's numbers are the CPU's arithmetic less what is known of XLA:CPU alone, within 8 %
-of what scripts/compile_for_gpu.py compiles for an H100, and an allowance for cuDNN's workspace, which that lacks.
+Takes train_jax.py's flags. Allocates nothing, and compiles only with --check, so it also works for devices that this
+machine does not have. The estimate for a GPU is within 8 % of the program that scripts/compile_for_gpu.py compiles for
+an H100, plus an allowance for cuDNN's workspace, which that program lacks.
 """
 
 import dataclasses
@@ -21,25 +21,25 @@ from smollm_jax.commands import command_line
 @dataclasses.dataclass(frozen=True)
 class Flags:
     preset: str = "smollm2-135m"
-    """Model."""
+    """Model shape."""
     batch_size: int = 8
-    """Sequences a step, on all devices."""
+    """Sequences per step, over all devices."""
     sequence_length: int = 2048
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     dtype: Literal["bfloat16", "float32"] = "float32"
-    """Of the products."""
+    """Dtype of matmuls."""
     gradient_accumulation_steps: int = 1
-    """Parts a batch is computed in."""
+    """Micro-batches per step."""
     mesh: str | None = None
-    """As in train_jax.py; default: one device."""
+    """Device mesh, as in train_jax.py. Default: one device."""
     attention: Literal["xla", "cudnn"] | None = None
-    """Default: cudnn on a GPU in bfloat16, else xla."""
+    """Attention implementation. Default: cudnn on a GPU in bfloat16, else xla."""
     platform: Literal["cpu", "gpu"] | None = None
-    """Whose program; default: that of this machine's first device."""
+    """Platform of the devices. Default: that of this machine."""
     memory: float | None = None
-    """GB a device has; default: this machine's."""
+    """GB per device. Default: those of this machine."""
     check: bool = False
-    """Compile each step, on virtual devices where there is no GPU, and show what XLA says it needs."""
+    """Compile each step, on virtual devices if there is no GPU, and show the memory that XLA says it needs."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
 
@@ -73,15 +73,15 @@ def main(argv: list[str] | None = None) -> None:
     devices = math.prod(sizes.values())
     check_batch_divides(flags.batch_size, devices, accumulation_steps)
     jax.config.update("jax_num_cpu_devices", devices)
-    here = jax.devices()[0].platform
-    platform = flags.platform or here
-    if platform != here and (flags.check or flags.memory is None):
-        raise errors.UsageError(f"--platform {platform}: this machine has none; give --memory, and no --check")
-    card = SimpleNamespace(platform=platform, compute_capability="8.0")  # a GPU that has cuDNN's attention
-    fastest, _ = fastest_attention(card, flags.dtype, flags.sequence_length, config.head_dim, documents=False)
+    local_platform = jax.devices()[0].platform
+    platform = flags.platform or local_platform
+    if platform != local_platform and (flags.check or flags.memory is None):
+        raise errors.UsageError(f"--platform {platform}: this machine has none: add --memory, and leave out --check")
+    device = SimpleNamespace(platform=platform, compute_capability="8.0")  # as a GPU one with cuDNN attention
+    fastest, _ = fastest_attention(device, flags.dtype, flags.sequence_length, config.head_dim, documents=False)
     attention: Any = flags.attention or fastest
     mesh: Any = None
-    if flags.mesh:  # an abstract one is enough to plan
+    if flags.mesh:  # estimates need only an abstract mesh
         mesh = (
             sharding.make_mesh(flags.mesh) if flags.check else jax.sharding.AbstractMesh((*sizes.values(),), (*sizes,))
         )
@@ -106,18 +106,18 @@ def main(argv: list[str] | None = None) -> None:
     for remat in get_args(Remat):
         dtype, operands = precision.activation_and_operand_dtypes(flags.dtype, platform)
         execution = ExecutionConfig(dtype, attention, remat, 1, accumulation_steps, mesh, operands=operands)
-        planned = memory.estimate(config, recipe, execution, platform)
-        cells = [f"{getattr(planned, name) / 1e9:.3f}" for name in names]
+        estimate = memory.estimate(config, recipe, execution, platform)
+        cells = [f"{getattr(estimate, name) / 1e9:.3f}" for name in names]
         try:
             largest = str(memory.largest_batch(config, recipe, execution, platform, limit).batch_size)
         except errors.UsageError:
             largest = "none"
-        cells += [f"**{planned.total / 1e9:.3f}**", "yes" if planned.total <= limit else "no", largest]
+        cells += [f"**{estimate.total / 1e9:.3f}**", "yes" if estimate.total <= limit else "no", largest]
         if flags.check:
-            need = memory.compiled_bytes(train_step.compile_step(config, recipe, execution))
-            cells += [f"{need / 1e9:.3f}", f"{planned.total / need - 1:+.1%}"]
+            compiled = memory.compiled_bytes(train_step.compile_step(config, recipe, execution))
+            cells += [f"{compiled / 1e9:.3f}", f"{estimate.total / compiled - 1:+.1%}"]
         columns[remat] = cells
-    rows = [*names, "**highest**", "fits", "--batch-size auto"] + ["XLA's own", "plan against it"] * flags.check
-    print(f"| GB a device, --remat | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
+    rows = [*names, "**peak**", "fits", "--batch-size auto"] + ["XLA's figure", "estimate against it"] * flags.check
+    print(f"| GB per device, --remat | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
     for name, *cells in zip(rows, *columns.values(), strict=False):
         print(f"| {name} | {' | '.join(cells)} |")

@@ -1,15 +1,14 @@
-"""Text to a data set for training: text, JSON, tables become sharded token files with a manifest, on all cores.
+"""Tokenize text, JSON and tables into a data set for training: sharded token files with a manifest, on all cores.
 
     python scripts/prepare_data.py my_text/ notes.jsonl.zst 'dumps/*.parquet' --out data/web
     python scripts/prepare_data.py code/ --text-column content --out data/code
     python scripts/train_jax.py --data data/web:0.75 data/code:0.25
-    python scripts/prepare_data.py --verify data/web data/code      # read every byte of prepared sets again
+    python scripts/prepare_data.py --verify data/web data/code      # check every byte of prepared sets
 
 A source is a file, a folder or a glob of plain text, .jsonl, .json, .csv, .tsv (each also .gz, .zst, .xz, .bz2),
-.parquet and .arrow; .zst, Parquet and Arrow need the extra `data`. Of a folder, hidden files, dataset cards and all
-splits but the one to train on are left out, and that is said. However it is stopped or killed, the same command goes on
-with what is missing, and the result is the same, byte for byte, for any number of workers. All of it, and the SmolLM
-corpus as an example: docs/data.md.
+.parquet and .arrow; .zst, Parquet and Arrow need the extra `data`. In a folder, hidden files, dataset cards and all
+splits except the training split are skipped, with a note. After a stop or a kill, the same command continues. The
+result is the same, byte for byte, for any number of workers. More, with the SmolLM corpus as an example: docs/data.md.
 """
 
 import dataclasses
@@ -31,19 +30,19 @@ class Flags:
     out: Path | None = None
     """Folder of the data set."""
     tokenizer: Path = Path("assets/tokenizer")
-    """Folder with tokenizer.json and its tokenizer_config.json."""
+    """Folder with tokenizer.json and tokenizer_config.json."""
     text_column: str = "text"
-    """Which field of JSON or column of a table is the text."""
+    """JSON field or table column that holds the text."""
     on_bad_text: Literal["stop", "skip", "replace"] = "stop"
-    """What becomes of a text without tokens (a control character the vocabulary lacks, NUL, no UTF-8, null): it stops
-    the preparation, its document is skipped, or each such character is replaced by U+FFFD."""
+    """What to do with a text that cannot be encoded (null, not UTF-8, NUL or another character that the vocabulary
+    lacks): stop with an error, skip its document, or replace each such character by U+FFFD."""
     special_tokens: bool = False
-    """Read a special token that is written in a text, such as <|im_start|>, as one, as transformers does; else it is
-    plain text."""
+    """Encode a special token in a text, such as <|im_start|>, as one token, as transformers does, instead of as plain
+    text."""
     shard_tokens: int = 1 << 24
-    """Tokens after which the next file of the set begins; a worker holds as many in memory, with their text."""
+    """Tokens per file of the set; each worker holds that many in memory, with their text."""
     workers: int = 0
-    """Processes, which share the cores; 0: one for every four."""
+    """Worker processes, which share the cores; 0: one per four cores."""
     verify: bool = False
     """Check every byte of prepared sets instead."""
     debug: bool = False
@@ -66,19 +65,19 @@ def main(argv: list[str] | None = None) -> None:
     from smollm_jax.runtime.signals import StopSignal
 
     if not flags.sources:
-        raise errors.UsageError("name at least one source")
+        raise errors.UsageError("name at least one file, folder or glob of text")
     if flags.verify:
         for folder in map(Path, flags.sources):
             if not any((folder / name).is_file() for name in (MANIFEST, "tokens.json")):
-                why = "is no prepared set that came to its end" if folder.exists() else "no such folder"
-                raise errors.InputFileError(f"{folder}: {why}")
+                reason = "is not a prepared set, or an unfinished one" if folder.exists() else "no such folder"
+                raise errors.InputFileError(f"{folder}: {reason}")
             tokens = TokenSet.open(folder)
             for file in tokens.files:
                 file.verify()
-            print(f"{folder}: {_counts(tokens)}, every byte as it was written")
+            print(f"{folder}: {_counts(tokens)}, all checksums match")
         return
     if flags.out is None:
-        raise errors.UsageError("name a folder with --out")
+        raise errors.UsageError("name a folder for the data set with --out")
     if flags.out.exists() and not flags.out.is_dir():
         raise errors.UsageError(f"--out {flags.out}: is a file, not a folder")
     if flags.workers < 0:
@@ -90,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = make_plan([Path(source) for source in flags.sources], settings)
     print(*plan.notes, sep="\n", end="\n" * bool(plan.notes))
     size = sum(sum(unit.sizes) for unit in plan.units)
-    print(f"{len(plan.files):,} files, {size / 1e6:,.0f} MB, in {len(plan.units):,} units of work", flush=True)
+    print(f"{len(plan.files):,} files, {size / 1e6:,.0f} MB, in {len(plan.units):,} work units", flush=True)
     with RunLock(flags.out, "preparation"):
         build_dataset(flags.out, plan, settings, flags.workers, stop)
     print(f"{flags.out}: {_counts(TokenSet.open(flags.out))}")

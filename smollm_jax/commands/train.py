@@ -1,13 +1,13 @@
 """Train SmolLM2 on text.
 
     python scripts/train_jax.py                                  # everything chosen for this machine
-    python scripts/train_jax.py --resume                         # go on with the newest run
-    python scripts/train_jax.py --data my_text/ --init-from assets/SmolLM2-135M-Instruct # goes on training weights
+    python scripts/train_jax.py --resume                         # continue the newest run
+    python scripts/train_jax.py --data my_text/ --init-from assets/SmolLM2-135M-Instruct  # start from these weights
     python scripts/train_jax.py --mesh data=8 --batch-size 64    # on eight GPUs; docs/scaling.md for several machines
-    python scripts/train_jax.py --recipe one-gpu-day --data DATA # a whole run by name
+    python scripts/train_jax.py --recipe one-gpu-day --data DATA # a named run
 
 On a GPU: 5,000 steps of 8 x 2,048 tokens in bfloat16. Without one: the same 134.5M parameters at a demo size that
-takes about 10 minutes on 2 cores. A flag left out is chosen by the device and printed before training starts.
+takes about 10 minutes on 2 cores. Flags that are left out are chosen for the device and printed before training starts.
 """
 
 import contextlib
@@ -43,27 +43,29 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("log_every", "keep_checkpoints"):
         if getattr(flags, name) < 1:
             raise errors.UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(flags, name)}")
-    by_hand = [
+    cluster_flags = [
         name for name in ("coordinator_address", "num_processes", "process_id") if getattr(flags, name) is not None
     ]
     if flags.distributed:
         if not flags.out or flags.async_save:
-            raise errors.UsageError("--distributed needs --out, a folder all processes see, and takes no --async-save")
+            raise errors.UsageError(
+                "--distributed needs --out, a folder that all processes see, and cannot be used with --async-save"
+            )
         from smollm_jax.parallel import processes
 
         processes.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
         if not processes.is_main_process():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the first process speaks for all
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # only the main process prints
         with processes.translate_peer_errors():
-            begin(flags, stop, startup, first=processes.is_main_process())
-    elif by_hand:
-        raise errors.UsageError(f"--{by_hand[0].replace('_', '-')} says something about --distributed only")
+            train_in_folder(flags, stop, startup, is_main_process=processes.is_main_process())
+    elif cluster_flags:
+        raise errors.UsageError(f"--{cluster_flags[0].replace('_', '-')} needs --distributed")
     else:
-        begin(flags, stop, startup, first=True)
+        train_in_folder(flags, stop, startup, is_main_process=True)
 
 
-def begin(flags: TrainingFlags, stop: "StopSignal", startup: QuickStart, *, first: bool) -> None:
-    """Trains in the run folder the flags mean, which the first of a run's processes holds a lock on."""
+def train_in_folder(flags: TrainingFlags, stop: "StopSignal", startup: QuickStart, *, is_main_process: bool) -> None:
+    """Chooses the run folder, locks it (in the main process) and trains there."""
     from smollm_jax.config import named_runs
     from smollm_jax.runs.folder import check_no_checkpoint, clean_up_failed_start, newest_run
     from smollm_jax.runtime.lock import RunLock
@@ -76,20 +78,20 @@ def begin(flags: TrainingFlags, stop: "StopSignal", startup: QuickStart, *, firs
             raise errors.CheckpointError(f"--resume: {run / 'checkpoints'}: no such checkpoint folder")
     else:
         if flags.allow_change or flags.allow_unverified:
-            raise errors.UsageError("--allow-change and --allow-unverified say something about --resume only")
+            raise errors.UsageError("--allow-change and --allow-unverified are for --resume only")
         name = flags.preset or named_runs.by_name(flags.recipe or "demo").preset
         run = flags.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}")
         check_no_checkpoint(run)
-        # What a run left that died before its first checkpoint is replaced; it has a lock file from its start on.
+        # A run that died before its first checkpoint is replaced; every run folder has a lock file from its start.
         if any(run.glob("*")) and not (run / "lock").exists():
-            raise errors.UsageError(f"{run}: exists and is no run of this trainer: name another --out")
+            raise errors.UsageError(f"{run}: exists and is not a run of this trainer: name another --out")
     with contextlib.ExitStack() as stack:
-        if first:
+        if is_main_process:
             stack.enter_context(RunLock(run))
             stack.enter_context(clean_up_failed_start(run))
         if not flags.resume:
-            check_no_checkpoint(run)  # another trainer may have had it in between
-        retained = allocator.retain_freed_memory()  # before there are threads that allocate
+            check_no_checkpoint(run)  # another trainer may have saved one since the first check
+        retained = allocator.retain_freed_memory()  # before other threads allocate
         read_weights = start_reading(flags)
         from smollm_jax.training.run import run_training
 
@@ -97,10 +99,10 @@ def begin(flags: TrainingFlags, stop: "StopSignal", startup: QuickStart, *, firs
 
 
 def start_reading(flags: TrainingFlags) -> "Callable[[], Bundle] | None":
-    """A function that returns the weights of --init-from; None without them.
+    """A function that returns the weights of --init-from; None without --init-from.
 
-    Formats whose reading is mostly hashing are read in the background, while JAX is imported. Readers of the others
-    import JAX or PyTorch themselves, or silence stderr.
+    Formats whose reading is mostly hashing are read in a background thread while JAX is imported. The readers of the
+    other formats import JAX or PyTorch themselves, or silence stderr.
     """
     if not flags.init_from or flags.resume:
         return None

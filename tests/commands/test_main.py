@@ -1,4 +1,4 @@
-"""`smollm VERB`: its list of verbs, what it refuses, and how its messages name other commands."""
+"""`smollm VERB`: its list of verbs, its errors, and how its messages name other commands."""
 
 import importlib
 import re
@@ -27,19 +27,19 @@ def installed() -> list[str]:
 @pytest.mark.parametrize("line", [[], ["help"], ["--help"], ["-h"]])
 def test_the_verbs_are_listed_each_with_what_its_script_does(line, capsys):
     main.run(line)
-    shown = dict(re.findall(r"^  ([\w-]+) +(\S.*)$", capsys.readouterr().out, re.MULTILINE))
-    assert list(shown) == installed()
-    for verb in set(shown) - {"parity"}:
+    listed = dict(re.findall(r"^  ([\w-]+) +(\S.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert list(listed) == installed()
+    for verb in set(listed) - {"parity"}:
         docstring = importlib.import_module(main.module_of(verb)).__doc__
         assert docstring
-        assert shown[verb] == docstring.splitlines()[0]
+        assert listed[verb] == docstring.splitlines()[0]
 
 
 def test_listing_the_verbs_imports_no_framework_and_not_even_tyro():
     heavy = "{'jax', 'torch', 'numpy', 'tyro', 'transformers'}"
     program = f"from smollm_jax.commands import main; main.run([]); import sys; assert not {heavy} & set(sys.modules)"
-    done = run("-c", program)
-    assert done.returncode == 0, done.stderr
+    result = run("-c", program)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("verb", [verb for verb in installed() if verb != "parity"])
@@ -84,16 +84,16 @@ def test_messages_name_commands_as_the_user_types_them(tmp_path):
     flags = ("--tokenizer", tmp_path / "none", tmp_path / "x.txt", "--out", tmp_path / "data")
     (tmp_path / "x.txt").write_text("Text.")
     for command, fetch in ((SMOLLM, "smollm fetch"), ((), "python scripts/fetch_assets.py")):
-        done = started(*(command or ("scripts/prepare_data.py",)), *(("prepare", *flags) if command else flags))
-        assert done.returncode == 3
-        assert f"`{fetch} tokenizer` fetches SmolLM2's" in done.stderr, done.stderr
-    done = started(*SMOLLM, "generate", "--wieghts", "x")
-    assert (done.returncode, done.stderr) == (
+        result = started(*(command or ("scripts/prepare_data.py",)), *(("prepare", *flags) if command else flags))
+        assert result.returncode == 3
+        assert f"`{fetch} tokenizer` fetches SmolLM2's" in result.stderr, result.stderr
+    result = started(*SMOLLM, "generate", "--wieghts", "x")
+    assert (result.returncode, result.stderr) == (
         2,
         "error: --wieghts: no such flag; perhaps --weights (all flags: smollm generate --help)\n",
     )
-    done = started("scripts/generate.py", "--wieghts", "x")
-    assert done.stderr.endswith("(all flags: python scripts/generate.py --help)\n")
+    result = started("scripts/generate.py", "--wieghts", "x")
+    assert result.stderr.endswith("(all flags: python scripts/generate.py --help)\n")
 
 
 def test_a_file_of_the_users_that_is_called_like_a_script_keeps_its_name(monkeypatch):

@@ -1,4 +1,4 @@
-"""A data set is the same tokens whoever prepares it, however often it is killed, from whatever kind of file."""
+"""A data set has the same tokens for any number of workers and kills, and any file type."""
 
 import gzip
 import json
@@ -30,14 +30,14 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
 def texts(count: int, length: int, seed: int = 0) -> list[str]:
-    """Texts of words and spaces of all kinds, which differ."""
+    """Distinct texts of words and all kinds of white space."""
     rng = np.random.default_rng(seed)
     words = ["the", "12", "é", "we've", "😀", "a", "\n", "\n\n", "  x", "\t", "…", "dog.", "語"]
     return [f"{i} " + " ".join(rng.choice(words, rng.integers(1, length))) for i in range(count)]
 
 
-def jsonl(found: list[str], column: str = "text") -> bytes:
-    return "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(found)).encode()
+def jsonl(texts: list[str], column: str = "text") -> bytes:
+    return "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)).encode()
 
 
 def zst(content: bytes) -> bytes:
@@ -55,7 +55,7 @@ def small(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> tuple[Path, list[str]]:
-    """A folder of files of every kind, and the documents in them."""
+    """A folder with a file of every type, and their documents."""
     folder, long, short = tmp_path_factory.mktemp("sources"), texts(900, 60), texts(40, 30, seed=1)
     (folder / "a.jsonl").write_bytes(jsonl(long))
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(long[:300])))
@@ -69,11 +69,11 @@ def sources(tmp_path_factory) -> tuple[Path, list[str]]:
 
 
 def prepare(
-    out: Path, tokenizer: Path, *given: object, shard_tokens: int = 2000, workers: int = 1, **others: str
+    out: Path, tokenizer: Path, *sources: object, shard_tokens: int = 2000, workers: int = 1, **options: str
 ) -> TokenSet:
     flags = ["--tokenizer", tokenizer, "--shard-tokens", shard_tokens, "--workers", workers]
-    flags += [part for name, value in others.items() for part in ("--" + name.replace("_", "-"), value)]
-    prepare_data.main(list(map(str, [*given, "--out", out, *flags])))
+    flags += [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
+    prepare_data.main(list(map(str, [*sources, "--out", out, *flags])))
     return TokenSet.open(out)
 
 
@@ -84,7 +84,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def straight(sources, small, tmp_path_factory) -> Path:
-    """The data set of those sources, made at one go by one process."""
+    """The data set of those sources, prepared without interruption by one process."""
     out = tmp_path_factory.mktemp("straight") / "set"
     command = [*SCRIPT, sources[0], "--out", out, "--tokenizer", small, "--shard-tokens", "2000", "--workers", "1"]
     subprocess.run(list(map(str, command)), check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
@@ -93,27 +93,27 @@ def straight(sources, small, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _signals(monkeypatch):
-    """The script takes the signals and the output of its process; here that is pytest's."""
+    """Restores pytest's signal handlers and output streams, which the script replaces."""
     monkeypatch.setattr("smollm_jax.runtime.signals.StopSignal.install", lambda self, doing: self)
 
 
 def test_every_kind_of_file_gives_its_documents_and_their_tokens(sources, straight, small):
-    tokenizer, found = Tokenizer.load(small), []
+    tokenizer, documents = Tokenizer.load(small), []
     for file in TokenSet.open(straight).files:
         file.verify()
         starts = [0, *file.ends[:-1].astype(int)]
-        found += [file.tokens[a:b].tolist() for a, b in zip(starts, file.ends.astype(int), strict=True)]
+        documents += [file.tokens[a:b].tolist() for a, b in zip(starts, file.ends.astype(int), strict=True)]
     assert len(TokenSet.open(straight).files) > 20
-    whole = [ids for ids in found if ids[-1] == 0]
-    pieces = [ids for ids in found if ids[-1] != 0]
+    complete = [ids for ids in documents if ids[-1] == 0]
+    pieces = [ids for ids in documents if ids[-1] != 0]
     expected = sorted([*tokenizer.encode(text), 0] for text in sources[1])
     last = expected.pop(next(i for i, ids in enumerate(expected) if len(ids) > 2000))  # g.md, spread over several
-    ending = next(ids for ids in whole if ids not in expected)
-    whole.remove(ending)
-    assert sorted(whole) == expected
+    ending = next(ids for ids in complete if ids not in expected)
+    complete.remove(ending)
+    assert sorted(complete) == expected
     assert [i for ids in [*pieces, ending] for i in ids] == last
     manifest = json.loads((straight / "manifest.json").read_text())
-    assert (manifest["tokens"], manifest["documents"]) == (sum(map(len, found)), len(found))
+    assert (manifest["tokens"], manifest["documents"]) == (sum(map(len, documents)), len(documents))
     assert manifest["text_column"] == "text"
     assert len(manifest["sources"]) == 46
 
@@ -157,9 +157,9 @@ def test_a_signal_leaves_what_is_finished_and_says_so(sources, straight, small, 
     while not list(out.glob("0*-*/tokens.json")):
         time.sleep(0.002)
     os.killpg(process.pid, sent)  # as a terminal does
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75, said
-    *before, last = said.splitlines()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    *before, last = stderr.splitlines()
     assert last == f"stopped by {sent.name}: {out}: finished files are kept; run the same command again to continue"
     # A thread answers the signal; on a busy machine the main thread may have ended all before it can.
     assert len(before) <= 1, "a worker spoke"
@@ -179,9 +179,9 @@ def test_a_worker_that_dies_is_said_in_one_line(sources, small, tmp_path):
     while not (children := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
         time.sleep(0.002)
     os.kill(int(children[0]), signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert said == "error: a preparation worker exited with status -9; run the same command again to continue\n"
+    assert stderr == "error: a preparation worker exited with status -9; run the same command again to continue\n"
 
 
 def test_a_full_disk_is_one_line_and_exit_5(sources, small, tmp_path):
@@ -193,13 +193,13 @@ def test_a_full_disk_is_one_line_and_exit_5(sources, small, tmp_path):
         out = tmp_path / workers
         flags = ["--out", out, "--tokenizer", small, "--shard-tokens", "20000", "--workers", workers]
         command = list(map(str, [*SCRIPT, sources[0], *flags]))
-        done = subprocess.run(
+        result = subprocess.run(
             command, preexec_fn=little_room, env=ENVIRONMENT, capture_output=True, text=True, check=False
         )
-        assert done.returncode == StorageError.exit_code, done.stderr
-        assert done.stderr.startswith(f"error: {out}/0000"), done.stderr
-        assert done.stderr.endswith("cannot be written: [Errno 27] File too large\n")
-        assert done.stderr.count("\n") == 1
+        assert result.returncode == StorageError.exit_code, result.stderr
+        assert result.stderr.startswith(f"error: {out}/0000"), result.stderr
+        assert result.stderr.endswith("cannot be written: [Errno 27] File too large\n")
+        assert result.stderr.count("\n") == 1
 
 
 def test_a_set_by_a_version_that_cut_elsewhere_is_taken_whole_or_not_at_all(small, tmp_path):
@@ -219,26 +219,26 @@ def test_a_set_by_a_version_that_cut_elsewhere_is_taken_whole_or_not_at_all(smal
 def test_what_changed_since_a_set_was_begun_is_named(small, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("some text")
-    given, out = (tmp_path / "a.txt", tmp_path / "b.txt"), tmp_path / "set"
-    prepare(out, small, *given)
+    sources, out = (tmp_path / "a.txt", tmp_path / "b.txt"), tmp_path / "set"
+    prepare(out, small, *sources)
     (out / "manifest.json").unlink()  # as if it had not come to its end
     changed = {"tokenizer_config.json": b'{"eos_token": "!"}', "special_tokens_map.json": b"{}"}
-    other = tokenizer_folder(tmp_path / "t", **changed)
+    folder = tokenizer_folder(tmp_path / "t", **changed)
     cases = [
-        ({"shard_tokens": 7}, given, small, "was started with shard_tokens 2000, not 7"),
-        ({}, given, other, "was started with eos_token_id 0, not 34"),
-        ({}, given[:1], small, f"was started with {given[1]}"),
-        ({}, given[::-1], small, "in another order"),
+        ({"shard_tokens": 7}, sources, small, "was started with shard_tokens 2000, not 7"),
+        ({}, sources, folder, "was started with eos_token_id 0, not 34"),
+        ({}, sources[:1], small, f"was started with {sources[1]}"),
+        ({}, sources[::-1], small, "in another order"),
     ]
     for settings_, names, tokenizer, named in cases:
         with pytest.raises(UsageError, match=named):
             prepare(out, tokenizer, *names, **settings_)
     (tmp_path / "source.txt").write_text("x")
     with pytest.raises(UsageError, match=r"was started without .*source\.txt"):
-        prepare(out, small, *given, tmp_path / "source.txt")
+        prepare(out, small, *sources, tmp_path / "source.txt")
     (tmp_path / "b.txt").write_text("some other text")
     with pytest.raises(UsageError, match=r"b\.txt: has changed since .*set was started"):
-        prepare(out, small, *given)
+        prepare(out, small, *sources)
 
 
 def test_two_preparations_of_one_folder_and_a_folder_of_something_else_are_refused(small, tmp_path):
@@ -262,9 +262,9 @@ def test_a_refused_preparation_leaves_nothing_and_the_flag_it_lacked_goes_on_in_
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text('{"body": null}\n{"body": "%s"}\n' % ("text " * 1800))
     sources = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    for given, why in (({}, "has no column 'text'"), ({"text_column": "body"}, "'body' is null")):
+    for options, why in (({}, "has no column 'text'"), ({"text_column": "body"}, "'body' is null")):
         with pytest.raises(InputFileError, match=why):
-            prepare(tmp_path / "up/set", small, *sources, workers=workers, **given)
+            prepare(tmp_path / "up/set", small, *sources, workers=workers, **options)
         assert not (tmp_path / "up").exists()
     # What a version before this one left behind, or one that was killed before its first token file.
     (tmp_path / "set").mkdir()
@@ -275,7 +275,10 @@ def test_a_refused_preparation_leaves_nothing_and_the_flag_it_lacked_goes_on_in_
 
 
 def test_what_is_no_prepared_set_is_not_verified(tmp_path):
-    for folder, why in ((tmp_path / "none", "none: no such folder"), (tmp_path, "is no prepared set that came to its")):
+    for folder, why in (
+        (tmp_path / "none", "none: no such folder"),
+        (tmp_path, "is not a prepared set, or an unfinished one"),
+    ):
         with pytest.raises(InputFileError, match=why):
             prepare_data.main(["--verify", str(folder)])
 
@@ -308,8 +311,8 @@ def test_a_source_named_twice_and_a_glob(small, tmp_path):
 def test_another_column_is_text_on_request(small, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["one", "two"], "content"))
     pyarrow.parquet.write_table(pyarrow.table({"content": ["three"]}), tmp_path / "b.parquet")
-    found = prepare(tmp_path / "set", small, tmp_path, "--text-column", "content")
-    assert Tokenizer.load(small).decode(sorted(found.files[0].tokens.tolist())).count("<|endoftext|>") == 3
+    token_set = prepare(tmp_path / "set", small, tmp_path, "--text-column", "content")
+    assert Tokenizer.load(small).decode(sorted(token_set.files[0].tokens.tolist())).count("<|endoftext|>") == 3
 
 
 def test_a_missing_package_is_one_line(small, tmp_path, monkeypatch):

@@ -131,9 +131,9 @@ def test_a_signal_to_one_stops_all_and_the_loss_of_one_ends_all_and_both_resume(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--distributed", "--async-save"), "takes no --async-save"),
+        (("--distributed", "--async-save"), "cannot be used with --async-save"),
         (("--distributed",), "elsewhere give --coordinator-address, --num-processes and --process-id"),
-        (("--process-id", "1"), "--process-id says something about --distributed only"),
+        (("--process-id", "1"), "--process-id needs --distributed"),
         (("--mesh", "data=2"), "--mesh data=2: describes 2 devices, but JAX sees 1"),
         (("--batch-size", "3", "--gradient-accumulation-steps", "2"), "must divide batch_size 3"),
     ],

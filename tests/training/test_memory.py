@@ -171,7 +171,7 @@ def test_the_script_prints_what_auto_takes_and_xla_s_own_figure():
         config, recipe, execution = setting(f"tiny 4 64 {remat} float32 1 -")
         object.__setattr__(execution, "mesh", mesh)
         assert int(shown) == memory.largest_batch(config, recipe, execution, "cpu", 400_000_000).batch_size
-    assert all(abs(float(cell.strip().rstrip("%"))) < 10 for cell in table["plan against it"])
+    assert all(abs(float(cell.strip().rstrip("%"))) < 10 for cell in table["estimate against it"])
 
 
 def test_a_training_that_cannot_fit_ends_before_it_reads_anything(tmp_path):

@@ -224,7 +224,7 @@ def test_a_folder_of_weights_is_not_written_over(tmp_path, straight):
     weights.write(folder, weights.read(straight), "hf")
     done = train(folder, "--steps", "2")
     assert done.returncode == 2
-    assert "is no run of this trainer" in done.stderr
+    assert "is not a run of this trainer" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["orbax", "hf"])

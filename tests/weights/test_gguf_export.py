@@ -1,4 +1,4 @@
-"""Weights written as GGUF come back the same bits; what a GGUF cannot hold is refused, and nothing is left behind."""
+"""Weights written as GGUF are read back bit for bit; what a GGUF cannot store is an error that leaves no file."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def bundle(**changed) -> Bundle:
 
 
 def wide(**changed) -> Bundle:
-    """One whose rows q8_0 can hold: hidden size 32 on 2 heads of 16, MLP 64."""
+    """A model that q8_0 can store: hidden size 32, 2 heads of 16, MLP 64."""
     config = dataclasses.replace(SMALL, hidden_size=32, intermediate_size=64, head_dim=16, **changed)
     rng = np.random.default_rng(1)
     tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in mapping.hf_shapes(config).items()}
@@ -40,7 +40,7 @@ def header(path):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_any_model_comes_back_the_same_bits(tmp_path, seed):
-    """In float32, bfloat16 and float16, of any heads and sizes, tied or not: each type keeps what it can hold."""
+    """In float32, bfloat16 and float16, any heads and sizes, tied or not: each type keeps what it can represent."""
     start = random_bundle(seed)
     dtype = (np.float32, ml_dtypes.bfloat16, np.float16)[seed % 3]
     start.tensors = {name: tensor.astype(dtype) for name, tensor in start.tensors.items()}
@@ -56,18 +56,18 @@ def test_any_model_comes_back_the_same_bits(tmp_path, seed):
 
 
 def test_the_file_is_what_llama_cpp_itself_would_have(tmp_path):
-    """Against a file made apart from the writer: every tensor's name, order of rows and bytes, and every key."""
+    """Compares names, row order and bytes of all tensors, and all keys, with a file that does not use our writer."""
     model = bundle(config=dataclasses.replace(SMALL, bos_token_id=None, num_attention_heads=4, num_key_value_heads=2))
     rng = np.random.default_rng(2)
     shapes = mapping.hf_shapes(model.config).items()
     model.tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes}
     weights.write(tmp_path / "ours.gguf", model, "gguf")
     write_gguf(tmp_path / "theirs.gguf", model.config, model.tensors)
-    (ours, a), (theirs, b) = (header(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+    (ours, our_tensors), (theirs, their_tensors) = (header(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
     contents = [(tmp_path / f"{name}.gguf").read_bytes() for name in ("ours", "theirs")]
-    for mine, other in zip(a, b, strict=True):
-        assert (mine.name, mine.kind, mine.shape) == (other.name, other.kind, other.shape)
-        assert contents[0][mine.start :][: mine.bytes] == contents[1][other.start :][: other.bytes], mine.name
+    for x, y in zip(our_tensors, their_tensors, strict=True):
+        assert (x.name, x.kind, x.shape) == (y.name, y.kind, y.shape)
+        assert contents[0][x.start :][: x.bytes] == contents[1][y.start :][: y.bytes], x.name
     for key, value in theirs.items():
         if key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
             assert ours[key][: len(value)] == value
@@ -97,7 +97,7 @@ def test_tokens_fill_the_embedding_and_special_ones_are_marked(tmp_path):
 
 
 def test_keys_of_our_own_keep_their_names(tmp_path):
-    """Files that exist already hold them: a module may move, a key of a file format may not."""
+    """Existing files have these keys: a module may be renamed, a key of a file format may not."""
     several = dataclasses.replace(SMALL, eos_token_id=(0, 3))
     made = bundle(config=several, generation_config={"eos_token_id": [0, 7]})
     weights.write(tmp_path / "x.gguf", made, "gguf")
@@ -111,7 +111,7 @@ def test_keys_of_our_own_keep_their_names(tmp_path):
 
 
 def test_the_real_tokenizer_comes_back_whole(tmp_path, tokenizer, weights_path):
-    """All ids, roles and the chat template of SmolLM2-135M-Instruct, on another model of its vocabulary."""
+    """All ids, special tokens and the chat template of SmolLM2-135M-Instruct, with another model of its vocabulary."""
     files = weights.read(weights_path).tokenizer_files
     config = dataclasses.replace(SMALL, vocab_size=49_152, bos_token_id=1, eos_token_id=2, pad_token_id=2)
     rng = np.random.default_rng(0)
@@ -146,7 +146,7 @@ def changed_tokenizer(**changes):
 
 
 def affixes(*names: str) -> dict:
-    """A post-processor that puts these entries around a text, which is "$A"."""
+    """A post-processor that adds these entries around the text "$A"."""
     core = json.loads(small_tokenizer()["tokenizer.json"])
     ids = {name: core["model"]["vocab"][name] for name in names if name != "$A"}
     pieces = [
@@ -201,7 +201,7 @@ def test_a_type_for_another_kind_is_refused(tmp_path):
 
 
 def test_a_file_that_reads_back_different_is_no_file(tmp_path, monkeypatch):
-    """The rows of q left in Hugging Face's order, the error a reader cannot see."""
+    """The rows of q stay in Hugging Face's order, an error that no reader could detect."""
     monkeypatch.setattr(gguf_writer, "_rotary_heads", lambda name, config: None)
     with pytest.raises(StorageError, match=r"x\.gguf: tensor .*q_proj\.weight read back different") as caught:
         weights.write(tmp_path / "x.gguf", bundle(), "gguf")
@@ -219,10 +219,10 @@ def test_the_command_writes_the_type_that_is_asked_for(tmp_path, capsys):
         np.concatenate([t.ravel() for t in weights.read(tmp_path / x).tensors.values()]) for x in ("hf", "x.gguf")
     )
     error = np.sqrt(np.mean(np.square(after - before)) / np.mean(np.square(before)))
-    assert f"what it lost: {error:.2e} of the weights, RMS" in output
+    assert f"rounding error: {error:.2e} of the weights, RMS" in output
     assert 1e-3 < error < 1e-2  # 8 bits a number
     main([str(tmp_path / "hf"), str(tmp_path / "y.gguf")])
-    assert "what it lost: no bit" in capsys.readouterr().out
+    assert "rounding error: none, every bit is kept" in capsys.readouterr().out
     assert {info.kind for info in header(tmp_path / "x.gguf")[1]} == {0, 8}
     with pytest.raises(UsageError, match="--type q8_0 is for GGUF files"):
         main([str(tmp_path / "hf"), str(tmp_path / "x.pt"), "--type", "q8_0"])
@@ -230,9 +230,9 @@ def test_the_command_writes_the_type_that_is_asked_for(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"])
 def test_every_listed_type_is_read_as_gguf_dequantises_it(tmp_path, kind):
-    """Random blocks of each type, rows of q and k in llama.cpp's order; the origin, and so the model card, names it."""
+    """Random blocks of each type, with q and k rows in llama.cpp's order; origin and model card name the type."""
     config = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=512, head_dim=128)
-    of, rng, expected = gguf.GGMLQuantizationType[kind], np.random.default_rng(3), {}
+    quantization, rng, expected = gguf.GGMLQuantizationType[kind], np.random.default_rng(3), {}
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     for key, value in gguf_metadata(config).items():
         kinds = {int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
@@ -242,11 +242,11 @@ def test_every_listed_type_is_read_as_gguf_dequantises_it(tmp_path, kind):
             expected[name] = rng.normal(size=shape).astype(np.float32)
             writer.add_tensor(gguf_name(name), expected[name])
             continue
-        block, size = gguf.GGML_QUANT_SIZES[of]
+        block, size = gguf.GGML_QUANT_SIZES[quantization]
         # Below 0x3C a byte cannot make a scale infinite: float16's largest exponents begin with 0x7C.
         raw = rng.integers(0, 0x3C, (shape[0], shape[1] // block * size), np.uint8)
-        writer.add_tensor(gguf_name(name), raw, raw_dtype=of)
-        array = np.array(gguf.quants.dequantize(raw, of), np.float32).reshape(shape)
+        writer.add_tensor(gguf_name(name), raw, raw_dtype=quantization)
+        array = np.array(gguf.quants.dequantize(raw, quantization), np.float32).reshape(shape)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         if heads:  # pairs (2 i, 2 i + 1) of each head become i and i + half
             array = np.concatenate([np.concatenate([head[0::2], head[1::2]]) for head in np.split(array, heads)])
