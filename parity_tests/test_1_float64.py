@@ -1,4 +1,4 @@
-"""Rung 1: in float64 JAX and the twin are the same function. Anything above this is rounding."""
+"""Rung 1: in float64, JAX and the PyTorch twin are the same function up to rounding."""
 
 import numpy as np
 import pytest

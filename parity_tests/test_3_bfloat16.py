@@ -1,4 +1,4 @@
-"""Rung 3: in bfloat16 JAX's distributions are no further from the truth than transformers'."""
+"""Rung 3: in bfloat16, JAX's distributions are no further from float64 than transformers'."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Rung 5: float32 gradients at the full shape, per tensor, against the truth, the twin and transformers."""
+"""Rung 5: float32 gradients of the full model, per tensor, against float64, the twin and transformers."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_jax_is_no_further_from_the_truth_than_transformers(ours, hf, window, tr
 
 
 def test_the_twins_loss_in_chunks_is_its_loss(tiny_model, monkeypatch):
-    """The benchmark's: 37 tokens in chunks of 10 against all logits at once, in float64."""
+    """The chunked loss of the benchmark, on 37 tokens in chunks of 10, against all logits at once in float64."""
     monkeypatch.setattr(smollm_torch.loss, "CPU_CHUNK_TOKENS", 10)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 1000, (1, 38)))
     values, gradients = [], []

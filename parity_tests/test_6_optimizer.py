@@ -1,4 +1,4 @@
-"""Rung 6: one step of optax's AdamW is one step of torch's, clipped or not, and so is the schedule."""
+"""Rung 6: a step of optax's AdamW equals torch's, with and without clipping, and so does the schedule."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Rung 7: from the same weights on the same batches, the JAX trainer and the twin's take the same steps."""
+"""Rung 7: from the same weights on the same batches, the JAX trainer and the twin's trainer take the same steps."""
 
 import dataclasses
 
@@ -99,7 +99,7 @@ def test_a_hundred_steps_in_float64(truth):
 
 
 def permute(module, seed):
-    """The same function with its hidden and MLP channels in another order, so that nearly every sum is in another."""
+    """The same function with permuted hidden and MLP channels, which changes the order of nearly every sum."""
     draw, config = np.random.default_rng(seed), module.config
     hidden = torch.from_numpy(draw.permutation(config.hidden_size))
     inner = [torch.from_numpy(draw.permutation(config.intermediate_size)) for _ in module.model.layers]

@@ -1,4 +1,4 @@
-"""Rung 9: on the real weights, packed documents equal separate ones, and positions are relative."""
+"""Rung 9: on the real weights, packed documents give the same results as separate ones, and positions are relative."""
 
 import jax
 import jax.numpy as jnp

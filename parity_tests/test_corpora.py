@@ -1,4 +1,4 @@
-"""A corpus is read as Hugging Face's datasets reads it, and its tokens are those that transformers gives."""
+"""A corpus is read as Hugging Face's datasets reads it, and gets the token ids that transformers gives."""
 
 import bz2
 import gzip

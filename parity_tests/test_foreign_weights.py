@@ -53,7 +53,7 @@ def assert_read_as(path, model: LlamaForCausalLM):
 
 
 def rewritten(folder, change):
-    """A saved folder with its tensors changed."""
+    """Saves a folder again with changed tensors."""
     file = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in change(safetensors.torch.load_file(file)).items()}
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
@@ -75,8 +75,8 @@ def test_the_defaults_of_generate_in_a_config_are_those_that_transformers_takes_
     sampling = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 1.0, "repetition_penalty": 1.2}
     values = json.loads((tmp_path / "config.json").read_text()) | sampling
     (tmp_path / "config.json").write_text(json.dumps(values))
-    taken = load_transformers(tmp_path).generation_config
-    assert {key: getattr(taken, key) for key in sampling} == sampling
+    loaded = load_transformers(tmp_path).generation_config
+    assert {key: getattr(loaded, key) for key in sampling} == sampling
     assert generation_defaults(values) == {key: value for key, value in sampling.items() if key != "top_p"}
     assert_same_tensors(tmp_path, model)
 
@@ -180,7 +180,7 @@ def test_what_wrapped_the_model_is_taken_from_every_name(tmp_path, kind, tied, n
 
 
 def test_the_second_copy_of_the_frequencies_is_dropped_too(tmp_path):
-    """transformers has it for scaled rotary embeddings; a program that saves every buffer writes it."""
+    """transformers keeps a second copy for scaled rotary embeddings; a program that saves every buffer writes it."""
     model = llama()
     model.save_pretrained(tmp_path)
     frequencies = model.model.rotary_emb.original_inv_freq
@@ -189,7 +189,7 @@ def test_the_second_copy_of_the_frequencies_is_dropped_too(tmp_path):
 
 
 def test_an_averaged_model_of_torch_is_read(tmp_path):
-    """AveragedModel puts the number of models it has averaged beside the model's own names."""
+    """AveragedModel stores the number of averaged models next to the model's parameters."""
     model = llama()
     model.config.save_pretrained(tmp_path)
     averaged = torch.optim.swa_utils.AveragedModel(model)
@@ -258,7 +258,7 @@ def test_a_training_checkpoint_of_two_models_is_not_guessed_at(tmp_path):
 
 
 def test_a_gguf_without_its_optional_keys_is_read_as_transformers_reads_it(tmp_path):
-    """But for head_count_kv: without it transformers 5.23 leaves q and k in llama.cpp's order of rows."""
+    """Except head_count_kv: without it transformers 5.23 leaves q and k in llama.cpp's order of rows."""
     written(tmp_path / "x.gguf", without=("llama.rope.dimension_count", "llama.rope.freq_base"))
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
     assert_read_as(tmp_path / "x.gguf", theirs.eval())

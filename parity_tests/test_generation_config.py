@@ -1,4 +1,4 @@
-"""Where a `generation_config.json` ends a text and begins one: token for token as transformers does."""
+"""`generation_config.json` decides where a text starts and ends, token for token as in transformers."""
 
 import json
 
@@ -31,7 +31,7 @@ def ours(engine, ids):
 
 
 def test_a_text_ends_where_transformers_ends_it(folder):
-    """At any of the file's eos ids, at the file's alone, and at none where the file names none."""
+    """At any of the file's eos ids, only at those, and at none if the file names none."""
     ids = [5, 6, 7]
     unended = theirs(folder, ids, eos_token_id=None)[3:]
     for values in ({"eos_token_id": [unended[9], 299]}, {"eos_token_id": unended[4]}, {"bos_token_id": 0}):

@@ -1,4 +1,4 @@
-"""What we hand over loads elsewhere, whole and without a warning, and says what our engine says."""
+"""An exported model loads in other programs, complete and without a warning, and generates our engine's text."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ print(json.dumps([ids, [getattr(write.model.config, f"{name}_token_id") for name
 
 
 def piped(folder: Path, asked) -> tuple[list, str]:
-    """What transformers' pipeline gives in a process of its own, and everything it complains of."""
+    """The output of transformers' pipeline in a separate process, and all its warnings."""
     command = [sys.executable, "-c", PIPELINE, str(folder), json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def test_a_pipeline_loads_what_was_trained_here_from_scratch(trained, trained_ex
 
 @contextlib.contextmanager
 def served(folder: Path, *command: object) -> Iterator[str]:
-    """The address at which a command, given --port, answers; its log is in `folder`."""
+    """Starts a server command with --port and yields its address; its log is in `folder`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with (folder / "log").open("w") as log:
@@ -103,7 +103,7 @@ def answer(address: str, chat: list, model: str) -> str:
 
 @pytest.mark.slow
 def test_transformers_serve_answers_as_our_engine_does(instruct_export, tmp_path):
-    """docs/serving.md's command, asked over HTTP."""
+    """Sends requests over HTTP to the server command of docs/serving.md."""
     program = Path(sys.executable).parent / "transformers"
     chat = [{"role": "user", "content": "Name the capital of France."}]
     with served(tmp_path, program, "serve", instruct_export, "--device", "cpu", "--dtype", "float32") as address:

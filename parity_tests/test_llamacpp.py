@@ -1,4 +1,4 @@
-"""llama.cpp, given our GGUF, reads texts as the same tokens and writes the same greedy text. Part of `make soak`."""
+"""llama.cpp with our GGUF tokenizes texts to the same ids and generates the same greedy text. Part of `make soak`."""
 
 import sys
 
@@ -33,7 +33,7 @@ def load(path):
 
 @pytest.fixture(scope="module")
 def gguf(source, exported, tmp_path_factory):
-    """A file of the real weights, and one of a run trained here."""
+    """GGUF files of the real weights and of a run trained here."""
     path = tmp_path_factory.mktemp("gguf") / f"{exported.name}.gguf"
     weights.write(path, weights.read(source), "gguf")
     return path
@@ -52,7 +52,7 @@ def ours(source):
 
 @pytest.fixture(scope="module")
 def passages(text_path):
-    """495 passages of the real speeches, and the odd ones."""
+    """495 passages of the real speeches, and unusual texts."""
     texts = [next(iter(documents(file))) for file in text_files(text_path)[:99]]
     return [text[start : start + 300] for text in texts for start in range(1000, 6000, 1000)] + ODD
 
@@ -64,7 +64,7 @@ def test_five_hundred_texts_are_the_same_tokens(llama, ours, passages):
 
 
 def test_greedy_text_is_the_same(llama, ours, passages):
-    """Where a token differs, the two likeliest must be closer than float32 can tell apart."""
+    """If a token differs, the two likeliest logits must be closer than float32's rounding error."""
     (model, tokenizer), ties = ours, 0
     for text in passages[:PROMPTS]:
         ids = tokenizer.encode(text)[:40]
@@ -84,7 +84,7 @@ def test_greedy_text_is_the_same(llama, ours, passages):
 
 @pytest.mark.parametrize(("kind", "bound"), [("f16", 3e-3), ("bf16", 2e-2), ("q8_0", 5e-2)])
 def test_every_smaller_type_computes_what_its_numbers_say(tmp_path, weights_path, passages, tokenizer, kind, bound):
-    """RMS of logits. llama.cpp rounds what it multiplies to the type of the matrix; for f32 see above."""
+    """RMS error of logits. llama.cpp rounds activations to the type of the matrix; for f32 see above."""
     weights.write(tmp_path / "x.gguf", weights.read(weights_path), "gguf", gguf_type=kind)
     ids = tokenizer.encode(passages[0])[:64]
     llama = load(tmp_path / "x.gguf")

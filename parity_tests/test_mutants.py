@@ -1,6 +1,6 @@
-"""The tests notice bugs: each mutant is caught by its named test. Few in `make slow`, all of them in `make parity`.
+"""The tests notice bugs: each mutant makes its named test fail. A few in `make slow`, all of them in `make parity`.
 
-`tests/test_mutants.py` sees that each can be planted.
+`tests/test_mutants.py` checks that each can be planted.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The report measures weights anyone brings, and says so when a rung fails."""
+"""The parity report measures any weights, and names the rungs that fail."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def rungs_of(out):
 
 @pytest.fixture(scope="module")
 def dry_run():
-    """Folder and summary of the GPU suite, run at toy size on the CPU."""
+    """The folder and summary of the GPU suite, run at toy size on the CPU."""
     for old in ROOT.glob("benchmarks/results/dry-run-test-*"):
         shutil.rmtree(old)
     command = ["bash", "scripts/gpu_suite.sh", "--dry-run", "dry-run-test"]
@@ -57,7 +57,7 @@ def dry_run():
 
 
 def stored(rungs: list[Rung], transformers: bool = True) -> dict:
-    """What a report.json holds, of these rungs."""
+    """The content of a report.json with these rungs."""
     backends = ["jax", "twin"] + ["transformers"] * transformers
     return {
         "weights": "some/weights",
@@ -121,10 +121,10 @@ def test_every_rung_of_the_ladder_is_in_the_table_or_named_with_its_command():
     tests = {path.stem for path in ROOT.glob("parity_tests/test_[0-9]*.py")}
     measured = {"1 float64", "2 float32", "3 bfloat16", "5 gradients", "7 training", "8 generation", "9 packing"}
     assert {f"test_{name.replace(' ', '_')}" for name in {*measured, *TESTS_ONLY}} == tests
-    shown = page(stored(GOOD), GOOD)
+    html = page(stored(GOOD), GOOD)
     for name in TESTS_ONLY:
-        assert name in shown
-        assert f"parity_tests/test_{name.replace(' ', '_')}.py" in shown
+        assert name in html
+        assert f"parity_tests/test_{name.replace(' ', '_')}.py" in html
     few = page(stored(GOOD[:2], transformers=False), GOOD[:2])
     assert "Rung 8 generation compares with transformers, which is not installed" in few
 
@@ -173,22 +173,22 @@ def test_it_reports_every_rung_on_any_weights(dry_run):
     roundings = [rungs[f"what {kind} loses of the weights, RMS"] for kind in ("f16", "bf16", "q8_0")]
     assert all(rung["passed"] and rung["measured"] > 1e-4 for rung in roundings)
     assert all("perplexity" in rung["noise"] for rung in roundings)
-    shown = (folder / "parity/index.html").read_text()
-    assert shown.count("data:image/png;base64,") == 3
-    assert "http" not in shown, "the page asks for something from outside"
+    html = (folder / "parity/index.html").read_text()
+    assert html.count("data:image/png;base64,") == 3
+    assert "http" not in html, "the page asks for something from outside"
 
 
 @pytest.mark.slow
 def test_a_bug_fails_it_and_missing_transformers_is_said(tiny_weights, tmp_path):
-    """Two claims in one run of a minute: the second interpreter finds no transformers, and gate and up are swapped."""
+    """Two claims in one run of a minute: transformers is missing, and the mutant swaps gate and up."""
     (tmp_path / "sitecustomize.py").write_text(HIDE_TRANSFORMERS)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = report(tiny_weights, tmp_path / "report", PYTHONPATH=path, SMOLLM_MUTANT="gate and up swapped")
-    assert done.returncode == 1
-    rungs, shown = rungs_of(tmp_path / "report"), (tmp_path / "report/index.html").read_text()
+    result = report(tiny_weights, tmp_path / "report", PYTHONPATH=path, SMOLLM_MUTANT="gate and up swapped")
+    assert result.returncode == 1
+    rungs, html = rungs_of(tmp_path / "report"), (tmp_path / "report/index.html").read_text()
     assert not rungs["logits, JAX against the twin"]["passed"]
     assert not rungs["loss of 10 float32 steps, JAX against the twin"]["passed"]
-    assert "NOT the same function" in shown
-    assert "measuring transformers" not in done.stdout
+    assert "NOT the same function" in html
+    assert "measuring transformers" not in result.stdout
     assert "logits, JAX against twin" in rungs
-    assert "transformers is not installed" in shown
+    assert "transformers is not installed" in html

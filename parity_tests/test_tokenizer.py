@@ -1,4 +1,4 @@
-"""Our tokenizer gives the ids that transformers' AutoTokenizer gives from the folders we hand over."""
+"""Our tokenizer gives the same ids as transformers' AutoTokenizer on the folders that we export."""
 
 import json
 import shutil
@@ -17,14 +17,14 @@ from tests.tokenizer.test_tokenizer import TEXTS
 
 @pytest.fixture(scope="module")
 def both(source, exported):
-    """Ours of the weights, and transformers' of what was written of them."""
+    """Our tokenizer of the weights, and transformers' tokenizer of the exported folder."""
     return Tokenizer.load(source), AutoTokenizer.from_pretrained(exported)
 
 
 @settings(max_examples=2000, deadline=None)
 @given(text=TEXTS)
 def test_ids_are_equal_on_any_text(both, text):
-    """2,000 texts that can be encoded; transformers reads a typed special token as one."""
+    """On 2,000 texts that can be encoded; transformers encodes a typed special token as one id."""
     ours, theirs = both
     assume(ours.unencodable(text) is None)
     assert ours.encode(text, parse_special=True) == theirs.encode(text)
@@ -61,13 +61,13 @@ TEXTS_OF_FILES = [
 
 
 def added(content: str, i: int, **flags: bool) -> dict[str, Any]:
-    """An added token as tokenizer.json has it."""
+    """An entry of tokenizer.json's added_tokens."""
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     return {"id": i, "content": content, **plain, **flags}
 
 
 def processor(*single: str, **ids: int) -> dict[str, Any]:
-    """A post-processor that puts these special tokens around the text, `A`."""
+    """A post-processor that adds these special tokens around the text `A`."""
 
     def piece(name: str) -> dict[str, Any]:
         return {"Sequence": {"id": "A", "type_id": 0}} if name == "A" else {"SpecialToken": {"id": name, "type_id": 0}}
@@ -188,7 +188,7 @@ def test_tokens_that_only_other_files_name_are_added(tmp_path):
 
 
 def without_json(path: Path, merges: str | None = None) -> Path:
-    """The folder with vocab.json and merges.txt in the place of its tokenizer.json."""
+    """Replaces the folder's tokenizer.json by vocab.json and merges.txt."""
     model = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     (path / "tokenizer.json").unlink()
     (path / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -213,7 +213,7 @@ PIECES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PIECES)
 def test_a_vocabulary_and_merges_alone_are_read_as_gpt2s(tmp_path, name):
-    """A merge of digits says that the vocabulary was not trained on single ones."""
+    """A merge of digits shows that the vocabulary was not trained with single digits."""
     core = json.loads(core_of_chats().to_str())
     core["model"]["vocab"] |= {"12": 267, "Ġ12": 268, "<think>": 269, "</think>": 270}
     core["model"]["merges"] += [["1", "2"], ["Ġ", "12"]]

@@ -22,8 +22,8 @@ def gradient_errors(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndar
     assert set(ours) == set(theirs)
     errors = {}
     for name in theirs:
-        mine, other = ours[name].astype(np.float64), theirs[name].astype(np.float64)
-        errors[name] = float(np.linalg.norm((mine - other).ravel()) / np.linalg.norm(other.ravel()))
+        our_tensor, their_tensor = ours[name].astype(np.float64), theirs[name].astype(np.float64)
+        errors[name] = float(np.linalg.norm((our_tensor - their_tensor).ravel()) / np.linalg.norm(their_tensor.ravel()))
     return errors
 
 

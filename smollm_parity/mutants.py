@@ -89,8 +89,8 @@ MUTANTS = [
     Mutant("scale 1/H", "model.flash_attention", "_query_blocks(q * q.shape[3] ** -0.5,", "_query_blocks(q * q.shape[3] ** -1.0,", FAMILY),
     Mutant("mask off by one", "model.flash_attention", "query_offset[:, None] >= jnp.arange(block)", "query_offset[:, None] >= jnp.arange(block) - 1", f"{MODEL}::test_the_future_does_not_change_the_past"),
     Mutant("attention in bfloat16", "model.flash_attention", "_from_blocks(output / row_sum, heads, block)", "_from_blocks((output / row_sum).astype(jnp.bfloat16), heads, block)", FAMILY),
-    Mutant("running softmax forgets nothing", "model.flash_attention", "jnp.exp(row_max - new_max), ", "1.0, ", BLOCKS),
-    Mutant("scores' gradient without the mean", "model.flash_attention", " - mean[i])", ")", BLOCKS),
+    Mutant("online softmax never rescaled", "model.flash_attention", "jnp.exp(row_max - new_max), ", "1.0, ", BLOCKS),
+    Mutant("softmax gradient without its mean", "model.flash_attention", " - mean[i])", ")", BLOCKS),
     Mutant("keys' gradient of the last block only", "model.flash_attention", "_update_block(dk, dk[j] + ", "_update_block(dk, 0 * dk[j] + ", BLOCKS),
     Mutant(
         "q rows in another head order", "weights.mapping", '"L (N H) D -> L D N H"', '"L (H N) D -> L D N H"', FAMILY
@@ -130,7 +130,7 @@ MUTANTS = [
         "1 / (jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True)) + eps)",
         FAMILY,
     ),
-    Mutant("norm's gradient along its input", "model.ops", "(gradient - normalized * jnp.mean(gradient * normalized, axis=-1, keepdims=True))", "gradient", f"{MODEL}::test_gradients_written_out_are_those_of_the_function"),
+    Mutant("norm's gradient not projected", "model.ops", "(gradient - normalized * jnp.mean(gradient * normalized, axis=-1, keepdims=True))", "gradient", f"{MODEL}::test_gradients_written_out_are_those_of_the_function"),
     Mutant("gradients of gate and up swapped", "model.ops", "jnp.arange(2)[:, None] == 0", "jnp.arange(2)[:, None] == 1", f"{MODEL}::test_gradients_written_out_are_those_of_the_function"),
     Mutant("norm before the MLP skipped", "model.smollm", "self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps))", "self.mlp(x)", FAMILY),
     Mutant("last norm skipped", "model.smollm", "return rms_norm(x, norm, self.config.rms_norm_eps), cache", "return x, cache", FAMILY),
@@ -178,19 +178,19 @@ MUTANTS = [
     Mutant("prefill sees the left padding", "model.attention", "(jnp.arange(q.shape[1]) >= start[:, None])", "(jnp.arange(q.shape[1]) >= 0 * start[:, None])", f"{GENERATE}::test_the_bucket_of_a_prompt_changes_nothing"),
     Mutant("packed documents see each other", "model.flash_attention", "(query_segments[i][:, :, None] == key_segments[j][:, None, :])", "(query_segments[i][:, :, None] >= key_segments[j][:, None, :])", "tests/model/test_attention.py::test_packed_attention_is_the_formula_with_the_segments_mask"),
     Mutant("bfloat16 operands not rounded", "model.ops", "jnp.matmul(x.astype(operands), w.astype(operands),", "jnp.matmul(x, w,", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
-    Mutant("a product's gradient not rounded", "model.ops", "(y.astype(operands) for y in (x, w, gradient))", "(*(y.astype(operands) for y in (x, w)), gradient)", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
+    Mutant("a matmul's incoming gradient not rounded", "model.ops", "(y.astype(operands) for y in (x, w, gradient))", "(*(y.astype(operands) for y in (x, w)), gradient)", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
     Mutant("parameters' gradients rounded", "model.ops", "preferred_element_type=dtype).astype(w.dtype)", "preferred_element_type=dtype).astype(operands).astype(w.dtype)", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
     Mutant("loss of float32 hidden states", "model.cross_entropy", "h.astype(operands), preferred", "h, preferred", f"{OPERANDS}::test_the_loss_and_its_gradients_take_rounded_numbers_and_sum_in_float32"),
-    Mutant("results of a CPU's products in bfloat16", "model.precision", '("float32", dtype) if', "(dtype, dtype) if", f"{OPERANDS}::test_only_a_cpu_keeps_float32_between_products"),
+    Mutant("activations between CPU matmuls in bfloat16", "model.precision", '("float32", dtype) if', "(dtype, dtype) if", f"{OPERANDS}::test_only_a_cpu_keeps_float32_between_products"),
     Mutant("held-out tokens trained on", "data.batches", "starts = [max(len(file.tokens) - held, 0)", "starts = [max(len(file.tokens) - 17, 0)", "tests/data/test_data.py::test_held_out_tokens_are_never_trained_on"),
-    Mutant("scales of the row below", "generation.quantized", "matrix.scales[..., None].astype", "jnp.roll(matrix.scales, 1, 0)[..., None].astype", PRODUCT),
+    Mutant("scales of the previous row", "generation.quantized", "matrix.scales[..., None].astype", "jnp.roll(matrix.scales, 1, 0)[..., None].astype", PRODUCT),
     Mutant("last block left out", "generation.quantized", "(values * matrix.scales[..., None]", "(values.at[:, -1].set(0) * matrix.scales[..., None]", PRODUCT),
     Mutant("inputs cast to bfloat16", "generation.quantized", "optimization_barrier((x / ones", "optimization_barrier((x.astype(jnp.bfloat16).astype(x.dtype) / ones", PRODUCT),
-    Mutant("scaled numbers cast to bfloat16", "generation.quantized", "reshape(matrix.values.shape)", "reshape(matrix.values.shape).astype(jnp.bfloat16).astype(jnp.float32)", f"{QUANTIZED}::test_blocks_are_ggmls"),
-    Mutant("scales of float16 divided by", "generation.quantized", "np.divide(1, scales,", "np.divide(1, stored.astype(np.float32),", f"{QUANTIZED}::test_blocks_are_ggmls"),
+    Mutant("dequantised values cast to bfloat16", "generation.quantized", "reshape(matrix.values.shape)", "reshape(matrix.values.shape).astype(jnp.bfloat16).astype(jnp.float32)", f"{QUANTIZED}::test_blocks_are_ggmls"),
+    Mutant("values divided by float16 scales", "generation.quantized", "np.divide(1, scales,", "np.divide(1, stored.astype(np.float32),", f"{QUANTIZED}::test_blocks_are_ggmls"),
     Mutant("halves rounded to even", "generation.quantized", "np.trunc(x + np.copysign(np.float32(0.5), x))", "np.rint(x)", f"{QUANTIZED}::test_blocks_are_ggmls"),
-    Mutant("quantised q and k exchanged", "generation.quantized", '"self_attn.q_proj", "self_attn.k_proj",', '"self_attn.k_proj", "self_attn.q_proj",', ROUNDED),
-    Mutant("quantised gate and up exchanged", "generation.quantized", '"mlp.gate_proj", "mlp.up_proj"', '"mlp.up_proj", "mlp.gate_proj"', ROUNDED),
+    Mutant("quantised q and k swapped", "generation.quantized", '"self_attn.q_proj", "self_attn.k_proj",', '"self_attn.k_proj", "self_attn.q_proj",', ROUNDED),
+    Mutant("quantised gate and up swapped", "generation.quantized", '"mlp.gate_proj", "mlp.up_proj"', '"mlp.up_proj", "mlp.gate_proj"', ROUNDED),
     Mutant("decoded tokens see an unwritten slot", "model.attention", "(slot <= cache.length)", "(slot <= cache.length + 1)", ROUNDED),
     Mutant("layer caches see the left padding", "model.attention", " & (slot >= start[:, None])\n", " & (slot >= 0 * start[:, None])\n", ROUNDED),
     Mutant("layer cache written one slot late", "model.attention", "(zero, self.length, zero))", "(zero, self.length + 1, zero))", ROUNDED),
@@ -201,9 +201,9 @@ MUTANTS = [
     Mutant("the newline after a turn learnt", "tokenizer.chat_tokens", "place(next(ends, len(whole)))", "place(len(whole))", LEARNT),
     Mutant("a message's weight ignored", "data.examples.rows", "return weight != 0", "return True", LEARNT),
     Mutant("targets not shifted", "data.examples.packing", "np.where(example.learnt, example.ids, -1)[1:]", "np.where(example.learnt, example.ids, -1)[:-1]", TARGETS),
-    Mutant("the pad id no target", "data.examples.packing", "np.where(example.learnt, example.ids, -1)[1:]", "np.where(example.learnt & (example.ids != 2), example.ids, -1)[1:]", TARGETS),
+    Mutant("targets with the pad id masked", "data.examples.packing", "np.where(example.learnt, example.ids, -1)[1:]", "np.where(example.learnt & (example.ids != 2), example.ids, -1)[1:]", TARGETS),
     Mutant("a document's first token a target", "data.examples.packing", "targets[row, start : stop - 1] = np.where(example.learnt, example.ids, -1)[1:]", "targets[row, max(start - 1, 0) : stop - 1] = np.where(example.learnt, example.ids, -1)[not start :]", TARGETS),
-    Mutant("documents of a row not told apart", "data.examples.packing", "documents[row, start:stop] = number", "documents[row, start:stop] = 0", TARGETS),
+    Mutant("documents of a row not separated", "data.examples.packing", "documents[row, start:stop] = number", "documents[row, start:stop] = 0", TARGETS),
     Mutant("the row with the most space filled", "data.examples.packing", "min(fitting, default=space)", "max(fitting, default=space)", f"{EXAMPLES}::test_the_row_with_the_least_space_is_filled_and_of_equal_ones_the_first"),
     Mutant("a long row cut at its start", "data.examples.examples", "Example(example.ids[:bound], example.learnt[:bound])", "Example(example.ids[-bound:], example.learnt[-bound:])", f"{EXAMPLES}::test_rows_of_which_nothing_is_learnt_are_counted_and_said"),
     Mutant("rows without a learnt token kept", "data.examples.examples", "if not cut.learnt[1:].any()", "if not cut.learnt[1:].size", f"{EXAMPLES}::test_rows_of_which_nothing_is_learnt_are_counted_and_said"),
@@ -263,17 +263,19 @@ def hunt(mutant: Mutant) -> tuple[bool, str]:
         environment = os.environ | {"SMOLLM_MUTANT": mutant.name, "SMOLLM_MEASURED": str(measured)}
         # --maxfail: several failures, for the largest margin of them
         command = [sys.executable, "-m", "pytest", "-m", "not overnight", "-p", "no:cacheprovider", "--maxfail=4"]
-        done = subprocess.run(
+        result = subprocess.run(
             [*command, mutant.test], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
         rows = [json.loads(line) for line in measured.read_text().splitlines()] if measured.exists() else []
     # Status 1: tests ran and some failed. An error before the test does not count.
-    caught = done.returncode == 1 and bool(re.search(r"\d+ failed", done.stdout)) and "\nERROR " not in done.stdout
+    caught = (
+        result.returncode == 1 and bool(re.search(r"\d+ failed", result.stdout)) and "\nERROR " not in result.stdout
+    )
     margins = [row["measured"] / row["bound"] for row in rows if row["bound"] and not row["measured"] <= row["bound"]]
     if margins:
         return caught, f"{max(margins):.1e} times the bound"
-    lines = [line[1:].strip() for line in done.stdout.splitlines() if line.startswith("E  ")]
-    return caught, lines[0][:90] if lines else done.stdout.strip()[-300:]
+    lines = [line[1:].strip() for line in result.stdout.splitlines() if line.startswith("E  ")]
+    return caught, lines[0][:90] if lines else result.stdout.strip()[-300:]
 
 
 def main() -> None:

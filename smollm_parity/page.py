@@ -46,7 +46,7 @@ def verdict(rungs: list[Rung]) -> str:
 
 def absent(rungs: list[Rung]) -> tuple[str, str]:
     """A sentence on the rungs that are not in the report, and the command that tests them."""
-    names = ", ".join(f"{name} ({what})" for name, what in TESTS_ONLY.items())
+    names = ", ".join(f"{name} ({description})" for name, description in TESTS_ONLY.items())
     files = " ".join(f"parity_tests/test_{name.replace(' ', '_')}.py" for name in TESTS_ONLY)
     text = f"Not in the table, for they are tests only: rungs {names}."
     if not any(rung.rung.startswith("8") for rung in rungs):

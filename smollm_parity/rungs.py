@@ -73,14 +73,15 @@ def float32(results: Results) -> list[Rung]:
     """Rung 2: JAX's error is like the baseline's in every layer, and logits agree."""
     baseline, rungs = results.baseline, []
     owner = f"{baseline}'" if baseline.endswith("s") else f"{baseline}'s"
-    for place, name, skip in (("first tokens", "first", 0), ("other tokens", "stream", 1)):
+    for tokens, name, skip in (("first tokens", "first", 0), ("other tokens", "stream", 1)):
         truth = results.load("jax", f"{name}-float64")[:, :, skip:]
         ours = metrics.layer_errors(results.load("jax", f"{name}-float32")[:, :, skip:], truth)
         theirs = metrics.layer_errors(results.load(baseline, f"{name}-float32")[:, :, skip:], truth)
         bounds = (tolerances.FLOAT32_RMS_RATIO, tolerances.FLOAT32_MAX_RATIO)
-        for kind, error, other, bound in zip(("RMS", "largest"), ours, theirs, bounds, strict=True):
-            claim = f"{kind} error over {owner}, worst layer, {place}"
-            rungs.append(Rung("2 float32", claim, (error / other).max(), bound, f"{owner} {number(other.max())}"))
+        for kind, error, their_error, bound in zip(("RMS", "largest"), ours, theirs, bounds, strict=True):
+            claim = f"{kind} error over {owner}, worst layer, {tokens}"
+            ratio = (error / their_error).max()
+            rungs.append(Rung("2 float32", claim, ratio, bound, f"{owner} {number(their_error.max())}"))
     error = np.abs(results.load(baseline, "logits-float32") - results.true_logits).max() / results.largest_logit
     noise = f"{baseline}: {number(error)} of the largest logit"
     logits = results.load("jax", "logits-float32")

@@ -1,4 +1,4 @@
-"""Chat templates in the styles that released models have, and conversations for them; all written for these tests."""
+"""Chat templates in the styles of released models, and conversations for them; all written for these tests."""
 
 # ruff: noqa: E501 (templates as released ones are written, on long lines)
 
@@ -179,7 +179,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def core_of_chats() -> Tokenizer:
-    """A byte-level tokenizer with special tokens, added tokens that are not special, and merges to words."""
+    """A byte-level tokenizer with special tokens, added tokens that are not special, and merges that form words."""
     entries = [*SPECIAL, *byte_symbols(), "Ġt", "he", "Ġthe", "ĠĠ"]
     merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("Ġ", "Ġ")]
     core = Tokenizer(models.BPE(vocab={entry: i for i, entry in enumerate(entries)}, merges=merges))
@@ -192,7 +192,7 @@ def core_of_chats() -> Tokenizer:
 
 
 def write_chat_folder(folder: Path, config: dict[str, Any], **files: str) -> Path:
-    """A tokenizer folder with this tokenizer_config.json and these files more."""
+    """Writes a tokenizer folder with this tokenizer_config.json and these extra files."""
     folder.mkdir(exist_ok=True)
     contents = {"tokenizer.json": core_of_chats().to_str(), "tokenizer_config.json": json.dumps(config)} | files
     for name, text in contents.items():

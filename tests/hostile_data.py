@@ -1,4 +1,4 @@
-"""Malformed compressed texts, Parquet files and data sets, as `hostile_texts.py` has malformed texts."""
+"""Malformed compressed texts, Parquet files and data sets."""
 
 import bz2
 import gzip
@@ -25,23 +25,23 @@ def zst(content: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def flipped(content: bytes, place: int) -> bytes:
-    return content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
+def flipped(content: bytes, offset: int) -> bytes:
+    return content[:offset] + bytes([content[offset] ^ 255]) + content[offset + 1 :]
 
 
 def bomb(name: str, pack: Callable[[bytes], bytes], content: bytes) -> Writer:
-    """A small file of 60 times that, in as many members, made when it is wanted."""
+    """A small compressed file that repeats the content 60 times, in 60 members; created on demand."""
     return text(name, lambda folder: (folder / name, (folder / name).write_bytes(pack(content) * 60))[0])
 
 
 def packed(kind: str, pack: Callable[[bytes], bytes]) -> Cases:
-    """What both ways to compress have in common."""
-    name, whole, no = f"x.{kind}", pack(LINE * 999), f"x.{kind}: cannot be decompressed: "
+    """The cases that both compression formats share."""
+    name, content, no = f"x.{kind}", pack(LINE * 999), f"x.{kind}: cannot be decompressed: "
     return {
-        f"{kind}, truncated": (text(name, whole[:-9]), f"{no}.*(end-of-stream|Truncated)"),
-        f"{kind}, cut in half": (text(name, whole[: len(whole) // 2]), no),
+        f"{kind}, truncated": (text(name, content[:-9]), f"{no}.*(end-of-stream|Truncated)"),
+        f"{kind}, cut in half": (text(name, content[: len(content) // 2]), no),
         f"{kind}, text": (text(name, LINE), no),
-        f"{kind}, followed by text": (text(name, whole + LINE), no),
+        f"{kind}, followed by text": (text(name, content + LINE), no),
         f"{kind}, of nothing": (text(name, pack(b"")), "holds no text"),
         f"{kind}, empty": (text(name, b""), "holds no text"),
         f"{kind}, UTF-16": (text(name, pack(LINE.decode().encode("utf-16-le"))), "looks like UTF-16"),
@@ -53,7 +53,7 @@ def packed(kind: str, pack: Callable[[bytes], bytes]) -> Cases:
 
 
 def greedy() -> bytes:
-    """A few bytes of xz whose reader must set 1.5 GB aside."""
+    """A few bytes of xz that make its reader allocate 1.5 GB."""
     return lzma.compress(LINE, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 3 << 29, "mode": lzma.MODE_FAST}])
 
 
@@ -67,7 +67,7 @@ def parquet(table: Any, spoil: Callable[[bytes], bytes] = bytes) -> Writer:
 
 
 def strings(*values: bytes) -> Any:
-    """A column that says it is UTF-8."""
+    """A string column with these bytes, valid UTF-8 or not."""
     return pyarrow.Array.from_buffers(pyarrow.string(), len(values), pyarrow.array(values, pyarrow.binary()).buffers())
 
 
@@ -140,15 +140,15 @@ ARROW: Cases = {
 }
 
 
-def manifest(given: object) -> Writer:
-    """A set of one token file whose manifest is what is given, or says what a change makes of the true one."""
+def manifest(files: object) -> Writer:
+    """A set of one token file, with these `files` in its manifest, or what a function makes of the correct entry."""
 
     def write(folder: Path) -> Path:
         lone = tokens(GOOD)(folder).rename(folder / "y")
         (folder / "x").mkdir()
-        about = json.loads((lone.rename(folder / "x/000000-0000") / "tokens.json").read_text())
-        entry = {"name": "000000-0000"} | {name: about[name] for name in ("tokens", "documents", "sha256")}
-        content = {"format": "smollm-tokens-2", "files": given(entry)} if callable(given) else given
+        metadata = json.loads((lone.rename(folder / "x/000000-0000") / "tokens.json").read_text())
+        entry = {"name": "000000-0000"} | {name: metadata[name] for name in ("tokens", "documents", "sha256")}
+        content = {"format": "smollm-tokens-2", "files": files(entry)} if callable(files) else files
         (folder / "x/manifest.json").write_text("{" if content is None else json.dumps(content))
         return folder / "x"
 

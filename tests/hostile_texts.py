@@ -1,4 +1,4 @@
-"""Malformed configs, token files, texts and pickles, as `hostile_weights.py` has malformed weights."""
+"""Malformed configs, token files, texts and pickles."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def holding(name: str, content: bytes) -> Writer:
 
 
 def sparse(name: str, size: int, fill: bytes = b"") -> Writer:
-    """A file of `size` bytes: `fill` again and again for the first 20 MiB, then a hole."""
+    """A sparse file of `size` bytes: `fill` repeated for the first 20 MiB, then a hole."""
 
     def write(folder: Path) -> Path:
         with (folder / name).open("wb") as file:
@@ -37,7 +37,7 @@ def sparse(name: str, size: int, fill: bytes = b"") -> Writer:
 
 
 def endless(name: str, begin: bytes, fill: bytes) -> Writer:
-    """A file that begins so and goes on with 40 MiB of the same."""
+    """A file that starts with `begin` and continues with 40 MiB of `fill`, repeated."""
     return lambda folder: (folder / name, (folder / name).write_bytes(begin + fill * (40 * MIB // len(fill))))[0]
 
 
@@ -109,7 +109,7 @@ CONFIG: Cases = {
 
 
 def tokens(content: bytes, length: int | None = None, ends: bytes | None = None, **changed: Any) -> Writer:
-    """A token file whose sidecar says what is true of it, but for what is changed; None removes a key."""
+    """A token file with a correct sidecar except for the changed keys; None removes a key."""
 
     def write(folder: Path) -> Path:
         tokenizer = tokenizer_folder(folder / "tokenizer")
@@ -312,7 +312,7 @@ class Evil:
 
 
 def evil(name: str) -> Writer:
-    """A pickle with code under any name; in a folder of its own where the name has one."""
+    """A pickle that would run code, under any file name, in a subfolder if the name has one."""
 
     def write(folder: Path) -> Path:
         path = folder / name
@@ -336,10 +336,9 @@ def evil_array(name: str) -> Writer:
 
 def evil_folder(name: str, *more: str) -> Writer:
     def write(folder: Path) -> Path:
-        for one in more:
-            holding(one, json.dumps(config_to_hf(SMALL)).encode())(
-                (folder / "hf").mkdir(exist_ok=True) or folder / "hf"
-            )
+        for file_name in more:
+            (folder / "hf").mkdir(exist_ok=True)
+            holding(file_name, json.dumps(config_to_hf(SMALL)).encode())(folder / "hf")
         return evil(f"hf/{name}")(folder).parent
 
     return write

@@ -1,4 +1,4 @@
-"""Malformed tokenizers and chat templates, as `hostile_weights.py` has malformed weights."""
+"""Malformed tokenizers and chat templates."""
 
 import base64
 import json
@@ -12,7 +12,7 @@ from tests.small_files import small_tokenizer, tokenizer_folder
 
 
 def tokenizer(change: Callable[[dict[str, Any]], Any]) -> Writer:
-    """A tokenizer folder whose tokenizer.json is changed in place, or is what `change` returns."""
+    """A tokenizer folder whose tokenizer.json `change` edits in place or replaces by its return value."""
 
     def write(folder: Path) -> Path:
         values = json.loads(small_tokenizer()["tokenizer.json"])
@@ -44,12 +44,12 @@ def two_of_one_id(values: dict[str, Any]) -> None:
 
 
 def mapping(content: bytes) -> Writer:
-    """A normalizer that `tokenizers` reads by a table of bytes."""
+    """A normalizer that `tokenizers` parses from a byte table."""
     return top(normalizer={"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()})
 
 
 def processor(first: dict[str, Any], i: int = 0) -> dict[str, Any]:
-    """A post-processor that puts something before the text."""
+    """A post-processor that adds a prefix to the text."""
     return {
         "type": "TemplateProcessing",
         "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -198,7 +198,7 @@ TOKENIZER_CONFIG: Cases = {
 
 
 def pieces(**changed: object) -> Writer:
-    """A folder of vocab.json and merges.txt, without a tokenizer.json."""
+    """A folder with vocab.json and merges.txt instead of tokenizer.json."""
 
     def write(folder: Path) -> Path:
         path = tokenizer_folder(folder / "t")

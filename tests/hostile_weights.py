@@ -24,8 +24,8 @@ Q0, Q1 = (f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1))
 
 
 def safetensors_bytes(folder: Path, tensors: dict[str, np.ndarray] | None = None, **metadata: str) -> bytes:
-    about = {"config": json.dumps(config_to_hf(SMALL))} | metadata
-    write_safetensors(folder / "made", small_tensors() if tensors is None else tensors, about)
+    header = {"config": json.dumps(config_to_hf(SMALL))} | metadata
+    write_safetensors(folder / "made", small_tensors() if tensors is None else tensors, header)
     return (folder / "made").read_bytes()
 
 
@@ -40,7 +40,7 @@ def patched(change: Callable[[bytes], bytes]) -> Callable[[Path], Path]:
 
 
 def headed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Path]:
-    """A valid file with its header changed: `change` edits it in place, or returns another, or its text."""
+    """A valid file whose header `change` edits in place, or replaces by its return value (a dict or text)."""
 
     def write(content: bytes) -> bytes:
         end = 8 + int.from_bytes(content[:8], "little")
@@ -54,7 +54,7 @@ def headed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Path]:
 
 
 def foreign(header: dict[str, Any]) -> None:
-    """Another program's file: it has no digest."""
+    """A file of another program, without a digest."""
     header["__metadata__"] = {"config": header["__metadata__"]["config"]}
 
 
@@ -76,7 +76,7 @@ def setting(name: str, key: str, value: Any) -> Callable[[Path], Path]:
 
 
 def with_tensors(change: Callable[[dict[str, np.ndarray]], Any], **metadata: str) -> Callable[[Path], Path]:
-    """A well-formed file, digest and all, of other tensors."""
+    """A well-formed file with other tensors and their correct digest."""
 
     def write(folder: Path) -> Path:
         tensors = dict(small_tensors())
@@ -154,7 +154,7 @@ SAFETENSORS: Cases = {
 
 
 def gguf_with(*, without: str = "", **changed: Any) -> Callable[[Path], Path]:
-    """A GGUF of other metadata; in `changed` "__" stands for "."."""
+    """A GGUF with changed metadata; "__" in a key of `changed` stands for "."."""
 
     def write(folder: Path) -> Path:
         changes = {key.replace("__", "."): value for key, value in changed.items()}
@@ -167,7 +167,7 @@ def gguf_with(*, without: str = "", **changed: Any) -> Callable[[Path], Path]:
 
 
 def gguf_patched(change: Callable[[bytearray], Any]) -> Callable[[Path], Path]:
-    """A valid GGUF with bytes changed in place, or the bytes returned."""
+    """A valid GGUF whose bytes are edited in place, or replaced by the return value."""
 
     def write(folder: Path) -> Path:
         content = bytearray(gguf_with()(folder).read_bytes())
@@ -198,7 +198,7 @@ def rename(old: bytes, new: bytes) -> Callable[[bytearray], bytearray]:
 
 
 def gguf_arrays(*arrays: bytes) -> Callable[[Path], Path]:
-    """A GGUF of nothing but arrays, a, b, ..., each given as its type and its entries."""
+    """A GGUF that has only arrays a, b, ..., each given by its type and entries."""
 
     def write(folder: Path) -> Path:
         fields = (struct.pack("<Q1sI", 1, bytes([97 + i]), 9) + array for i, array in enumerate(arrays))
@@ -213,8 +213,8 @@ DOUBLES = struct.pack("<IQ", 12, 1 << 20) + bytes(8 << 20)
 
 
 def gguf_both(folder: Path) -> Path:
-    more = {"model.norm.weight": small_tensors()["model.norm.weight"]}
-    write_gguf(folder / "x.gguf", SMALL, small_tensors(), more=more)
+    extra = {"model.norm.weight": small_tensors()["model.norm.weight"]}
+    write_gguf(folder / "x.gguf", SMALL, small_tensors(), extra=extra)
     return folder / "x.gguf"
 
 

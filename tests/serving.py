@@ -31,7 +31,7 @@ GREEDY = {name: slider.default for name, slider in SLIDERS.items()} | {
 
 @contextlib.contextmanager
 def served(flags: app.Flags) -> Iterator[str]:
-    """The address of a page in a thread of this process."""
+    """Serves a page in a thread of this process and yields its address."""
     listener = server.listen(flags.host, 0)
     with pytest.MonkeyPatch.context() as patch:  # nothing in the home of whoever runs the tests
         patch.setenv("JAX_COMPILATION_CACHE_DIR", trainer.CACHE)
@@ -64,7 +64,7 @@ class Client:
         self.http.close()
 
     def values(self, prompt: Any, **changed: Any) -> list[Any]:
-        """What the page sends to continue a prompt."""
+        """The values that the page sends to continue a prompt."""
         numbers = GREEDY | {name: value for name, value in changed.items() if name in SLIDERS}
         return [changed.get("weights", self.weights), prompt, changed.get("stop", ""), *numbers.values()]
 
@@ -82,7 +82,7 @@ class Client:
                     yield json.loads(line[5:])
 
     def call(self, session: str, function: str, values: list[Any]) -> tuple[list[Any] | None, str]:
-        """The last values that came, and the page's line of a refusal, of which one is empty."""
+        """The last values received and the page's error line; one of the two is empty."""
         joined = self.join(session, function, values)
         if joined.status_code != 200:
             return None, str(joined.json()["detail"])
@@ -101,7 +101,7 @@ class Client:
 
 
 def applied(old: list[Any] | None, new: list[Any]) -> list[Any]:
-    """Gradio sends the first values whole and then what changed: here texts that grow, or are replaced."""
+    """Applies Gradio's updates: it sends complete values first, then changes, here texts that grow or are replaced."""
     if old is None:
         return new
     values = list(old)
@@ -133,7 +133,7 @@ def deep(value: Any, action: str, path: list[Any], new: Any) -> Any:
 
 
 def tiny_run(folder: Path, tokenizer: Path, name: str, steps: tuple[int, ...]) -> Path:
-    """folder/runs/name with a checkpoint a step, of the weights folder/assets/tiny{step}, and a short log."""
+    """Writes folder/runs/name: a checkpoint per step with the weights of folder/assets/tiny{step}, and a short log."""
     run = folder / "runs" / name
     run.parent.mkdir(exist_ok=True)
     for step in steps:
@@ -149,7 +149,7 @@ def tiny_run(folder: Path, tokenizer: Path, name: str, steps: tuple[int, ...]) -
 
 
 def tiny_weights(folder: Path, tokenizer: Path, name: str = "tiny", seed: int = 0) -> Path:
-    """Random weights of the tiny preset under folder/assets."""
+    """Writes random weights of the tiny preset under folder/assets."""
     from scripts import random_weights
 
     target = folder / "assets" / name

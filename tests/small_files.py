@@ -1,4 +1,4 @@
-"""A tiny model's files, whole and well-formed, for tests to convert or to spoil."""
+"""Valid files of a tiny model, for tests to convert or to damage."""
 
 import functools
 from fractions import Fraction
@@ -55,16 +55,16 @@ GGUF_NAMES = {
 
 
 def gguf_name(name: str) -> str:
-    back = {hf: gguf for gguf, hf in GGUF_NAMES.items()}
+    hf_names = {hf: gguf for gguf, hf in GGUF_NAMES.items()}
     name = name.removesuffix(".weight")
-    if name in back:
-        return f"{back[name]}.weight"
-    _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{back[rest]}.weight"
+    if name in hf_names:
+        return f"{hf_names[name]}.weight"
+    _, _, layer, suffix = name.split(".", 3)
+    return f"blk.{layer}.{hf_names[suffix]}.weight"
 
 
 def gguf_metadata(config: Config) -> dict[str, Any]:
-    """Metadata as llama.cpp writes it, for a tokenizer of 260 entries; a float is float32, an int uint32."""
+    """llama.cpp's metadata for a tokenizer of 260 entries; floats are written as float32, ints as uint32."""
     return {
         "llama.vocab_size": config.vocab_size,
         "llama.embedding_length": config.hidden_size,
@@ -91,9 +91,9 @@ def write_gguf(
     config: Config,
     tensors: dict[str, np.ndarray],
     metadata: dict[str, Any] | None = None,
-    more: dict[str, np.ndarray] | None = None,
+    extra: dict[str, np.ndarray] | None = None,
 ):
-    """A GGUF of these Hugging Face tensors, q and k permuted as llama.cpp has them, and of `more` as they are."""
+    """Writes a GGUF of Hugging Face tensors, q and k permuted as in llama.cpp, and of `extra` tensors unchanged."""
     import gguf
 
     metadata = gguf_metadata(config) if metadata is None else metadata
@@ -115,7 +115,7 @@ def write_gguf(
             writer.add_tensor(gguf_name(name), raw, raw_dtype=kind)
         else:
             writer.add_tensor(gguf_name(name), array)
-    for name, array in (more or {}).items():
+    for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -124,7 +124,7 @@ def write_gguf(
 
 
 def of_tokens(*parts: np.ndarray, shares: tuple[str, ...] = ("1",)) -> Mixture:
-    """Data that is in no file: of each part of the mixture its tokens."""
+    """Data in memory: a mixture of these token arrays."""
     files = [
         TokenFile(Path(f"{i}/tokens.bin"), part.astype(np.uint16), np.array([part.size]), str(i), "", 0, 0)
         for i, part in enumerate(parts)

@@ -1,4 +1,4 @@
-"""The Dockerfile can be built without a surprise: every file, extra and command that it names exists."""
+"""Every file, extra and command that the Dockerfile names exists."""
 
 import fnmatch
 import re
@@ -28,12 +28,12 @@ def instructions(name: str) -> list[str]:
 
 
 def copied() -> list[str]:
-    """Every source of a COPY."""
+    """The sources of all COPY instructions."""
     return [source for arguments in instructions("COPY") for source in shlex.split(arguments)[:-1]]
 
 
 def requirements(extras: list[str]) -> list[str]:
-    """The requirements of the package with these extras, as pyproject.toml names them."""
+    """The requirements of the package with these extras, from pyproject.toml."""
     optional = PROJECT["optional-dependencies"]
     return PROJECT["dependencies"] + [requirement for extra in extras for requirement in optional[extra]]
 

@@ -1,4 +1,4 @@
-"""What README and docs name is there, and what README shows from Python runs as it stands."""
+"""Every file that README and docs name exists, and README's Python example runs unchanged."""
 
 import re
 import subprocess
@@ -29,5 +29,5 @@ def test_what_the_readme_shows_from_python_runs_as_it_stands(weights_path):
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert str(weights_path.relative_to(Path(weights_path).parents[1])) in program
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, " Paris\n"), done.stderr
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, " Paris\n"), result.stderr

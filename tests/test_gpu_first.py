@@ -1,4 +1,4 @@
-"""The first minutes on a rented GPU, rehearsed: what each stage runs, that it loses only itself, what comes back."""
+"""scripts/gpu_first.sh with fake programs: commands and results of its stages; a failed stage stops no other."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def rehearse(tmp_path):
     def run(*arguments, python=tmp_path / "python", **variables):
         (tmp_path / "record").write_text("")
         places = {"OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work"), "RECORD": str(tmp_path / "record")}
-        done = subprocess.run(
+        result = subprocess.run(
             ["bash", "scripts/gpu_first.sh", *arguments],
             cwd=ROOT,
             env=os.environ | places | {"PYTHON": str(python), "LIMIT": "9000"} | variables,  # however busy it is here
@@ -60,7 +60,7 @@ def rehearse(tmp_path):
             text=True,
             check=False,
         )
-        return [json.loads(line) for line in (tmp_path / "record").read_text().splitlines()], tmp_path / "out", done
+        return [json.loads(line) for line in (tmp_path / "record").read_text().splitlines()], tmp_path / "out", result
 
     return run
 
@@ -71,11 +71,11 @@ def ended(out: Path, name: str = "first") -> dict[str, int]:
 
 
 def test_the_first_call_asks_the_most_valuable_first_and_names_the_second(rehearse):
-    calls, out, done = rehearse()
-    assert done.returncode == 0, done.stderr
+    calls, out, result = rehearse()
+    assert result.returncode == 0, result.stderr
     assert ended(out) == dict.fromkeys(FIRST, 0)
     assert {path.name for path in out.iterdir()} == {*FILES[:3]}  # the recorder trains nothing
-    assert "PART=second bash scripts/gpu_first.sh" in done.stdout.splitlines()[-1]
+    assert "PART=second bash scripts/gpu_first.sh" in result.stdout.splitlines()[-1]
     assert "PART=second bash scripts/gpu_first.sh" in (out / "first.md").read_text()
     summary = json.loads((out / "first.json").read_text())
     assert summary["command"] == "PART=first bash scripts/gpu_first.sh"
@@ -92,8 +92,8 @@ def test_the_first_call_asks_the_most_valuable_first_and_names_the_second(rehear
         for variables, name, arguments in flags
         if name == "benchmark.py"
     ]
-    for _, each in measured:
-        check_flags(each)
+    for _, workload in measured:
+        check_flags(workload)
     (_, speed), (_, dots), (plain, decode), (loops, again) = measured
     assert (speed.what, speed.batch_size, speed.sequence_length, speed.baselines) == (
         "train",
@@ -112,15 +112,16 @@ def test_the_first_call_asks_the_most_valuable_first_and_names_the_second(rehear
 
 
 def test_the_second_call_is_of_flags_that_exist_too_and_some_stages_can_be_had_alone(rehearse):
-    calls, out, done = rehearse(PART="second")
-    assert done.returncode == 0, done.stderr
+    calls, out, result = rehearse(PART="second")
+    assert result.returncode == 0, result.stderr
     assert ended(out, "second") == dict.fromkeys(SECOND, 0)
     flags = [
         tyro.cli(benchmark.Flags, args=arguments) for _, script, *arguments in calls if script.endswith("benchmark.py")
     ]
-    for each in flags:
-        check_flags(each)
-    assert [(each.what, each.batch_size, each.unroll) for each in flags[:2]] == [("train", 32, None), ("train", 16, 1)]
+    for workload in flags:
+        check_flags(workload)
+    trained = [(workload.what, workload.batch_size, workload.unroll) for workload in flags[:2]]
+    assert trained == [("train", 32, None), ("train", 16, 1)]
     assert (flags[-1].sequence_length, flags[-1].baselines) == (8192, ("hf-compile",))
     calls, out, _ = rehearse(STAGES="speed profile")
     assert ended(out, "first-again") == dict.fromkeys(["machine", "speed", "profile"], 0)
@@ -132,11 +133,11 @@ def test_a_stage_that_fails_or_hangs_loses_itself_only(rehearse, tmp_path):
     (tmp_path / "timeout").write_text(SHORT)
     (tmp_path / "timeout").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    _, out, done = rehearse(PATH=path, FAILS="--against hf-compile,--instructions", HANGS="--remat dots")
-    lost = {"speed": 9, "remat-dots": 137, "profile": 9}
-    assert ended(out) == dict.fromkeys(FIRST, 0) | lost
-    assert done.returncode == 1
-    assert "failed: speed, remat-dots, profile" in done.stdout
+    _, out, result = rehearse(PATH=path, FAILS="--against hf-compile,--instructions", HANGS="--remat dots")
+    statuses = {"speed": 9, "remat-dots": 137, "profile": 9}
+    assert ended(out) == dict.fromkeys(FIRST, 0) | statuses
+    assert result.returncode == 1
+    assert "failed: speed, remat-dots, profile" in result.stdout
     assert "out of luck" in (out / "first.log").read_text()
 
 
@@ -153,15 +154,15 @@ def test_a_training_that_fails_is_tried_without_cudnn(rehearse):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "part", "said"),
+    ("arguments", "part", "message"),
     [
         (["--dryrun"], "first", "--dryrun: the only argument is --dry-run\n"),
         ([], "third", "PART=third: must be first or second\n"),
     ],
 )
-def test_it_refuses_what_it_cannot_do(rehearse, arguments, part, said):
-    calls, _, done = rehearse(*arguments, PART=part)
-    assert (calls, done.returncode, done.stderr) == ([], 2, said)
+def test_it_refuses_what_it_cannot_do(rehearse, arguments, part, message):
+    calls, _, result = rehearse(*arguments, PART=part)
+    assert (calls, result.returncode, result.stderr) == ([], 2, message)
 
 
 def test_wheels_beside_the_tree_are_installed_where_every_stage_finds_them(rehearse, tmp_path):
@@ -169,11 +170,11 @@ def test_wheels_beside_the_tree_are_installed_where_every_stage_finds_them(rehea
     mine = wheels / "smollm_rehearsal-1.0-py3-none-any.whl"
     wheels.mkdir(exist_ok=True)
     with zipfile.ZipFile(mine, "w") as wheel:
-        about = "smollm_rehearsal-1.0.dist-info"
+        dist_info = "smollm_rehearsal-1.0.dist-info"
         wheel.writestr("smollm_rehearsal.py", "FOUND = 1\n")
-        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: smollm_rehearsal\nVersion: 1.0\n")
-        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{about}/RECORD", "")
+        wheel.writestr(f"{dist_info}/METADATA", "Metadata-Version: 2.1\nName: smollm_rehearsal\nVersion: 1.0\n")
+        wheel.writestr(f"{dist_info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{dist_info}/RECORD", "")
     try:
         (tmp_path / "finder").write_text(
             f"#!{sys.executable}\nimport os, sys\nif sys.argv[1] != '-m':\n"
@@ -181,21 +182,21 @@ def test_wheels_beside_the_tree_are_installed_where_every_stage_finds_them(rehea
             "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
         )
         (tmp_path / "finder").chmod(0o755)
-        _, out, done = rehearse(python=tmp_path / "finder", STAGES="speed")
+        _, out, result = rehearse(python=tmp_path / "finder", STAGES="speed")
     finally:
         mine.unlink()
         if not any(wheels.iterdir()):
             wheels.rmdir()
-    assert ended(out, "first-again") == {"machine": 0, "speed": 0}, done.stdout
+    assert ended(out, "first-again") == {"machine": 0, "speed": 0}, result.stdout
     assert (tmp_path / "work/site/smollm_rehearsal.py").exists()
 
 
 @pytest.mark.overnight
 @pytest.mark.torch
 def test_every_stage_runs_at_toy_size_on_the_cpu(rehearse):
-    """Both calls into one folder: not more than eight files of results."""
-    _, out, done = rehearse("--dry-run", python=sys.executable)
-    assert ended(out) == dict.fromkeys(FIRST, 0), done.stdout
+    """Both calls write into one folder, at most eight result files."""
+    _, out, result = rehearse("--dry-run", python=sys.executable)
+    assert ended(out) == dict.fromkeys(FIRST, 0), result.stdout
     summary = json.loads((out / "first.json").read_text())
     assert summary["machine"]["device"] == "cpu"
     assert summary["machine"]["versions"]["jax"]
@@ -203,7 +204,7 @@ def test_every_stage_runs_at_toy_size_on_the_cpu(rehearse):
     assert all(row["passed"] for row in summary["others"]["attention"]["rows"])
     steps = [json.loads(line) for line in (out / "first-metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in steps) == 9  # 4, and 5 more after the resume
-    _, out, done = rehearse("--dry-run", python=sys.executable, PART="second")
+    _, out, result = rehearse("--dry-run", python=sys.executable, PART="second")
     failed = {name: status for name, status in ended(out, "second").items() if status}
-    assert failed in ({}, {"parity": 1}), done.stdout  # random weights: the report may say so, having run
+    assert failed in ({}, {"parity": 1}), result.stdout  # random weights: the report may say so, having run
     assert {path.name for path in out.iterdir()} == {*FILES, "second.json", "second.log", "second.md"}

@@ -1,4 +1,4 @@
-"""What the GPU suite would run, seen without a GPU: its stages, their flags, its limits, its tables."""
+"""scripts/gpu_suite.sh without a GPU: its stages, their flags, its time limits and tables."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def suite(folder, *arguments, **variables):
 
 @pytest.fixture
 def on_a_gpu(tmp_path):
-    """Runs the suite as on a machine with a GPU, whose name only `nvidia-smi` knows; what it ran, and its summary."""
+    """Runs the suite with a fake `nvidia-smi`; returns the commands that it ran, and its summary."""
     for name, text in (("nvidia-smi", SMI), ("recorder", RECORDER)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -54,8 +54,8 @@ def on_a_gpu(tmp_path):
         return [json.loads(line) for line in record.read_text().splitlines()], summary
 
     yield run
-    for left in ROOT.glob("benchmarks/results/no-gpu-of-this-world-*"):
-        shutil.rmtree(left)
+    for file in ROOT.glob("benchmarks/results/no-gpu-of-this-world-*"):
+        shutil.rmtree(file)
 
 
 def test_every_benchmark_of_the_gpu_suite_has_flags_that_exist(on_a_gpu):
@@ -97,18 +97,18 @@ def test_no_part_of_the_suite_takes_more_than_ten_minutes_and_all_end_at_the_lim
 
 
 @pytest.mark.parametrize(
-    ("arguments", "part", "said"),
+    ("arguments", "part", "message"),
     [
         (["--dry-run"], "sped", "PART=sped: must be correctness, speed, kernels, sweep or unset\n"),
         (["--dryrun"], "speed", "--dryrun: the only argument is --dry-run\n"),
         ([], "speed", "no GPU: nvidia-smi lists none; --dry-run works without one\n"),
     ],
 )
-def test_the_suite_refuses_what_it_cannot_do(tmp_path, arguments, part, said):
+def test_the_suite_refuses_what_it_cannot_do(tmp_path, arguments, part, message):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
-    done = suite(tmp_path, *arguments, PART=part)
-    assert (done.returncode, done.stderr) == (2, said)
+    result = suite(tmp_path, *arguments, PART=part)
+    assert (result.returncode, result.stderr) == (2, message)
 
 
 def test_what_does_not_fit_is_skipped_and_reported(on_a_gpu):
@@ -116,9 +116,9 @@ def test_what_does_not_fit_is_skipped_and_reported(on_a_gpu):
     calls, summary = on_a_gpu(PART="speed", MEMORY_MIB="81559")
     assert [row["stage"] for row in summary["stages"]] == ["speed-16", "speed-16-max", "speed-16-twin", "speed-8"]
     assert len(calls) == 4
-    (said,) = summary["left_out"]
-    assert said.startswith("speed-32 skipped: estimated memory of ")
-    assert said.endswith("for hf-compile exceeds 90% of 86 GB; --batch-size 16 fits")
+    (message,) = summary["left_out"]
+    assert message.startswith("speed-32 skipped: estimated memory of ")
+    assert message.endswith("for hf-compile exceeds 90% of 86 GB; --batch-size 16 fits")
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_the_suites_summary_divides_best_by_best(tmp_path, monkeypatch, capsys):
     (tmp_path / "parity").mkdir()
     (tmp_path / "parity/report.json").write_text(json.dumps({"rungs": [rung]}))
     assert summary.main(tmp_path, "bash x") == 1
-    assert "4 of 5 stages finished" in (said := capsys.readouterr().out)
-    assert "failed: speed-32" in said
+    assert "4 of 5 stages finished" in (output := capsys.readouterr().out)
+    assert "failed: speed-32" in output
     best = json.loads((tmp_path / "summary.json").read_text())["best_over_best"]
     assert {name: (x["ratio"], x["ours"]["stage"], x["other"]["stage"]) for name, x in best.items()} == {
         "hf-compile": (120 / 90, "speed-16", "speed-8"),
@@ -180,7 +180,7 @@ def test_the_suites_summary_divides_best_by_best(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("losses", "code", "said"),
+    ("losses", "code", "message"),
     [
         ([4.0, 3.0], 0, "pass  2 losses differ by at most 0.0e+00"),
         ([4.0, 3.1], 1, "FAIL  2 losses differ by at most 3.2e-02"),
@@ -188,14 +188,14 @@ def test_the_suites_summary_divides_best_by_best(tmp_path, monkeypatch, capsys):
         ([4.0], 3, "has 1 steps, but --steps is 2"),
     ],
 )
-def test_two_runs_curves_are_compared_step_by_step(tmp_path, losses, code, said):
+def test_two_runs_curves_are_compared_step_by_step(tmp_path, losses, code, message):
     for name, curve in (("a", [4.0, 3.0]), ("b", losses)):
         (tmp_path / name).mkdir()
         rows = [{"step": i, "loss": x} for i, x in enumerate(curve, 1)] + [{"step": 2, "validation_loss": 9.0}]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     command = [sys.executable, "-m", "benchmarks.check_curves", "a", "b", "--steps", "2", "--bound", "0.02"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    result = subprocess.run(
         [*map(str, command), "--out", "c.json"],
         cwd=tmp_path,
         env=environment,
@@ -203,5 +203,5 @@ def test_two_runs_curves_are_compared_step_by_step(tmp_path, losses, code, said)
         text=True,
         check=False,
     )
-    assert done.returncode == code
-    assert said in done.stdout + done.stderr
+    assert result.returncode == code
+    assert message in result.stdout + result.stderr

@@ -1,4 +1,4 @@
-"""Every malformed file gives one line that names it and what is wrong, in 2 seconds and 3 GiB; none is half read.
+"""Every malformed file gives a one-line error that names file and fault, within 2 seconds and 3 GiB.
 
 python -m tests.test_hostile_files FOLDER   # all cases under that memory limit, timed
 """
@@ -83,11 +83,11 @@ def test_a_malformed_file_is_refused_in_one_line_that_names_it(tmp_path, capfd, 
 
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory) -> dict[str, dict[str, float]]:
-    """The seconds that each case of each kind takes, in one process that has 3 GiB."""
+    """The seconds that each case of each kind takes, in a process limited to 3 GiB."""
     command = [sys.executable, "-m", "tests.test_hostile_files", str(tmp_path_factory.mktemp("limited"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,12 +130,12 @@ def test_a_line_of_100_mb_is_found_out_within_one_line_allowed(tmp_path, name):
 
 def test_the_files_that_the_malformed_ones_were_made_from_are_well_formed(tmp_path):
     write_gguf(tmp_path / "x.gguf", SMALL, small_tensors())
-    found = weights.read(tmp_path / "x.gguf")
-    assert {name: t.tobytes() for name, t in found.tensors.items()} == {
+    bundle = weights.read(tmp_path / "x.gguf")
+    assert {name: t.tobytes() for name, t in bundle.tensors.items()} == {
         name: t.tobytes() for name, t in small_tensors().items()
     }
-    weights.write(tmp_path / "x.safetensors", found, "safetensors")
-    assert weights.read(tmp_path / "x.safetensors").tensors.keys() == found.tensors.keys()
+    weights.write(tmp_path / "x.safetensors", bundle, "safetensors")
+    assert weights.read(tmp_path / "x.safetensors").tensors.keys() == bundle.tensors.keys()
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(SMALL)))
     assert read_config(tmp_path / "config.json") == SMALL
     assert Tokenizer.load(tokenizer_folder(tmp_path / "tokenizer")).vocab_size == 260
@@ -167,12 +167,12 @@ def test_the_user_sees_one_line_and_exit_code_3(tmp_path, kind, name):
     convert = [str(ROOT / "scripts/convert_weights.py"), str(path), str(tmp_path / "out.safetensors")]
     command = convert if KINDS[kind][1] is weights.read else ["-c", CALL, kind, str(path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RUST_BACKTRACE": "1"}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
     )
-    assert done.returncode == 3, done.stderr
-    assert re.fullmatch(f"error: {re.escape(str(path))}.*{named}.*\n", done.stderr), done.stderr
-    assert done.stdout == ""
+    assert result.returncode == 3, result.stderr
+    assert re.fullmatch(f"error: {re.escape(str(path))}.*{named}.*\n", result.stderr), result.stderr
+    assert result.stdout == ""
     assert not (tmp_path / "out.safetensors").exists()
 
 

@@ -1,4 +1,4 @@
-"""Imports point down: each package may import those on the floors below it, itself, and no others."""
+"""Imports point down: each package imports only itself and packages of lower floors."""
 
 import ast
 from pathlib import Path
@@ -21,13 +21,13 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.spl
 
 
 def package_of(module: str) -> str:
-    """The package that has a place in FLOORS: "model" of smollm_jax.model.ops, "" of smollm_jax itself."""
-    top, _, rest = module.partition(".")
-    return rest.partition(".")[0] if top == "smollm_jax" else top
+    """The package as FLOORS names it: "model" for smollm_jax.model.ops, "" for smollm_jax itself."""
+    top, _, submodule = module.partition(".")
+    return submodule.partition(".")[0] if top == "smollm_jax" else top
 
 
 def imports_of(path: Path) -> set[str]:
-    """Every module of ours that a file imports, at its head or in a function."""
+    """Every module of ours that a file imports, at module level or in a function."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""`make` and the NVIDIA driver: the build of JAX that fits, or one line that says why none does."""
+"""`make` chooses the build of JAX for the NVIDIA driver, or prints one line that says why none fits."""
 
 import os
 import subprocess
@@ -13,11 +13,11 @@ INSTEAD = "or leave the GPU alone: make JAX= train"
 UNNAMED = "error: nvidia-smi names no CUDA version, it says: "
 
 
-def make(folder: Path, said: str | None, *arguments: str, compute_cap: str = "9.0", status: int = 0):
-    """`make` on a machine whose nvidia-smi says this."""
-    if said is not None:
+def make(folder: Path, nvidia_smi: str | None, *arguments: str, compute_cap: str = "9.0", status: int = 0):
+    """Runs `make` with a fake nvidia-smi that prints this."""
+    if nvidia_smi is not None:
         query = f"case $* in *compute_cap*) echo {compute_cap}; exit;; esac"
-        (folder / "said").write_text(f"{said}\n")
+        (folder / "said").write_text(f"{nvidia_smi}\n")
         (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{query}\ncat {folder}/said\nexit {status}\n")
         (folder / "nvidia-smi").chmod(0o755)
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
@@ -32,7 +32,7 @@ def make(folder: Path, said: str | None, *arguments: str, compute_cap: str = "9.
 
 
 @pytest.mark.parametrize(
-    ("said", "compute_cap", "build"),
+    ("nvidia_smi", "compute_cap", "build"),
     [
         (HEADER.format("525.60.13", "12.0"), "8.6", "CUDA 12: jax[cuda12]"),
         (HEADER.format("570.133.07", "12.8"), "12.0", "CUDA 12: jax[cuda12]"),
@@ -43,15 +43,15 @@ def make(folder: Path, said: str | None, *arguments: str, compute_cap: str = "9.
         (HEADER.format("580.65.06", "13.0"), "[N/A]", "CUDA 13: jax[cuda13]"),
     ],
 )
-def test_the_driver_decides_which_jax_is_installed(tmp_path, said, compute_cap, build):
-    done = make(tmp_path, f"Sat Nov 28 12:00:00 2026\n{said}", "driver", compute_cap=compute_cap)
-    assert (done.returncode, done.stdout, done.stderr) == (0, build + "\n", "")
-    planned = make(tmp_path, said, "-n", "train", f"VENV={tmp_path}/venv", compute_cap=compute_cap)
+def test_the_driver_decides_which_jax_is_installed(tmp_path, nvidia_smi, compute_cap, build):
+    result = make(tmp_path, f"Sat Nov 28 12:00:00 2026\n{nvidia_smi}", "driver", compute_cap=compute_cap)
+    assert (result.returncode, result.stdout, result.stderr) == (0, build + "\n", "")
+    planned = make(tmp_path, nvidia_smi, "-n", "train", f"VENV={tmp_path}/venv", compute_cap=compute_cap)
     assert f'".[gguf,plot,{build[-7:-1]}]"' in planned.stdout
 
 
 @pytest.mark.parametrize(
-    ("said", "status", "line"),
+    ("nvidia_smi", "status", "line"),
     [
         (
             HEADER.format("470.256.02", "11.4"),
@@ -73,19 +73,19 @@ def test_the_driver_decides_which_jax_is_installed(tmp_path, said, compute_cap, 
     ],
 )
 @pytest.mark.parametrize("target", ["train", "test"])
-def test_a_driver_that_fits_no_jax_is_refused_in_one_line(tmp_path, said, status, line, target):
-    done = make(tmp_path, said, target, f"VENV={tmp_path}/venv", "PYTHON=false", status=status)
-    ours, *of_make = done.stderr.splitlines()
+def test_a_driver_that_fits_no_jax_is_refused_in_one_line(tmp_path, nvidia_smi, status, line, target):
+    result = make(tmp_path, nvidia_smi, target, f"VENV={tmp_path}/venv", "PYTHON=false", status=status)
+    ours, *of_make = result.stderr.splitlines()
     assert ours == line
-    assert done.returncode == 2
+    assert result.returncode == 2
     assert len(of_make) == 1
     assert "driver] Error 2" in of_make[0]
     assert not (tmp_path / "venv").exists()
 
 
 def test_a_driver_may_be_left_alone_and_a_machine_have_none(tmp_path):
-    done = make(tmp_path, HEADER.format("470.256.02", "11.4"), "-n", "train", "JAX=", f"VENV={tmp_path}/venv")
-    assert '".[gguf,plot]"' in done.stdout
+    result = make(tmp_path, HEADER.format("470.256.02", "11.4"), "-n", "train", "JAX=", f"VENV={tmp_path}/venv")
+    assert '".[gguf,plot]"' in result.stdout
     assert make(tmp_path, HEADER.format("470.256.02", "11.4"), "driver", "JAX=").returncode == 0
     (tmp_path / "nvidia-smi").unlink()
     assert make(tmp_path, None, "driver").returncode == 0

@@ -1,4 +1,4 @@
-"""Each mutant can be planted: its text occurs once, its test is there, and whoever imports the module gets it."""
+"""Each mutant can be planted: its text occurs once, its test exists, and every import of the module gets it."""
 
 import ast
 import subprocess
@@ -50,9 +50,9 @@ for module in {importers!r}:
     ],
 )
 def test_whoever_imports_from_the_module_gets_the_mutant(name, importers):
-    """A face and a sibling of the face, which the import of the module itself imports first."""
+    """Also from the package's `__init__`, which runs before the module itself is imported."""
     (qualified,) = (mutant.qualified for mutant in MUTANTS if mutant.name == name)
     program = IMPORTERS.format(name=name, qualified=qualified, importers=importers)
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert set(done.stdout.split()) == set(importers)
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert set(result.stdout.split()) == set(importers)

@@ -1,4 +1,4 @@
-"""What a run of the tests says at its end, and that no file of the order is missing."""
+"""The summary at the end of a test run, and that every file of the test order exists."""
 
 import os
 import re
@@ -46,7 +46,7 @@ def test_a_run_says_what_it_showed_what_it_did_not_check_and_what_took_longest(t
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q -p tests.reporting\n")
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "SMOLLM_WITHOUT_TORCH": "1"},
@@ -54,11 +54,11 @@ def test_a_run_says_what_it_showed_what_it_did_not_check_and_what_took_longest(t
         text=True,
         check=False,
     )
-    assert done.returncode == 1
+    assert result.returncode == 1
     assert [path.read_text() for path in tmp_path.glob("gw?")] == ["x" * len(LADDER)], "one worker has the ladder"
-    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert any(re.fullmatch(r"rung 3 b 1 claims hold \d+ s", line) for line in lines), done.stdout
-    assert any(re.fullmatch(r"data 1 claims hold, 1 FAILED \d+ s", line) for line in lines), done.stdout
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert any(re.fullmatch(r"rung 3 b 1 claims hold \d+ s", line) for line in lines), result.stdout
+    assert any(re.fullmatch(r"data 1 claims hold, 1 FAILED \d+ s", line) for line in lines), result.stdout
     assert "not checked: 1 tests of web: no browser: install one" in lines
-    assert any(line.startswith("not checked: what needs PyTorch") for line in lines), done.stdout
-    assert any(line.startswith("slowest: parity_tests/test_3_b.py::test_three") for line in lines), done.stdout
+    assert any(line.startswith("not checked: what needs PyTorch") for line in lines), result.stdout
+    assert any(line.startswith("slowest: parity_tests/test_3_b.py::test_three") for line in lines), result.stdout

@@ -1,4 +1,4 @@
-"""docs/tour.ipynb runs as it stands, cell by cell, and prints what the page shows."""
+"""docs/tour.ipynb runs unchanged, cell by cell, and prints the outputs that it stores."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def code_cells() -> list[dict]:
 
 
 def printed(cell: dict) -> str:
-    """What a cell printed when the notebook was last run."""
+    """The output of a cell stored in the notebook."""
     return "".join("".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream")
 
 
@@ -36,14 +36,14 @@ def numbers(text: str) -> list[float]:
 
 
 def words(text: str) -> list[str]:
-    """A text without its numbers, and without the bars drawn from them."""
+    """A text without its numbers and bars."""
     return NUMBER.sub("", text).replace("#", "").split()
 
 
 @pytest.mark.slow
 def test_the_tour_runs_and_prints_what_it_shows(weights_path, text_path):
     cells = code_cells()
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", RUNNER],
         input=json.dumps(["".join(cell["source"]) for cell in cells]),
         cwd=TOUR.parent,  # where Jupyter starts it
@@ -52,8 +52,8 @@ def test_the_tour_runs_and_prints_what_it_shows(weights_path, text_path):
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    *outputs, end = done.stdout.split(f"{MARK}\n")
+    assert result.returncode == 0, result.stderr
+    *outputs, end = result.stdout.split(f"{MARK}\n")
     assert (len(outputs), end) == (len(cells), ""), "every cell has run"
     for cell, output in zip(cells, outputs, strict=True):
         assert words(output) == words(printed(cell))

@@ -1,4 +1,4 @@
-"""The benchmark: every subject at toy size, and the refusal of unequal work. Never how fast anything is."""
+"""The benchmark: every subject at toy size, and errors for unequal work. Asserts nothing about speed."""
 
 import json
 import os
@@ -56,21 +56,21 @@ RATIO = {
 
 
 def measured(folder, *arguments):
-    """The JSON of one run at toy size, its rows checked for order."""
+    """The JSON of one run at toy size; checks the order of its rows."""
     command = [sys.executable, SCRIPT, *arguments, "--preset", "tiny", "--rounds", "1", "--out", "b.json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    result = subprocess.run(
         list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     content = json.loads((folder / "b.json").read_text())
     assert (
         content["command"] == f"python scripts/benchmark.py {' '.join(arguments)} --preset tiny --rounds 1 --out b.json"
     )
     assert {"jax", "cores", "device"} < content["environment"].keys()
     assert all(row["min"] <= row["median"] <= row["max"] for row in content["rows"].values())
-    left = {path.name for path in folder.iterdir()} - {"b.json", "data", "x.jsonl"}
-    assert not left, "something was left"
+    files = {path.name for path in folder.iterdir()} - {"b.json", "data", "x.jsonl"}
+    assert not files, "something was left"
     return content
 
 
@@ -143,12 +143,12 @@ def test_a_kernel_is_compared_in_bfloat16_and_under_compile_too(tmp_path, what):
 def test_prepare_measures_ours_datasets_and_the_tokenizer_alone(tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "the {i}th text"}}\n' for i in range(200)))
     rows = measured(tmp_path, "prepare", "--text", "x.jsonl", "--against", "tokenizers", "datasets")["rows"]
-    for what in ("MB/s", "MB/s of a core"):
+    for unit in ("MB/s", "MB/s of a core"):
         for name in ("tokenizers", "datasets"):
-            ours, other = (rows[f"{what}, {backend}"]["median"] for backend in ("ours", name))
-            assert rows[f"{what}, ours / {name}"]["median"] == pytest.approx(ours / other)
-    ours, other = (rows[f"peak GB, {name}"]["median"] for name in ("ours", "datasets"))
-    assert rows["peak GB, ours / datasets"]["median"] == pytest.approx(ours / other)
+            ours, theirs = (rows[f"{unit}, {backend}"]["median"] for backend in ("ours", name))
+            assert rows[f"{unit}, ours / {name}"]["median"] == pytest.approx(ours / theirs)
+    ours, theirs = (rows[f"peak GB, {name}"]["median"] for name in ("ours", "datasets"))
+    assert rows["peak GB, ours / datasets"]["median"] == pytest.approx(ours / theirs)
     assert 0.01 < ours < 4
     assert "peak GB, tokenizers" not in rows, "it holds all texts"
     assert len(rows) == 15
@@ -156,7 +156,7 @@ def test_prepare_measures_ours_datasets_and_the_tokenizer_alone(tmp_path):
 
 @pytest.mark.slow
 def test_datasets_read_the_files_that_we_read(tmp_path):
-    """A licence in the folder, as in assets/sotu, is no text; files of folders in it are."""
+    """A licence in the folder, as in assets/sotu, is skipped; files in subfolders are read."""
     folder = tmp_path / "data"
     (folder / "deeper").mkdir(parents=True)
     for name in ("a.txt", "deeper/b.txt", "LICENSE"):
@@ -171,7 +171,7 @@ def test_prepare_measures_the_tokenizer_alone_by_default():
 
 @pytest.mark.parametrize(("suffix", "documents"), [(".txt", 3), (".jsonl", 6)])
 def test_every_preparation_makes_the_tokens_of_the_same_documents(tmp_path, monkeypatch, suffix, documents):
-    """A plain text is one document, whatever its lines; a special token typed in a text is text; eos ends each."""
+    """A plain text file is one document; a special token typed in it stays text; eos ends each document."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # read where `datasets` is imported: nothing goes to a home
     from benchmarks import prepare_backend
 
@@ -196,7 +196,7 @@ def test_preparations_of_other_tokens_are_refused():
 
 
 def test_the_peak_memory_is_of_a_process_and_of_its_children():
-    """200 MB in a child that its parent shares count once, as do 100 of the child's own; a mapped file does not."""
+    """200 MB that parent and child share count once, so do 100 MB of the child alone; a mapped file does not count."""
     script = (
         "import mmap, os, sys, tempfile; shared = b'x' * 200_000_000; file = tempfile.TemporaryFile(); "
         "file.write(shared); file.flush(); mapped = mmap.mmap(file.fileno(), 0); sum(mapped[::4096]);\n"
@@ -271,17 +271,17 @@ def test_pytorch_is_measured_in_every_form_that_this_cpu_has(monkeypatch, fast, 
 
 def test_a_backend_waits_as_openmp_does_by_default_and_is_stopped_while_it_is_not_its_turn(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    other = Backend("hf", benchmark.Flags("loss", preset="tiny", sequence_length=8).workload("hf"), tmp_path)
+    backend = Backend("hf", benchmark.Flags("loss", preset="tiny", sequence_length=8).workload("hf"), tmp_path)
     try:
-        folder = Path(f"/proc/{other.process.pid}")
+        folder = Path(f"/proc/{backend.process.pid}")
         assert b"OMP_WAIT_POLICY" not in (folder / "environ").read_bytes()
         for _ in range(2):
             deadline = time.monotonic() + 60
             while (state := folder.joinpath("stat").read_text().rpartition(")")[2].split()[0]) != "T":
                 assert time.monotonic() < deadline, f"state {state}: a backend that waits takes a core"
-            assert other.run_once()["seconds"] > 0
+            assert backend.run_once()["seconds"] > 0
     finally:
-        other.close()
+        backend.close()
 
 
 def test_ratios_are_taken_round_by_round():
@@ -338,7 +338,7 @@ def test_first_tokens_that_differ_are_refused(tokens, named):
 
 
 def test_the_clock_stops_at_what_follows_the_prompt():
-    """Neither the prompt alone nor half of it is the token; a process that has more to do is not waited for."""
+    """Neither the prompt nor half of it counts as the first token; the clock does not wait for the process to end."""
     script = f"import time; text = {starts.TEXT!r}\n"
     script += "for piece in (text[:5], text[5:], ' is', '\\n'): print(piece, end='', flush=True); time.sleep(0.3)\n"
     began = time.monotonic()
@@ -375,7 +375,7 @@ def test_memory_that_would_not_be_kept_is_not_measured(monkeypatch, why):
 
 
 def test_the_backends_are_given_the_same_seeded_work(monkeypatch):
-    """Documents fill every row and are as long as asked for; a sample is of fixed places."""
+    """Documents fill every row and have the requested lengths; samples are taken at fixed positions."""
     from benchmarks import workload
 
     made = workload.Workload("packed", "tiny", 1, 3, 4096, 1, 64, "float32", False, 1)

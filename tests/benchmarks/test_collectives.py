@@ -1,4 +1,4 @@
-"""Collectives are read off HLO text: their bytes, whichever way they are written, and whether a loop repeats them."""
+"""Collectives parsed from HLO text: their bytes in every notation, and whether a loop repeats them."""
 
 import pytest
 

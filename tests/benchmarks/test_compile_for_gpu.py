@@ -1,5 +1,5 @@
 # ruff: noqa: E501  # the lines of a program
-"""What a compiled GPU program is said to move and compute is what can be counted by hand."""
+"""The bytes and FLOPs computed from a compiled GPU program equal those counted by hand."""
 
 import importlib.util
 import re
@@ -83,16 +83,16 @@ ENTRY %main (q: bf16[2,128,9,64], start: (s32[], bf16[30,8,4], bf16[30,16,4], bf
 
 
 def test_kernels_are_counted_as_often_as_they_run_with_what_they_move_and_compute():
-    found = {kernel.name: kernel for kernel in kernels_of(PROGRAM)}
-    assert found.keys() == {"product", "start", "attention.1", "updated"}
-    product = found["product"]
+    kernels = {kernel.name: kernel for kernel in kernels_of(PROGRAM)}
+    assert kernels.keys() == {"product", "start", "attention.1", "updated"}
+    product = kernels["product"]
     assert (product.kind, product.times) == ("matrix products", 30)
     assert product.bytes == 2 * 8 * 4 + 4 + 2 * 16 * 8 + 2 * 16 * 4  # a layer of the weights, the index, x, the result
     assert product.flops == 2 * 16 * 8 * 4
-    assert found["start"].bytes == 2 * (2 * 16 * 4) + 4  # read once, and written in its place
-    assert found["updated"].bytes == 4 * (16 * 4 + 16 + 16 * 4)
-    assert found["updated"].kind == "optimizer"
-    assert found["attention.1"].flops == 2 * 2 * 9 * 64 * 128 * 129
+    assert kernels["start"].bytes == 2 * (2 * 16 * 4) + 4  # read once, and written in its place
+    assert kernels["updated"].bytes == 4 * (16 * 4 + 16 + 16 * 4)
+    assert kernels["updated"].kind == "optimizer"
+    assert kernels["attention.1"].flops == 2 * 2 * 9 * 64 * 128 * 129
 
 
 def test_of_branches_by_number_the_last_is_counted_the_true_one():
@@ -137,13 +137,13 @@ def test_the_old_name_of_top_kernels_still_works():
 def test_the_script_compiles_where_it_can_and_else_says_what_is_missing():
     flags = ["--preset", "tiny", "--batch-size", "2", "--sequence-length", "128", "--remat", "swiglu"]
     program = [sys.executable, "scripts/compile_for_gpu.py", *flags]
-    done = subprocess.run(program, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    result = subprocess.run(program, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     plugins = importlib.util.find_spec("jax_plugins")
     if plugins and any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
-        assert done.returncode == 0, done.stderr
-        assert re.search(r"\| \*\*step\*\* \| [\d,]+ \|", done.stdout)
+        assert result.returncode == 0, result.stderr
+        assert re.search(r"\| \*\*step\*\* \| [\d,]+ \|", result.stdout)
     else:
-        assert done.returncode == 1
+        assert result.returncode == 1
         assert re.fullmatch(
-            r"error: JAX's CUDA plugin is not installed, pip install -e '\.\[cuda13\]': .*\n", done.stderr
+            r"error: JAX's CUDA plugin is not installed, pip install -e '\.\[cuda13\]': .*\n", result.stderr
         )

@@ -1,6 +1,6 @@
-"""The training step as XLA compiles it for an H100 that is not here; `make gpu-program`.
+"""The training step as XLA compiles it for an H100, without one; `make gpu-program`.
 
-What tests/benchmarks/test_gpu_program.py reads off a program before XLA has changed it is read here off what would run.
+tests/benchmarks/test_gpu_program.py checks the lowered program; this file checks the optimized one, which would run.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ GRID = """
 
 @functools.cache
 def compiled(line: str) -> tuple[int, int, str]:
-    """Bytes needed and planned, and the program."""
+    """Bytes that the compiled step needs, bytes estimated for it, and the program."""
     batch, length, remat, dtype, unroll, masked = line.split()
     recipe = Recipe(1000, int(batch), int(length), learning_rate=1e-3, warmup_steps=0, dtype=dtype)  # pyright: ignore
     attention: Any = "cudnn" if dtype == "bfloat16" else "xla"
@@ -75,7 +75,7 @@ def test_nothing_is_summed_in_bfloat16(line):
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_every_kind_of_gpu_has_a_step(target):
-    """Of compute capability 9.0, 8.0 and 8.9, at a small size; attention is cuDNN's, and nothing is of another card."""
+    """Compute capabilities 9.0, 8.0 and 8.9, at a small size; attention is cuDNN's, all kernels are for that card."""
     recipe = Recipe(1000, 2, 128, learning_rate=1e-3, warmup_steps=0, dtype="bfloat16")
     step = compile_step(preset("tiny"), recipe, ExecutionConfig("bfloat16", "cudnn", "swiglu", 3), target)
     kernels = [*kernels_of(step.as_text())]
@@ -94,7 +94,7 @@ def test_attention_is_cudnns_and_no_more_logits_are_held_than_a_chunks():
 
 
 def test_a_step_moves_no_more_than_when_it_was_last_looked_at():
-    """171 GB laid out and 212 in a loop (jax 0.11.2; 0.10.2: 174 laid out); 229 with jax's own gradients, in a loop."""
+    """171 GB unrolled and 212 in a loop (jax 0.11.2; 0.10.2: 174 unrolled); 229 with jax's own gradients, in a loop."""
     for line, most in ((DEFAULT, 176), (LOOP, 217)):
         kernels = [*kernels_of(compiled(line)[2])]
         moved = sum(kernel.times * kernel.bytes for kernel in kernels) / 1e9

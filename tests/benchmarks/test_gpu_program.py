@@ -1,4 +1,4 @@
-"""What a training step asks of a CUDA GPU, read off the program that is lowered for one; no GPU is needed for that."""
+"""A training step lowered for a CUDA GPU, which needs no GPU: its matmuls, attention, rematerialization and dtypes."""
 
 import collections
 import re
@@ -22,7 +22,7 @@ RECIPE = Recipe(10, 3, LENGTH, learning_rate=1e-3, warmup_steps=0, dtype="bfloat
 
 @pytest.fixture
 def lowered(monkeypatch):
-    """The text of a bfloat16 step with cuDNN's attention, as a machine with a GPU would lower it."""
+    """The text of a bfloat16 step with cuDNN attention, lowered as on a machine with a GPU."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda *_: True)
     monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda *_: False)
@@ -59,7 +59,7 @@ def test_attention_is_cudnns_and_only_full_rematerialisation_runs_it_twice(lower
 
 
 def test_scores_of_all_pairs_would_be_seen():
-    """This is how they look, which the test above rules out."""
+    """A program that materializes the scores contains what the test above rules out."""
     shapes = [jax.ShapeDtypeStruct((2, LENGTH, heads, 16), jnp.bfloat16) for heads in (6, 2, 2)]
     mask = jax.ShapeDtypeStruct((2, 1, LENGTH, LENGTH), bool)
     assert (
@@ -89,7 +89,7 @@ def test_each_weight_is_cast_once_a_step_outside_the_layers_loop(lowered, remat)
 
 
 def test_swiglu_is_computed_once_where_its_result_is_kept(lowered):
-    """In the forward pass alone; its gradient is written out."""
+    """Only in the forward pass; its gradient is a custom one."""
     calls = {remat: len(re.findall(r"call @silu\b|call @silu_", lowered(remat))) for remat in get_args(Remat)}
     assert calls == {"none": 1, "swiglu": 1, "dots": 2, "full": 2}
 
@@ -101,7 +101,7 @@ def test_every_array_of_the_state_is_overwritten_in_place(lowered):
 
 @pytest.mark.parametrize("unroll", [1, 3])
 def test_nothing_is_summed_in_bfloat16(lowered, unroll):
-    """A GPU adds up in the dtype it is told: the gradient of a norm's scale is a sum over all tokens."""
+    """A GPU sums in the requested dtype, and the gradient of a norm's scale is a sum over all tokens."""
     text = lowered("dots", unroll=unroll)
     shapes = re.findall(r"reduce\(.* applies stablehlo\.add .*: \(tensor<(.*?)>", text)
     sums = [shape.split("x")[-1] for shape in shapes]
@@ -110,7 +110,7 @@ def test_nothing_is_summed_in_bfloat16(lowered, unroll):
 
 
 def test_without_a_loop_what_is_to_be_computed_again_is_not_kept_after_all(lowered):
-    """XLA would find the second computation equal to the first, and keep its results from one to the other."""
+    """CSE would merge the recomputation with the forward pass and keep its results, undoing remat."""
     assert "optimization_barrier" in lowered("dots", unroll=3)
     assert "optimization_barrier" not in lowered("dots")
 
@@ -142,7 +142,7 @@ def test_documents_that_do_not_see_each_other_are_cudnns_too(lowered):
 @pytest.mark.parametrize("length", [1, 2, 65, 192, 1001])
 @pytest.mark.parametrize("documents", [False, True])
 def test_what_jax_itself_refuses_of_a_length_is_never_tried(lowered, length, documents):
-    """Odd ones, of the gradient alone; with documents `cudnn_shape_problem` leaves out more."""
+    """JAX rejects odd lengths, only in the gradient; with documents `cudnn_shape_problem` rejects more."""
     shapes = [jax.ShapeDtypeStruct((1, length, heads, 16), jnp.bfloat16) for heads in (6, 2, 2)]
     attend = packed(jnp.zeros((1, length), jnp.int32), "cudnn") if documents else causal("cudnn")
     gradient = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v, None)[0].astype(jnp.float32).sum()))

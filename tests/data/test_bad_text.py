@@ -1,4 +1,4 @@
-"""A text without tokens stops a preparation, is skipped, or has U+FFFD; a special token is one where that is asked."""
+"""A text that cannot be encoded stops a preparation, is skipped or gets U+FFFD; special tokens are text by default."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def tokenizer(tokenizer_path) -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def _signals(monkeypatch):
-    """The script takes the signals of its process; here that is pytest's."""
+    """Restores pytest's signal handlers, which the script replaces."""
     monkeypatch.setattr("smollm_jax.runtime.signals.StopSignal.install", lambda self, doing: self)
 
 
@@ -100,10 +100,10 @@ def test_bad_text_stops_is_skipped_or_replaced_in_every_kind_of_file(tmp_path, t
     assert list(documents(tmp_path / name, bad_text=bad_text)) == skipped
     assert bad_text.skipped == {"j.csv": 2, "m.parquet": 2}.get(name, 1)
     bad_text = BadTextHandler("replace", tokenizer.unencodable)
-    found = list(documents(tmp_path / name, bad_text=bad_text))
-    assert found == replaced
-    assert bad_text.replaced == "".join(found).count("�")
-    assert all(tokenizer.unencodable(text) is None for text in found)
+    texts = list(documents(tmp_path / name, bad_text=bad_text))
+    assert texts == replaced
+    assert bad_text.replaced == "".join(texts).count("�")
+    assert all(tokenizer.unencodable(text) is None for text in texts)
 
 
 def test_what_is_no_text_at_all_is_not_made_one_by_replacing(tmp_path, tokenizer):
@@ -119,9 +119,9 @@ def run(out: Path, source: Path, tokenizer: Path, *flags: str) -> dict:
     return json.loads((out / "manifest.json").read_text())
 
 
-def decoded(found: Path, tokenizer: Tokenizer) -> list[str]:
+def decoded(folder: Path, tokenizer: Tokenizer) -> list[str]:
     texts = []
-    for file in TokenSet.open(found).files:
+    for file in TokenSet.open(folder).files:
         starts = [0, *file.ends[:-1].tolist()]
         texts += [tokenizer.decode(file.tokens[a:b]) for a, b in zip(starts, file.ends.tolist(), strict=True)]
     return texts
@@ -131,7 +131,7 @@ def test_what_was_skipped_and_replaced_is_counted_said_and_recorded(tmp_path, to
     for name, (content, *_) in CASES.items():
         (tmp_path / "source").mkdir(exist_ok=True)
         (tmp_path / "source" / name).write_bytes(content)
-    for policy, place, count, said in (
+    for policy, path, count, message in (
         ("skip", 2, {"documents_skipped": 16}, "--on-bad-text skipped 16 documents without usable text"),
         (
             "replace",
@@ -141,13 +141,13 @@ def test_what_was_skipped_and_replaced_is_counted_said_and_recorded(tmp_path, to
         ),
     ):
         manifest = run(tmp_path / policy, tmp_path / "source", tokenizer_path, "--on-bad-text", policy)
-        expected = [f"{text}<|endoftext|>" for case in CASES.values() for text in case[place]]
+        expected = [f"{text}<|endoftext|>" for case in CASES.values() for text in case[path]]
         assert sorted(decoded(tmp_path / policy, tokenizer)) == sorted(expected)
         assert "".join(expected).count("�") == count.get("characters_replaced", 0)
         assert (manifest["on_bad_text"], manifest["counts"]) == (policy, count)
-        assert f"{tmp_path / policy}: {said}\n" in capsys.readouterr().out
+        assert f"{tmp_path / policy}: {message}\n" in capsys.readouterr().out
         run(tmp_path / policy, tmp_path / "source", tokenizer_path, "--on-bad-text", policy)
-        assert said in capsys.readouterr().out, "a second start does not say so"
+        assert message in capsys.readouterr().out, "a second start does not say so"
     (tmp_path / "all").mkdir()
     (tmp_path / "all/x.jsonl").write_bytes(jsonl(CONTROL))
     with pytest.raises(InputFileError, match=r"holds no text: --on-bad-text skipped every document \(1\)"):
@@ -155,7 +155,7 @@ def test_what_was_skipped_and_replaced_is_counted_said_and_recorded(tmp_path, to
 
 
 def test_the_same_bytes_however_many_work_and_however_often_it_is_stopped(tmp_path, tokenizer_path):
-    """Also of units without a text, and of a unit that is gone on with behind what it left out."""
+    """Also with work units without a text, and a unit that continues after a skipped document."""
     source = tmp_path / "source"
     source.mkdir()
     for i in range(6):
@@ -166,15 +166,15 @@ def test_the_same_bytes_however_many_work_and_however_often_it_is_stopped(tmp_pa
     manifest = run(tmp_path / "one", source, tokenizer_path, *flags, "--workers", "1")
     assert manifest["counts"] == {"documents_skipped": 163, "documents_with_special_tokens": 200}
     run(tmp_path / "three", source, tokenizer_path, *flags, "--workers", "3")
-    whole = {path.relative_to(tmp_path / "one"): path.read_bytes() for path in (tmp_path / "one").rglob("*.*")
+    files = {path.relative_to(tmp_path / "one"): path.read_bytes() for path in (tmp_path / "one").rglob("*.*")
              if path.is_file()}  # fmt: skip
-    for out, kept in (("three", None), ("one", 0), ("one", 7), ("one", -1)):
-        if kept is not None:
+    for out, file_count in (("three", None), ("one", 0), ("one", 7), ("one", -1)):
+        if file_count is not None:
             (tmp_path / out / "manifest.json").unlink()
-            for file in sorted((tmp_path / out).glob("0*-*"))[kept:]:
+            for file in sorted((tmp_path / out).glob("0*-*"))[file_count:]:
                 shutil.rmtree(file)
             run(tmp_path / out, source, tokenizer_path, *flags)
-        assert {path: (tmp_path / out / path).read_bytes() for path in whole} == whole, (out, kept)
+        assert {path: (tmp_path / out / path).read_bytes() for path in files} == files, (out, file_count)
 
 
 def test_a_long_plain_text_is_skipped_whole(tmp_path, tokenizer_path, tokenizer, monkeypatch):
@@ -206,7 +206,7 @@ def test_a_begun_set_is_gone_on_with_under_its_own_settings(tmp_path, tokenizer_
 
 
 def test_what_an_older_version_read_as_something_else_is_another_plan(tmp_path, tokenizer_path):
-    """Or the tokens of a .json file that it took for plain text would be trained on for ever."""
+    """Otherwise tokens of a .json file that the old version read as plain text would stay in the data set."""
     (tmp_path / "x.json").write_bytes(jsonl("a"))
     (tmp_path / "x.jsonl").write_bytes(jsonl("a"))
     for name, kinds in (("x.json", {"x.json": "JSON lines"}), ("x.jsonl", None)):
@@ -224,8 +224,8 @@ def test_special_tokens_of_a_corpus_are_special_on_request_and_else_there_is_a_w
     (tmp_path / "x.jsonl").write_bytes(jsonl(*texts))
     manifest = run(tmp_path / "plain", tmp_path / "x.jsonl", tokenizer_path)
     assert manifest["counts"] == {"documents_with_special_tokens": 2}
-    said = f"{tmp_path / 'plain'}: warning: special tokens in 2 documents are read as plain text"
-    assert [said in line and "add --special-tokens" in line for line in capsys.readouterr().out.splitlines()].count(
+    warning = f"{tmp_path / 'plain'}: warning: special tokens in 2 documents are read as plain text"
+    assert [warning in line and "add --special-tokens" in line for line in capsys.readouterr().out.splitlines()].count(
         True
     ) == 1
     (file,) = TokenSet.open(tmp_path / "plain").files
@@ -248,9 +248,9 @@ def test_a_long_text_is_not_cut_within_a_special_token(tmp_path, tokenizer_path,
     text = "some <|im_start|>user\nhi <|im_end|>\n" * 200
     (tmp_path / "x.txt").write_text(text)
     run(tmp_path / "set", tmp_path / "x.txt", tokenizer_path, "--special-tokens", "--shard-tokens", "300")
-    found = [i for file in TokenSet.open(tmp_path / "set").files for i in file.tokens.tolist()]
+    ids = [i for file in TokenSet.open(tmp_path / "set").files for i in file.tokens.tolist()]
     assert len(TokenSet.open(tmp_path / "set").files) > 3
-    assert found == [*tokenizer.encode(text, parse_special=True), 0]
+    assert ids == [*tokenizer.encode(text, parse_special=True), 0]
     other = Tokenizer.load(tokenizer_folder(tmp_path / "t"))
     assert can_cut(other, special_tokens=True)
     other.core.add_special_tokens(["<|two words|>"])

@@ -31,15 +31,15 @@ def recipe(**changes) -> Recipe:
 
 @pytest.fixture
 def numbers() -> Mixture:
-    """Data whose token i is i."""
+    """Data in which token i has the id i."""
     return of_tokens(np.arange(1000))
 
 
 def test_every_window_is_seen_once_an_epoch_and_shuffled_anew_in_the_next(numbers):
     batches = Batches(numbers, recipe())
     assert batches.windows == 49
-    seen = np.concatenate([batches.batch(step)[:, 0] for step in range(49)])  # 3 epochs of 49 windows
-    epochs = seen.reshape(3, 49)
+    starts_seen = np.concatenate([batches.batch(step)[:, 0] for step in range(49)])  # 3 epochs of 49 windows
+    epochs = starts_seen.reshape(3, 49)
     for epoch in epochs:
         assert sorted(epoch) == list(range(0, 784, 16))
     assert not (epochs[0] == epochs[1]).all()
@@ -53,10 +53,10 @@ def test_targets_are_the_next_tokens(numbers):
 
 
 def test_a_batch_depends_on_seed_and_step_alone(numbers):
-    one, other = Batches(numbers, recipe()), Batches(numbers, recipe(steps=999))
+    short_run, long_run = Batches(numbers, recipe()), Batches(numbers, recipe(steps=999))
     for step in (30, 2, 17):
-        np.testing.assert_array_equal(one.batch(step), other.batch(step))
-    assert not np.array_equal(one.batch(0), Batches(numbers, recipe(seed=1)).batch(0))
+        np.testing.assert_array_equal(short_run.batch(step), long_run.batch(step))
+    assert not np.array_equal(short_run.batch(0), Batches(numbers, recipe(seed=1)).batch(0))
 
 
 def test_held_out_tokens_are_never_trained_on(numbers):
@@ -64,8 +64,8 @@ def test_held_out_tokens_are_never_trained_on(numbers):
     trained = {int(t) for step in range(17) for t in batches.batch(step).ravel()}
     held_out = {int(t) for batch in batches.validation(99) for t in batch.ravel()}
     assert max(trained) < 800 <= min(held_out)
-    again = [batch.tolist() for batch in batches.validation(2)]
-    assert again == [batch.tolist() for batch in batches.validation(2)]
+    repeated = [batch.tolist() for batch in batches.validation(2)]
+    assert repeated == [batch.tolist() for batch in batches.validation(2)]
 
 
 def test_too_little_text_is_refused(numbers):
@@ -95,10 +95,10 @@ def test_text_files_and_jsonl_become_the_same_tokens(tmp_path, tokenizer_path, t
     jsonl.write_text(lines, encoding="utf-8")
     files = [the_file(open_mixture(source, tokenizer_path, tmp_path / "cache")) for source in (folder, jsonl)]
     np.testing.assert_array_equal(files[0].tokens, files[1].tokens)
-    found = np.split(files[0].tokens, files[0].ends.astype(int)[:-1])
-    assert {tokenizer.decode(document[:-1]) for document in found} == set(texts)
-    assert {int(document[-1]) for document in found} == {0}
-    assert len(found) == 3
+    documents = np.split(files[0].tokens, files[0].ends.astype(int)[:-1])
+    assert {tokenizer.decode(document[:-1]) for document in documents} == set(texts)
+    assert {int(document[-1]) for document in documents} == {0}
+    assert len(documents) == 3
 
 
 def test_a_prepared_file_is_reused_and_a_changed_text_is_not(tmp_path, tokenizer_path):
@@ -108,8 +108,8 @@ def test_a_prepared_file_is_reused_and_a_changed_text_is_not(tmp_path, tokenizer
     path = the_file(first).path
     made = path.stat().st_mtime_ns
     assert the_file(open_mixture(source, tokenizer_path, tmp_path / "cache")).path.stat().st_mtime_ns == made
-    for given in (path, path.parent, path.parent.parent):  # what was prepared itself
-        assert open_mixture(given, tokenizer_path, tmp_path / "other").sha256 == first.sha256
+    for source_path in (path, path.parent, path.parent.parent):
+        assert open_mixture(source_path, tokenizer_path, tmp_path / "other").sha256 == first.sha256
     source.write_text("other text")
     assert open_mixture(source, tokenizer_path, tmp_path / "cache").sha256 != first.sha256
 
@@ -142,8 +142,8 @@ def test_text_with_the_longest_line_allowed_is_read(tmp_path, monkeypatch):
 def test_the_largest_id_is_known_and_one_beyond_the_vocabulary_is_refused(tmp_path):
     tokenizer_folder(tmp_path / "tokenizer")
     write, _ = TOKENS["an id beyond the vocabulary"]
-    found = TokenSet.open(write(tmp_path))
-    (file,) = found.files
+    token_set = TokenSet.open(write(tmp_path))
+    (file,) = token_set.files
     assert file.largest_id == 260
     tokenizer = Tokenizer.load(tmp_path / "tokenizer")
     with pytest.raises(InputFileError, match=BEYOND):
@@ -151,7 +151,7 @@ def test_the_largest_id_is_known_and_one_beyond_the_vocabulary_is_refused(tmp_pa
     tokenizer.vocab_size = 261
     file.check(tokenizer, tmp_path / "tokenizer", file.tokenizer_sha256)
     only = recipe(sequence_length=1, batch_size=1)
-    batches = [Batches(Mixture(((found,),), vocab_size=size), only) for size in (260, 261)]  # as if it said 259
+    batches = [Batches(Mixture(((token_set,),), vocab_size=size), only) for size in (260, 261)]  # as if it said 259
     assert [batches[1].batch(step)[0].tolist() for step in range(2)] in ([[5, 6], [6, 259]], [[6, 259], [5, 6]])
     with pytest.raises(InputFileError, match=BEYOND):
         list(batches[0].validation(1))
@@ -208,7 +208,7 @@ def test_a_missing_source_and_a_folder_without_text_are_refused(tmp_path, tokeni
 
 
 def starts(windows: list[str]) -> list[tuple[int, int]]:
-    """Source and first token of windows of `of_tokens`."""
+    """Source and first token of each window of `of_tokens`."""
     return [(int(source), int(start)) for source, _, start in (window.partition(":") for window in windows)]
 
 
@@ -228,10 +228,10 @@ def test_each_process_reads_its_rows_of_the_one_batch():
     data = of_tokens(np.arange(1000), np.arange(2000), shares=("1/3", "2/3"))
     batches = Batches(data, recipe(batch_size=8))
     for step in (0, 3, 1000):
-        whole = batches.batch(step)
+        batch = batches.batch(step)
         parts = [batches.batch(step, slice(start, start + 2)) for start in range(0, 8, 2)]
-        np.testing.assert_array_equal(np.concatenate(parts), whole)
-        assert [row[0] for row in whole.tolist()] == [start for _, start in starts(batches.windows_of(step))]
+        np.testing.assert_array_equal(np.concatenate(parts), batch)
+        assert [row[0] for row in batch.tolist()] == [start for _, start in starts(batches.windows_of(step))]
 
 
 def test_validation_takes_of_each_source_its_share():
@@ -241,9 +241,10 @@ def test_validation_takes_of_each_source_its_share():
 
 
 def test_the_identity_of_data_is_its_files_its_shares_and_its_order():
-    one, two = np.arange(100), np.arange(200)
-    found = [of_tokens(one, two, shares=shares).sha256 for shares in (("1/2", "1/2"), ("1/3", "2/3"), ("2/3", "1/3"))]
-    assert len({*found, of_tokens(one).sha256, of_tokens(two).sha256}) == 4, "of_tokens names files by their place"
+    first, second = np.arange(100), np.arange(200)
+    all_shares = (("1/2", "1/2"), ("1/3", "2/3"), ("2/3", "1/3"))
+    hashes = [of_tokens(first, second, shares=shares).sha256 for shares in all_shares]
+    assert len({*hashes, of_tokens(first).sha256, of_tokens(second).sha256}) == 4, "of_tokens names files by position"
 
 
 @pytest.mark.parametrize(
@@ -259,29 +260,29 @@ def test_weights_that_make_no_mixture_are_refused(tmp_path, sources, named):
     tokenizer_folder(tmp_path / "tokenizer")
     for name in "ab":
         (tmp_path / name).write_text("some text in a file, and a bit more of it")
-    given = [str(tmp_path / source) for source in sources]
+    paths = [str(tmp_path / source) for source in sources]
     with pytest.raises(UsageError, match=named):
-        Batches(open_mixture(given, tmp_path / "tokenizer", tmp_path / "cache"), recipe())
+        Batches(open_mixture(paths, tmp_path / "tokenizer", tmp_path / "cache"), recipe())
 
 
 def test_sources_without_weights_are_one_and_with_them_a_mixture(tmp_path):
     tokenizer_folder(tmp_path / "tokenizer")
     for name, letter in (("a.txt", "a"), ("b.txt", "b")):
         (tmp_path / name).write_text(letter * 1000)
-    given = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
-    one = open_mixture(given, tmp_path / "tokenizer", tmp_path / "cache")
-    mixed = open_mixture([f"{given[0]}:0.75", f"{given[1]}:2.25"], tmp_path / "tokenizer", tmp_path / "cache")
-    assert (len(one.sources), len(one.sets), one.tokens, one.documents) == (1, 2, 2002, 2)
+    paths = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    mixture = open_mixture(paths, tmp_path / "tokenizer", tmp_path / "cache")
+    mixed = open_mixture([f"{paths[0]}:0.75", f"{paths[1]}:2.25"], tmp_path / "tokenizer", tmp_path / "cache")
+    assert (len(mixture.sources), len(mixture.sets), mixture.tokens, mixture.documents) == (1, 2, 2002, 2)
     assert (len(mixed.sources), mixed.shares) == (2, (Fraction(1, 4), Fraction(3, 4)))
-    assert one.sha256 != mixed.sha256
+    assert mixture.sha256 != mixed.sha256
 
 
 def test_several_processes_may_ask_for_the_same_text_at_once(tmp_path):
     folder = tokenizer_folder(tmp_path / "tokenizer")
     (tmp_path / "x.jsonl").write_text('{"text": "some text"}\n' * 3000)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: open_mixture(tmp_path / "x.jsonl", folder, tmp_path / "cache"), range(4)))
-    assert {data.sha256 for data in found} == {found[0].sha256}
+        mixtures = list(pool.map(lambda _: open_mixture(tmp_path / "x.jsonl", folder, tmp_path / "cache"), range(4)))
+    assert {data.sha256 for data in mixtures} == {mixtures[0].sha256}
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -293,9 +294,9 @@ def test_a_run_on_a_mixture_is_resumed_on_it(tmp_path):
     first = ["--preset", "tiny", "--sequence-length", "32", "--steps", "1", "--data", "a b.txt:0.25", "c.txt:0.75"]
     for flags in (first, ["--resume", "--steps", "2"]):
         command = list(map(str, [*run, *flags, "--on-bad-text", "replace", "--special-tokens"]))
-        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "data        'a b.txt:0.25' c.txt:0.75: 2 documents" in done.stdout
-        assert done.stdout.count("--on-bad-text replaced 300 characters by U+FFFD\n") == 2
+        result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "data        'a b.txt:0.25' c.txt:0.75: 2 documents" in result.stdout
+        assert result.stdout.count("--on-bad-text replaced 300 characters by U+FFFD\n") == 2
     for manifest in (tmp_path / "data").glob("*/manifest.json"):
         assert json.loads(manifest.read_text())["special_tokens"] is True

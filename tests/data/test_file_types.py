@@ -1,4 +1,4 @@
-"""A file is read as what its content and its name say; of a folder, what is text and is to be trained on."""
+"""File types are detected from content and name; of a folder, only text of the training split is read."""
 
 import bz2
 import gzip
@@ -140,18 +140,18 @@ def test_a_column_of_categories_is_one_of_text(tmp_path):
 CARD = b"---\nlicense: mit\n---\n# A data set\n"
 
 
-def folder(place: Path, *names: str, **contents: bytes) -> Path:
-    """A folder of small files, each of what its name says."""
+def folder(parent: Path, *names: str, **contents: bytes) -> Path:
+    """A folder of small files; the suffix of a name decides the content."""
     for name in names:
-        path = place / name
+        path = parent / name
         path.parent.mkdir(parents=True, exist_ok=True)
         kinds = {".jsonl": LINES, ".csv": CSV, ".json": ARRAY, ".parquet": parquet(), ".gz": gzip.compress(LINES)}
         path.write_bytes(contents.get(path.stem, kinds.get(path.suffix, b"some text")))
-    return place
+    return parent
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         (
             "HuggingFaceFW/fineweb",
@@ -162,39 +162,39 @@ def folder(place: Path, *names: str, **contents: bytes) -> Path:
         ("here/x", "no such file or folder$"),
     ],
 )
-def test_what_is_not_on_the_disk_is_named_with_what_to_do(tmp_path, monkeypatch, source, said):
+def test_what_is_not_on_the_disk_is_named_with_what_to_do(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    with pytest.raises(InputFileError, match=said):
+    with pytest.raises(InputFileError, match=message):
         select_files(Path(source))
 
 
 def test_a_link_to_a_file_that_is_read_itself_is_left_out(tmp_path):
-    place = folder(tmp_path / "d", "b.txt", "sub/c.txt")
+    path = folder(tmp_path / "d", "b.txt", "sub/c.txt")
     blob = folder(tmp_path / "cache", "blob") / "blob"  # as in the hub's cache
     for name, target in {"a.txt": "b.txt", "z.txt": "sub/c.txt", "x.txt": blob, "y.txt": blob}.items():
-        (place / name).symlink_to(target)
-    files, (note,) = select_files(place)
+        (path / name).symlink_to(target)
+    files, (note,) = select_files(path)
     assert [file.name for file in files] == ["b.txt", "c.txt", "x.txt"]
-    assert note == f"{place}: reads 3 files, skips 3 link to a file that is also read (a.txt, y.txt, z.txt)"
-    files, (note,) = select_files(place / "*.txt")
+    assert note == f"{path}: reads 3 files, skips 3 link to a file that is also read (a.txt, y.txt, z.txt)"
+    files, (note,) = select_files(path / "*.txt")
     assert [file.name for file in files] == ["b.txt", "x.txt", "z.txt"]
     assert "skips 2 link to a file that is also read" in note
 
 
-def names(place: Path, **options) -> list[str]:
-    return [str(file.relative_to(place)) for file in select_files(place, **options).files]
+def names(path: Path, **options) -> list[str]:
+    return [str(file.relative_to(path)) for file in select_files(path, **options).files]
 
 
 def test_what_is_hidden_strange_or_about_the_data_is_left_out_counted_and_said(tmp_path):
-    place = folder(
+    path = folder(
         tmp_path / ".data", "a.txt", "b/c.md", ".git/info.txt", ".git/HEAD", "b/.ipynb_checkpoints/c.md", "._a.txt",
         ".DS_Store", "__MACOSX/a.txt", "photo.png", "other.PNG", "LICENSE", "b/LICENSE-MIT.txt", "notes.docx",
     )  # fmt: skip
-    (place / "link").symlink_to(tmp_path)
-    (note,) = select_files(place).notes
-    assert names(place) == ["a.txt", "b/c.md"]
-    assert note.startswith(f"{place}: reads 2 files, skips ")
+    (path / "link").symlink_to(tmp_path)
+    (note,) = select_files(path).notes
+    assert names(path) == ["a.txt", "b/c.md"]
+    assert note.startswith(f"{path}: reads 2 files, skips ")
     for part in (
         "5 hidden (.git, __MACOSX, .DS_Store, ...)",
         "3 with another suffix (.png (2), .docx)",
@@ -229,7 +229,7 @@ def test_a_data_set_is_told_from_the_files_about_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "read", "said"),
+    ("files", "expected", "message"),
     [
         (["train.jsonl", "test.jsonl", "valid.csv"], ["train.jsonl"], "skips test (1 file), validation (1 file)"),
         (["train.txt", "test.txt", "val.txt"], ["train.txt"], "reads the train split (1 file)"),
@@ -244,23 +244,23 @@ def test_a_data_set_is_told_from_the_files_about_it(tmp_path):
         (["dev.jsonl", "test.jsonl"], ["dev.jsonl", "test.jsonl"], "no train split: reads test and validation"),
     ],
 )
-def test_of_splits_the_one_to_train_on_is_read_and_said(tmp_path, files, read, said):
+def test_of_splits_the_one_to_train_on_is_read_and_said(tmp_path, files, expected, message):
     selected = select_files(folder(tmp_path / "x", *files))
-    assert names(tmp_path / "x") == read
-    assert bool(selected.notes) == bool(said)
-    assert said is None or said in selected.notes[0]
+    assert names(tmp_path / "x") == expected
+    assert bool(selected.notes) == bool(message)
+    assert message is None or message in selected.notes[0]
 
 
 def test_evaluation_takes_the_split_to_test_on(tmp_path):
-    place = folder(tmp_path / "x", "train.jsonl", "test.jsonl", "valid.jsonl")
-    assert names(place, splits=("test", "validation")) == ["test.jsonl"]
-    (place / "test.jsonl").unlink()
-    assert names(place, splits=("test", "validation")) == ["valid.jsonl"]
+    path = folder(tmp_path / "x", "train.jsonl", "test.jsonl", "valid.jsonl")
+    assert names(path, splits=("test", "validation")) == ["test.jsonl"]
+    (path / "test.jsonl").unlink()
+    assert names(path, splits=("test", "validation")) == ["valid.jsonl"]
 
 
 def test_what_is_named_is_read_and_splits_among_it_are_said(tmp_path):
-    place = folder(tmp_path / "x", "train-0.jsonl", "test-0.jsonl", "sub/a.py")
-    selected = select_files(place / "*.jsonl")
+    path = folder(tmp_path / "x", "train-0.jsonl", "test-0.jsonl", "sub/a.py")
+    selected = select_files(path / "*.jsonl")
     assert [file.name for file in selected.files] == ["test-0.jsonl", "train-0.jsonl"]
-    assert selected.notes == [f"{place}/*.jsonl: note: reads every named file, also of other splits: test (1 file)"]
-    assert [file.name for file in select_files(place / "**").files] == ["a.py", "test-0.jsonl", "train-0.jsonl"]
+    assert selected.notes == [f"{path}/*.jsonl: note: reads every named file, also of other splits: test (1 file)"]
+    assert [file.name for file in select_files(path / "**").files] == ["a.py", "test-0.jsonl", "train-0.jsonl"]

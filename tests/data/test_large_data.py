@@ -1,4 +1,4 @@
-"""Data far larger than memory is opened and read at once, and little of it is held in memory."""
+"""Data far larger than memory opens quickly, and reading it holds little of it in memory."""
 
 import json
 import subprocess
@@ -45,9 +45,9 @@ def test_50_gb_are_opened_and_read_in_little_memory(tmp_path):
     write_manifest(tmp_path / "set", names, metadata)
     assert not TokenSet.open(tmp_path / "set").verified
     command = [sys.executable, "-c", READ, tmp_path / "set"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    windows, location, megabytes = done.stdout.splitlines()
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 0, result.stderr
+    windows, location, megabytes = result.stdout.splitlines()
     assert int(windows) == 2 * ((25 * GB // 2 - 25 * GB // 200 - 1) // 2048)
     assert location.endswith(f"set; to check every byte: prepare_data.py --verify {tmp_path / 'set'}")
     assert float(megabytes) < 100

@@ -1,4 +1,4 @@
-"""A long text is encoded in pieces, and by several processes, to the tokens it has as a whole_file."""
+"""A long text encoded in chunks, also by several processes, gets the same tokens as when encoded at once."""
 
 import gzip
 import itertools
@@ -77,14 +77,14 @@ def test_a_long_text_in_pieces_and_in_parts_is_one_document(real, text_path, tok
     plan = make_plan([tmp_path / "x.txt"], chosen := Settings(tokenizer_path, shard_tokens=900))
     (tmp_path / "set").mkdir()
     build_dataset(tmp_path / "set", plan, chosen)
-    found = TokenSet.open(tmp_path / "set")
-    assert len(found.files) > 5
-    assert np.concatenate([file.tokens for file in found.files]).tolist() == [*real.encode(text), 0]
-    assert [file.tokens[-1] == 0 for file in found.files] == [False] * (len(found.files) - 1) + [True]
+    token_set = TokenSet.open(tmp_path / "set")
+    assert len(token_set.files) > 5
+    assert np.concatenate([file.tokens for file in token_set.files]).tolist() == [*real.encode(text), 0]
+    assert [file.tokens[-1] == 0 for file in token_set.files] == [False] * (len(token_set.files) - 1) + [True]
 
 
 def test_a_unit_goes_on_from_any_of_its_files(small, tmp_path, monkeypatch):
-    """Also from within a long text, and from a file that was written while one was read."""
+    """Also from within a long text, and from a file that was written while another was read."""
     monkeypatch.setattr(smollm_jax.data.text, "PIECE", 300)
     texts = ["the a.\nthe b. " * n for n in (30, 7, 900, 11, 40, 500)]
     for i, text in enumerate(texts):
@@ -98,12 +98,12 @@ def test_a_unit_goes_on_from_any_of_its_files(small, tmp_path, monkeypatch):
     files = sorted(out.glob("0*"))
     assert len(files) > 8
     assert any(json.loads((file / "tokens.json").read_text())["documents"] > 1 for file in files)
-    for kept in range(len(files)):
+    for count in range(len(files)):
         (out / "manifest.json").unlink()
-        for file in files[kept:]:
+        for file in files[count:]:
             shutil.rmtree(file)
         build_dataset(out, plan, chosen)
-        assert {path: path.read_bytes() for path in whole_} == whole_, kept
+        assert {path: path.read_bytes() for path in whole_} == whole_, count
     (out / "manifest.json").unlink()
     shutil.rmtree(files[1])
     with pytest.raises(UsageError, match="000000-0002: exists already"):

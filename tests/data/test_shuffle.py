@@ -1,4 +1,4 @@
-"""Orders that are computed: a shuffle is a bijection of any size, and a mixture is exact at every point of a run."""
+"""Computed orders: a shuffle is a bijection at any size, and a mixture keeps its weights at every point of a run."""
 
 import math
 from fractions import Fraction
@@ -24,8 +24,8 @@ def test_a_shuffle_has_every_number_once(size):
 @pytest.mark.parametrize("size", [2, 3, 7, 60])
 def test_every_number_comes_everywhere_about_equally_often(size):
     keys = 3000
-    found = np.stack([permute(np.arange(size), size, (seed, 0, 0)) for seed in range(keys)])
-    counts = np.stack([np.bincount(column, minlength=size) for column in found.T])
+    permutations = np.stack([permute(np.arange(size), size, (seed, 0, 0)) for seed in range(keys)])
+    counts = np.stack([np.bincount(column, minlength=size) for column in permutations.T])
     expected = keys / size
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     freedom = (size - 1) ** 2
@@ -34,19 +34,19 @@ def test_every_number_comes_everywhere_about_equally_often(size):
 
 def test_neighbours_are_torn_apart_and_keys_have_nothing_in_common():
     size = 100_000
-    one, other = (permute(np.arange(size), size, (0, epoch, 0)) for epoch in (0, 1))
-    for found in (one, one - other, np.diff(one)):
+    first, second = (permute(np.arange(size), size, (0, epoch, 0)) for epoch in (0, 1))
+    for sequence in (first, first - second, np.diff(first)):
         # Of two independent even numbers below `size`, or of their difference: correlation 0 give or take 1/sqrt(size).
-        assert abs(np.corrcoef(found[:-1], found[1:])[0, 1] - (-0.5 if len(found) < size else 0)) < 0.02
-    assert (np.diff(one) == 1).sum() < 10
-    assert (one == other).sum() < 10
+        assert abs(np.corrcoef(sequence[:-1], sequence[1:])[0, 1] - (-0.5 if len(sequence) < size else 0)) < 0.02
+    assert (np.diff(first) == 1).sum() < 10
+    assert (first == second).sum() < 10
 
 
 def test_a_billion_windows_take_no_memory_and_a_part_is_what_the_whole_says():
     places = np.array([0, 10**9 - 1, 5])
-    found = permute(places, 10**9, (3, 4, 5))
-    assert ((found >= 0) & (found < 10**9)).all()
-    assert permute(places[2:], 10**9, (3, 4, 5)) == found[2]
+    permuted = permute(places, 10**9, (3, 4, 5))
+    assert ((permuted >= 0) & (permuted < 10**9)).all()
+    assert permute(places[2:], 10**9, (3, 4, 5)) == permuted[2]
     assert permute(np.array([2**61]), 2**62, (0,))[0] < 2**62
     small = permute(np.arange(1009), 1009, (3, 4, 5))
     np.testing.assert_array_equal(permute(np.arange(1009)[::7], 1009, (3, 4, 5)), small[::7])

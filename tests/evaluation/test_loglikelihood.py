@@ -1,4 +1,4 @@
-"""Scores of continuations and of texts: what shares a forward pass scores as if it were alone."""
+"""Log-likelihoods of continuations and texts: requests that share a forward pass score as if each were alone."""
 
 import math
 
@@ -30,52 +30,52 @@ def requests(model, seed=0):
     def tokens(count):
         return tuple(int(token) for token in draw.integers(model.config.vocab_size, size=count))
 
-    found = []
+    result = []
     for length in (1, 5, 63, 70):
         context = tokens(length)
         likeliest, after = (
             int(np.asarray(model(jnp.asarray([ids]))[0, -1]).argmax()) for ids in (context, (*context, 7))
         )
-        found += [Request(context, (likeliest,)), Request(context, (likeliest, 7)), Request(context, (7, after))]
-        found += [Request(context, tokens(9))]
-    found += [Request(tokens(40), tokens(20)), Request(tokens(3), tokens(1))]
-    return [found[i] for i in draw.permutation(len(found))]
+        result += [Request(context, (likeliest,)), Request(context, (likeliest, 7)), Request(context, (7, after))]
+        result += [Request(context, tokens(9))]
+    result += [Request(tokens(40), tokens(20)), Request(tokens(3), tokens(1))]
+    return [result[i] for i in draw.permutation(len(result))]
 
 
 def test_scores_are_those_of_each_request_alone(tiny_model):
-    asked = requests(tiny_model)
-    told = []
-    scores = loglikelihood.score(tiny_model, asked, progress=told.append)
-    for got, request in zip(scores, asked, strict=True):
+    batch = requests(tiny_model)
+    reported = []
+    scores = loglikelihood.score(tiny_model, batch, progress=reported.append)
+    for got, request in zip(scores, batch, strict=True):
         expected, greedy = alone(tiny_model, request)
         assert got.logprob == pytest.approx(expected, rel=1e-5)
         assert got.is_greedy == greedy
-    assert sum(told) == sum(len(request.continuation) for request in asked)
-    assert {one.is_greedy for one in scores} == {True, False}
+    assert sum(reported) == sum(len(request.continuation) for request in batch)
+    assert {score.is_greedy for score in scores} == {True, False}
 
 
 def test_continuations_of_one_context_share_its_forward_pass(tiny_model, monkeypatch):
-    """The last token of a continuation is read by nobody; every other token of the requests is read once."""
-    asked, read, whole = requests(tiny_model), [], loglikelihood._score
+    """The last token of a continuation is not an input; every other token of the requests is an input once."""
+    batch, rows, original = requests(tiny_model), [], loglikelihood._score
 
     def counted(model, tokens, positions, segments, *rest, **options):
-        read.append(int((segments >= loglikelihood.CONTEXT).sum()))
+        rows.append(int((segments >= loglikelihood.CONTEXT).sum()))
         # TF32, which a GPU would take for float32, makes other log-probabilities.
         assert jax.config.jax_default_matmul_precision == "float32"
-        return whole(model, tokens, positions, segments, *rest, **options)
+        return original(model, tokens, positions, segments, *rest, **options)
 
     monkeypatch.setattr(loglikelihood, "_score", counted)
-    loglikelihood.score(tiny_model, asked)
-    contexts = {request.context for request in asked}
-    assert len(contexts) == 6 < len(asked) == 18
-    assert sum(read) == sum(map(len, contexts)) + sum(len(request.continuation) - 1 for request in asked)
+    loglikelihood.score(tiny_model, batch)
+    contexts = {request.context for request in batch}
+    assert len(contexts) == 6 < len(batch) == 18
+    assert sum(rows) == sum(map(len, contexts)) + sum(len(request.continuation) - 1 for request in batch)
 
 
 def test_more_continuations_than_a_row_holds_are_laid_in_several(tiny_model, monkeypatch):
     monkeypatch.setattr(loglikelihood, "LONGEST_SHARED_ROW", 80)
     context = tuple(range(60))
-    asked = [Request(context, tuple(range(i, i + 12))) for i in range(8)]
-    for got, request in zip(loglikelihood.score(tiny_model, asked), asked, strict=True):
+    batch = [Request(context, tuple(range(i, i + 12))) for i in range(8)]
+    for got, request in zip(loglikelihood.score(tiny_model, batch), batch, strict=True):
         assert got.logprob == pytest.approx(alone(tiny_model, request)[0], rel=1e-5)
 
 
@@ -98,26 +98,26 @@ def test_what_cannot_be_scored_is_refused(tiny_model, request_, named):
 )
 def test_windows_score_every_token_but_the_first_once(count, length, stride):
     tokens = list(range(count))
-    found = list(windows(tokens, length, stride))
-    assert [token for window in found for token in window.continuation] == tokens[1:]
-    for window in found:
-        whole = [*window.context, *window.continuation]
-        assert whole == tokens[whole[0] : whole[-1] + 1]
-        assert len(whole) <= length + 1
-    for window in found[1:]:
+    result = list(windows(tokens, length, stride))
+    assert [token for window in result for token in window.continuation] == tokens[1:]
+    for window in result:
+        window_tokens = [*window.context, *window.continuation]
+        assert window_tokens == tokens[window_tokens[0] : window_tokens[-1] + 1]
+        assert len(window_tokens) <= length + 1
+    for window in result[1:]:
         assert len(window.context) == length - stride + 1
 
 
 def test_quality_counts_nats_over_tokens_and_bytes(tiny_model):
     documents = [(list(range(100, 150)), 200), ([3, 4, 5], 7)]
-    found = quality(tiny_model, documents, length=32, stride=16)
-    asked = [window for ids, _ in documents for window in windows(ids, 32, 16)]
-    nats = -sum(alone(tiny_model, request)[0] for request in asked)
-    assert (found.tokens, found.bytes, found.documents) == (51, 207, 2)
-    assert found.nats == pytest.approx(nats, rel=1e-6)
-    assert found.loss == pytest.approx(nats / 51, rel=1e-6)
-    assert found.perplexity == pytest.approx(math.exp(nats / 51), rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / 207, rel=1e-6)
+    result = quality(tiny_model, documents, length=32, stride=16)
+    batch = [window for ids, _ in documents for window in windows(ids, 32, 16)]
+    nats = -sum(alone(tiny_model, request)[0] for request in batch)
+    assert (result.tokens, result.bytes, result.documents) == (51, 207, 2)
+    assert result.nats == pytest.approx(nats, rel=1e-6)
+    assert result.loss == pytest.approx(nats / 51, rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(nats / 51), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 207, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A fine-tuning run from its command line: it learns, survives, and is weights like any other run's."""
+"""Fine-tuning from the command line: a run learns, resumes exactly, and can be used as weights."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""finetune.py --show-mask prints what would be learnt, and starts no run."""
+"""finetune.py --show-mask prints which tokens would be learnt, and starts no run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Text comes out whole: characters, stop strings, ends, log-probabilities, the same alone and beside others."""
+"""The engine's text: complete characters, stop strings, ends, log-probabilities; the same alone and in a batch."""
 
 import dataclasses
 import threading
@@ -27,7 +27,7 @@ def engine(tiny_model, tokenizer):
 
 @pytest.fixture(scope="module")
 def parrot(tiny, tokenizer):
-    """An engine that says one text whatever was asked, once it is given the text's first token; then eos.
+    """An engine that generates one fixed text after the text's first token, then eos.
 
     Attention and MLP add nothing, and the head points from each token's embedding to the next token.
     """
@@ -82,8 +82,8 @@ def test_a_text_ends_before_the_first_stop_string(parrot, stop, tokens_per_call)
     (done,) = parrot.complete([first(parrot)], max_new_tokens=60, stop=stop, tokens_per_call=tokens_per_call)
     assert done.text == whole[: min(positions, default=len(whole))]
     assert done.finish == ("stop" if positions else "eos")
-    shown = parrot.tokenizer.decode([token.id for token in done.tokens if token.id != EOS])
-    assert shown.startswith(done.text)
+    decoded = parrot.tokenizer.decode([token.id for token in done.tokens if token.id != EOS])
+    assert decoded.startswith(done.text)
     if positions:
         without_last = parrot.tokenizer.decode([token.id for token in done.tokens[:-1]])
         assert not any(string in without_last for string in stop), "it went on after the stop string"
@@ -140,7 +140,7 @@ def test_a_stream_a_completion_and_the_programs_give_the_same_tokens(engine, tin
 
 
 def test_log_probabilities_are_the_models_own(engine, tiny_model):
-    """Of the bare softmax, whatever the sampling; the chosen token's and the likeliest ones'."""
+    """Those of the unmodified softmax, whatever the sampling, for the chosen token and the likeliest ones."""
     for prompt in PROMPTS:
         (done,) = engine.complete([prompt], max_new_tokens=6, sampling=WARM, alternatives=5)
         ids = prompt + [token.id for token in done.tokens]

@@ -1,4 +1,4 @@
-"""Generation gives what the plain forward pass would, whatever is batched, padded or chunked."""
+"""Generation gives the tokens of the plain forward pass, however prompts are batched, padded or chunked."""
 
 import dataclasses
 
@@ -72,7 +72,7 @@ def test_every_row_may_end_at_another_eos(tiny_model):
 
 
 def test_a_decoding_call_gives_its_state_s_memory_to_the_next(tiny_model, monkeypatch):
-    """Donated, or every token would copy the cache."""
+    """The state is donated, otherwise every token would copy the cache."""
     states, decode = [], programs.decode
     monkeypatch.setattr(
         programs, "decode", lambda model, state, *a, **b: states.append(state) or decode(model, state, *a, **b)
@@ -119,7 +119,7 @@ def test_rows_of_one_batch_may_be_chosen_in_different_ways(tiny_model):
 
 
 def test_the_repetition_penalty_counts_prompt_and_text(tiny_model):
-    """A penalty beyond all logits leaves only tokens that are new."""
+    """A penalty larger than all logits leaves only tokens that have not occurred."""
     row = new_tokens(tiny_model, [[5, 17, 400]], max_new_tokens=40, sampling=Sampling(repetition_penalty=1e6))[0]
     assert len({5, 17, 400, *row.tolist()}) == 43
     assert len(set(new_tokens(tiny_model, [[5, 17, 400]], max_new_tokens=40)[0].tolist())) < 40
@@ -158,7 +158,7 @@ def test_a_cache_that_grows_changes_nothing(tiny_model, monkeypatch):
 
 
 def test_prompts_of_any_length_in_a_context_of_8192_call_for_8_prefill_programs(tiny, monkeypatch):
-    """By the shapes and static arguments they are called with: compiling all eight takes 10 seconds."""
+    """Counts shapes and static arguments of the calls, because compiling all eight takes 10 seconds."""
     config = dataclasses.replace(tiny, vocab_size=64, max_position_embeddings=8192, num_hidden_layers=1)
     assert buckets(config) == [64, 128, 256, 512, 1024, 2048, 4096, 8192]
     called = set()
@@ -194,7 +194,7 @@ def test_any_length_of_prompt_needs_at_most_one_program_a_bucket(tiny, tiny_mode
 
 @pytest.mark.parametrize("longer", [65, *(pytest.param(longer, marks=pytest.mark.slow) for longer in (64, 130, 300))])
 def test_the_bucket_of_a_prompt_changes_nothing(tiny_model, longer):
-    """The same prompt beside a longer one lies in a larger bucket behind padding."""
+    """Batched with a longer prompt, the same prompt is padded to a larger bucket."""
     alone = new_tokens(tiny_model, [[5, 17, 400]])
     together = new_tokens(tiny_model, [[5, 17, 400], list(range(longer))])
     np.testing.assert_array_equal(together[:1], alone)
@@ -207,7 +207,7 @@ def slid(model, prompts, **options):
 
 @pytest.fixture(scope="module")
 def short_model(tiny):
-    """Of a context that is soon full."""
+    """A model with a short context."""
     return SmolLM(dataclasses.replace(tiny, max_position_embeddings=32), key=jax.random.key(0))
 
 
@@ -230,7 +230,7 @@ def test_rows_slide_each_at_its_own_time(short_model):
 
 
 def test_a_row_that_has_ended_takes_no_context_from_the_others(short_model):
-    """The longest row ends at once; the other keeps all of its own context until that is full."""
+    """The longest row ends at once; the other can still use its whole context."""
     prompts = [list(range(40, 70)), [9, 8]]
     alone = slid(short_model, prompts[1:], max_new_tokens=28)[0]
     eos = int(slid(short_model, prompts[:1], max_new_tokens=1)[0, 0])

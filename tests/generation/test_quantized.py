@@ -1,4 +1,4 @@
-"""A quantised model computes what its rounded numbers say, and a q8_0 GGUF is decoded as it lies."""
+"""A quantised model computes with exactly its rounded values, and a q8_0 GGUF is used without being quantised again."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def quantized(request, tiny_model) -> Quantized:
 
 
 def test_blocks_are_ggmls():
-    """The gguf package's own rounding, with rows of zeros, halves, huge and tiny numbers."""
+    """Equal to the gguf package's rounding, on rows of zeros, halves, huge and tiny numbers."""
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(64, 96)).astype(np.float32) * 10.0 ** rng.integers(-6, 4, (64, 1)).astype(np.float32)
     matrix[3] = 0
@@ -47,7 +47,7 @@ def test_blocks_are_ggmls():
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 def test_a_product_is_that_of_the_numbers_stored(kind, rows):
-    """Against float64; no block, row or last number may be left out or take another's scale."""
+    """Compared with float64: no block, row or last element is skipped or gets another's scale."""
     rng = np.random.default_rng(rows)
     matrix = (rng.normal(size=(40, 96)) * np.exp(rng.normal(size=(40, 1)))).astype(np.float32)
     if kind == "int8":
@@ -63,7 +63,7 @@ def test_a_product_is_that_of_the_numbers_stored(kind, rows):
 
 
 def test_it_computes_what_the_rounded_model_does(quantized):
-    """A prompt of two rows, padded, and three tokens after it: logits and the cache as of the float32 model."""
+    """Logits and cache of a padded prompt of two rows and of three more tokens equal those of the float32 model."""
     start = jnp.asarray([0, 3], jnp.int32)
     cache, _ = programs.prefill(quantized.model, jnp.arange(20).reshape(2, 10) * 7, start, cache_size=16)
     ours = programs.unstack_cache(cache)
@@ -80,7 +80,7 @@ def test_it_computes_what_the_rounded_model_does(quantized):
 
 
 def test_the_model_holds_the_rounded_numbers(quantized, tiny_model):
-    """Each matrix, back in the model's own layout, q and k too; norms are left alone."""
+    """Every matrix, q and k too, in the model's layout; norms are unchanged."""
     before, after = (weights.to_bundle(m).tensors for m in (tiny_model, quantized.model))
     for name, tensor in before.items():
         if tensor.ndim == 1:
@@ -118,7 +118,7 @@ def test_an_untied_head_is_the_one_that_is_used(tiny):
 
 
 def test_a_q8_0_gguf_is_decoded_as_it_lies(tiny_model, tokenizer_path, tmp_path):
-    """Scales that no rounding of the dequantised numbers gives back: every block's largest value is below 127."""
+    """Every block's largest value is below 127, so that quantising it again would change its scale."""
     from smollm_jax.tokenizer.source import read_tokenizer_files
 
     path = tmp_path / "x.gguf"
@@ -129,8 +129,8 @@ def test_a_q8_0_gguf_is_decoded_as_it_lies(tiny_model, tokenizer_path, tmp_path)
     assert isinstance(stored, Quantized)
     raw = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for i, layer in enumerate(stored.layers):
-        of = {"down_proj": ["ffn_down"], "gate_up_proj": ["ffn_gate", "ffn_up"], "o_proj": ["attn_output"]}
-        for ours, theirs in of.items():
+        gguf_names = {"down_proj": ["ffn_down"], "gate_up_proj": ["ffn_gate", "ffn_up"], "o_proj": ["attn_output"]}
+        for ours, theirs in gguf_names.items():
             rows = np.concatenate([raw[f"blk.{i}.{name}.weight"].data for name in theirs])
             assert_is_stored(getattr(layer, ours), rows)
         config = tiny_model.config
@@ -144,7 +144,7 @@ def test_a_q8_0_gguf_is_decoded_as_it_lies(tiny_model, tokenizer_path, tmp_path)
 
 
 def in_halves(rows, heads):
-    """Rows of q or k as Hugging Face has them: the first of all pairs, then the second."""
+    """Rows of q or k in Hugging Face's order: the first of all pairs, then the second."""
     return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape) if heads else rows
 
 
@@ -155,7 +155,7 @@ def assert_is_stored(blocks, rows):
 
 
 def halve_values(path):
-    """Every int8 of the file's matrices halved, as a writer with another rule might have them."""
+    """Halves every int8 of the file's matrices, as a writer with another rule might store them."""
     header = gguf.GGUFReader(path, "r+")
     for tensor in header.tensors:
         if tensor.tensor_type == Q8_0:

@@ -1,4 +1,4 @@
-"""What is drawn follows the cut distribution, row by row, and what cannot be asked for is refused."""
+"""Samples follow the filtered distribution, row by row, and invalid parameters are errors."""
 
 import itertools
 
@@ -24,7 +24,7 @@ SETTINGS = [
 
 
 def reference(logits: np.ndarray, seen: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The distribution to draw from, in float64 and without a trick: sort, cut, normalize."""
+    """The distribution to sample from, in float64: sort, filter, normalize."""
     logits = logits.astype(np.float64)
     penalty = sampling.repetition_penalty
     logits = np.where(seen, np.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -54,7 +54,7 @@ def chi_square(draws: np.ndarray, p: np.ndarray) -> float:
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 def test_draws_follow_the_reference_distribution(sampling):
-    """From one seed, over the counts of a text."""
+    """With one seed, over the token counts of a text."""
     logits, seen = (jnp.asarray(np.tile(x, (DRAWS, 1))) for x in (LOGITS.astype(np.float32), SEEN))
     draws = sample(logits, repeated(sampling, DRAWS), jnp.arange(DRAWS), seen)
     # At most 9 degrees of freedom: p < 1e-4 beyond 34.

@@ -1,4 +1,4 @@
-"""Every way to attend gives the same numbers as the plain one it stands for."""
+"""Every attention implementation gives the results of plain masked attention."""
 
 import itertools
 
@@ -54,14 +54,14 @@ def test_blocks_give_the_values_and_gradients_of_attention_at_once(T, block, dty
     rng = np.random.default_rng(T)
     ids = np.sort(rng.integers(0, 5, (2, T)), axis=1) if segments == "packed" else np.zeros((2, T), int)
     mask = jnp.asarray(np.tri(T, dtype=bool) & (ids[:, :, None] == ids[:, None, :]))[:, None]
-    given = jnp.asarray(ids) if segments == "packed" else None
+    segment_ids = jnp.asarray(ids) if segments == "packed" else None
 
     def of(attend):
-        out, back = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
-        return out, *back(jnp.asarray(weight))
+        out, backward = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
+        return out, *backward(jnp.asarray(weight))
 
     with jax.enable_x64(dtype == np.float64):
-        ours = jax.jit(lambda: of(lambda q, k, v: block_attention(q, k, v, given, block)))()
+        ours = jax.jit(lambda: of(lambda q, k, v: block_attention(q, k, v, segment_ids, block)))()
         whole = jax.jit(lambda: of(lambda q, k, v: attention(q, k, v, mask)))()
     for a, b in zip(map(np.asarray, ours), map(np.asarray, whole), strict=True):
         assert a.dtype == dtype
@@ -97,7 +97,7 @@ def test_the_compiled_step_of_a_long_text_never_holds_scores_of_all_pairs():
 
 
 def test_blocks_of_different_documents_are_not_computed():
-    """Their keys may be anything, even NaN, which multiplied by a weight of 0 would still be NaN."""
+    """Their keys may be NaN, which a weight of 0 would not remove."""
     segments = jnp.asarray([[0] * 64 + [1] * 64])
     q, k, v = (draw(1, 128, heads, 16) for heads in (6, 2, 2))
     v[:, :64] = np.nan
@@ -125,7 +125,7 @@ def test_packed_documents_do_not_see_each_other(tiny_model):
 
 
 def test_what_cudnn_is_told_of_packed_documents_is_the_formula(monkeypatch):
-    """All but the kernel: XLA's stands in for it."""
+    """Everything but the kernel, which XLA's implementation replaces here."""
     theirs, implementations = jax.nn.dot_product_attention, []
 
     def stand_in(*inputs, implementation, **options):

@@ -1,4 +1,4 @@
-"""A GPU's peak is that of the card its driver names, or none: MFU over another card's is a wrong number."""
+"""A GPU's peak FLOP/s is that of the card that the driver names, or unknown: another card's would give a wrong MFU."""
 
 from types import SimpleNamespace
 from typing import Any

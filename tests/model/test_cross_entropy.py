@@ -68,7 +68,7 @@ def test_the_heads_gradient_is_summed_in_float32_when_products_are_bfloat16():
 
 
 def test_the_mean_over_any_number_of_tokens_is_scaled_right_in_bfloat16():
-    """1/49 is no bfloat16 number: rounded before it multiplies, it would put every gradient off."""
+    """1/49 is not exact in bfloat16: rounded before the multiplication, it would bias every gradient."""
     draw = np.random.default_rng(2)
     hidden, head = jnp.asarray(draw.normal(size=(48, 32)), jnp.bfloat16), jnp.asarray(draw.normal(size=(64, 32)))
     targets = jnp.asarray(draw.integers(0, 64, 48))

@@ -1,4 +1,4 @@
-"""bfloat16 as a CPU computes it: products of rounded numbers, everything else float32, and when a run takes it."""
+"""bfloat16 on a CPU: matmuls of rounded operands, everything else in float32, and when a run uses it."""
 
 import dataclasses
 from pathlib import Path
@@ -49,19 +49,19 @@ def test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else():
 
 
 def test_the_gradient_of_every_parameter_is_a_float32_sum():
-    """None has become a bfloat16 number on its way, as autocast's have."""
+    """No gradient is rounded to bfloat16 on the way, as autocast's are."""
     model, tokens = init_model(TINY, 0), jnp.asarray(np.random.default_rng(0).integers(0, TINY.vocab_size, (1, 33)))
     gradient = jax.jit(jax.grad(total_loss), static_argnums=2)(
         model, tokens, ExecutionConfig("float32", operands="bfloat16")
     )
-    for name, found in flatten(gradient).items():
-        nonzero = np.asarray(found)[np.asarray(found) != 0]
+    for name, array in flatten(gradient).items():
+        nonzero = np.asarray(array)[np.asarray(array) != 0]
         assert nonzero.dtype == np.float32
         assert (nonzero != rounded(nonzero)).mean() > 0.9, name
 
 
 def test_norms_keep_their_scales():
-    """1 + 2**-12 is no bfloat16."""
+    """1 + 2**-12 is not exact in bfloat16."""
     model, tokens = init_model(TINY, 0), np.arange(24)[None]
     logits = []
     for scale in (1, 1 + 2**-12):
@@ -95,14 +95,14 @@ def test_attention_multiplies_rounded_numbers_and_gives_float32(segments):
         out, pull = jax.vjp(lambda q, k, v: block_attention(q, k, v, ids, 16, **options), q, k, v)
         return out, *pull(gradient)
 
-    found = values_and_gradients(*map(jnp.asarray, (q, k, v, gradient)), operands="bfloat16")
+    results = values_and_gradients(*map(jnp.asarray, (q, k, v, gradient)), operands="bfloat16")
     with jax.enable_x64(True):
         exact = values_and_gradients(*(jnp.asarray(rounded(x)) for x in (q, k, v, gradient)))
         unrounded = values_and_gradients(*(jnp.asarray(x, jnp.float64) for x in (q, k, v, gradient)))
-    for one, two, other in zip(found, exact, unrounded, strict=True):
-        assert one.dtype == jnp.float32
-        assert apart(one, np.asarray(two)) < 6e-3, "the weights alone are rounded besides: 2**-9 each"
-        assert apart(one, np.asarray(other)) > 1e-3, "nothing was rounded"
+    for actual, expected, float32 in zip(results, exact, unrounded, strict=True):
+        assert actual.dtype == jnp.float32
+        assert apart(actual, np.asarray(expected)) < 6e-3, "the weights alone are rounded besides: 2**-9 each"
+        assert apart(actual, np.asarray(float32)) > 1e-3, "nothing was rounded"
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def test_a_cpu_that_multiplies_bfloat16_fast_trains_in_it_unless_told_otherwise(
     monkeypatch, tmp_path, fast, flags, chosen
 ):
     monkeypatch.setattr("smollm_jax.runtime.cpu.has_fast_bfloat16", lambda: fast)
-    asked = dataclasses.replace(TrainingFlags(tokenizer=ASSETS / "tokenizer", preset="smollm2-135m"), **flags)
-    setup = training_setup.set_up(asked, tmp_path, None)
-    wanted = chosen or ("bfloat16" if fast else "float32")
-    assert setup.start.recipe.dtype == setup.execution.operands == wanted
+    training_flags = dataclasses.replace(TrainingFlags(tokenizer=ASSETS / "tokenizer", preset="smollm2-135m"), **flags)
+    setup = training_setup.set_up(training_flags, tmp_path, None)
+    expected = chosen or ("bfloat16" if fast else "float32")
+    assert setup.start.recipe.dtype == setup.execution.operands == expected
     assert setup.execution.dtype == "float32", "on a CPU"

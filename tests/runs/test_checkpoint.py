@@ -1,4 +1,4 @@
-"""A checkpoint comes back as it was saved, and one that differs from what is expected does not come back at all."""
+"""A checkpoint is restored bit for bit, and one with another structure than expected is an error."""
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def test_flatten_names_parameters_and_unflatten_inverts_it(tiny_model):
     flat = flatten(tiny_model)
     assert "layers.self_attn.q_proj" in flat
     assert len(flat) == 11
-    again = unflatten(jax.eval_shape(lambda: tiny_model), flat)
-    assert jax.tree.structure(again) == jax.tree.structure(tiny_model)
+    restored_model = unflatten(jax.eval_shape(lambda: tiny_model), flat)
+    assert jax.tree.structure(restored_model) == jax.tree.structure(tiny_model)
     with pytest.raises(CheckpointError, match=r"norm is missing"):
         unflatten(tiny_model, {name: array for name, array in flat.items() if name != "norm"})

@@ -1,4 +1,4 @@
-"""A run's log: step 0, the note on training that makes weights worse, and numbers that go to a tracking service."""
+"""A run's log: step 0, the warning about training that makes weights worse, and metrics sent to a tracking service."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ finish = lambda: told(finish={})
 
 @pytest.fixture
 def service(tmp_path, monkeypatch):
-    """The name of a service, whose package records into `tracked()`."""
+    """The name of a tracking service with a fake package that records into `tracked()`."""
     (tmp_path / "packages").mkdir()
     for name in ("wandb", "trackio"):
         (tmp_path / f"packages/{name}.py").write_text(RECORDING)
@@ -52,7 +52,7 @@ def log_of(run: Path, **options) -> RunLog:
 
 
 def write(log: RunLog, losses: dict[int, float], steps: int = 9) -> None:
-    """Validations at some steps, each but step 0's after its training step."""
+    """Writes validations at some steps, each after its training step except that of step 0."""
     log.start(0, steps, 10)
     for step, loss in losses.items():
         if step:

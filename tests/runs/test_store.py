@@ -1,4 +1,4 @@
-"""Whatever happens to a checkpoint folder, the newest verified state is not lost and no damage is taken for weights."""
+"""Whatever happens to a checkpoint folder, the newest verified state survives and damaged data is never restored."""
 
 import os
 import resource
@@ -43,7 +43,7 @@ def bits(tree) -> dict[str, bytes]:
 
 
 def newest(folder: Path, **options):
-    """Step and content that a resume would take."""
+    """Step and content that a resume would restore."""
     with CheckpointStore(folder, create=False) as store:
 
         def load(step):
@@ -85,23 +85,23 @@ def damage(path: Path, kind: str) -> None:
     elif kind == "one byte appended":
         content += b"\n"  # what a JSON reader would not even notice
     else:
-        place = int((2 * DAMAGES[kind] + 1) / 16 * len(content))
-        content[place] ^= 1 << DAMAGES[kind]
+        offset = int((2 * DAMAGES[kind] + 1) / 16 * len(content))
+        content[offset] ^= 1 << DAMAGES[kind]
     path.write_bytes(bytes(content))
 
 
 def test_every_damage_to_every_file_is_seen_and_the_step_before_is_used(tmp_path):
-    whole = tmp_path / "whole"
-    with CheckpointStore(whole) as store:
+    complete = tmp_path / "whole"
+    with CheckpointStore(complete) as store:
         for step in (1, 2):
             store.save(step, items(step), {"step": step, "fingerprints": {"data": "ab"}})
-    files = sorted(path.relative_to(whole) for path in (whole / "2").rglob("*") if path.is_file())
+    files = sorted(path.relative_to(complete) for path in (complete / "2").rglob("*") if path.is_file())
     assert len(files) > 20
     seen = 0
     for file in files:
         for kind in DAMAGES:
             copy = tmp_path / "copy"
-            shutil.copytree(whole, copy)
+            shutil.copytree(complete, copy)
             damage(copy / file, kind)
             with pytest.raises(CheckpointError, match=file.name):
                 manifest.verify(copy / "2")
@@ -110,7 +110,7 @@ def test_every_damage_to_every_file_is_seen_and_the_step_before_is_used(tmp_path
                 assert newest(copy) == (1, bits(items(1))), (file, kind)
                 assert (copy / "2.bad").is_dir()
             shutil.rmtree(copy)
-    assert newest(whole) == (2, bits(items(2)))
+    assert newest(complete) == (2, bits(items(2)))
     print(f"{seen} of {len(files) * len(DAMAGES)} damages to {len(files)} files detected")
 
 
@@ -159,9 +159,9 @@ def test_what_an_operating_system_leaves_in_a_step_is_no_damage_and_said_once(tm
         store.verify(1)
         store.verify(1, item="params")
     assert newest(tmp_path / "c") == (1, bits(items(1)))
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert said.err == (
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
         f"note: {tmp_path / 'c/1'}: ignoring files of other programs: .DS_Store, ._integrity.json, ._params, "
         "@eaDir/params@SynoEAStream, meta/.directory and 5 more\n"
     )
@@ -234,10 +234,10 @@ def test_verify_checkpoint_tells_of_every_step(tmp_path):
     with CheckpointStore(tmp_path / "checkpoints") as store:
         for step in (1, 2):
             store.save(step, items(step), {"environment": {"jax": "1.2.3"}})
-    whole = verify()
-    assert whole.returncode == 0, whole.stderr
-    assert [line.split(",")[0] for line in whole.stdout.splitlines()] == ["step 1: verified", "step 2: verified"]
-    assert "saved with jax 1.2.3" in whole.stdout
+    verified = verify()
+    assert verified.returncode == 0, verified.stderr
+    assert [line.split(",")[0] for line in verified.stdout.splitlines()] == ["step 1: verified", "step 2: verified"]
+    assert "saved with jax 1.2.3" in verified.stdout
     damage(tmp_path / "checkpoints/1/meta/metadata", "emptied")
     bad = verify()
     assert bad.returncode == 4
@@ -288,7 +288,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_step_before(tmp_path, free_bytes
 
 
 def test_what_a_failed_save_writes_late_is_removed_too(tmp_path, monkeypatch):
-    """As Orbax's threads do when one of them met the full disk: seen beside other writers, 20 ms after the error."""
+    """Orbax's threads did so when one of them hit a full disk: other threads wrote 20 ms after the error."""
 
     def fail(folder, **_):
         late.start()
@@ -317,7 +317,7 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_next_save_and_at_the
 
 
 def test_a_background_save_holds_the_numbers_of_its_moment(tmp_path):
-    """The trainer donates its state to the next step, which overwrites the memory."""
+    """The trainer donates its state to the next step, which overwrites the buffers during the save."""
     change = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 1, tree), donate_argnums=0)
     with CheckpointStore(tmp_path / "c", asynchronous=True) as store:
         save, changed = store._orbax.save, threading.Event()

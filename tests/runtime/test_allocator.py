@@ -1,4 +1,4 @@
-"""What glibc does with freed memory, measured by the page faults and resident size of processes."""
+"""What glibc does with freed memory, measured by page faults and resident sizes of processes."""
 
 import json
 import os
@@ -51,31 +51,31 @@ def measure(*calls: str, **variables: str) -> dict[str, list]:
     """For each call: its result, the page faults of writing 64 MB twice, of doing so again, and the resident pages."""
     clean = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     environment = clean | {"PYTHONPATH": str(ROOT)} | variables
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PROGRAM, *calls], env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def test_retained_memory_causes_no_page_faults_in_any_thread():
     pages = SIZE // os.sysconf("SC_PAGE_SIZE")
     assert min(measure("nothing")["nothing"][1:3]) > 2 * pages
     results = measure("retain_freed_memory", "restore_defaults")
-    retained, first, again, held = results["retain_freed_memory"]
+    retained, first, second, held = results["retain_freed_memory"]
     assert retained is True
     assert pages <= first < 1.1 * pages, "the second thread reuses what the first freed"
-    assert again < pages / 100
-    _, first, again, resident = results["restore_defaults"]
-    assert min(first, again) > 2 * pages
+    assert second < pages / 100
+    _, first, second, resident = results["restore_defaults"]
+    assert min(first, second) > 2 * pages
     assert held - resident > 0.9 * pages, "retained memory was returned to the system"
 
 
 def test_glibc_tunables_are_respected():
     results = measure("retain_freed_memory", GLIBC_TUNABLES="glibc.malloc.tcache_count=7")
-    retained, _, again, _ = results["retain_freed_memory"]
+    retained, _, second, _ = results["retain_freed_memory"]
     assert retained is False
-    assert again > SIZE // os.sysconf("SC_PAGE_SIZE")
+    assert second > SIZE // os.sysconf("SC_PAGE_SIZE")
 
 
 def test_nothing_changes_with_a_gpu(monkeypatch, tmp_path):
@@ -95,7 +95,7 @@ def test_the_trainer_retains_memory_when_its_plan_is_less_than_half_of_the_free_
     limit = int(memory.estimate(*setting("tiny 2 64 dots float32 1 -")).total / share)
     program = [python, "-c", WITHIN, str(ROOT), str(limit), *flags]
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "GLIBC_TUNABLES"}
-    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "GB on each device (estimated), remat dots (chosen; --remat changes that)" in done.stdout
-    assert ("; freed memory is reused\n" in done.stdout) == (share < 0.5)
+    result = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "GB on each device (estimated), remat dots (chosen; --remat changes that)" in result.stdout
+    assert ("; freed memory is reused\n" in result.stdout) == (share < 0.5)

@@ -1,4 +1,4 @@
-"""Assets come from the checkout, or else from the user's cache, into which they are fetched on first use."""
+"""Assets come from the checkout, or without one from the user's cache, where they are fetched on first use."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from smollm_jax.runtime import assets, install
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """The folder of assets without a checkout."""
+    """The folder of assets when there is no checkout."""
     monkeypatch.setattr(install, "CHECKOUT", tmp_path / "site-packages")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/smollm-jax/assets"

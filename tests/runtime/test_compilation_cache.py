@@ -53,12 +53,12 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path, monkeypatch):
 
 
 def test_jax_compilation_cache_dir_is_respected(tmp_path):
-    done = start(tmp_path / "home", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
-    assert done.returncode == 0, done.stderr
+    result = start(tmp_path / "home", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
+    assert result.returncode == 0, result.stderr
     assert not (tmp_path / "home").exists()
 
 
 def test_nothing_fails_without_a_writable_home(tmp_path):
     (tmp_path / "file").write_text("")
-    done = start(tmp_path / "file")
-    assert done.returncode == 0, done.stderr
+    result = start(tmp_path / "file")
+    assert result.returncode == 0, result.stderr

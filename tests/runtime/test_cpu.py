@@ -12,7 +12,7 @@ LINES = (
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Makes this machine one whose processors have the given flags."""
+    """Replaces /proc/cpuinfo by one whose processors have the given flags."""
 
     def make(flags):
         (tmp_path / "cpuinfo").write_text(LINES.format(flags))

@@ -1,4 +1,4 @@
-"""When a signal is noticed, and what further signals do. What happens to a run is in `test_survival.py`."""
+"""When a signal is noticed, and what further signals do; `test_survival.py` has their effect on a run."""
 
 import signal
 import subprocess
@@ -16,8 +16,8 @@ sys.setswitchinterval(60)
 signal.raise_signal(signal.SIGTERM)
 print(bool(stop))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert done.stdout == "True\n", done.stderr
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.stdout == "True\n", result.stderr
 
 
 def test_signals_within_a_second_count_once_and_a_later_one_ends_the_process():
@@ -35,7 +35,7 @@ print("counted once")
 signal.raise_signal(signal.SIGINT)
 time.sleep(60)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert (done.stdout, done.returncode) == ("True\ncounted once\n", 128 + signal.SIGINT), done.stderr
-    assert done.stderr.startswith("SIGTERM: ")
-    assert len(done.stderr.splitlines()) == 1
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (result.stdout, result.returncode) == ("True\ncounted once\n", 128 + signal.SIGINT), result.stderr
+    assert result.stderr.startswith("SIGTERM: ")
+    assert len(result.stderr.splitlines()) == 1

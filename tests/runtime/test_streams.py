@@ -53,21 +53,21 @@ def shell(command: str, cwd, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(("last", "code"), [("pass", 0), ("raise errors.LockedError('x')", 6)])
 def test_a_closed_or_full_stream_changes_no_exit_code(tmp_path, closed, last, code):
     (tmp_path / "short.py").write_text(SHORT.format(last), encoding="utf-8")
-    done = shell(f'"$python" short.py {closed}', tmp_path)
+    result = shell(f'"$python" short.py {closed}', tmp_path)
     full = closed == ">/dev/full"
-    assert done.returncode == (5 if full else code), done.stderr
-    assert b"Traceback" not in done.stderr
-    assert b"Exception ignored" not in done.stderr
+    assert result.returncode == (5 if full else code), result.stderr
+    assert b"Traceback" not in result.stderr
+    assert b"Exception ignored" not in result.stderr
     if full:
-        assert b"error: stdout: cannot be written: No space left on device\n" in done.stderr
+        assert b"error: stdout: cannot be written: No space left on device\n" in result.stderr
     if ">&-" not in closed.replace("2>&-", "") and not full:
-        assert done.stdout == "of a child\nout é日\n".encode()
+        assert result.stdout == "of a child\nout é日\n".encode()
 
 
 def test_a_closed_pipe_ends_a_script_silently(tmp_path):
     program = "from smollm_jax.runtime.program import run_main; run_main(lambda: print('x\\\\n' * 100_000))"
-    done = shell(f'"$python" -c "{program}" 2>err | head -1; echo "${{PIPESTATUS[0]}}"', tmp_path)
-    assert done.stdout == b"x\n141\n"
+    result = shell(f'"$python" -c "{program}" 2>err | head -1; echo "${{PIPESTATUS[0]}}"', tmp_path)
+    assert result.stdout == b"x\n141\n"
     assert (tmp_path / "err").read_bytes() == b""
     # Output that is written only at exit, when the reader is already gone.
     small = "-c \"from smollm_jax.runtime.program import run_main; run_main(lambda: print('x'))\""
@@ -80,23 +80,23 @@ def test_a_closed_pipe_ends_a_script_silently(tmp_path):
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
 def test_a_character_that_the_encoding_lacks_is_written_as_an_escape(tmp_path, encoding):
     (tmp_path / "short.py").write_text(SHORT.format("pass"), encoding="utf-8")
-    done = shell('"$python" short.py </dev/null', tmp_path, PYTHONIOENCODING=encoding)
-    assert done.returncode == 0
-    shown = "out é日\n".encode(encoding, "backslashreplace")
-    assert done.stdout == b"of a child\n" + shown
-    assert done.stderr.endswith(shown.replace(b"out", b"err"))
+    result = shell('"$python" short.py </dev/null', tmp_path, PYTHONIOENCODING=encoding)
+    assert result.returncode == 0
+    expected = "out é日\n".encode(encoding, "backslashreplace")
+    assert result.stdout == b"of a child\n" + expected
+    assert result.stderr.endswith(expected.replace(b"out", b"err"))
 
 
 def test_generate_writes_in_any_encoding_and_json_in_ascii(tmp_path, tiny):
     generate = '"$python" "$scripts/generate.py" --max-new-tokens 3 --weights '
-    done = shell(f"{generate} {tiny} --prompt '日本 – ok'", tmp_path, PYTHONIOENCODING="latin-1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(rb"\u65e5\u672c \u2013 ok")
+    result = shell(f"{generate} {tiny} --prompt '日本 – ok'", tmp_path, PYTHONIOENCODING="latin-1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(rb"\u65e5\u672c \u2013 ok")
     ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0"}
-    done = shell(f"{generate} {tiny} --prompt é日 --json <&- 2>&-", tmp_path, **ascii_locale)
-    assert done.returncode == 0
-    assert done.stdout.isascii()
-    assert json.loads(done.stdout)["completions"][0]["prompt"] == "é日", "an ASCII locale's arguments are UTF-8"
+    result = shell(f"{generate} {tiny} --prompt é日 --json <&- 2>&-", tmp_path, **ascii_locale)
+    assert result.returncode == 0
+    assert result.stdout.isascii()
+    assert json.loads(result.stdout)["completions"][0]["prompt"] == "é日", "an ASCII locale's arguments are UTF-8"
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_generate_writes_in_any_encoding_and_json_in_ascii(tmp_path, tiny):
 )
 def test_an_error_is_one_line_in_any_locale(tmp_path, command, code, expected):
     for environment in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "latin-1"}):
-        done = shell(f'"$python" "$scripts/"{command}', tmp_path, **environment)
-        message = (done.stderr + done.stdout).decode("latin-1" if "PYTHONIOENCODING" in environment else "utf-8")
-        assert done.returncode == code, message
+        result = shell(f'"$python" "$scripts/"{command}', tmp_path, **environment)
+        message = (result.stderr + result.stdout).decode("latin-1" if "PYTHONIOENCODING" in environment else "utf-8")
+        assert result.returncode == code, message
         assert len(message.splitlines()) == 1, message
         assert environment or expected in message
 
@@ -123,8 +123,8 @@ def test_an_error_is_one_line_in_any_locale(tmp_path, command, code, expected):
 def test_a_trainer_without_streams_trains_and_keeps_its_log(tmp_path, tokenizer_path, text_path):
     flags = f"--preset tiny --data {text_path}/1861-Lincoln-1.txt --tokenizer {tokenizer_path} --steps 2 --out run "
     flags += "--sequence-length 32 --batch-size 2"
-    done = shell(f'"$python" "$scripts/train_jax.py" {flags} <&- >&- 2>&-', tmp_path)
-    assert done.returncode == 0
+    result = shell(f'"$python" "$scripts/train_jax.py" {flags} <&- >&- 2>&-', tmp_path)
+    assert result.returncode == 0
     rows = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
 
@@ -132,24 +132,24 @@ def test_a_trainer_without_streams_trains_and_keeps_its_log(tmp_path, tokenizer_
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])
 def test_a_missing_device_is_one_line(tmp_path, tiny, platform):
     target = tmp_path / "run"
-    done = run(SCRIPTS / "convert_weights.py", tiny, target, "--to", "orbax", env={"JAX_PLATFORMS": platform})
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: JAX_PLATFORMS={platform}: JAX finds no such device here")
-    assert len(done.stderr.splitlines()) == 1
+    result = run(SCRIPTS / "convert_weights.py", tiny, target, "--to", "orbax", env={"JAX_PLATFORMS": platform})
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: JAX_PLATFORMS={platform}: JAX finds no such device here")
+    assert len(result.stderr.splitlines()) == 1
     assert not target.exists()
 
 
 @pytest.mark.parametrize("setting", ["JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION"])
 def test_an_invalid_jax_setting_is_one_line(tmp_path, tiny, setting):
-    done = run(SCRIPTS / "convert_weights.py", tiny, tmp_path / "run", "--to", "orbax", env={setting: "perhaps"})
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: environment variable {setting}: ")
-    assert len(done.stderr.splitlines()) == 1
+    result = run(SCRIPTS / "convert_weights.py", tiny, tmp_path / "run", "--to", "orbax", env={setting: "perhaps"})
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: environment variable {setting}: ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_an_error_that_does_not_come_from_jax_is_a_bug_with_a_traceback(tmp_path):
     imports = "import jax; from smollm_jax.runtime.program import run_main"
     for bug in ("assert 1 == 2", "raise ValueError('JAX_ENABLE_X64')"):
-        done = run("-c", f"{imports}\ndef main(): {bug}\nrun_main(main)")
-        assert done.returncode == 1
-        assert "Traceback" in done.stderr
+        result = run("-c", f"{imports}\ndef main(): {bug}\nrun_main(main)")
+        assert result.returncode == 1
+        assert "Traceback" in result.stderr

@@ -1,4 +1,4 @@
-"""Special tokens come from the chat template, never from a message; a broken template fails only chat."""
+"""Special tokens come only from the chat template, never from a message; a broken template disables only chat."""
 
 import json
 import tracemalloc

@@ -1,4 +1,4 @@
-"""Weights keep their own tokenizer: whatever else is near them, and through every conversion."""
+"""Weights keep their own tokenizer, whatever other tokenizers are nearby, and through every conversion."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|endoft
 
 
 def metadata(**changed) -> dict:
-    """GGUF metadata with another vocabulary than `small_tokenizer`'s: two more tokens, and a chat template."""
+    """GGUF metadata with two tokens more than `small_tokenizer`, and a chat template."""
     tokens = ["<|endoftext|>", "<think>", "</think>", *byte_symbols(), "Ġt", "he", "Ġthe"]
     types = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [3, 4, 4] + [1] * 259}
     return gguf_metadata(SMALL) | types | {"tokenizer.chat_template": TEMPLATE} | changed
@@ -99,9 +99,9 @@ def test_an_hf_folder_may_hold_a_folder_called_checkpoints(tmp_path):
 
 def test_a_tokenizer_with_other_ids_than_that_of_the_weights_is_refused(tmp_path):
     path = gguf(tmp_path / "x.gguf")
-    other = tokenizer_folder(tmp_path / "other")
+    folder = tokenizer_folder(tmp_path / "other")
     with pytest.raises(UsageError, match=r"other: its ids differ from those of the tokenizer in .*x\.gguf"):
-        Tokenizer.of_weights(path, other)
+        Tokenizer.of_weights(path, folder)
     weights.write(tmp_path / "hf", weights.read(path), "hf")
     (tmp_path / "hf/chat_template.jinja").write_text("another template")
     assert Tokenizer.of_weights(path, tmp_path / "hf").path == tmp_path / "hf"  # same ids, another template
@@ -114,8 +114,8 @@ def test_weights_of_a_gguf_with_an_unsupported_tokenizer_are_read(tmp_path):
         InputFileError, match=r"tokenizer\.ggml\.model and \.pre are .llama.*give another tokenizer with --tokenizer"
     ):
         Tokenizer.of_weights(path)
-    other = tokenizer_folder(tmp_path / "other")
-    assert Tokenizer.of_weights(path, other).path == other
+    folder = tokenizer_folder(tmp_path / "other")
+    assert Tokenizer.of_weights(path, folder).path == folder
 
 
 @pytest.mark.parametrize("pre", ["smollm", "starcoder", "gpt-2"])
@@ -129,7 +129,7 @@ def test_the_pre_tokenizer_of_a_gguf_decides_whether_digits_are_split(tmp_path, 
 
 
 def test_a_user_defined_token_is_one_id_through_every_conversion(tmp_path):
-    """special: false in a folder, token_type 4 in a GGUF; it is one token even where special ones are plain text."""
+    """special: false in a folder, token_type 4 in a GGUF; it stays one token where special tokens are plain text."""
     weights.write(tmp_path / "hf", weights.read(gguf(tmp_path / "x.gguf")), "hf")
     added = {token["content"]: token["special"] for token in read_added(tmp_path / "hf")}
     assert added == {"<|endoftext|>": True, "<think>": False, "</think>": False}
@@ -211,10 +211,10 @@ def test_generation_config_survives_every_conversion(tmp_path, kind, generation)
     name = f"x.{kind}" if kind not in ("hf", "orbax") else kind
     bundle = Bundle(small_tensors(), SMALL, small_tokenizer(), generation_config=generation)
     weights.write(tmp_path / name, bundle, kind)
-    again = weights.read(tmp_path / name)
+    reread = weights.read(tmp_path / name)
     ids = {"bos_token_id": 0, "eos_token_id": 0}  # what a Hugging Face folder says where nothing else is known
-    assert again.generation_config == (ids if generation is None and kind == "hf" else generation)
-    assert again.config.eos_token_id == SMALL.eos_token_id
+    assert reread.generation_config == (ids if generation is None and kind == "hf" else generation)
+    assert reread.config.eos_token_id == SMALL.eos_token_id
 
 
 def test_a_gguf_names_every_end_token_for_llama_cpp(tmp_path):
@@ -236,8 +236,8 @@ def test_a_gguf_names_every_end_token_for_llama_cpp(tmp_path):
 
 
 def test_end_tokens_and_sampling_of_another_programs_gguf_are_used(tmp_path):
-    asked = {"tokenizer.ggml.eot_token_id": 9, "general.sampling.temp": 0.7, "general.sampling.top_k": 20}
-    engine = Engine.load(gguf(tmp_path / "x.gguf", **asked))
+    metadata = {"tokenizer.ggml.eot_token_id": 9, "general.sampling.temp": 0.7, "general.sampling.top_k": 20}
+    engine = Engine.load(gguf(tmp_path / "x.gguf", **metadata))
     assert engine.generation.eos_token_ids == (0, 9)
     assert (engine.defaults.temperature, engine.defaults.top_k, engine.defaults.top_p) == (0.7, 20, 1.0)
 
@@ -267,8 +267,8 @@ def test_an_exported_gguf_ends_a_text_where_its_source_folder_does(tmp_path):
     files = weights.read(chat_gguf(tmp_path / "x.gguf")).tokenizer_files
     for generation in (None, {"eos_token_id": 2}):
         weights.write(tmp_path / f"{generation}.gguf", Bundle(small_tensors(), SMALL, files, "", generation), "gguf")
-        again = weights.read(tmp_path / f"{generation}.gguf")
-        assert (again.generation_config, again.config.eos_token_id) == (generation, 0)
+        reread = weights.read(tmp_path / f"{generation}.gguf")
+        assert (reread.generation_config, reread.config.eos_token_id) == (generation, 0)
 
 
 @pytest.mark.parametrize("role", ["bos", "eos", "eot", "padding", "unknown"])

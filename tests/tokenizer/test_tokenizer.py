@@ -1,4 +1,4 @@
-"""The tokenizer is SmolLM2's, loses no text, and encodes typed special tokens as text."""
+"""The tokenizer is SmolLM2's, is lossless, and encodes special tokens in a text as plain text."""
 
 import json
 import os
@@ -69,17 +69,17 @@ def test_a_text_is_decoded_unchanged_or_refused(tokenizer, text):
 @settings(max_examples=500, deadline=None)
 @given(text=TEXTS, ids=st.lists(st.integers(0, 49_151)), data=st.data())
 def test_a_streamed_text_is_the_text_however_its_ids_are_split(tokenizer, text, ids, data):
-    """Random ids are mostly parts of characters; the ids of a text split emoji."""
+    """Random ids are mostly incomplete characters; the ids of a text split emoji."""
     ids = ids if tokenizer.unencodable(text) else ids + tokenizer.encode(text)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=len(ids))))
     stream = TextStream(tokenizer)
     pieces = [stream.add(ids[a:b]) for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)] + [stream.end()]
-    whole = tokenizer.decode(ids)
-    assert "".join(pieces) == whole
+    decoded = tokenizer.decode(ids)
+    assert "".join(pieces) == decoded
     so_far = ""
     for piece in pieces:  # no piece is ever revised
         so_far += piece
-        assert whole.startswith(so_far)
+        assert decoded.startswith(so_far)
 
 
 def test_an_incomplete_character_is_held_back_until_it_is_complete_or_the_text_ends(tokenizer):

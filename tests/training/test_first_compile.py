@@ -1,4 +1,4 @@
-"""What a trainer says while its step is compiled: on a GPU that it takes long and how long it took, else nothing."""
+"""What the trainer prints while it compiles the step: on a GPU a note and the duration, otherwise nothing."""
 
 import concurrent.futures
 import re
@@ -11,16 +11,16 @@ from smollm_jax.training.run import compile_in_background
 
 @pytest.mark.parametrize("platform", ["gpu", "cpu"])
 def test_a_gpus_step_says_that_compiling_takes_long_and_once_how_long_it_took(platform, capsys):
-    begun, go = threading.Event(), threading.Event()
+    started, go = threading.Event(), threading.Event()
 
     def compile_step():
-        begun.set()
+        started.set()
         assert go.wait(60)
         return lambda state, tokens: (state + tokens, threading.get_ident())
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         compiling, step = compile_in_background(pool, platform, compile_step)
-        assert begun.wait(60)
+        assert started.wait(60)
         before = capsys.readouterr().out
         assert not compiling.done()
         go.set()

@@ -1,4 +1,4 @@
-"""The learning rate at every edge, and what AdamW touches."""
+"""The learning rate at every edge of the schedule, and which parameters AdamW decays."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_decay_is_on_every_parameter_norms_and_embedding_too(tiny_model):
 
 @pytest.mark.parametrize("limit", [2.0, 1e3])
 def test_clipping_is_optax_own(limit):
-    """The same numbers where nothing is clipped; else three roundings of 2^-24 away, two of them ours."""
+    """Equal where nothing is clipped; otherwise within three roundings of 2^-24, two of them ours."""
     draw = np.random.default_rng(0)
     gradients = {"a": draw.normal(size=(64, 64)), "b": 1e-6 * draw.normal(size=7)}  # the norm is 64
     gradients = {name: jnp.asarray(gradient, jnp.float32) for name, gradient in gradients.items()}

@@ -1,4 +1,4 @@
-"""The training loop in one process: exact resume, updates that are not finite, and what may not change."""
+"""The training loop in one process: exact resume, non-finite updates, and settings that may not change."""
 
 import dataclasses
 import fcntl
@@ -61,7 +61,7 @@ class Poisoned(Batches):
 
 
 def run(folder, config, recipe, *, poisoned_steps=(), stop_before=None, resume=False, save_every=0, asynchronous=False):
-    """A training as the script does one; returns its state and progress."""
+    """Trains as the script does; returns state and progress."""
     # 12 windows and more than 10 % held out: batches of 4 begin a new epoch after three steps.
     ids = np.random.default_rng(5).integers(1, 70, 16 * 14 + 1)
     batches = Poisoned(of_tokens(ids), recipe, poisoned_steps, stop_before, stop := StopSignal())
@@ -146,7 +146,7 @@ def test_a_run_has_the_same_losses_and_dtypes_where_jax_enables_float64(tmp_path
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Marked batches turn bad in the loss, or in the gradient alone."""
+    """Makes the loss, or only the gradient, of marked batches non-finite."""
     true_loss = mean_loss
 
     def use(where: str):
@@ -167,7 +167,7 @@ def poison(monkeypatch):
 
 @pytest.fixture
 def guarded(monkeypatch):
-    """Has the next steps choose between two states as on a platform; all else in them is the CPU's."""
+    """Makes the next steps skip bad updates as on this platform; everything else is the CPU's."""
     choose = train_step.update_where
 
     def use(platform: str):
@@ -213,8 +213,8 @@ def test_nan_at_steps_1_50_51_52_is_left_out_counted_and_logged(tmp_path, config
     for row in rows:
         expected = batches.windows_of(row["step"] - 1) if row["step"] in bad else None
         assert row.get("skipped_windows") == expected
-    taken = float(optimizer.learning_rate(plan)(60 - 1 - 4))
-    assert rows[-1]["learning_rate"] == pytest.approx(taken), "the log tells another learning rate than was taken"
+    rate = float(optimizer.learning_rate(plan)(60 - 1 - 4))
+    assert rows[-1]["learning_rate"] == pytest.approx(rate), "the log tells another learning rate than was taken"
     counts = [int(x) for name, x in flatten(state.opt_state).items() if name.endswith("count")]
     assert counts == [56, 56], "a skipped update took a step of the schedule or of Adam's bias correction"
 
@@ -242,7 +242,7 @@ def test_bad_updates_a_thousand_steps_apart_do_not_end_a_run():
 
 
 def test_ruined_parameters_are_not_saved(tmp_path, config, monkeypatch):
-    """From a bug, or from memory gone bad: the loss of the step before was still a number."""
+    """A bug or faulty memory can ruin them although the loss of the step before was finite."""
     spoil = jax.jit(lambda model: jax.tree.map(lambda x: x * jnp.nan, model))
     true_step = train_step.train_step
 
@@ -289,8 +289,8 @@ def test_a_changed_field_is_refused_by_name_with_old_and_new_unless_allowed(conf
         now.check_resumes(saved, [])
     with pytest.raises(UsageError, match=f"these changed: {name}"):
         now.check_resumes(saved, ["eps" if name == "clip" else "clip"])
-    (told,) = now.check_resumes(saved, [name])
-    assert told.startswith(f"{name}: ")
+    (warning,) = now.check_resumes(saved, [name])
+    assert warning.startswith(f"{name}: ")
     longer = dataclasses.replace(saved, recipe=dataclasses.replace(saved.recipe, steps=99))
     assert longer.check_resumes(saved, []) == []
     with pytest.raises(UsageError, match="--allow-change colour: no such field; choose from"):
@@ -308,14 +308,14 @@ def test_half_a_line_of_metrics_does_not_spoil_the_rest(tmp_path):
 def test_what_a_resume_went_back_over_counts_as_it_was_done_last(tmp_path):
     steps = [{"step": n, "loss": float(n)} for n in (1, 2, 3, 4)]
     seen = [{"step": 2, "validation_loss": 9.0}, {"step": 4, "validation_loss": 8.0}]
-    again = [{"step": 3, "loss": 3.5}]
-    rows = [*steps[:2], seen[0], *steps[2:], seen[1], *again]
+    repeated = [{"step": 3, "loss": 3.5}]
+    rows = [*steps[:2], seen[0], *steps[2:], seen[1], *repeated]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_metrics(tmp_path) == [*steps[:2], seen[0], *again]
+    assert read_metrics(tmp_path) == [*steps[:2], seen[0], *repeated]
 
 
 def test_a_lock_is_held_once_also_while_another_gives_up(tmp_path):
-    """One that fails early removes the folder it made; whoever opened the lock file before holds nothing."""
+    """A run that fails early removes its folder; a process that opened the lock file before does not hold the lock."""
     first = RunLock(tmp_path / "run").__enter__()
     late = os.open(tmp_path / "run/lock", os.O_RDWR)
     first.__exit__()

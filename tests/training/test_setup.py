@@ -1,4 +1,4 @@
-"""What a training decides for a GPU that is described here and is not there."""
+"""What a run chooses for a GPU, which is only described here."""
 
 import dataclasses
 from pathlib import Path
@@ -39,7 +39,7 @@ def jax_version(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "said"),
+    ("device", "dtype", "message"),
     [
         (gpu("8.0"), "bfloat16", ""),
         (gpu("10.3"), "bfloat16", ""),
@@ -51,20 +51,20 @@ def jax_version(request, monkeypatch):
         (SimpleNamespace(platform="cpu"), "bfloat16", "needs a CUDA GPU and bfloat16, not cpu, bfloat16"),
     ],
 )
-def test_cudnn_runs_on_cuda_gpus_from_ampere_on(device, dtype, said):
-    assert cudnn_device_problem(device, dtype) == said
+def test_cudnn_runs_on_cuda_gpus_from_ampere_on(device, dtype, message):
+    assert cudnn_device_problem(device, dtype) == message
 
 
 @pytest.mark.parametrize("length", [1, 2, 64, 65, 127, 1000, 2047, 2048])
 def test_cudnn_takes_every_even_causal_length(length, jax_version):
-    said = f"needs an even --sequence-length, not {length}"
-    assert cudnn_shape_problem(length, 64, documents=False) == (said if length % 2 else "")
+    message = f"needs an even --sequence-length, not {length}"
+    assert cudnn_shape_problem(length, 64, documents=False) == (message if length % 2 else "")
 
 
 @pytest.mark.parametrize("length", [64, 65, 127, 192, 1000, 2047, 2112])
 def test_cudnn_takes_documents_in_multiples_of_128_tokens_alone(length, jax_version):
-    said = f"with --mask-documents needs a --sequence-length that is a multiple of 128, not {length}"
-    assert cudnn_shape_problem(length, 64, documents=True) == said
+    message = f"with --mask-documents needs a --sequence-length that is a multiple of 128, not {length}"
+    assert cudnn_shape_problem(length, 64, documents=True) == message
 
 
 def test_cudnn_takes_documents_where_jax_leaves_the_masks_gradient_out(jax_version):
@@ -76,8 +76,8 @@ def test_cudnn_takes_documents_where_jax_leaves_the_masks_gradient_out(jax_versi
     ("head_dim", "fits"), [(16, True), (64, True), (128, True), (80, True), (60, False), (256, False)]
 )
 def test_cudnn_takes_heads_of_a_multiple_of_8_up_to_128(head_dim, fits):
-    said = f"needs a head_dim that is a multiple of 8, up to 128, not {head_dim}"
-    assert cudnn_shape_problem(2048, head_dim, documents=False) == ("" if fits else said)
+    message = f"needs a head_dim that is a multiple of 8, up to 128, not {head_dim}"
+    assert cudnn_shape_problem(2048, head_dim, documents=False) == ("" if fits else message)
 
 
 def chosen(device: Any, attention: Any = None, **changes: Any) -> tuple[str, str]:
@@ -101,7 +101,7 @@ def test_a_gpu_attends_by_cudnn_where_it_runs_and_else_in_blocks_and_says_why(ja
 @pytest.mark.parametrize("attention", ["xla", "cudnn"])
 def test_the_attention_that_was_asked_for_is_taken_or_refused(attention, jax_version):
     assert chosen(gpu(), attention) == (attention, "")
-    for device, changes, said in (
+    for device, changes, message in (
         (
             gpu(),
             {"mask_documents": True, "sequence_length": 1000},
@@ -114,7 +114,7 @@ def test_the_attention_that_was_asked_for_is_taken_or_refused(attention, jax_ver
             assert chosen(device, attention, **changes) == ("xla", "")
         else:
             with pytest.raises(
-                UsageError, match=rf"^--attention cudnn .*{said}.*; leave it out to use XLA's blocked attention$"
+                UsageError, match=rf"^--attention cudnn .*{message}.*; leave it out to use XLA's blocked attention$"
             ):
                 chosen(device, attention, **changes)
 

@@ -1,4 +1,4 @@
-"""A run comes through kill -9, signals, a full disk and bad updates with the bits of one that met none of them.
+"""A run survives kill -9, signals, a full disk and bad updates with the bits of an undisturbed run.
 
 Real processes on the tiny model. `make slow` does 25 kills and 8 signals; `make soak` (SMOLLM_SOAK=1) does 200 each.
 """
@@ -31,17 +31,17 @@ FLAGS = ("--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--eval-every",
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
-    """The run that nothing happens to; it also fills the compilation cache for all others."""
+    """An undisturbed run, which also fills the compilation cache for all others."""
     run = tmp_path_factory.mktemp("runs") / "straight"
     done = train(run, *FLAGS)
     assert done.returncode == 0, done.stderr
     return run
 
 
-def wait_for(what, process: subprocess.Popen, seconds: float = 120) -> bool:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> bool:
     """Whether `what()` came true before the process ended."""
     deadline = time.monotonic() + seconds
-    while not what():
+    while not condition():
         if process.poll() is not None:
             return False
         assert time.monotonic() < deadline, "the training did not get there"
@@ -54,7 +54,7 @@ def holds_lock(run: Path, pid: int) -> bool:
 
 
 def pause(seconds: float, process: subprocess.Popen) -> None:
-    """Waits, or until the process ended."""
+    """Waits for this time, or until the process ends."""
     until = time.monotonic() + seconds
     wait_for(lambda: time.monotonic() > until, process)
 
@@ -75,7 +75,7 @@ def most_steps_repeated(run: Path) -> int:
 
 
 def kill_again_and_again(folder: Path, kills: int, seed: int, *flags: str) -> tuple[int, list[Path]]:
-    """Runs killed `kills` times in all, each then brought to its end; how many kills met an unfinished save."""
+    """Kills runs `kills` times in all and finishes each; returns the number of kills during a save."""
     luck, done, inside, runs = random.Random(seed), 0, 0, []
     while done < kills:
         run = folder / f"run {len(runs)}"
@@ -122,7 +122,7 @@ def test_a_run_killed_again_and_again_has_the_bits_of_one_that_was_not(straight,
 
 
 def stop_again_and_again(folder: Path, signals: int, seed: int) -> tuple[list[int], list[Path]]:
-    """Runs stopped by `signals` signals in all, each then brought to its end; the steps at which they were saved."""
+    """Stops runs by `signals` signals in all and finishes each; returns the steps at which they were saved."""
     luck, saved, runs = random.Random(seed), [], []
     while len(saved) < signals:
         run = folder / f"run {len(runs)}"
@@ -147,7 +147,7 @@ def stop_again_and_again(folder: Path, signals: int, seed: int) -> tuple[list[in
 
 @pytest.mark.slow
 def test_a_run_stopped_by_signals_again_and_again_has_the_bits_of_one_that_was_not(straight, tmp_path):
-    """Stopped at random moments: in imports, compiling, a step, a save, validation, sampling."""
+    """Signals at random moments: during imports, compilation, a step, a save, validation, sampling."""
     half = (200 if SOAK else 8) // 2
     folders = [tmp_path / "a", tmp_path / "b"]
     with ThreadPoolExecutor(2) as pool:
@@ -207,7 +207,7 @@ FULL_DISK = ("bash", "-c", 'ulimit -f 200; exec "$@"', "bash")
 
 
 def checkpoint_files(run: Path) -> dict[Path, bytes]:
-    """But for the staging folder, which a failed save's threads may make again until the process ends."""
+    """All files except those in the staging folder, which threads of a failed save may create again."""
     files = [path for path in (run / "checkpoints").rglob("*") if path.is_file()]
     return {path: path.read_bytes() for path in files if STAGING not in path.parts}
 
@@ -220,17 +220,17 @@ def test_a_full_disk_stops_a_run_before_the_next_step_and_loses_nothing(straight
     wait_for(lambda: len(rows(run)) > SAVE_EVERY + 2, process)
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    kept = steps_in(run / "checkpoints")
+    steps = steps_in(run / "checkpoints")
     before = checkpoint_files(run)
     full = train(run, *FLAGS, "--resume", *flags, prefix=FULL_DISK)
     assert full.returncode == 5, full.stderr
     assert "could not be saved" in full.stderr
     assert len(full.stderr.strip().splitlines()) == 1
-    failed = -(-(kept[-1] + 1) // SAVE_EVERY) * SAVE_EVERY
+    failed = -(-(steps[-1] + 1) // SAVE_EVERY) * SAVE_EVERY
     assert failed <= rows(run)[-1]["step"] <= failed + (SAVE_EVERY if flags else 0)
     assert before == checkpoint_files(run)
-    again = train(run, *FLAGS, "--resume")
-    assert again.returncode == 0, again.stderr
+    resumed = train(run, *FLAGS, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
     assert not (run / "checkpoints" / STAGING).exists()
     assert_same_as(straight, run)
 
@@ -309,9 +309,9 @@ def test_without_a_good_checkpoint_nothing_starts_and_nothing_is_touched(tmp_pat
     assert "sha256 differs" in done.stderr
     assert "checkpoints/2/integrity.json: is missing" in done.stderr
     assert before == sorted(path.name for path in (run / "checkpoints").iterdir())
-    taken = train(run, "--steps", "6", "--resume", "--allow-unverified")
-    assert taken.returncode == 0, taken.stderr
-    assert "resumed from step 2" in taken.stdout
+    accepted = train(run, "--steps", "6", "--resume", "--allow-unverified")
+    assert accepted.returncode == 0, accepted.stderr
+    assert "resumed from step 2" in accepted.stdout
 
 
 @pytest.mark.slow
@@ -343,25 +343,25 @@ def test_a_config_edited_after_training_is_named(tmp_path):
     assert "rope_theta: 100000.0 -> 10000.0" in edited.stderr
     with pytest.raises(InputFileError, match=r"config\.json: changed since step 2 was saved: rope_theta"):
         weights.read(run)
-    said = train(run, "--steps", "4", "--resume", preset="tiny")
-    assert said.returncode == 0, said.stderr
+    resumed = train(run, "--steps", "4", "--resume", preset="tiny")
+    assert resumed.returncode == 0, resumed.stderr
     assert json.loads((run / "config.json").read_text())["rope_theta"] == 100_000.0
 
 
 @pytest.mark.slow
 def test_a_changed_model_that_is_allowed_is_the_one_that_is_trained(tmp_path):
-    """Long-context training goes on from a checkpoint under another rope_theta; other shapes cannot."""
-    run, kept = tmp_path / "run", tmp_path / "kept"
+    """Long-context training continues from a checkpoint with another rope_theta; other shapes cannot change."""
+    run, copy = tmp_path / "run", tmp_path / "kept"
     assert train(run, "--steps", "2", "--decay-fraction", "0").returncode == 0
-    shutil.copytree(run, kept)
-    unchanged = train(kept, "--steps", "3", "--resume")
+    shutil.copytree(run, copy)
+    unchanged = train(copy, "--steps", "3", "--resume")
     assert unchanged.returncode == 0, unchanged.stderr
     config = json.loads((run / "config.json").read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 100.0
     (run / "config.json").write_text(json.dumps(config))
     done = train(run, "--steps", "3", "--resume", "--allow-change", "rope_theta", preset=None)
     assert done.returncode == 0, done.stderr
-    assert losses(run)[2] != losses(kept)[2], "the change was said and not made"
+    assert losses(run)[2] != losses(copy)[2], "the change was said and not made"
     with CheckpointStore(run / "checkpoints", create=False) as store:
         assert store.meta(3)["config"]["rope_theta"] == 100.0
     config["intermediate_size"] = 128

@@ -1,4 +1,4 @@
-"""The web page over HTTP: what it answers, what it refuses, and what it leaves alone."""
+"""The web page over HTTP: its answers, its errors, and its limits."""
 
 import gc
 import html
@@ -29,7 +29,7 @@ SECRET = "the-secret-of-the-machine"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, weights_path) -> Path:
-    """A folder with assets/tiny and no run, and a secret beside them."""
+    """A folder with assets/tiny and no run, next to a secret file."""
     folder = tmp_path_factory.mktemp("web")
     tiny_weights(folder, weights_path)
     (folder / "secret.txt").write_text(SECRET)
@@ -37,8 +37,8 @@ def place(tmp_path_factory, weights_path) -> Path:
 
 
 def flags(place: Path, **changed) -> app.Flags:
-    given = {"weights": place / "assets/tiny", "assets": place / "assets", "runs": place / "runs"}
-    return app.Flags(**(given | changed))
+    options = {"weights": place / "assets/tiny", "assets": place / "assets", "runs": place / "runs"}
+    return app.Flags(**(options | changed))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def engine(place) -> Engine:
 
 
 def text_of(shown: str) -> str:
-    """What a reader sees of the answer's HTML."""
+    """The visible text of the answer's HTML."""
     return html.unescape(re.sub(r"<[^>]*>", "", shown))
 
 
@@ -72,11 +72,11 @@ def test_a_completion_is_the_engine_s_own_text_with_a_tint_and_alternatives_a_to
     assert not error
     shown, status = values[:2]
     assert text_of(shown) == "Fellow citizens" + greedy_text(engine, "Fellow citizens")
-    abouts = [json.loads(html.unescape(about)) for about in re.findall(r'data-about="([^"]*)"', shown)]
-    assert len(abouts) == 16
-    for about in abouts:  # greedy: the chosen token is the likeliest
-        assert about["others"][0] == [about["text"], about["p"]]
-        assert len(about["others"]) == 6
+    tooltips = [json.loads(html.unescape(tooltip)) for tooltip in re.findall(r'data-about="([^"]*)"', shown)]
+    assert len(tooltips) == 16
+    for tooltip in tooltips:  # greedy: the chosen token is the likeliest
+        assert tooltip["others"][0] == [tooltip["text"], tooltip["p"]]
+        assert len(tooltip["others"]) == 6
     assert "tiny" in status
     assert "cpu" in status
     assert "tokens/s" in status
@@ -87,8 +87,8 @@ def test_a_chat_goes_through_the_template_and_takes_the_system_prompt_and_earlie
     values, error = client.call("chat", "chat", [client.weights, before, "Be brief.", "Why?", "", *GREEDY.values()])
     assert not error
     shown, *_, turns, reads, box = values
-    asked = [{"role": "system", "content": "Be brief."}, *before, {"role": "user", "content": "Why?"}]
-    ids = engine.chat(asked)
+    messages = [{"role": "system", "content": "Be brief."}, *before, {"role": "user", "content": "Why?"}]
+    ids = engine.chat(messages)
     assert reads == engine.tokenizer.decode(ids)
     answer = engine.complete([ids], max_new_tokens=16)[0].text
     assert turns == [*before, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}]
@@ -106,14 +106,14 @@ def test_a_text_that_the_limit_cut_goes_on_as_if_it_had_not_been_cut(client, eng
     assert not error
     assert text_of(values[0]) == prompt + engine.complete([ids], max_new_tokens=first + 9)[0].text
     assert values[0].count('class="finish"') == 1
-    asked = [{"role": "user", "content": "Why?"}]
+    messages = [{"role": "user", "content": "Why?"}]
     sampling = list((GREEDY | {"max_new_tokens": first}).values())
     _, turns, *_ = client.call(session, "chat", [client.weights, [], "", "Why?", "", *sampling])[0][5:]
     values, error = client.call(session, "chat_on", [None, turns, "", "next", "", *GREEDY.values()])
     assert not error
-    answer = engine.complete([engine.chat(asked)], max_new_tokens=first + 16)[0].text
-    assert values[6] == [*asked, {"role": "assistant", "content": answer}]
-    assert values[7] == engine.tokenizer.decode(engine.chat(asked)) + turns[-1]["content"]
+    answer = engine.complete([engine.chat(messages)], max_new_tokens=first + 16)[0].text
+    assert values[6] == [*messages, {"role": "assistant", "content": answer}]
+    assert values[7] == engine.tokenizer.decode(engine.chat(messages)) + turns[-1]["content"]
     changed, error = client.call(session, "chat_on", [None, turns[:1], "", "", "", *GREEDY.values()])
     assert changed is None
     assert "the chat has changed" in error
@@ -133,9 +133,9 @@ def test_a_text_that_was_cut_inside_a_character_goes_on_without_that_half(place,
     *_, last = handlers.complete(str(place / "assets/tiny"), "a", numbers, "")
     assert last.truncated.new_tokens == count
     assert text_of(last.content) == text_of(last.truncated.content) + "\ufffd"
-    *_, then = handlers.continue_completion(last.truncated, numbers | {"max_new_tokens": 4}, "")
-    assert then.truncated.ids[: len(last.truncated.ids)] == last.truncated.ids
-    assert text_of(then.truncated.content) == engine.tokenizer.decode(then.truncated.ids)
+    *_, continuation = handlers.continue_completion(last.truncated, numbers | {"max_new_tokens": 4}, "")
+    assert continuation.truncated.ids[: len(last.truncated.ids)] == last.truncated.ids
+    assert text_of(continuation.truncated.content) == engine.tokenizer.decode(continuation.truncated.ids)
 
 
 def test_a_text_ends_where_the_context_is_full_and_says_so(client, engine):
@@ -341,15 +341,15 @@ def test_fifty_requests_at_once_each_get_their_own_answer(url, client, engine):
 @pytest.fixture
 def streams(monkeypatch) -> list[GeneratorType]:
     """Every stream the engine begins."""
-    begun = []
+    started = []
     real = Engine.stream
 
     def stream(*arguments, **options):
-        begun.append(real(*arguments, **options))
-        return begun[-1]
+        started.append(real(*arguments, **options))
+        return started[-1]
 
     monkeypatch.setattr(Engine, "stream", stream)
-    return begun
+    return started
 
 
 def ends(stream: GeneratorType, seconds: float = 30) -> bool:
@@ -363,7 +363,7 @@ LONG = {"max_new_tokens": 480, "prompt": "On and on"}
 
 
 def begin(client: Client, session: str):
-    """A long completion whose first tokens have come."""
+    """Starts a long completion and waits for its first tokens."""
     assert client.join(session, "complete", client.values(LONG["prompt"], max_new_tokens=480)).status_code == 200
     events = client.events(session)
     generating = (event for event in events if event["msg"] == "process_generating")
@@ -434,7 +434,7 @@ def traced() -> Iterator[None]:
 
 
 def held_kilobytes() -> float:
-    """What Python's objects, traced, and JAX's arrays take."""
+    """The memory of traced Python objects and of JAX arrays."""
     gc.collect()
     return (tracemalloc.get_traced_memory()[0] + sum(array.nbytes for array in jax.live_arrays())) / 1024
 

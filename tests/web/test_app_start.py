@@ -1,4 +1,4 @@
-"""How `scripts/app.py` starts, and how it says that it cannot."""
+"""How `scripts/app.py` starts, and its errors when it cannot."""
 
 import socket
 import subprocess
@@ -57,8 +57,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
             assert client.complete("Hello")[1] == ""
     finally:
         process.terminate()
-        _, said = process.communicate(timeout=30)
-    assert "REFUSED" not in said
+        _, stderr = process.communicate(timeout=30)
+    assert "REFUSED" not in stderr
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -69,8 +69,8 @@ def start(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def test_what_cannot_be_started_says_so_in_one_line(place):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        port = str(occupied.getsockname()[1])
         for arguments, code, named in [
             (["--port", port], 2, port),
             (["--port", "99999"], 2, "99999"),

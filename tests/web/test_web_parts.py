@@ -38,7 +38,7 @@ from tests.web.test_app import text_of
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, weights_path) -> Path:
-    """A folder with assets/tiny, and runs/grown of three checkpoints with different weights, the second damaged."""
+    """A folder with assets/tiny and runs/grown, whose three checkpoints have different weights, the second damaged."""
     folder = tmp_path_factory.mktemp("parts")
     run = tiny_run(folder, weights_path, "grown", (0, 10, 20))
     array = next(path for path in (run / "checkpoints/10/params").rglob("d/*") if path.stat().st_size > 1000)
@@ -55,12 +55,12 @@ def model_store(place: Path, **changed) -> ModelStore:
 
 def opened(store: ModelStore, name: object):
     """The progress lines, and the loaded model."""
-    said, opening = [], store.open(name)
+    progress, opening = [], store.open(name)
     while True:
         try:
-            said.append(next(opening))
+            progress.append(next(opening))
         except StopIteration as done:
-            return said, done.value
+            return progress, done.value
 
 
 def test_only_weights_under_assets_and_runs_are_listed_the_given_ones_first(place):
@@ -100,19 +100,19 @@ def test_weights_that_are_written_anew_are_loaded_anew(place, weights_path):
 
 
 def test_the_sliders_are_what_the_weights_ask_for_before_and_after_they_are_loaded(tmp_path, weights_path):
-    """Out of a Hugging Face folder, a run and a GGUF, each read without its tensors; and a slider's range holds."""
+    """For a Hugging Face folder, a run and a GGUF, read without tensors; values are clipped to a slider's range."""
     asks = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [0, 2]}
     bundle = Bundle(small_tensors(), SMALL, small_tokenizer(), generation_config=asks)
     for kind, name in (("hf", "assets/hf"), ("gguf", "assets/x.gguf"), ("orbax", "runs/run")):
         weights.write(tmp_path / name, bundle, kind)
-    there = model_store(tmp_path)
+    store = model_store(tmp_path)
     for name in ("assets/hf", "assets/x.gguf", "runs/run", "runs/run/checkpoints/0"):
-        before = there.generation(name)
+        before = store.generation(name)
         assert (before.sampling["temperature"], before.sampling["top_k"], before.sampling["top_p"]) == (0.6, 50, 0.9)
         assert "temperature 0.6, top k 50, top p 0.9" in sampling_note(before)
-        assert there.generation(name).eos_token_ids == opened(there, name)[1].engine.generation.eos_token_ids == (0, 2)
-        assert there.generation(name).sampling == before.sampling
-    blocks = page(Handlers(there, device="cpu", time_limit=60), queue_size=2)
+        assert store.generation(name).eos_token_ids == opened(store, name)[1].engine.generation.eos_token_ids == (0, 2)
+        assert store.generation(name).sampling == before.sampling
+    blocks = page(Handlers(store, device="cpu", time_limit=60), queue_size=2)
     setting = next(function for function in blocks.fns.values() if function.name == "recommended_sampling")
     *values, line = setting.fn("assets/hf")
     assert dict(zip((slider.elem_id for slider in setting.outputs), values, strict=False)) == before.sampling
@@ -121,7 +121,7 @@ def test_the_sliders_are_what_the_weights_ask_for_before_and_after_they_are_load
     assert "greedy" in sampling_note(model_store(tmp_path).generation("assets/hf"))
     assert clamped(SLIDERS["temperature"], 5) == 2
     with pytest.raises(UsageError, match="not one of the options listed"):
-        there.generation("elsewhere")
+        store.generation("elsewhere")
 
 
 def test_missing_real_weights_are_fetched_when_first_asked_for(place, tmp_path):
@@ -131,9 +131,9 @@ def test_missing_real_weights_are_fetched_when_first_asked_for(place, tmp_path):
     with served(app.Flags(assets=tmp_path / "assets", runs=tmp_path / "runs")) as url, Client(url):
         assert not target.exists(), "fetched at the start"
     some = model_store(tmp_path, fetch=fetch)
-    said, loaded = opened(some, "assets/SmolLM2-135M-Instruct")
-    assert said[0].startswith("downloading")
-    assert said[-1] == "loading"
+    progress, loaded = opened(some, "assets/SmolLM2-135M-Instruct")
+    assert progress[0].startswith("downloading")
+    assert progress[-1] == "loading"
     assert loaded.engine.config.hidden_size == 96
     assert opened(some, "assets/SmolLM2-135M-Instruct") == ([], loaded)
 
@@ -292,9 +292,9 @@ def test_the_runs_tab_lays_new_runs_over_each_other_and_follows_their_logs(place
 
 def test_a_run_s_name_is_shown_as_text():
     log = RunCurves(Path("nowhere/metrics.jsonl"))
-    shown = run_curves.table({"<img src=x onerror=alert(1)>": (log, [])})
-    assert "<img" not in shown
-    assert "&lt;img src=x" in shown
+    html_table = run_curves.table({"<img src=x onerror=alert(1)>": (log, [])})
+    assert "<img" not in html_table
+    assert "&lt;img src=x" in html_table
 
 
 def test_the_checkpoints_offered_are_spread_from_first_to_last():
@@ -304,16 +304,16 @@ def test_the_checkpoints_offered_are_spread_from_first_to_last():
 
 
 def test_a_user_s_turn_is_shown_as_it_is_tags_markdown_and_all():
-    said = "<script>x</script> & <b> **not bold**\n\n- no list"
-    shown = bubbles([{"role": "user", "content": said}])
-    assert text_of(shown) == said
-    assert set(re.findall(r"<(\w+)", shown)) == {"div", "p"}
+    content = "<script>x</script> & <b> **not bold**\n\n- no list"
+    bubble = bubbles([{"role": "user", "content": content}])
+    assert text_of(bubble) == content
+    assert set(re.findall(r"<(\w+)", bubble)) == {"div", "p"}
 
 
 def test_an_answer_s_markdown_is_rendered_and_its_code_has_a_copy_button():
-    said = "# Title\n\n**bold** `a < b`\nnext ~~no~~\n\n- one\n- two\n\n"
-    said += "```python\nif a < b:\n    pass\n```\n\n|a|b|\n|-|-|\n|1|2|"
-    shown = bubbles([{"role": "assistant", "content": said}])
+    content = "# Title\n\n**bold** `a < b`\nnext ~~no~~\n\n- one\n- two\n\n"
+    content += "```python\nif a < b:\n    pass\n```\n\n|a|b|\n|-|-|\n|1|2|"
+    bubble = bubbles([{"role": "assistant", "content": content}])
     for part in (
         "<h1>Title</h1>",
         "<strong>bold</strong> <code>a &lt; b</code><br />\nnext <s>no</s>",
@@ -322,14 +322,14 @@ def test_an_answer_s_markdown_is_rendered_and_its_code_has_a_copy_button():
         "<code>if a &lt; b:\n    pass\n</code></pre>",
         "<td>1</td>\n<td>2</td>",
     ):
-        assert part in shown
+        assert part in bubble
     unfinished = render_markdown("```python\nif a")  # as it comes, token by token
     assert "<code>if a</code></pre>" in unfinished.replace("\n", "")
 
 
 def test_the_longest_text_is_shown_whole_however_it_is_meant():
-    said = "**a** " * (MAX_CHARACTERS // 6 + 1)
-    assert text_of(render_markdown(said)) == said
+    content = "**a** " * (MAX_CHARACTERS // 6 + 1)
+    assert text_of(render_markdown(content)) == content
 
 
 class Tags(HTMLParser):
@@ -425,12 +425,12 @@ def test_no_answer_brings_a_script_a_handler_an_image_or_a_link_that_is_none(par
 
 
 def test_a_token_and_its_alternatives_are_text_tags_and_quotes_and_all():
-    said = "<img src=x onerror='a'>\"><script>"
-    shown = span(said, [Token(1, said, -0.5, ((1, said, -0.5), (2, "&amp;", -1.0)))])
+    token_text = "<img src=x onerror='a'>\"><script>"
+    shown = span(token_text, [Token(1, token_text, -0.5, ((1, token_text, -0.5), (2, "&amp;", -1.0)))])
     form = r'<span class="token" style="--p:0.607" data-about="([^"<>]*)">([^<>]*)</span>'
-    about, text = map(html.unescape, re.fullmatch(form, shown).groups())
-    assert text == said
-    assert json.loads(about) == {"text": said, "p": 60.7, "others": [[said, 60.7], ["&amp;", 36.8]]}
+    tooltip, text = map(html.unescape, re.fullmatch(form, shown).groups())
+    assert text == token_text
+    assert json.loads(tooltip) == {"text": token_text, "p": 60.7, "others": [[token_text, 60.7], ["&amp;", 36.8]]}
     kinds = [
         re.match(r'<span class="([^"]*)"', span(text, [Token(1, text, -1.0, ())]))[1] for text in ("\n\n", " ", "a\n")
     ]

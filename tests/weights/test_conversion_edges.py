@@ -1,4 +1,4 @@
-"""Every way from one kind of weights to another, over 200 small random models, and every memory order: bit for bit."""
+"""Conversions between all formats keep every bit, on 200 small random models and in every memory order."""
 
 import dataclasses
 import itertools
@@ -67,7 +67,7 @@ def same(a, b):
 @pytest.mark.parametrize("models", [FEW, pytest.param(MODELS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("edge", range(len(EDGES)), ids=[" to ".join(edge) for edge in EDGES])
 def test_every_edge_keeps_every_bit_of_every_model(tmp_path, edge, models):
-    """Also what the weights come with: config and origin, and, where the kind is a folder, the tokenizer."""
+    """Also config and origin, and the tokenizer if the format is a folder."""
     source, target = EDGES[edge]
     for seed in range(edge, models, len(EDGES)):
         bundle, folder = random_bundle(seed), tmp_path / str(seed)
@@ -94,7 +94,7 @@ def test_every_edge_keeps_every_bit_of_every_model(tmp_path, edge, models):
 
 
 def laid_out(kind: str, array: np.ndarray) -> np.ndarray:
-    """The same numbers, or for "broadcast" one row again and again, in another order of memory."""
+    """The same array in another memory layout; "broadcast" repeats one row."""
     wide = np.zeros([2 * n for n in array.shape], array.dtype)
     every_other = wide[(slice(None, None, 2),) * array.ndim]
     every_other[...] = array
@@ -120,7 +120,7 @@ def test_every_writer_keeps_arrays_of_any_memory_order(tmp_path, kind, dtype, or
 
 
 def test_a_single_number_keeps_its_shape(tmp_path):
-    """`np.ascontiguousarray` would make it an array of one."""
+    """`np.ascontiguousarray` would make it an array of shape [1]."""
     for dtype in (*DTYPES, ">f4"):
         safetensors_file.write_safetensors(tmp_path / "x", {"a": np.array(3.5, dtype)}, {})
         loaded, _ = safetensors_file.read_safetensors(tmp_path / "x")

@@ -1,4 +1,4 @@
-"""GGUF files of Llamas as other programs write them: keys left out, keys that change nothing, keys that do."""
+"""GGUF files of other programs: optional keys left out, keys that change nothing, and keys that change the model."""
 
 import dataclasses
 import struct
@@ -87,21 +87,21 @@ def test_the_suffix_may_be_in_capitals(tmp_path):
 
 def test_a_head_that_equals_the_embedding_is_read_as_a_head(tmp_path):
     embedding = small_tensors()["model.embed_tokens.weight"]
-    write_gguf(tmp_path / "x.gguf", SMALL, small_tensors(), more={"output.weight": embedding})
+    write_gguf(tmp_path / "x.gguf", SMALL, small_tensors(), extra={"output.weight": embedding})
     bundle = weights.read(tmp_path / "x.gguf")
     assert not bundle.config.tie_word_embeddings
     np.testing.assert_array_equal(bundle.tensors["lm_head.weight"], embedding)
 
 
 def test_factors_for_the_rotary_frequencies_are_refused(tmp_path):
-    """llama.cpp's form of Llama 3's scaling: a tensor, and no key."""
-    write_gguf(tmp_path / "x.gguf", SMALL, small_tensors(), more={"rope_freqs.weight": np.ones(2, np.float32)})
+    """llama.cpp stores Llama 3's RoPE scaling as a tensor, without a key."""
+    write_gguf(tmp_path / "x.gguf", SMALL, small_tensors(), extra={"rope_freqs.weight": np.ones(2, np.float32)})
     with pytest.raises(InputFileError, match=r"rope_freqs\.weight is not part of the model"):
         weights.read(tmp_path / "x.gguf")
 
 
 def test_the_header_of_a_large_vocabulary_is_read(tmp_path):
-    """128,256 tokens and 280,147 merges with scores and types, as in Llama 3's files: 9 MB."""
+    """9 MB, as in Llama 3's files: 128,256 tokens and 280,147 merges with scores and types."""
 
     def field(key: bytes, kind: int, count: int, entry: bytes) -> bytes:
         return struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, kind, count) + entry * count

@@ -1,4 +1,4 @@
-"""A model's name on the Hugging Face hub stands for its weights; what cannot be had is one line, and quick."""
+"""A model's name on the Hugging Face hub can be given as weights; what cannot be fetched is a quick one-line error."""
 
 import hashlib
 import http.server
@@ -35,13 +35,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if not model.is_dir():
             return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         files = {file.relative_to(model).as_posix(): file.read_bytes() for file in model.rglob("*") if file.is_file()}
-        asked = path[2] if len(path) > 2 else ""  # nothing: what the hub says of the model
-        if asked == "resolve":
+        endpoint = path[2] if len(path) > 2 else ""  # nothing: what the hub says of the model
+        if endpoint == "resolve":
             content = files["/".join(path[4:])]
             digest = hashlib.sha1(content).hexdigest()
             return self.answer(200, content, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
         body: object = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
-        if asked == "tree":
+        if endpoint == "tree":
             body = [{"type": "file", "path": file, "size": len(files[file]), "oid": "0" * 40} for file in files]
         return self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
@@ -61,7 +61,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path, tiny_model, monkeypatch):
-    """The address of a hub with the model org/tiny, and what it was asked; its client's cache is empty."""
+    """The address of a fake hub with the model org/tiny, and the requests it got; the client's cache is empty."""
     models = tmp_path / "models"
     weights.write(models / "org/tiny", weights.to_bundle(tiny_model, "tiny"), "hf")
     (models / "org/tiny/onnx").mkdir()
@@ -84,19 +84,19 @@ def convert(name: str, target: Path):
 
 
 def test_a_models_name_is_fetched_once_and_then_found_offline(served, tmp_path, monkeypatch):
-    done = convert("org/tiny", tmp_path / "a.safetensors")
-    assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"org/tiny: using the Hugging Face hub's model, cached in {tmp_path}/home")
-    assert COMMIT in done.stderr, "the path says which revision"
+    result = convert("org/tiny", tmp_path / "a.safetensors")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"org/tiny: using the Hugging Face hub's model, cached in {tmp_path}/home")
+    assert COMMIT in result.stderr, "the path says which revision"
     fetched = [path.rpartition("/")[2] for path in served.asked if "/resolve/" in path]
     assert "model.safetensors" in fetched
     assert not [path for path in served.asked if "onnx" in path], "other layouts of the same weights are left there"
     expected = weights.read(tmp_path / "models/org/tiny").tensors
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     served.asked.clear()
-    done = convert("org/tiny", tmp_path / "b.safetensors")
-    assert done.returncode == 0, done.stderr
+    result = convert("org/tiny", tmp_path / "b.safetensors")
+    assert result.returncode == 0, result.stderr
     assert served.asked == []
     for name in ("a", "b"):
         tensors = weights.read(tmp_path / f"{name}.safetensors").tensors
@@ -112,24 +112,24 @@ def test_a_models_name_is_fetched_once_and_then_found_offline(served, tmp_path, 
     ],
 )
 def test_a_model_that_cannot_be_had_is_one_line_that_says_both_readings(served, tmp_path, name, message):
-    done = convert(name, tmp_path / "x.safetensors")
-    assert done.returncode == 3
-    assert done.stderr.startswith(f"error: {name}: no such file or folder, and ")
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    result = convert(name, tmp_path / "x.safetensors")
+    assert result.returncode == 3
+    assert result.stderr.startswith(f"error: {name}: no such file or folder, and ")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://hub.invalid", None])
 def test_without_a_network_a_name_is_one_line(tmp_path, monkeypatch, address):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv(*(("HF_ENDPOINT", address) if address else ("HF_HUB_OFFLINE", "1")))
-    done = convert("org/tiny", tmp_path / "x.safetensors")
-    assert done.returncode == 3
+    result = convert("org/tiny", tmp_path / "x.safetensors")
+    assert result.returncode == 3
     assert (
         "no such file or folder, and org/tiny is not in the local cache and the Hugging Face hub cannot be reached"
-        in done.stderr
+        in result.stderr
     )
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
 
 
 def test_a_hub_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
@@ -137,16 +137,16 @@ def test_a_hub_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("HF_HOME", str(tmp_path))
         program = "from smollm_jax.weights import hub; hub.TIMEOUT_SECONDS = 0.5; hub.locate('org/tiny')"
-        done = run("-c", program, cwd=tmp_path, timeout=60)
-    assert "org/tiny is not in the local cache and the Hugging Face hub cannot be reached" in done.stderr
+        result = run("-c", program, cwd=tmp_path, timeout=60)
+    assert "org/tiny is not in the local cache and the Hugging Face hub cannot be reached" in result.stderr
 
 
 def test_without_huggingface_hub_a_name_is_one_line_that_says_how_to_get_it(tmp_path):
     program = (
         "import sys; sys.modules['huggingface_hub'] = None; from smollm_jax.weights import hub; hub.locate('org/tiny')"
     )
-    done = run("-c", program, cwd=tmp_path)
-    assert "to download a model of this name from the Hugging Face hub, first pip install" in done.stderr
+    result = run("-c", program, cwd=tmp_path)
+    assert "to download a model of this name from the Hugging Face hub, first pip install" in result.stderr
 
 
 def test_a_path_wins_over_a_name_and_a_mistyped_path_is_not_asked_for(tmp_path, monkeypatch):
@@ -164,11 +164,11 @@ def test_a_path_wins_over_a_name_and_a_mistyped_path_is_not_asked_for(tmp_path, 
 def test_fetch_assets_takes_a_model_from_the_hub(served, tmp_path):
     script = str(ROOT / "scripts/fetch_assets.py")
     command = [sys.executable, script, "weights", "--source", "hub", "--assets", str(tmp_path / "assets"), "--model"]
-    done = subprocess.run([*command, "org/tiny"], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([*command, "org/tiny"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
     assert weights.read(tmp_path / "assets/tiny").tensors
-    done = subprocess.run([*command, "org/only-gguf"], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 3
-    assert f"{tmp_path}/assets/only-gguf: " in done.stderr
-    assert ".tmp" not in done.stderr
+    result = subprocess.run([*command, "org/only-gguf"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 3
+    assert f"{tmp_path}/assets/only-gguf: " in result.stderr
+    assert ".tmp" not in result.stderr
     assert [path.name for path in (tmp_path / "assets").iterdir()] == ["tiny"]

@@ -1,4 +1,4 @@
-"""`.pt` files: every bit kept, and no code in them ever run."""
+"""`.pt` files: every bit is kept, and code in them is never run."""
 
 import dataclasses
 import os
@@ -66,7 +66,7 @@ def test_pickled_code_is_refused_and_never_runs(tmp_path, name, save):
 
 
 def packed(path, content):
-    """A state dict in a zip whose entries are compressed: 64 MB of zeros in 64 KB."""
+    """A state dict in a zip with compressed entries: 64 MB of zeros in 64 KB."""
     torch.save(content, path)
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
@@ -76,7 +76,7 @@ def packed(path, content):
 
 
 def repickled(path, content, old: bytes, new: bytes):
-    """A state dict whose pickle, the names and shapes, has `new` for `old`."""
+    """A state dict in whose pickle (names and shapes) `old` is replaced by `new`."""
     torch.save(content, path)
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
@@ -86,11 +86,11 @@ def repickled(path, content, old: bytes, new: bytes):
 
 
 def nested(depth: int) -> list:
-    """A list of 2**depth leaves that is stored in a few bytes: each level holds the one below twice."""
-    one: list = []
+    """A list of 2**depth leaves stored in a few bytes: each level contains the next one twice."""
+    nested: list = []
     for _ in range(depth):
-        one = [one, one]
-    return one
+        nested = [nested, nested]
+    return nested
 
 
 def whole(**changed):

@@ -1,4 +1,4 @@
-"""Weights keep every bit through every format, and faulty ones are named, all at once."""
+"""Weights keep every bit through every format, and all faulty tensors are named in one error."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ def test_the_table_names_the_272_tensors_of_the_released_model():
 
 
 def test_each_rule_puts_each_number_where_it_belongs(tiny):
-    """Distinct numbers everywhere: a missed transpose or a swap of two square matrices cannot hide."""
+    """All values are distinct, so that a missing transpose or a swap of two square matrices fails."""
     counter = iter(range(10**9))
     tensors = {}
     for name, shape in mapping.hf_shapes(tiny).items():
@@ -101,7 +101,7 @@ def test_shards_are_read(tmp_path, bundle):
 
 
 def sharded(folder, bundle):
-    """The bundle as a folder of two shards and their index, which is returned."""
+    """Writes the bundle as two shards with an index, and returns the index."""
     weights.write(folder, bundle, "hf")
     (folder / "model.safetensors").unlink()
     names = list(bundle.tensors)
@@ -171,17 +171,17 @@ def test_a_model_is_made_without_a_second_copy_of_its_weights(tiny, monkeypatch)
     weights.from_bundle(formats.Bundle(tensors, config))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    whole = sum(tensor.nbytes for tensor in tensors.values())
-    assert peak < 0.6 * whole, f"{peak:,} of {whole:,}"
+    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    assert peak < 0.6 * total_bytes, f"{peak:,} of {total_bytes:,}"
 
 
 def test_parameters_begin_where_jax_need_not_move_them(bundle):
-    """On a CPU it takes memory that begins on a 64-byte line as it is, and makes one copy; of any other, two."""
+    """On a CPU JAX copies memory aligned to 64 bytes once, and any other twice."""
     stacks = mapping.from_hf(bundle.tensors, bundle.config)
     assert not any(stack.ctypes.data % 64 for stack in stacks.values())
     for stack in stacks.values():
-        taken = jax.device_put(stack)
-        assert taken.unsafe_buffer_pointer() == stack.ctypes.data
+        on_device = jax.device_put(stack)
+        assert on_device.unsafe_buffer_pointer() == stack.ctypes.data
         assert jnp.array(stack).unsafe_buffer_pointer() != stack.ctypes.data
 
 
@@ -203,18 +203,18 @@ def test_a_mapped_file_has_the_bits_of_one_that_is_copied_wherever_they_begin(tm
 
 @pytest.mark.parametrize("kind", ["hf", "safetensors"])
 def test_safetensors_are_read_without_a_framework(tmp_path, bundle, kind):
-    """By the trainer in a thread, while its main thread imports JAX."""
+    """The trainer reads them in a thread while its main thread imports JAX."""
     weights.write(tmp_path / f"x.{kind}", bundle, kind)
     program = "import sys; from smollm_jax import weights\n"
     program += "print(len(weights.read(sys.argv[1], mapped=True).tensors))\n"
     program += "assert not {'jax', 'flax', 'orbax', 'torch'} & set(sys.modules)"
     command = [sys.executable, "-c", program, str(tmp_path / f"x.{kind}")]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == (f"{len(bundle.tensors)}\n", "")
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == (f"{len(bundle.tensors)}\n", "")
 
 
 def after_the_header(monkeypatch, happens):
-    """What happens when a file's header was read and its tensors were not."""
+    """Calls a function after a file's header was read and before its tensors are."""
     check_header = safetensors_file.check_header
 
     def checked(path, file):
@@ -235,7 +235,7 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_refused(tmp_path, bundle, 
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_a_file_that_another_takes_the_place_of_is_one_of_both(tmp_path, monkeypatch, mapped):
-    """Foreign ones, without a digest, of the same size and with the same tensors elsewhere in them."""
+    """Files without a digest, of the same size, with the same tensors at other offsets."""
     path, old = tmp_path / "x.safetensors", {"a": np.zeros(3, np.float32), "b": np.ones(3, np.float32)}
     new = {"a": old["b"], "b": old["a"] + 2}
     safetensors_file.save_file(new, tmp_path / "other")
@@ -254,13 +254,13 @@ def test_a_model_is_loaded_without_a_second_copy_of_its_file(tmp_path, tiny, mon
     config = dataclasses.replace(tiny, num_hidden_layers=64)
     tensors = {name: np.zeros(shape, np.float32) for name, shape in mapping.hf_shapes(config).items()}
     weights.write(tmp_path / "hf", formats.Bundle(tensors, config), "hf")
-    whole = sum(tensor.nbytes for tensor in tensors.values())
+    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
     weights.load(tmp_path / "hf")  # what is allocated once
     peaks = []
     for read in (weights.read, functools.partial(weights.read, mapped=True), weights.load):
         tracemalloc.start()
         read(tmp_path / "hf")
-        peaks.append(tracemalloc.get_traced_memory()[1] / whole)
+        peaks.append(tracemalloc.get_traced_memory()[1] / total_bytes)
         tracemalloc.stop()
     copied, mapped, loaded = peaks
     assert copied > 1

@@ -1,4 +1,4 @@
-"""Rows become token ids of which the answers are learnt; a row that does not fit is one line that names it."""
+"""Rows become token ids of which the answers are learnt; an invalid row gives a one-line error that names it."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ def written(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
 
 
 def learnt(example: Example, tokenizer: Tokenizer) -> list[str]:
-    """The text of each run of learnt tokens."""
+    """The text of each consecutive range of learnt tokens."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], example.learnt, [0]))))
     return [tokenizer.decode(example.ids[start:stop].tolist()) for start, stop in edges.reshape(-1, 2)]
 
