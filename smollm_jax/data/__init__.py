@@ -1,1 +1,2 @@
-"""From text files to batches: reading, preparing, mixing and shuffling. Imports no framework."""
+"""From text files to batches, without a framework: `text` reads documents, `plan` divides them into work units,
+`prepare` tokenizes them, `token_file` stores tokens, `mixture` joins data sets, `batches` cuts a step's rows."""

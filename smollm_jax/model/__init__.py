@@ -1,1 +1,1 @@
-"""SmolLM2 in Flax NNX: the model top to bottom, its operations, attention and loss."""
+"""SmolLM2 in Flax NNX: the model top to bottom (`smollm`), its operations (`ops`), attention and loss."""

@@ -1,1 +1,2 @@
-"""The process and its machine: strict readers, atomic writes, locks, signals, streams, malloc, compilation cache."""
+"""The process and its machine: `signals` (what SIGTERM does), strict readers, atomic writes, locks, streams, malloc,
+compilation cache."""
