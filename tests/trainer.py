@@ -1,7 +1,7 @@
-"""Real training processes for the tests: the tiny model, the real text, a compilation cache of their own.
+"""Real training processes for the tests: the tiny model, some of the real text, a compilation cache of their own.
 
 Of their own, because one that is killed leaves what it was writing, of which JAX warns whoever reads it. Text is
-prepared once for all of them: for each alone it would take longer than its training.
+prepared once for all of them, and every sixteenth speech is enough: all 249 take longer than a training.
 """
 
 import atexit
@@ -14,12 +14,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
+from smollm_jax.commands import train as train_command
+from smollm_jax.errors import SmolLMError
 from smollm_jax.runs.checkpoint import CheckpointStore, steps_in
 from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runtime import allocator
+from smollm_jax.runtime.signals import StopSignal
 
 ROOT = Path(__file__).parent.parent
-CACHE, PREPARED = (tempfile.mkdtemp(prefix="smollm-tests-") for _ in range(2))
-for folder in (CACHE, PREPARED):
+CACHE, PREPARED, TEXT = (tempfile.mkdtemp(prefix="smollm-tests-") for _ in range(3))
+for folder in (CACHE, PREPARED, TEXT):
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT),
@@ -30,13 +36,21 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def command(run: Path, *flags: str, preset: str | None = "tiny", data: Path = ROOT / "assets/sotu") -> list[str]:
+def speeches() -> Path:
+    """The folder of speeches that the tests train on."""
+    if not os.listdir(TEXT):
+        for speech in sorted((ROOT / "assets/sotu").glob("*.txt"))[::16]:
+            shutil.copy(speech, TEXT)
+    return Path(TEXT)
+
+
+def command(run: Path, *flags: str, preset: str | None = "tiny", data: Path | None = None) -> list[str]:
     if run.parent.is_dir() and not (run.parent / "data").exists():
         with contextlib.suppress(OSError):  # where there can be none, the trainer is to say so
             (run.parent / "data").symlink_to(PREPARED)  # it keeps prepared text in the folder it works in
     small = {"tiny": ["--preset", preset, "--sequence-length", "64"], None: []}.get(preset, ["--preset", preset])
     script = [sys.executable, str(ROOT / "scripts/train_jax.py"), "--out", str(run), *small]
-    tokenizer = ["--tokenizer", str(ROOT / "assets/tokenizer"), "--data", str(data)]
+    tokenizer = ["--tokenizer", str(ROOT / "assets/tokenizer"), "--data", str(data or speeches())]
     return [*script, *tokenizer, "--learning-rate", "3e-3", *flags]
 
 
@@ -49,6 +63,23 @@ def train(run: Path, *flags: str, prefix: tuple[str, ...] = (), **options) -> su
         cwd=run.parent if run.parent.is_dir() else None,
         env=ENVIRONMENT,
     )
+
+
+def refused(run: Path, *flags: str, **options) -> SmolLMError:
+    """The error of a training that cannot start, in this process, which has JAX already.
+
+    What a process makes of it, one line and an exit code, is `run_main`'s: see tests/commands/test_scripts.py.
+    """
+    _, _, *given = command(run, *flags, **options)
+    with pytest.MonkeyPatch.context() as patch:  # of a process that lives on
+        patch.chdir(run.parent)
+        patch.setattr(train_command, "QuickStart", lambda **_: None)
+        patch.setattr(StopSignal, "install", lambda self: self)
+        patch.setattr(allocator, "retain_freed_memory", lambda: False)
+        with pytest.raises(SmolLMError) as caught:
+            train_command.main(given)
+    assert "\n" not in str(caught.value)
+    return caught.value
 
 
 def start(run: Path, *flags: str, **options) -> subprocess.Popen:

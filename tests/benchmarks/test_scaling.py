@@ -20,7 +20,7 @@ from smollm_jax.model.smollm import SmolLM
 from smollm_jax.runs.checkpoint import CheckpointStore
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime import cpu
-from tests.trainer import ENVIRONMENT, ROOT, train
+from tests.trainer import ENVIRONMENT, ROOT, refused, train
 
 WHOLE = {
     "demo": (1, 200 * 2 * 256),
@@ -96,11 +96,13 @@ def test_an_unknown_recipe_is_named():
         named_runs.by_name("smollm")
 
 
-def mark_overnight(quick: set[str]) -> list:
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.overnight) for name in named_runs.RECIPES]
+def marked(slow: set[str]) -> list:
+    """Every recipe; the others are overnight."""
+    marks = {True: pytest.mark.slow, False: pytest.mark.overnight}
+    return [pytest.param(name, marks=marks[name in slow]) for name in named_runs.RECIPES]
 
 
-@pytest.mark.parametrize("name", mark_overnight({"smollm2-135m"}))
+@pytest.mark.parametrize("name", marked({"smollm2-135m"}))
 def test_every_recipe_compiles_at_its_full_shape(name):
     devices, _ = WHOLE[name]
     done = check_scaling("--recipe", name, "--mesh", f"data={devices}")
@@ -113,7 +115,7 @@ def test_every_recipe_compiles_at_its_full_shape(name):
     # Here the memory plan of the recipe (training/memory.py) is to be compared with `told` and the temporaries.
 
 
-@pytest.mark.parametrize("name", mark_overnight({"smollm2-135m", "smollm2-135m-long"}))
+@pytest.mark.parametrize("name", marked({"smollm2-135m", "smollm2-135m-long"}))
 def test_every_recipe_trains_at_toy_size(name, tiny, tmp_path):
     small = ["--steps", "5", "--warmup-steps", "1", "--batch-size", "8"]
     if name == "smollm2-135m-long":  # from weights whose theta and length are not yet the longer model's
@@ -136,9 +138,9 @@ def test_every_recipe_trains_at_toy_size(name, tiny, tmp_path):
 
 
 def test_a_continuation_needs_weights_to_continue(tmp_path):
-    done = train(tmp_path / "run", "--recipe", "smollm2-135m-long")
-    assert done.returncode == 2
-    assert done.stderr == "error: --recipe smollm2-135m-long continues from trained weights: add --init-from RUN\n"
+    refusal = refused(tmp_path / "run", "--recipe", "smollm2-135m-long")
+    assert refusal.exit_code == 2
+    assert str(refusal) == "--recipe smollm2-135m-long continues from trained weights: add --init-from RUN"
 
 
 def test_the_tables_of_the_scaling_document_are_the_arithmetics():

@@ -13,7 +13,7 @@ import pytest
 
 from smollm_jax.runs.checkpoint import steps_in
 from smollm_jax.runs.metrics import read_metrics
-from tests.trainer import ENVIRONMENT, command, rows, train
+from tests.trainer import ENVIRONMENT, command, refused, rows, train
 
 SMALL = ("--steps", "20", "--batch-size", "4", "--sequence-length", "32", "--eval-every", "0")
 # AdamW's first steps make much of a rounding error in a small gradient, in proportion to the rate: at the other tests'
@@ -77,6 +77,7 @@ def alone(tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_documents_are_masked_where_that_is_asked_for(tmp_path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"Text {n} tells of {n * n} things."}) + "\n" for n in range(400)))
@@ -132,13 +133,18 @@ def test_a_signal_to_one_stops_all_and_the_loss_of_one_ends_all_and_both_resume(
     ("flags", "message"),
     [
         (("--distributed", "--async-save"), "cannot be used with --async-save"),
-        (("--distributed",), "elsewhere give --coordinator-address, --num-processes and --process-id"),
         (("--process-id", "1"), "--process-id needs --distributed"),
         (("--mesh", "data=2"), "--mesh data=2: describes 2 devices, but JAX sees 1"),
         (("--batch-size", "3", "--gradient-accumulation-steps", "2"), "must divide batch_size 3"),
     ],
 )
-def test_invalid_flags_give_one_line(tmp_path, flags, message):
-    done = train(tmp_path / "run", *flags)
+def test_invalid_flags_are_refused(tmp_path, flags, message):
+    refusal = refused(tmp_path / "run", *flags)
+    assert refusal.exit_code == 2
+    assert message in str(refusal)
+
+
+def test_processes_without_addresses_give_one_line(tmp_path):
+    done = train(tmp_path / "run", "--distributed")
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
-    assert message in done.stderr
+    assert "elsewhere give --coordinator-address, --num-processes and --process-id" in done.stderr
