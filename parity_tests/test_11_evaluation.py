@@ -87,6 +87,11 @@ def tasks(text_path, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def harness(weights_path):
+    return SmolLMHarness(Engine.load(weights_path), quiet=True)
+
+
 def answers(model, folder, name, limit):
     """A task's scores, every answer and the seconds it took."""
     manager, began = TaskManager(include_path=str(folder), include_defaults=False), time.perf_counter()
@@ -99,12 +104,12 @@ def answers(model, folder, name, limit):
 @pytest.mark.parametrize(
     "limit", [pytest.param(8, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.overnight)]
 )
-def test_the_harness_gets_the_answers_of_its_own_hf_model(tasks, weights_path, hf, limit):
+def test_the_harness_gets_the_answers_of_its_own_hf_model(tasks, weights_path, hf, harness, limit):
     """The two in turn, task by task, so that their seconds compare; with 200 samples ours has the fewer."""
     its_own = HFLM(pretrained=hf, tokenizer=AutoTokenizer.from_pretrained(weights_path), batch_size=8)
-    engine, theirs, ours = SmolLMHarness(Engine.load(weights_path), quiet=True), {}, {}
+    theirs, ours = {}, {}
     for name in YAML:
-        theirs[name], ours[name] = (answers(model, tasks, name, limit) for model in (its_own, engine))
+        theirs[name], ours[name] = (answers(model, tasks, name, limit) for model in (its_own, harness))
         seconds = f"ours {ours[name][2]:.0f} s, hf {theirs[name][2]:.0f} s"
         print(f"{name}: {limit} samples, {seconds}, scores {ours[name][0]}")
         assert len(ours[name][1]) == limit
@@ -165,8 +170,7 @@ def test_the_command_scores_local_tasks_and_refuses_what_it_cannot(tasks, traine
         ({"top_p": 0, "do_sample": True}, "top_p"),
     ],
 )
-def test_what_a_task_asks_for_in_vain_is_refused(weights_path, asked, named):
-    harness = SmolLMHarness(Engine.load(weights_path), quiet=True)
+def test_what_a_task_asks_for_in_vain_is_refused(harness, asked, named):
     with pytest.raises(UsageError, match=named):
         harness._parse_gen_kwargs({"until": ["."], **asked})
 

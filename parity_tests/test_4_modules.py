@@ -1,6 +1,7 @@
 """Rung 4: each module on its own equals transformers' and the twin's, on ordinary and adversarial inputs."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,27 @@ def layer_bundle():
     return bundle
 
 
+@pytest.fixture(scope="module")
+def layers(layer_bundle):
+    """The only layer of the bundle, without its leading axis, in either dtype."""
+    loaded = {}
+    for dtype in ("float32", "float64"):
+        with precisely(dtype):
+            loaded[dtype] = jax.tree.map(lambda p: p[0], weights.from_bundle(layer_bundle, dtype).layers)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def twin(layer_bundle):
+    """The twin's layer in float64."""
+    return smollm_torch.weights.from_bundle(layer_bundle, torch.float64).model.layers[0]
+
+
+norm = jax.jit(functools.partial(rms_norm, eps=CONFIG.rms_norm_eps))
+mlp = jax.jit(lambda module, x: module(x))
+attend = jax.jit(lambda module, x, cos, sin: module(x, cos, sin, causal(), None)[0])
+
+
 def draw_input(kind, length, dtype, width=CONFIG.hidden_size):
     return INPUTS[kind](np.random.default_rng(length), (2, length, width)).astype(np.float32).astype(dtype)
 
@@ -73,13 +95,11 @@ def test_norm(kind, length, layer_bundle):
     x = draw_input(kind, length, np.float32)
     theirs = LlamaRMSNorm(CONFIG.hidden_size, CONFIG.rms_norm_eps)
     theirs.weight.data = torch.tensor(scale)
-    within(
-        relative(rms_norm(jnp.asarray(x), jnp.asarray(scale), 1e-5), theirs(torch.tensor(x))), MODULE_FLOAT32, "norm"
-    )
+    within(relative(norm(jnp.asarray(x), jnp.asarray(scale)), theirs(torch.tensor(x))), MODULE_FLOAT32, "norm")
     with precisely("float64"):
         twin = torch_model.RMSNorm(CONFIG).double()
         twin.weight.data = torch.tensor(scale).double()
-        ours = rms_norm(jnp.asarray(x, float), jnp.asarray(scale, float), 1e-5)
+        ours = norm(jnp.asarray(x, float), jnp.asarray(scale, float))
         within(relative(ours, twin(torch.tensor(x).double())), MODULE_FLOAT64, "norm, float64")
 
 
@@ -106,23 +126,22 @@ def test_rotary(offset):
 
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_mlp(kind, length, layer_bundle):
+def test_mlp(kind, length, layer_bundle, layers, twin):
     theirs = LlamaMLP(LlamaConfig(**config_to_hf(CONFIG)))
     load(theirs, layer_bundle, "model.layers.0.mlp.")
     x = draw_input(kind, length, np.float32)
     with precisely("float32"):
-        ours = layer_of(layer_bundle, "float32").mlp(jnp.asarray(x))
+        ours = mlp(layers["float32"].mlp, jnp.asarray(x))
     within(relative(ours, theirs(torch.tensor(x))), MODULE_FLOAT32, f"MLP, {kind}, T={length}")
     with precisely("float64"):
-        ours = layer_of(layer_bundle, "float64").mlp(jnp.asarray(x, float))
-        twin = smollm_torch.weights.from_bundle(layer_bundle, torch.float64).model.layers[0].mlp
-        within(relative(ours, twin(torch.tensor(x).double())), MODULE_FLOAT64, f"MLP, {kind}, T={length}, float64")
+        ours = mlp(layers["float64"].mlp, jnp.asarray(x, float))
+        within(relative(ours, twin.mlp(torch.tensor(x).double())), MODULE_FLOAT64, f"MLP, {kind}, T={length}, float64")
 
 
 @pytest.mark.parametrize("part", ["attention", "layer"])
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_attention_and_layer(part, kind, length, layer_bundle):
+def test_attention_and_layer(part, kind, length, layer_bundle, layers, twin):
     """Random weights make every KV head distinct, so that a wrong grouping shows."""
     config = LlamaConfig(**config_to_hf(CONFIG), attn_implementation="eager")
     theirs = LlamaDecoderLayer(config, 0)
@@ -136,21 +155,14 @@ def test_attention_and_layer(part, kind, length, layer_bundle):
     expected = out[0] if isinstance(out, tuple) else out
     for dtype, bound in (("float32", MODULE_FLOAT32), ("float64", MODULE_FLOAT64)):
         with precisely(dtype):
-            layer = layer_of(layer_bundle, dtype)
+            layer = layers[dtype]
             angles = rope_cos_sin(jnp.asarray(positions), CONFIG, dtype)
-            module = layer.self_attn if part == "attention" else layer
-            ours, _ = module(jnp.asarray(x, dtype), *angles, causal(), None)
+            ours = attend(layer.self_attn if part == "attention" else layer, jnp.asarray(x, dtype), *angles)
             if dtype == "float64":
-                twin = smollm_torch.weights.from_bundle(layer_bundle, torch.float64).model.layers[0]
                 angles = torch_model.rope_cos_sin(torch.tensor(positions), CONFIG, torch.float64)
                 expected = (twin.self_attn if part == "attention" else twin)(torch.tensor(x).double(), *angles)
             bound = MODULE_FLOAT32_HUGE if (part, kind, dtype) == ("attention", "one huge", "float32") else bound
             within(relative(ours, expected), bound, f"{part}, {kind}, T={length}, {dtype}")
-
-
-def layer_of(bundle, dtype):
-    """The only layer of a bundle, without its leading axis."""
-    return jax.tree.map(lambda p: p[0], weights.from_bundle(bundle, dtype).layers)
 
 
 def load(module, bundle, prefix):
