@@ -6,9 +6,26 @@ from collections import defaultdict
 
 import pytest
 
-# The files that take longest, longest first, so that no worker is left alone with one of them at the end.
+# The files that take longest after LADDER, longest first, so that no worker is left alone with one of them at the end.
 LONGEST = [
     "tests/web/test_browser.py",
+    "tests/training/test_train.py",
+    "parity_tests/test_12_finetuning.py",
+    "parity_tests/test_4_modules.py",
+    "tests/training/test_survival.py",
+    "tests/generation/test_generate.py",
+    "tests/training/test_resume.py",
+    "parity_tests/test_11_evaluation.py",
+    "tests/web/test_app.py",
+    "parity_tests/test_8_generation.py",
+    "parity_tests/test_7_training.py",
+    "tests/generation/test_engine.py",
+    "tests/commands/test_chat.py",
+    "tests/runs/test_store.py",
+    "tests/parallel/test_sharding.py",
+    "tests/training/test_memory.py",
+    "tests/model/test_model.py",
+    "tests/benchmarks/test_benchmark.py",
 ]
 # One worker computes the float64 truth for all of these.
 LADDER = ["parity_tests/test_1_float64.py", "parity_tests/test_2_float32.py"]
