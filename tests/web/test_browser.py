@@ -344,36 +344,70 @@ def test_another_checkpoint_is_picked_answers_and_goes_on(visit):
     assert page.inner_text("#status b") == "runs/first/checkpoints/20", "other weights went on"
 
 
-def test_a_training_is_watched_as_it_writes_and_its_checkpoints_answer_side_by_side(visit, place):
-    page = visit()
-    tab(page, "Runs")
-    page.wait_for_selector("#runs-table td >> text=first")
-    page.wait_for_selector("#curves svg.marks")
-    training = trainer.start(place / "runs/second", "--steps", "240", "--save-every", "120")
-    try:
-        step = "document.querySelector('#runs-table tbody tr td:nth-child(3)')?.innerText"
-        page.wait_for_selector("#runs-table td >> text=second")
-        page.wait_for_selector("#runs-table .live")
-        page.wait_for_function(
-            f"parseInt({step}) >= 1 && document.querySelectorAll('#runs-table tbody tr').length == 2"
-        )
-        seen = int(page.evaluate(step))
-        page.wait_for_function(f"parseInt({step}) > {seen}")
-        assert training.wait(timeout=300) == 0
-    finally:
-        training.kill()
-        training.communicate()
-    page.wait_for_function(f"parseInt({step}) == 240")
-    assert page.locator("#drawn").inner_text().split() == ["Runs", "second", "first"]
-    pick(page, "#learner", "second")
-    page.wait_for_function("document.querySelector('#steps').innerText.includes('240')")
+STEP = "document.querySelector('#runs-table tbody tr td:nth-child(3)')?.innerText"
+
+
+def assert_checkpoints_answer(page, run: str, steps: tuple[int, int]) -> None:
+    """A run that has ended, side by side."""
+    page.wait_for_function(f"parseInt({STEP}) == {steps[-1]}")
+    assert page.locator("#drawn").inner_text().split() == ["Runs", run, "first"]
+    pick(page, "#learner", run)
+    page.wait_for_function(f"document.querySelector('#steps').innerText.includes('{steps[-1]}')")
     page.fill("#learned textarea", "Fellow citizens")
     set_number(page, "max_new_tokens", 12)
     page.click("#compare")
     count_is(page, "#cards .card .finish", 2)
-    assert page.locator("#cards h4").all_inner_texts() == ["step 120", "step 240"]
+    assert page.locator("#cards h4").all_inner_texts() == [f"step {step}" for step in steps]
     texts = page.locator("#cards .card").all_inner_texts()
     assert all("Fellow citizens" in text for text in texts)
+
+
+def see_run_appear(page, name: str) -> None:
+    page.wait_for_selector(f"#runs-table td >> text={name}")
+    page.wait_for_selector("#runs-table .live")
+    page.wait_for_function(f"parseInt({STEP}) >= 1 && document.querySelectorAll('#runs-table tbody tr').length == 2")
+
+
+def open_runs(page) -> None:
+    tab(page, "Runs")
+    page.wait_for_selector("#runs-table td >> text=first")
+    page.wait_for_selector("#curves svg.marks")
+
+
+def test_a_run_is_watched_as_it_is_written_and_its_checkpoints_answer_side_by_side(visit, place, weights_path):
+    """The files of a training, written here; the slow test below has a training write them."""
+    page = visit()
+    open_runs(page)
+    (place / "written").mkdir()
+    written = tiny_run(place / "written", weights_path, "second", (0, 20))
+    rows = (written / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (written / "metrics.jsonl").write_text(rows[0])
+    run = written.rename(place / "runs/second")
+    see_run_appear(page, "second")
+    with (run / "metrics.jsonl").open("a") as metrics:
+        for step, row in enumerate(rows[1:], 2):
+            metrics.write(row)
+            metrics.flush()
+            if step in (2, 3):
+                page.wait_for_function(f"parseInt({STEP}) == {step}")
+    assert_checkpoints_answer(page, "second", (0, 20))
+    run.rename(place / "written/seen")
+
+
+@pytest.mark.slow
+def test_a_training_is_watched_as_it_writes_and_its_checkpoints_answer_side_by_side(visit, place):
+    page = visit()
+    open_runs(page)
+    training = trainer.start(place / "runs/second", "--steps", "240", "--save-every", "120")
+    try:
+        see_run_appear(page, "second")
+        seen = int(page.evaluate(STEP))
+        page.wait_for_function(f"parseInt({STEP}) > {seen}")
+        assert training.wait(timeout=300) == 0
+    finally:
+        training.kill()
+        training.communicate()
+    assert_checkpoints_answer(page, "second", (120, 240))
     page.evaluate("scrollTo(0, 0)")  # the status line stays in sight otherwise, over the tabs
     take(page, "web-runs", full_page=True)
 
@@ -407,8 +441,15 @@ MARKDOWN = """# Title\n\nSome **bold** `code`, ~~gone~~ and a [link](https://exa
 ```python\ndef add(a, b):\n    return a + b  # %s\n```\n\n| a | b |\n|---|--:|\n| 1 | 2 |\n""" % ("a long line " * 20)
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (360, "dark"),
+        (1280, "light"),
+        pytest.param(360, "light", marks=pytest.mark.slow),
+        pytest.param(1280, "dark", marks=pytest.mark.slow),
+    ],
+)
 def test_every_tab_can_be_read_reached_and_named_on_a_phone_and_a_desk_in_both_themes(visit, width, scheme):
     page = visit(width=width, height=740, scheme=scheme)
     pick(page, "#weights", "assets/tiny")
