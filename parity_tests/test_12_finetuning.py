@@ -1,26 +1,39 @@
 """Rung 12: from the same weights on the same batches, fine-tuning takes the steps of TRL's trainers."""
 
 import dataclasses
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from smollm_jax import weights
 from smollm_jax.config.finetune_recipe import FinetuneRecipe
 from smollm_jax.data.examples.examples import Example
 from smollm_jax.data.examples.packing import packed, padded
+from smollm_jax.finetuning import lora
 from smollm_jax.finetuning.batches import RowBatches
+from smollm_jax.finetuning.lora import Adapted
 from smollm_jax.finetuning.objectives import LearntTokens
 from smollm_jax.training import optimizer
 from smollm_jax.training.execution import ExecutionConfig
 from smollm_jax.training.loss import mean_gradients
 from smollm_jax.training.state import init_model, init_train_state
 from smollm_jax.training.train_step import train_step
+from smollm_jax.weights.adapter import TENSORS, read_adapter, write_adapter
 from smollm_parity.ladder import precisely
-from smollm_parity.tolerances import FINETUNING_FLOAT32, FINETUNING_FLOAT64, PACKED_LOSS, within
+from smollm_parity.tolerances import (
+    FINETUNING_FLOAT32,
+    FINETUNING_FLOAT64,
+    LORA_GRADIENTS,
+    LORA_LOGITS,
+    PACKED_LOSS,
+    within,
+)
 from smollm_parity.torch_backend import load_transformers
 
 trl = pytest.importorskip("trl")
@@ -112,7 +125,7 @@ def logged_losses(trainer):
     return np.array(losses).reshape(-1, micro).sum(1)
 
 
-def their_losses(folder, tokenizer_path, examples, recipe, out, loaded=lambda: None):
+def their_losses(folder, tokenizer_path, examples, recipe, out, loaded=lambda: None, model=None):
     import datasets
     import transformers
 
@@ -121,7 +134,7 @@ def their_losses(folder, tokenizer_path, examples, recipe, out, loaded=lambda: N
         "input_ids": [example.ids.tolist() for example in examples],
         "completion_mask": [example.learnt.astype(int).tolist() for example in examples],
     }
-    model = load_transformers(folder, dtype=getattr(torch, recipe.dtype))
+    model = load_transformers(folder, dtype=getattr(torch, recipe.dtype)) if model is None else model
     loaded()
     chosen = trl.SFTConfig(**arguments(recipe, out, completion_only_loss=True, packing=False, shuffle_dataset=False))
     data = datasets.Dataset.from_dict(columns)
@@ -179,3 +192,89 @@ def test_every_row_is_seen_once_an_epoch(examples):
     assert sorted(first) == sorted(second)
     assert len(set(first)) == len(examples)
     assert first != second
+
+
+# ------------------------------------------------------------------------------------------------- LoRA against peft
+
+LORAS = {"all-linear": {}, "q and v, rslora": {"lora_targets": "q_proj,v_proj", "rslora": True}}
+
+
+@pytest.fixture(params=LORAS)
+def adapted(request, tiny, handed_over, tmp_path):
+    """A recipe with LoRA, an adapter whose B is not zero, and its folder in peft's layout."""
+    peft = pytest.importorskip("peft")
+    chosen = recipe(**({"lora_rank": 4, "lora_alpha": 6.0} | LORAS[request.param]))
+    draw = np.random.default_rng(1)
+    pairs = lora.init_pairs(tiny, chosen)
+    pairs = {
+        target: pair | {"b": jnp.asarray(draw.normal(0, 0.05, pair["b"].shape), jnp.float32)}
+        for target, pair in pairs.items()
+    }
+    folder = tmp_path / "adapter"
+    write_adapter(folder, lora.adapter_of(pairs, chosen, str(handed_over)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # peft warns of keys that do not fit, and goes on
+        base = load_transformers(handed_over, dtype=torch.float32)
+        theirs = peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
+    return chosen, pairs, folder, theirs
+
+
+def test_an_adapter_computes_what_it_does_in_peft(adapted, handed_over, examples):
+    chosen, pairs, folder, theirs = adapted
+    (batch, *_) = in_order(examples, chosen)
+    tokens, targets = (torch.from_numpy(batch[name].astype(np.int64)) for name in ("tokens", "targets"))
+    with precisely("float32"):
+        bundle = weights.read(handed_over)
+        base, scale = weights.from_bundle(bundle), lora.scale_of(chosen)
+        logits = lora.with_pairs(base, pairs, scale)(batch["tokens"])
+        plain, merged = base(batch["tokens"]), lora.merge(base, pairs, scale)(batch["tokens"])
+        read = weights.from_bundle(weights.read(folder))(batch["tokens"])
+        (loss, _), gradients = jax.jit(mean_gradients, static_argnums=(2, 4))(
+            pairs, jax.tree.map(jnp.asarray, batch), ExecutionConfig("float32"), None,
+            Adapted(LearntTokens(), scale), base,
+        )  # fmt: skip
+    their_logits = theirs(tokens).logits
+    their_loss = torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    their_loss.backward()
+    largest = np.abs(logits).max()
+    assert np.abs(logits - plain).max() > 0.01 * largest, "the adapter does nothing: anything would agree"
+    within(np.abs(logits - their_logits.detach().numpy()).max() / largest, LORA_LOGITS, "logits with an adapter")
+    within(np.abs(merged - logits).max() / largest, LORA_LOGITS, "logits with an adapter merged")
+    within(np.abs(read - merged).max() / largest, LORA_LOGITS, "logits of peft's folder read as weights")
+    within(abs(float(loss) / float(their_loss.detach()) - 1), 1e-6, "loss with an adapter")
+    parameters = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
+    assert len(parameters) == 2 * len(pairs) * len(next(iter(pairs.values()))["a"])
+    for name, parameter in parameters.items():
+        layer, target, side = re.search(r"layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])", name).groups()
+        ours, grad = gradients[target][side.lower()][int(layer)], parameter.grad.numpy()
+        within(np.linalg.norm(ours - grad) / np.linalg.norm(grad), LORA_GRADIENTS, f"gradient of {name}")
+
+
+def test_twenty_steps_of_lora(adapted, handed_over, tokenizer_path, examples, tmp_path):
+    chosen, pairs, _, theirs = adapted
+    with precisely("float32"):
+        base, tx, ours = weights.load(handed_over)[0], optimizer.adamw(chosen), []
+        state = init_train_state(pairs, tx)
+        objective = Adapted(LearntTokens(), lora.scale_of(chosen))
+        for batch in in_order(examples, chosen):
+            options = {"tx": tx, "execution": ExecutionConfig("float32"), "objective": objective}
+            state, metrics = train_step(state, jax.tree.map(jnp.asarray, batch), base, **options)
+            ours.append(float(metrics["loss"]))
+    losses = their_losses(handed_over, tokenizer_path, examples, chosen, tmp_path / "trl", model=theirs)
+    within(np.abs(np.array(ours) / losses - 1).max(), FINETUNING_FLOAT32, "loss of 20 LoRA steps")
+    # What peft saves then is read here, and written again to the same bits.
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = read_adapter(tmp_path / "theirs", base.config)
+    write_adapter(tmp_path / "ours", read)
+    saved, again = (safetensors.numpy.load_file(tmp_path / side / TENSORS) for side in ("theirs", "ours"))
+    assert saved.keys() == again.keys()
+    assert all(saved[name].tobytes() == again[name].tobytes() for name in saved)
+
+
+def test_an_adapter_begins_as_pefts(tiny):
+    stats = pytest.importorskip("scipy.stats")
+    chosen = recipe(lora_rank=8, lora_alpha=8.0)
+    for target, pair in lora.init_pairs(tiny, chosen).items():
+        scaled = np.asarray(pair["a"]).ravel() * pair["a"].shape[-1] ** 0.5
+        assert stats.kstest(scaled, "uniform", args=(-1, 2)).pvalue > 0.01, target
+        assert not np.any(pair["b"])

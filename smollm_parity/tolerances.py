@@ -83,6 +83,8 @@ LOGLIKELIHOOD = 1e-5
 FINETUNING_FLOAT32 = 2e-5
 FINETUNING_FLOAT64 = 1e-9
 PACKED_LOSS = 1e-6
+LORA_LOGITS = 1e-5  # of the largest logit, against peft
+LORA_GRADIENTS = 1e-4  # per tensor of the adapter, norm of the difference over the norm
 
 
 def within(measured: float, bound: float, what: str) -> None:

@@ -2,6 +2,7 @@
 
     python scripts/finetune.py --data my_chats.jsonl             # the Instruct weights, everything chosen
     python scripts/finetune.py --data my_chats.jsonl --weights runs/my-run --steps 500
+    python scripts/finetune.py --data my_chats.jsonl --lora-rank 16      # trains a LoRA adapter, in peft's layout
     python scripts/finetune.py --data my_chats.jsonl --show-mask 3    # what is learnt of three of them; trains nothing
     python scripts/finetune.py                                   # without chats of your own: those of assets/chats
     python scripts/finetune.py --resume                          # go on with the newest run

@@ -13,6 +13,8 @@ from smollm_jax.errors import UsageError
 
 Method = Literal["sft"]
 Learn = Literal["assistant", "completion", "all"]
+# The projections that can have a LoRA adapter, peft's "all-linear": the head, tied to the embedding, is not among them.
+LORA_TARGETS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,17 @@ class FinetuneRecipe(Recipe):
     method: Method = "sft"
     learn: Learn = "assistant"  # which tokens are learnt
     packing: bool = True  # several examples in one row, which do not see each other
+    lora_rank: int = 0  # 0: all parameters are trained, and the next four fields are not used
+    lora_alpha: float = 0.0
+    lora_targets: str = "all-linear"  # or names separated by commas
+    rslora: bool = False  # the scale is alpha / sqrt(rank), not alpha / rank
+    base_sha256: str = ""  # of the weights that the adapter is trained on
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank < 0 or (self.lora_rank and not 0 < self.lora_alpha < float("inf")):
+            got = f"{self.lora_rank} and {self.lora_alpha}"
+            raise UsageError(f"--lora-rank must be at least 1 and --lora-alpha positive, got {got}")
 
     @property
     def decays_norms(self) -> bool:

@@ -58,6 +58,17 @@ class Flags:
     """After the warm-up: linear to 0 (default), cosine, constant, or wsd."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; default the recipe's share of the steps."""
+    lora_rank: int | None = None
+    """Train a LoRA adapter of this rank, for example 16, and leave the weights as they are; RUN/adapter is the newest
+    adapter in peft's files. Default: all parameters are trained."""
+    lora_alpha: float | None = None
+    """The adapter is multiplied by alpha / rank; default: twice the rank."""
+    lora_targets: str | None = None
+    """The projections that get an adapter: all-linear (default), or names separated by commas: q_proj,v_proj."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead."""
+    init_adapter: Path | None = None
+    """Start from this adapter, RUN/adapter or another folder in peft's layout, with its rank, alpha and targets."""
     weight_decay: float | None = None
     """Decoupled, on all parameters but the norms' scales; default 0."""
     adam_beta2: float | None = None
@@ -98,7 +109,8 @@ class Flags:
     def recipe_fields(self) -> dict[str, Any]:
         """The fields of a `FinetuneRecipe` that were given; 0 is given, too."""
         given = {name: getattr(self, name) for name in RECIPE} | {"beta2": self.adam_beta2}
-        given["packing"] = None if self.packing else False  # the default, or the run's that is resumed
+        # A switch that was not given is the default, or that of the run that is resumed.
+        given |= {"packing": None if self.packing else False, "rslora": self.rslora or None}
         return {name: value for name, value in given.items() if value is not None}
 
     def interval_fields(self) -> dict[str, int]:
@@ -113,6 +125,7 @@ GROUPS = {  # the titles under which --help shows the flags
     "examples": ("learn", "show_mask", "packing", "validation_fraction", "on_bad_text"),
     "batch": ("steps", "batch_size", "gradient_accumulation_steps", "sequence_length", "seed"),
     "optimizer": ("learning_rate", "schedule", "warmup_steps", "weight_decay", "adam_beta2"),
+    "LoRA": ("lora_rank", "lora_alpha", "lora_targets", "rslora", "init_adapter"),
     "computing": ("mesh", "dtype", "attention", "remat", "unroll"),
     "saving": ("save_every", "keep_checkpoints", "async_save"),
     "logging": ("log_every", "tensorboard", "track", "eval_every", "prompt"),

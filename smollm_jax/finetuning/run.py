@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from smollm_jax import weights
+from smollm_jax.config.finetune_recipe import FinetuneRecipe
 from smollm_jax.config.generation_config import GenerationConfig
-from smollm_jax.finetuning import answers
+from smollm_jax.finetuning import answers, lora
 from smollm_jax.finetuning.answers import Question
 from smollm_jax.finetuning.flags import Flags
+from smollm_jax.finetuning.lora import Adapted, abstract_training_state
 from smollm_jax.finetuning.objectives import LearntTokens
 from smollm_jax.finetuning.setup import Setup, set_up
 from smollm_jax.model import cost
+from smollm_jax.model.smollm import SmolLM
 from smollm_jax.parallel import processes, sharding
 from smollm_jax.runs import metrics
 from smollm_jax.runs.checkpoint import CheckpointStore
@@ -28,12 +31,20 @@ from smollm_jax.runtime.startup import QuickStart
 from smollm_jax.training import memory, optimizer
 from smollm_jax.training.announce import print_resume_differences
 from smollm_jax.training.loop import Trainer
+from smollm_jax.training.loss import Objective
 from smollm_jax.training.run import compile_in_background
-from smollm_jax.training.state import Progress, TrainState, init_train_state, recorded_environment
+from smollm_jax.training.state import Progress, TrainState, abstract_state, init_train_state, recorded_environment
 from smollm_jax.training.train_step import Step
+from smollm_jax.weights.adapted import read_base
+from smollm_jax.weights.adapter import read_adapter, write_adapter
 from smollm_jax.weights.bundle import Bundle
 
-OBJECTIVE = LearntTokens()
+ADAPTER = "adapter"  # the folder in the run folder with the newest adapter in peft's files
+
+
+def objective_of(recipe: FinetuneRecipe) -> Objective:
+    """What a run minimizes."""
+    return Adapted(LearntTokens(), lora.scale_of(recipe)) if recipe.lora_rank else LearntTokens()
 
 
 def run_finetuning(run: Path, flags: Flags, stop: StopSignal, startup: QuickStart, *, retained: bool) -> None:
@@ -49,20 +60,23 @@ def run_finetuning(run: Path, flags: Flags, stop: StopSignal, startup: QuickStar
     announce(run, flags, setup, device, bundle)
     step = compile_ahead(setup, device)
     startup.end()
-    progress, state = initial_state(flags, setup, bundle)
+    progress, state, frozen = initial_state(run, flags, setup, bundle)
     generation = setup.generation_config if bundle else None
     if bundle:
         write_run_files(run, setup.config, setup.tokenizer.files, generation_config=generation)
     room = setup.config.max_position_embeddings - answers.NEW_TOKENS
     questions = answers.questions_of(flags.prompt, setup.held_out, setup.tokenizer, room)
     ends = GenerationConfig.from_values(generation, setup.config, f"{run}: generation_config").eos_token_ids
-    reply = functools.partial(
-        answers.answers_of, questions=questions, tokenizer=setup.tokenizer, eos_token_ids=ends, stop=stop
-    )
-    if progress.step == 0 and (before := reply(processes.gather_to_local_device(state.model))):
+
+    def reply(trained: Any) -> list[str] | None:
+        model = trained if frozen is None else lora.merge(frozen, trained, lora.scale_of(setup.recipe))
+        model = processes.gather_to_local_device(model)
+        return answers.answers_of(model, questions, setup.tokenizer, ends, stop)
+
+    if progress.step == 0 and (before := reply(state.model)):
         answers.write_before(run, questions, before)
-    state = fit(run, flags, setup, progress, state, stop, step)
-    finish(run, setup, questions, reply(processes.gather_to_local_device(state.model)), stop)
+    state = fit(run, flags, setup, progress, state, frozen, stop, step)
+    finish(run, setup, questions, reply(state.model), stop)
 
 
 def announce(run: Path, flags: Flags, setup: Setup, device: Any, bundle: Bundle | None) -> None:
@@ -70,7 +84,15 @@ def announce(run: Path, flags: Flags, setup: Setup, device: Any, bundle: Bundle 
     recipe, execution, intervals = setup.recipe, setup.execution, setup.intervals
     devices = f"{execution.devices} of {jax.device_count()}{f' as {flags.mesh}' if flags.mesh else ''}"
     print(f"device      {device.device_kind}, {devices}, jax {jax.__version__}")
-    print(f"model       {cost.count_parameters(setup.config):,} parameters, all of them trained")
+    parameters = cost.count_parameters(setup.config)
+    if recipe.lora_rank:
+        trained = abstract_training_state(setup.config, recipe).model
+        count = sum(leaf.size for leaf in jax.tree.leaves(trained))
+        print(f"model       {parameters:,} parameters, not trained; an adapter of {count:,} parameters, trained")
+        numbers = f"rank {recipe.lora_rank}, alpha {recipe.lora_alpha:g}{', rslora' if recipe.rslora else ''}"
+        print(f"adapter     {numbers}, on {recipe.lora_targets.replace(',', ', ')}; newest in {run / ADAPTER}")
+    else:
+        print(f"model       {parameters:,} parameters, all of them trained")
     if setup.restored:
         print(f"start       checkpoint of step {setup.restored.progress.step}, verified")
     elif bundle:
@@ -99,6 +121,10 @@ def compile_ahead(setup: Setup, device: Any) -> Step | None:
     if setup.restored and setup.restored.progress.step >= setup.recipe.steps:
         return None
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in setup.batches.shapes.items()}
+    adapted = {}
+    if setup.recipe.lora_rank:
+        frozen = abstract_state(setup.config, setup.recipe).model
+        adapted = {"state": abstract_training_state(setup.config, setup.recipe), "frozen": frozen}
     compile_step = functools.partial(
         memory.compile_within,
         setup.limit,
@@ -106,29 +132,50 @@ def compile_ahead(setup: Setup, device: Any) -> Step | None:
         setup.recipe,
         setup.execution,
         device.platform,
-        objective=OBJECTIVE,
+        objective=objective_of(setup.recipe),
         batch=batch,
+        **adapted,
     )
     return compile_in_background(ThreadPoolExecutor(1), device.platform, compile_step)[1]
 
 
-def initial_state(flags: Flags, setup: Setup, bundle: Bundle | None) -> tuple[Progress, TrainState]:
-    """The state to resume from, or that of the weights to start from."""
-    restored = setup.restored
+def initial_state(
+    run: Path, flags: Flags, setup: Setup, bundle: Bundle | None
+) -> tuple[Progress, TrainState, SmolLM | None]:
+    """Progress and state of the resumed checkpoint or of a new run; and the frozen base model if it has an adapter."""
+    restored, recipe, mesh = setup.restored, setup.recipe, setup.execution.mesh
     if restored is not None:
         for change in setup.provenance.check_resumes(restored.provenance, flags.allow_change):
             print(f"note: changed, allowed by --allow-change: {change}")
-        print_resume_differences(restored, setup.recipe, recorded_environment(setup.execution))
-        return restored.progress, restored.state
+        print_resume_differences(restored, recipe, recorded_environment(setup.execution))
+        if not recipe.lora_rank:
+            return restored.progress, restored.state, None
+        bundle = read_base(setup.provenance.start_from, recipe.base_sha256, run)
     assert bundle is not None
     bundle.config = setup.config  # its special ids are those of a chat
-    model = sharding.shard_params(weights.from_bundle(bundle), setup.execution.mesh)
+    model = sharding.shard_params(weights.from_bundle(bundle), mesh)
     bundle.tensors.clear()
-    return Progress(), init_train_state(model, optimizer.adamw(setup.recipe), setup.execution.mesh)
+    if restored is not None:
+        return restored.progress, restored.state, model
+    if not recipe.lora_rank:
+        return Progress(), init_train_state(model, optimizer.adamw(recipe), mesh), None
+    if flags.init_adapter is None:
+        pairs = lora.init_pairs(setup.config, recipe)
+    else:
+        pairs = lora.pairs_of(read_adapter(flags.init_adapter, setup.config))
+    pairs = sharding.shard_params(pairs, mesh)
+    return Progress(), init_train_state(pairs, optimizer.adamw(recipe), mesh), model
 
 
 def fit(
-    run: Path, flags: Flags, setup: Setup, progress: Progress, state: TrainState, stop: StopSignal, step: Step | None
+    run: Path,
+    flags: Flags,
+    setup: Setup,
+    progress: Progress,
+    state: TrainState,
+    frozen: SmolLM | None,
+    stop: StopSignal,
+    step: Step | None,
 ) -> TrainState:
     """The state after the last step; checkpoints and metrics are in the run folder."""
     recipe, execution = setup.recipe, setup.execution
@@ -156,8 +203,16 @@ def fit(
             stop=stop,
             log=log,
             step=step,
-            objective=OBJECTIVE,
+            objective=objective_of(recipe),
+            frozen=frozen,
+            saved=functools.partial(write_newest_adapter, run, setup) if recipe.lora_rank else None,
         ).run()
+
+
+def write_newest_adapter(run: Path, setup: Setup, pairs: lora.Pairs) -> None:
+    """Writes the pairs of the checkpoint just saved to the run's adapter folder."""
+    pairs = processes.gather_to_local_device(pairs)
+    write_adapter(run / ADAPTER, lora.adapter_of(pairs, setup.recipe, setup.provenance.start_from))
 
 
 def finish(run: Path, setup: Setup, questions: list[Question], after: list[str] | None, stop: StopSignal) -> None:

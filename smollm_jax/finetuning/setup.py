@@ -16,6 +16,7 @@ from smollm_jax.errors import CheckpointError, UsageError
 from smollm_jax.finetuning.batches import RowBatches, split
 from smollm_jax.finetuning.chat_format import with_chat_format
 from smollm_jax.finetuning.flags import Flags
+from smollm_jax.finetuning.lora import abstract_training_state
 from smollm_jax.model import precision
 from smollm_jax.parallel import sharding
 from smollm_jax.runs.checkpoint import CheckpointStore
@@ -25,10 +26,12 @@ from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.training import memory
 from smollm_jax.training.execution import ExecutionConfig, Intervals, default_unroll, fastest_attention
 from smollm_jax.training.state import RestoredRun, restore_run
+from smollm_jax.weights.adapter import fingerprint, parse_targets, read_adapter
 from smollm_jax.weights.bundle import Bundle
 
 GPU_INTERVALS, CPU_INTERVALS = Intervals(save_every=500, eval_every=250), Intervals(save_every=100, eval_every=20)
 DEFAULT_RECIPE = "laptop-sft"
+LORA_LEARNING_RATE = 5e-4  # the peak of laptop-sft with an adapter; that of all parameters is 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +79,15 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
         if flags.eval_every == 0:
             given.setdefault("validation_fraction", 0.0)
         sources = flags.data
+        given |= _adapter_fields(flags, bundle)
         draft = named(recipe_name).resolve(given, 1)
     else:
         saved = restored.provenance
         assert isinstance(saved.recipe, FinetuneRecipe)
         tokenizer, config, generation_config = Tokenizer.of_weights(run), read_config(run / "config.json"), None
         recipe_name, start_from = flags.recipe or "that of the run", saved.start_from
+        _check_same_adapter(flags, saved.recipe)
+        given.pop("lora_targets", None)  # checked above, and perhaps spelt in another way
         draft = dataclasses.replace(saved.recipe, **given)
         sources = flags.data or tuple(shlex.split(saved.data))
     if not sources:
@@ -124,10 +130,46 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
     )
 
 
+def _adapter_fields(flags: Flags, bundle: Bundle) -> dict[str, Any]:
+    """The fields of a new run's recipe that concern its adapter; none if all parameters are trained."""
+    fields: dict[str, Any]
+    if flags.init_adapter is not None:
+        if (flags.lora_rank, flags.lora_alpha, flags.lora_targets, flags.rslora) != (None, None, None, False):
+            raise UsageError("--init-adapter has its own rank, alpha and targets: leave the --lora flags out")
+        adapter = read_adapter(flags.init_adapter, bundle.config)
+        fields = {"lora_rank": adapter.rank, "lora_alpha": adapter.alpha, "rslora": adapter.rslora}
+        fields["lora_targets"] = ",".join(adapter.targets)
+    elif flags.lora_rank is None:
+        if flags.lora_alpha is not None or flags.lora_targets is not None or flags.rslora:
+            raise UsageError("--lora-alpha, --lora-targets and --rslora need --lora-rank")
+        return {}
+    elif flags.lora_rank < 1:
+        raise UsageError(f"--lora-rank must be at least 1, got {flags.lora_rank}")
+    else:
+        fields = {"lora_alpha": 2.0 * flags.lora_rank if flags.lora_alpha is None else flags.lora_alpha}
+        fields["lora_targets"] = ",".join(parse_targets(flags.lora_targets or "all-linear"))
+    if flags.learning_rate is None and flags.recipe in (None, DEFAULT_RECIPE):
+        fields["learning_rate"] = LORA_LEARNING_RATE
+    return fields | {"base_sha256": fingerprint(bundle)}
+
+
+def _check_same_adapter(flags: Flags, saved: FinetuneRecipe) -> None:
+    """Raises `UsageError` if flags of a resumed run describe another adapter than the saved one."""
+    if flags.init_adapter is not None:
+        raise UsageError("--init-adapter is for a new run: leave it out to resume")
+    targets = None if flags.lora_targets is None else ",".join(parse_targets(flags.lora_targets))
+    given = {"lora_rank": flags.lora_rank, "lora_alpha": flags.lora_alpha, "lora_targets": targets}
+    given["rslora"] = flags.rslora or None
+    for name, value in given.items():
+        if value is not None and value != getattr(saved, name):
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} {value}: this run has {getattr(saved, name)}; leave the flag out to resume it")
+
+
 def _restore(flags: Flags, run: Path, mesh: jax.sharding.Mesh | None) -> RestoredRun:
     """The run in its newest verified checkpoint."""
     with CheckpointStore(run / "checkpoints", create=False) as store:
-        load = lambda step: restore_run(store, step, mesh)  # noqa: E731
+        load = lambda step: restore_run(store, step, mesh, abstract_training_state)  # noqa: E731
         restored = store.restore_newest_valid(load, allow_unverified=flags.allow_unverified)
     saved = restored.provenance
     if not isinstance(saved.recipe, FinetuneRecipe):

@@ -28,6 +28,25 @@ def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> nnx.Param
     return nnx.Param(std * jax.random.normal(key, shape, jnp.float32))
 
 
+def add_low_rank(
+    pairs: dict[str, dict[str, Array]],
+    x: Float[Array, "B T I"],
+    name: str,
+    out: Float[Array, "B T ..."],
+    *,
+    operands: jax.typing.DTypeLike | None,
+) -> Float[Array, "B T ..."]:
+    """out + (x @ A.T) @ B.T with the pair of the projection `name`, `out` itself if it has none.
+
+    Hu et al. 2021 (LoRA), section 4.1. A pair is {"a": A `[r, I]`, "b": B `[O, r]`}, with B already scaled.
+    """
+    if name not in pairs:
+        return out
+    a, b = pairs[name]["a"], pairs[name]["b"]
+    inner = linear(x, a.T, save=False, operands=operands)
+    return out + linear(inner, b.T, save=False, operands=operands).reshape(out.shape)
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions (Ainslie et al. 2023)."""
 
@@ -41,6 +60,7 @@ class Attention(nnx.Module):
         self.v_proj = normal(v, (D, K, H), std)
         self.o_proj = normal(o, (N, H, D), residual_std(config))
         self.qkv_proj: Any = nnx.data(None)  # set by `fuse_projections`
+        self.low_rank: Any = nnx.data(None)  # LoRA's pairs by projection, set by `finetuning.lora.with_pairs`
         self.operands: Any = None  # see `with_operand_dtype`
 
     def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, cache: Any):
@@ -51,11 +71,18 @@ class Attention(nnx.Module):
         else:
             qkv = matmul(x, self.qkv_proj[...], save=False)
             q, k, v = jnp.split(qkv, (N, (N + qkv.shape[-2]) // 2), axis=-2)
+        if self.low_rank is not None:
+            added = functools.partial(add_low_rank, self.low_rank, x, operands=self.operands)
+            q, k, v = added("q_proj", q), added("k_proj", k), added("v_proj", v)
         with jax.named_scope("attention"):  # a name for `scripts/profile_train.py`
             # Saved after the rotation: its gradient needs cos and sin, not the unrotated q and k.
             q, k, v = (checkpoint_name(y, "dots") for y in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
             out, cache = attend(q, k, v, cache)
-        return matmul(out.reshape(*x.shape[:-1], N * H), self.o_proj.reshape(N * H, D)), cache
+        heads = out.reshape(*x.shape[:-1], N * H)
+        out = matmul(heads, self.o_proj.reshape(N * H, D))
+        if self.low_rank is not None:
+            out = add_low_rank(self.low_rank, heads, "o_proj", out, operands=self.operands)
+        return out, cache
 
 
 class MLP(nnx.Module):
@@ -68,15 +95,27 @@ class MLP(nnx.Module):
         self.up_proj = normal(up, (D, F), config.initializer_range)
         self.down_proj = normal(down, (F, D), residual_std(config))
         self.gate_up_proj: Any = nnx.data(None)  # set by `fuse_projections`
+        self.low_rank: Any = nnx.data(None)  # as in `Attention`
         self.operands: Any = None  # see `with_operand_dtype`
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         matmul = functools.partial(linear, operands=self.operands)
+        if self.low_rank is not None:
+            return self._with_low_rank(x, matmul)
         if self.gate_up_proj is None:
             hidden = swiglu(matmul(x, self.gate_proj[...]), matmul(x, self.up_proj[...]))
         else:
             hidden = fused_swiglu(matmul(x, self.gate_up_proj[...]))
         return matmul(checkpoint_name(hidden, "swiglu"), self.down_proj[...])
+
+    def _with_low_rank(self, x: Float[Array, "B T D"], matmul: Any) -> Float[Array, "B T D"]:
+        if self.gate_up_proj is None:
+            gate, up = matmul(x, self.gate_proj[...]), matmul(x, self.up_proj[...])
+        else:
+            gate, up = jnp.split(matmul(x, self.gate_up_proj[...]), 2, axis=-1)
+        added = functools.partial(add_low_rank, self.low_rank, operands=self.operands)
+        hidden = checkpoint_name(swiglu(added(x, "gate_proj", gate), added(x, "up_proj", up)), "swiglu")
+        return added(hidden, "down_proj", matmul(hidden, self.down_proj[...]))
 
 
 class DecoderLayer(nnx.Module):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ SKIP_LIMIT, SKIP_WINDOW = 10, 1000
 class TrainState:
     """What a step reads and replaces: float32 parameters and AdamW's state, step count included."""
 
-    model: SmolLM
+    model: Any  # what is trained: a `SmolLM`, or the pairs of a LoRA adapter
     opt_state: optax.OptState
 
 
@@ -94,10 +95,15 @@ class RestoredRun:
             raise UsageError(f"the saved parameters do not fit the changed model: {error}") from error
 
 
-def restore_run(store: CheckpointStore, step: int, mesh: jax.sharding.Mesh | None = None) -> RestoredRun:
+def restore_run(
+    store: CheckpointStore,
+    step: int,
+    mesh: jax.sharding.Mesh | None = None,
+    abstract: Callable[[Config, Recipe], Any] = abstract_state,
+) -> RestoredRun:
     """The run in a step's checkpoint, sharded over `mesh` whatever mesh saved it; None: on this process's first device.
 
-    Raises `CheckpointError` if the checkpoint lacks anything a run needs.
+    `abstract` returns the shapes of the state. Raises `CheckpointError` if the checkpoint lacks anything a run needs.
     """
     meta = store.meta(step)
     try:
@@ -106,7 +112,7 @@ def restore_run(store: CheckpointStore, step: int, mesh: jax.sharding.Mesh | Non
         intervals, environment = Intervals(**meta["cadence"]), meta["environment"]
     except (CheckpointError, KeyError) as error:
         raise CheckpointError(f"{store.folder}: step {step}: {error}") from error
-    template = abstract_state(provenance.config, provenance.recipe)
+    template = abstract(provenance.config, provenance.recipe)
     items = {"params": flatten(template.model), "optimizer": flatten(template.opt_state)}
     arrays = store.restore(step, sharding.abstract(items, mesh))
     state = TrainState(unflatten(template.model, arrays["params"]), unflatten(template.opt_state, arrays["optimizer"]))

@@ -1,7 +1,8 @@
 """Weights of any format: `read` and `write` convert, `kind_of` detects the format of a path.
 
 Each format has its module: `huggingface`, `safetensors_file`, `torch_file`, `gguf_reader` and `gguf_writer`,
-`orbax_checkpoint`. A framework is imported only by the formats that need it.
+`orbax_checkpoint`, and `adapted` for a LoRA adapter in peft's files. A framework is imported only by the formats that
+need it.
 """
 
 import functools
@@ -13,13 +14,15 @@ from smollm_jax.config.hf_config import read_config
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.tokenizer.source import run_folder
 from smollm_jax.weights import gguf_reader, gguf_writer, huggingface, safetensors_file, torch_file
+from smollm_jax.weights.adapted import read_peft
+from smollm_jax.weights.adapter import is_adapter
 from smollm_jax.weights.bundle import Bundle
 from smollm_jax.weights.gguf_writer import GgufType
 from smollm_jax.weights.hub import locate
 from smollm_jax.weights.mapping import check
 from smollm_jax.weights.orbax_checkpoint import read_orbax, write_orbax
 
-Kind = Literal["orbax", "hf", "pt", "safetensors", "gguf"]
+Kind = Literal["orbax", "hf", "pt", "safetensors", "gguf", "peft"]  # "peft", an adapter and its base, is read only
 
 PICKLES = (".bin", ".npy", ".npz", ".pkl", ".pickle", ".pth", ".ckpt")
 PICKLE_HINT = "give model.safetensors, or a .pt that torch.save wrote from the state dict (loaded as tensors only)"
@@ -34,6 +37,8 @@ def kind_of(path: Path) -> Kind:
         raise InputFileError(f"{path}: a {path.suffix} file can run code when it is loaded; {PICKLE_HINT}")
     if path.is_file() and suffix in (".pt", ".safetensors", ".gguf"):
         return suffix[1:]  # type: ignore[return-value]  # one of the three just tested
+    if is_adapter(path):
+        return "peft"
     steps = path / "checkpoints"
     if steps.is_dir() and (any(entry.name.isdigit() for entry in steps.iterdir()) or not _is_hf(path)):
         return "orbax"
@@ -70,6 +75,7 @@ def read(path: str | Path, *, allow_unverified: bool = False, mapped: bool = Fal
         "pt": torch_file.read_pt,
         "safetensors": functools.partial(safetensors_file.read_safetensors_file, mapped=mapped),
         "gguf": gguf_reader.read_gguf,
+        "peft": read_peft,
     }
     return check(readers[kind_of(path)](path), path)
 

@@ -12,6 +12,7 @@ from smollm_jax.runs.checkpoint import CheckpointStore
 from smollm_jax.runs.folder import write_run_files
 from smollm_jax.runtime.atomic import replacing
 from smollm_jax.tokenizer.source import read_tokenizer_files, run_folder
+from smollm_jax.weights.adapted import merge_run
 from smollm_jax.weights.bundle import Bundle
 from smollm_jax.weights.mapping import from_hf, rules, to_hf
 
@@ -31,6 +32,10 @@ def read_orbax(path: Path, allow_unverified: bool) -> Bundle:
         changes = [f"{name}: {getattr(saved_config, name)!r} -> {getattr(config, name)!r}" for name in fields]
         raise InputFileError(f"{run / 'config.json'}: changed since step {step} was saved: {'; '.join(changes)}")
     origin = meta.get("origin") or f"step {step} of run {run.name}"
+    if meta.get("recipe", {}).get("lora_rank"):
+        merged = merge_run(run, config, parameters, meta)
+        origin = f"{origin}, a LoRA adapter of {meta['start_from']}"
+        return Bundle(merged.tensors, config, read_tokenizer_files(run), origin, read_generation_config(run))
     expected = {name for name, _ in rules(config).values()}
     if set(parameters) != expected:
         differing = sorted(set(parameters) ^ expected)

@@ -1,10 +1,15 @@
 """Fine-tuning from the command line: a run learns, resumes exactly, and can be used as weights."""
 
 import dataclasses
+import functools
 import json
+import shutil
 
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from smollm_jax import weights
 from smollm_jax.commands import command_line, finetune
@@ -12,7 +17,8 @@ from smollm_jax.config import preset
 from smollm_jax.config.finetune_recipe import FinetuneRecipe, named
 from smollm_jax.config.hf_config import read_config
 from smollm_jax.data.examples.examples import Example
-from smollm_jax.errors import InputFileError, SmolLMError
+from smollm_jax.errors import InputFileError, SmolLMError, UsageError
+from smollm_jax.finetuning import lora
 from smollm_jax.finetuning.batches import split
 from smollm_jax.finetuning.chat_format import TEMPLATE, with_chat_format
 from smollm_jax.finetuning.flags import Flags
@@ -23,6 +29,7 @@ from smollm_jax.runtime.startup import QuickStart
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.training import optimizer
 from smollm_jax.training.state import init_model
+from smollm_jax.weights.adapter import CONFIG, TENSORS, read_adapter, write_adapter
 from tests.trainer import final_state, losses
 
 CHATS = [
@@ -128,6 +135,12 @@ def test_a_base_model_gets_the_chat_format_of_the_instruct_one(tokenizer, tokeni
         (["--recipe", "huge"], "--recipe huge: unknown, known: laptop-sft, smollm2-sft"),
         (["--learning-rate", "-1"], "learning_rate must be positive"),
         (["--batch-size", "3", "--gradient-accumulation-steps", "2"], "must divide"),
+        (["--lora-rank", "0"], "--lora-rank must be at least 1, got 0"),
+        (["--lora-alpha", "8"], "need --lora-rank"),
+        (["--lora-rank", "4", "--lora-targets", "q_proj,qproj"], "'qproj' is unknown, known: q_proj"),
+        (["--lora-rank", "4", "--lora-alpha", "-1"], "--lora-alpha positive"),
+        (["--lora-rank", "4", "--init-adapter", "runs/x/adapter"], "leave the --lora flags out"),
+        (["--init-adapter", "nothing"], r"nothing/adapter_config\.json: no such file"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path, run, flags, message):
@@ -178,3 +191,158 @@ def test_weight_decay_leaves_the_norms_alone(tiny_model):
         "layers.post_attention_layernorm",
         "norm",
     }
+
+
+LORA = ["--lora-rank", "4", "--lora-targets", "q_proj,v_proj,down_proj"]
+
+
+def test_a_killed_run_of_an_adapter_resumes_bit_for_bit_and_is_weights(tmp_path, run, base, monkeypatch, capsys):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    run(straight, *LORA)
+    assert "an adapter of 8,064 parameters, trained" in capsys.readouterr().out
+    log = RunLog.step
+
+    def dying(self, step, **values):
+        log(self, step, **values)
+        if step == 5:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "step", dying)
+        with pytest.raises(KilledError):
+            run(killed, *LORA)
+    run(killed, resume=True)
+    assert losses(killed) == losses(straight)
+    assert final_state(killed) == final_state(straight)
+    files = [(folder / "adapter" / TENSORS).read_bytes() for folder in (straight, killed)]
+    assert files[0] == files[1]
+
+    held_out = [row["validation_loss"] for row in read_metrics(straight) if "validation_loss" in row]
+    assert held_out[-1] < held_out[0] - 0.5
+    before, of_run, of_folder = (weights.read(path) for path in (base, straight, straight / "adapter"))
+    changed = {name for name in before.tensors if not np.array_equal(before.tensors[name], of_run.tensors[name])}
+    assert changed == {
+        f"model.layers.{layer}.{module}.weight"
+        for layer in range(before.config.num_hidden_layers)
+        for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    }
+    for name, tensor in of_run.tensors.items():
+        assert np.array_equal(tensor, of_folder.tensors[name]), name
+    # Another run starts from the adapter where this one ended.
+    again = tmp_path / "again"
+    run(again, "--init-adapter", str(straight / "adapter"))
+    first = next(row for row in read_metrics(again) if "validation_loss" in row)
+    assert first["validation_loss"] == pytest.approx(held_out[-1], rel=1e-5)
+
+
+def test_an_adapter_needs_the_weights_it_was_trained_on(tmp_path, run, base):
+    other, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(base, other)
+    run(out, "--weights", str(other), "--steps", "1", *LORA)
+    bundle = weights.read(other)
+    bundle.tensors["model.norm.weight"] = bundle.tensors["model.norm.weight"] * 2
+    shutil.rmtree(other)
+    weights.write(other, bundle, "hf")
+    with pytest.raises(InputFileError, match=r"the weights .*base, which its adapter was trained on, have changed"):
+        weights.read(out)
+    shutil.rmtree(other)
+    with pytest.raises(InputFileError, match="which does not exist"):
+        weights.read(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, c: t.pop(next(iter(t))), "is missing"),
+        (lambda t, c: t.update({"base_model.model.lm_head.lora_A.weight": np.zeros((4, 96), np.float32)}), "lm_head"),
+        (lambda t, c: c.update(r=8), r"has shape \[4, 96\], expected \[8, 96\]"),
+        (lambda t, c: c.update(use_dora=True), "use_dora True is not supported, only False"),
+        (lambda t, c: c.update(lora_alpha=0), "r and lora_alpha must be positive"),
+        (lambda t, c: c.update(init_lora_weights="pissa"), "init_lora_weights 'pissa' is not supported"),
+        (lambda t, c: t.clear(), "has no LoRA tensors"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_an_error(tmp_path, change, message):
+    config = preset("tiny")
+    recipe, pairs = small_adapter(config, lora_targets="q_proj")
+    write_adapter(tmp_path, lora.adapter_of(pairs, recipe, "base"))
+    read_adapter(tmp_path, config)
+    tensors, values = safetensors.numpy.load_file(tmp_path / TENSORS), json.loads((tmp_path / CONFIG).read_text())
+    change(tensors, values)
+    safetensors.numpy.save_file(tensors, tmp_path / TENSORS)
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    with pytest.raises(InputFileError, match=message):
+        read_adapter(tmp_path, config)
+
+
+def test_a_resumed_run_keeps_its_adapter(tmp_path, run):
+    run(tmp_path / "run", *LORA, "--steps", "2")
+    resume = functools.partial(run, tmp_path / "run", resume=True)
+    for flags, message in [
+        (["--lora-rank", "8"], "--lora-rank 8: this run has 4"),
+        (["--lora-targets", "q_proj"], "--lora-targets q_proj: this run has q_proj,v_proj,down_proj"),
+        (["--rslora"], "--rslora True: this run has False"),
+        (["--init-adapter", "x"], "--init-adapter is for a new run"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            resume(*flags)
+    resume("--lora-rank", "4", "--lora-targets", "down_proj,v_proj,q_proj", "--steps", "3")
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 3
+
+
+def small_adapter(config, **changes):
+    """A recipe with LoRA, and pairs for it whose B is not zero."""
+    fields = {"lora_rank": 4, "lora_alpha": 8.0} | changes
+    recipe = FinetuneRecipe(1, 1, 8, learning_rate=1.0, warmup_steps=0, dtype="float32", **fields)
+    pairs = lora.init_pairs(config, recipe)
+    draw = np.random.default_rng(0)
+    for pair in pairs.values():
+        pair["b"] = jnp.asarray(draw.normal(0, 0.05, pair["b"].shape), jnp.float32)
+    return recipe, pairs
+
+
+@pytest.mark.parametrize(
+    ("dtype", "operands", "bound"),
+    [("float32", "float32", 1e-5), ("float32", "bfloat16", 0.02), ("bfloat16", "bfloat16", 0.03)],
+)
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,down_proj", "gate_proj"])
+def test_pairs_beside_the_weights_compute_what_merged_ones_do(tiny_model, dtype, operands, bound, targets):
+    recipe, pairs = small_adapter(tiny_model.config, lora_targets=targets)
+    tokens = np.random.default_rng(1).integers(0, tiny_model.config.vocab_size, (2, 24))
+    models = tiny_model, *(apply(tiny_model, pairs, lora.scale_of(recipe)) for apply in (lora.with_pairs, lora.merge))
+    plain, beside, merged = (np.asarray(model(tokens, dtype=dtype, operands=operands)) for model in models)
+    largest = np.abs(merged).max()
+    assert np.abs(beside - merged).max() < bound * largest
+    assert np.abs(beside - plain).max() > 0.05 * largest, "the adapter has no effect"
+
+
+def test_a_model_with_an_adapter_of_zeros_is_its_base(tiny_model):
+    recipe, pairs = small_adapter(tiny_model.config)
+    pairs = {target: pair | {"b": 0 * pair["b"]} for target, pair in pairs.items()}
+    tokens = np.arange(48).reshape(2, 24)
+    adapted = lora.with_pairs(tiny_model, pairs, lora.scale_of(recipe))
+    assert np.array_equal(adapted(tokens), tiny_model(tokens))
+    assert tiny_model.layers.self_attn.low_rank is None, "the model that was given is changed"
+
+
+def test_merging_into_bfloat16_weights_gives_float32_ones(tmp_path, base):
+    bundle = weights.read(base)
+    bundle.tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in bundle.tensors.items()}
+    weights.write(tmp_path / "bfloat16", bundle, "hf")
+    recipe, pairs = small_adapter(bundle.config)
+    write_adapter(tmp_path / "adapter", lora.adapter_of(pairs, recipe, str(tmp_path / "bfloat16")))
+    merged = weights.read(tmp_path / "adapter")
+    expected = lora.merge(weights.load(tmp_path / "bfloat16")[0], pairs, lora.scale_of(recipe))
+    for name, tensor in weights.to_bundle(expected).tensors.items():
+        assert merged.tensors[name].dtype == np.float32
+        np.testing.assert_allclose(merged.tensors[name], tensor, rtol=0, atol=1e-7)
+
+
+def test_an_adapter_that_names_itself_as_its_base_is_an_error(tmp_path):
+    recipe, pairs = small_adapter(preset("tiny"))
+    write_adapter(tmp_path, lora.adapter_of(pairs, recipe, str(tmp_path)))
+    with pytest.raises(InputFileError, match="leads back to an adapter itself"):
+        weights.read(tmp_path)
+    write_adapter(tmp_path, lora.adapter_of(pairs, recipe, ""))
+    with pytest.raises(InputFileError, match="names no base_model_name_or_path"):
+        weights.read(tmp_path)

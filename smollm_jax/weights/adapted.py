@@ -1,0 +1,85 @@
+"""Weights with a LoRA adapter merged into them: of a run that trained one, and of a folder in peft's layout."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smollm_jax.config import Config
+from smollm_jax.errors import InputFileError
+from smollm_jax.tokenizer.source import read_tokenizer_files
+from smollm_jax.weights.adapter import (
+    CONFIG,
+    Adapter,
+    fingerprint,
+    is_adapter,
+    merge_adapter,
+    projection_shape,
+    read_adapter,
+    read_adapter_config,
+)
+from smollm_jax.weights.bundle import Bundle
+
+
+def read_base(base: str, sha256: str, source: Path) -> Bundle:
+    """The weights at `base` that the adapter of `source` was trained on.
+
+    Raises `InputFileError` if they are missing or, where `sha256` is not "", have another fingerprint.
+    """
+    from smollm_jax.weights.convert import read  # which imports this module
+    from smollm_jax.weights.hub import is_name
+
+    if not Path(base).exists() and not is_name(Path(base)):
+        raise InputFileError(f"{source}: its adapter was trained on {base}, which does not exist")
+    bundle = read(base)
+    if sha256 and fingerprint(bundle) != sha256:
+        raise InputFileError(f"{source}: the weights {base}, which its adapter was trained on, have changed since")
+    return bundle
+
+
+def read_peft(folder: Path) -> Bundle:
+    """The base weights that a folder in peft's layout names, with the adapter merged into them.
+
+    Raises `InputFileError` if it names no base, if the base does not exist or if the adapter does not fit it.
+    """
+    base = _base_of(folder)
+    chain = [folder.resolve()]
+    while is_adapter(Path(base)):  # an adapter trained on an adapter
+        chain.append(Path(base).resolve())
+        if chain[-1] in chain[:-1]:
+            raise InputFileError(f"{folder / CONFIG}: base_model_name_or_path {base} leads back to an adapter itself")
+        base = _base_of(Path(base))
+    bundle = read_base(_base_of(folder), "", folder)
+    bundle = merge_adapter(bundle, read_adapter(folder, bundle.config))
+    bundle.tokenizer_files = read_tokenizer_files(folder) or bundle.tokenizer_files
+    return bundle
+
+
+def merge_run(run: Path, config: Config, parameters: dict[str, np.ndarray], meta: dict[str, Any]) -> Bundle:
+    """The weights of a run that trained an adapter, from its checkpoint's parameters by path and its `meta`.
+
+    Raises `InputFileError` as `read_base` does, and for parameters that are not those of the run's recipe.
+    """
+    recipe = meta["recipe"]
+    targets, rank = recipe["lora_targets"].split(","), recipe["lora_rank"]
+    expected: dict[str, tuple[int, ...]] = {}
+    for target in targets:
+        out_size, in_size = projection_shape(config, target)
+        expected[f"{target}.a"] = (config.num_hidden_layers, rank, in_size)
+        expected[f"{target}.b"] = (config.num_hidden_layers, out_size, rank)
+    shapes = {name: array.shape for name, array in parameters.items()}
+    if differing := sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name)):
+        raise InputFileError(f"{run}: its adapter has other parameters than its recipe: {', '.join(differing)}")
+    bundle = read_base(meta["start_from"], recipe["base_sha256"], run)
+    pairs = {target: (parameters[f"{target}.a"], parameters[f"{target}.b"]) for target in targets}
+    adapter = Adapter(pairs, rank, recipe["lora_alpha"], recipe["rslora"], meta["start_from"])
+    bundle = merge_adapter(bundle, adapter)
+    bundle.config = config
+    return bundle
+
+
+def _base_of(folder: Path) -> str:
+    base = read_adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputFileError(f"{folder / CONFIG}: names no base_model_name_or_path")
+    return base
