@@ -1,6 +1,8 @@
 """Rung 12: from the same weights on the same batches, fine-tuning takes the steps of TRL's trainers."""
 
 import dataclasses
+import functools
+import json
 import re
 import warnings
 
@@ -13,12 +15,13 @@ import torch
 
 from smollm_jax import weights
 from smollm_jax.config.finetune_recipe import FinetuneRecipe
-from smollm_jax.data.examples.examples import Example
-from smollm_jax.data.examples.packing import packed, padded
+from smollm_jax.data.examples.examples import Example, read_pairs
+from smollm_jax.data.examples.packing import packed, padded, paired
 from smollm_jax.finetuning import lora
 from smollm_jax.finetuning.batches import RowBatches
 from smollm_jax.finetuning.lora import Adapted
-from smollm_jax.finetuning.objectives import LearntTokens
+from smollm_jax.finetuning.objectives import LearntTokens, PreferencePairs, answer_log_probs
+from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.training import optimizer
 from smollm_jax.training.execution import ExecutionConfig
 from smollm_jax.training.loss import mean_gradients
@@ -32,6 +35,8 @@ from smollm_parity.tolerances import (
     LORA_GRADIENTS,
     LORA_LOGITS,
     PACKED_LOSS,
+    PREFERENCE_GRADIENTS,
+    PREFERENCE_LOGPS,
     within,
 )
 from smollm_parity.torch_backend import load_transformers
@@ -63,7 +68,7 @@ def recipe(dtype="float32", **changes):
     base = FinetuneRecipe(
         steps=STEPS, batch_size=ROWS, sequence_length=LENGTH, learning_rate=1e-3, warmup_steps=2, dtype=dtype
     )
-    return dataclasses.replace(base, weight_decay=0.1, packing=False, **changes)
+    return dataclasses.replace(base, **{"weight_decay": 0.1, "packing": False} | changes)
 
 
 def in_order(examples, recipe):
@@ -278,3 +283,125 @@ def test_an_adapter_begins_as_pefts(tiny):
         scaled = np.asarray(pair["a"]).ravel() * pair["a"].shape[-1] ** 0.5
         assert stats.kstest(scaled, "uniform", args=(-1, 2)).pvalue > 0.01, target
         assert not np.any(pair["b"])
+
+
+# ----------------------------------------------------------------------------------------------- DPO against DPOTrainer
+
+LOSSES = {"sigmoid": 0.0, "ipo": 0.0, "apo_zero": 0.0, "robust": 0.1}
+PAIR_STEPS, PAIRS = 6, 4
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory):
+    """Pairs of texts of many lengths, two of them longer than the context."""
+    draw = np.random.default_rng(3)
+    words = ["the", "state", "of", "our", "union", "is", "strong", "and", "people", "share", "what", "they", "made"]
+
+    def text(low, high):
+        return " ".join(draw.choice(words, draw.integers(low, high)))
+
+    file = tmp_path_factory.mktemp("preferences") / "pairs.jsonl"
+    rows = [{"prompt": text(2, 9), "chosen": " " + text(1, 20), "rejected": " " + text(1, 20)} for _ in range(24)]
+    rows[5]["chosen"] += " " + text(60, 70)
+    rows[11]["rejected"] += " " + text(60, 70)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def reference_weights(tiny, tmp_path_factory):
+    """Other weights than the policy's, so that no log-ratio is zero at the first step."""
+    folder = tmp_path_factory.mktemp("reference") / "tiny"
+    weights.write(folder, weights.to_bundle(init_model(tiny, seed=1)), "hf")
+    return folder
+
+
+def pair_recipe(**changes):
+    return recipe(steps=PAIR_STEPS, batch_size=PAIRS, method="dpo", beta=0.3, **changes)
+
+
+def pair_batches(folder, tokenizer_path, preferences, chosen):
+    """The batches in the order of the file, with the log-probabilities of the reference."""
+    pairs, report = read_pairs([preferences], Tokenizer.load(tokenizer_path), max_length=chosen.sequence_length)
+    assert report.truncated == 2
+    rows, reference = paired(pairs, chosen.sequence_length), weights.load(folder)[0]
+    for start in range(0, len(rows), PAIRS):
+        batch = jax.tree.map(jnp.asarray, rows[start : start + PAIRS].arrays())
+        batch["reference"] = jax.jit(answer_log_probs, static_argnums=2)(reference, batch, ExecutionConfig("float32"))
+        yield batch
+
+
+def dpo_trainer(handed_over, reference_weights, tokenizer_path, preferences, chosen, out, **changes):
+    """TRL's trainer, and the gradients of its first step, which it fills in."""
+    import datasets
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_path, pad_token="<|endoftext|>")
+    policy, reference = (load_transformers(path, dtype=torch.float32) for path in (handed_over, reference_weights))
+    settings = trl.DPOConfig(
+        **arguments(chosen, out) | changes,
+        loss_type=[chosen.loss_type],
+        beta=chosen.beta,
+        label_smoothing=chosen.label_smoothing,
+    )
+    data = datasets.load_dataset("json", data_files=str(preferences), split="train", cache_dir=str(out / "cache"))
+    trainer = trl.DPOTrainer(policy, reference, settings, train_dataset=data, processing_class=tokenizer)
+    gradients, step = {}, trainer.training_step
+
+    def first_step(model, *inputs, **options):
+        loss = step(model, *inputs, **options)
+        if not gradients:
+            gradients.update({name: p.grad.clone().numpy() for name, p in model.named_parameters()})
+        return loss
+
+    trainer.training_step = first_step
+    return trainer, gradients
+
+
+@pytest.mark.parametrize(
+    "loss_type", [name if name == "sigmoid" else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES]
+)
+def test_steps_of_preference_optimization(
+    handed_over, reference_weights, tokenizer_path, preferences, tmp_path, loss_type
+):
+    chosen = pair_recipe(loss_type=loss_type, label_smoothing=LOSSES[loss_type])
+    objective = PreferencePairs(chosen.loss_type, chosen.beta, chosen.label_smoothing)
+    with precisely("float32"):
+        model, tx, execution = weights.load(handed_over)[0], optimizer.adamw(chosen), ExecutionConfig("float32")
+        state, rows = init_train_state(model, tx), []
+        batches = list(pair_batches(reference_weights, tokenizer_path, preferences, chosen))
+        gradients = jax.jit(mean_gradients, static_argnums=(2, 4))(model, batches[0], execution, None, objective)[1]
+        gradients = weights.to_bundle(gradients).tensors
+        for batch in batches:
+            state, metrics = train_step(state, batch, tx=tx, execution=execution, objective=objective)
+            rows.append({name: float(value) for name, value in metrics.items()})
+    trainer, their_gradients = dpo_trainer(
+        handed_over, reference_weights, tokenizer_path, preferences, chosen, tmp_path
+    )
+    losses = logged_losses(trainer)
+    logged = [row for row in trainer.state.log_history if "rewards/chosen" in row]
+    assert len(logged) == len(rows) == PAIR_STEPS
+    ours = np.array([row["loss"] for row in rows])
+    size = np.maximum(np.abs(losses), 0.5)  # robust's is a difference of terms of about 1, and can be 0
+    within((np.abs(ours - losses) / size).max(), FINETUNING_FLOAT32, f"loss of {PAIR_STEPS} DPO steps, {loss_type}")
+    assert np.abs(ours - losses[::-1]).max() > 1e-3, "all losses are alike: any step would do"
+    for name in ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins"):
+        mine, theirs = (np.array([row[name] for row in table]) for table in (rows, logged))
+        scale = np.abs([row["logps/chosen"] for row in logged]) * (chosen.beta if "rewards" in name else 1)
+        within((np.abs(mine - theirs) / scale).max(), PREFERENCE_LOGPS, f"{name}, {loss_type}")
+    assert [row["rewards/accuracies"] for row in rows] == [row["rewards/accuracies"] for row in logged]
+    for name, theirs in their_gradients.items():
+        mine = gradients[name]
+        within(np.linalg.norm(mine - theirs) / np.linalg.norm(theirs), PREFERENCE_GRADIENTS, f"gradient of {name}")
+
+
+def test_micro_batches_of_pairs_have_the_loss_of_one_batch(handed_over, reference_weights, tokenizer_path, preferences):
+    chosen = pair_recipe()
+    batch = next(pair_batches(reference_weights, tokenizer_path, preferences, chosen))
+    learn = functools.partial(jax.jit, static_argnums=(2, 4))(mean_gradients)
+    objective, model = PreferencePairs("sigmoid", 0.3, 0.0), weights.load(handed_over)[0]
+    whole, halves = (
+        learn(model, batch, ExecutionConfig("float32", accumulation_steps=steps), None, objective) for steps in (1, 2)
+    )
+    for one, two in zip(jax.tree.leaves(whole), jax.tree.leaves(halves), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)

@@ -44,6 +44,18 @@ LEARNT, TARGETS = (
     f"{EXAMPLES}::test_what_is_learnt_of_a_row",
     f"{EXAMPLES}::test_targets_are_the_tokens_that_follow_and_are_learnt",
 )
+LORA = "tests/finetuning/test_finetune.py::test_pairs_beside_the_weights_compute_what_merged_ones_do"
+PREFERENCES = "tests/finetuning/test_preferences.py"
+PAPERS, PADDED_PAIRS = (
+    f"{PREFERENCES}::test_the_losses_of_pairs_are_those_of_their_papers",
+    f"{PREFERENCES}::test_padding_rows_count_for_nothing",
+)
+ANSWERS = f"{PREFERENCES}::test_the_reference_is_the_log_probability_of_each_answer"
+LOG_PROBS = "tests/model/test_cross_entropy.py::test_log_probs_of_tokens_and_their_gradients_are_the_dense_ones"
+PEFT, PEFT_START = (
+    "parity_tests/test_12_finetuning.py::test_an_adapter_computes_what_it_does_in_peft",
+    "parity_tests/test_12_finetuning.py::test_an_adapter_begins_as_pefts",
+)
 AS_IT_LIES = f"{QUANTIZED}::test_a_q8_0_gguf_is_decoded_as_it_lies"
 
 
@@ -151,11 +163,11 @@ MUTANTS = [
     Mutant(
         "loss averaged per chunk",
         "model.cross_entropy",
-        "return jnp.sum(jnp.where(valid, log_normalizer - target_logit, 0.0)), logits",
-        "return h.shape[0] * jnp.sum(jnp.where(valid, log_normalizer - target_logit, 0.0)) / jnp.maximum(valid.sum(), 1), logits",
+        "jnp.where(valid, log_normalizer - target_logit, 0.0), logits",
+        "jnp.where(valid, log_normalizer - target_logit, 0.0) * h.shape[0] / jnp.maximum(valid.sum(), 1), logits",
         LOSS,
     ),
-    Mutant("head's gradient of the last chunk only", "model.cross_entropy", "head_gradient += ", "head_gradient = ", LOSS),
+    Mutant("head's gradient of the last chunk only", "model.cross_entropy", "(total + losses.sum(), head_gradient + d_weight)", "(total + losses.sum(), d_weight)", LOSS),
     Mutant(
         "1/tokens rounded to bfloat16",
         "model.cross_entropy",
@@ -163,7 +175,7 @@ MUTANTS = [
         "hidden_gradient * cotangent.astype(hidden_gradient.dtype)",
         "tests/model/test_cross_entropy.py::test_the_mean_over_any_number_of_tokens_is_scaled_right_in_bfloat16",
     ),
-    Mutant("masked labels in the gradient", "model.cross_entropy", "(d_logits * valid[:, None])", "(d_logits)", LOSS),
+    Mutant("masked labels in the gradient", "model.cross_entropy", "(d_logits * scale[:, None])", "(d_logits)", LOSS),
     Mutant("decay not on the norms", "training.optimizer", "weight_decay=recipe.weight_decay,", "weight_decay=recipe.weight_decay, mask=lambda p: {k: v.ndim > 1 for k, v in p.items()},", ADAMW),
     Mutant("beta2 0.999", "training.optimizer", "b2=recipe.beta2", "b2=0.999", ADAMW),
     Mutant("bias correction missing", "training.optimizer", "optax.adamw(\n", "(lambda lr, b1, b2, eps, weight_decay: optax.chain(optax.scale_by_rms(b2, eps), optax.ema(b1, debias=False), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(lr)))(\n", ADAMW),
@@ -180,7 +192,7 @@ MUTANTS = [
     Mutant("bfloat16 operands not rounded", "model.ops", "jnp.matmul(x.astype(operands), w.astype(operands),", "jnp.matmul(x, w,", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
     Mutant("a matmul's incoming gradient not rounded", "model.ops", "(y.astype(operands) for y in (x, w, gradient))", "(*(y.astype(operands) for y in (x, w)), gradient)", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
     Mutant("parameters' gradients rounded", "model.ops", "preferred_element_type=dtype).astype(w.dtype)", "preferred_element_type=dtype).astype(operands).astype(w.dtype)", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
-    Mutant("loss of float32 hidden states", "model.cross_entropy", "h.astype(operands), preferred", "h, preferred", f"{OPERANDS}::test_the_loss_and_its_gradients_take_rounded_numbers_and_sum_in_float32"),
+    Mutant("loss of float32 hidden states", "model.cross_entropy", "d_logits, h.astype(weight.dtype), preferred", "d_logits, h, preferred", f"{OPERANDS}::test_the_loss_and_its_gradients_take_rounded_numbers_and_sum_in_float32"),
     Mutant("activations between CPU matmuls in bfloat16", "model.precision", '("float32", dtype) if', "(dtype, dtype) if", f"{OPERANDS}::test_only_a_cpu_keeps_float32_between_products"),
     Mutant("held-out tokens trained on", "data.batches", "starts = [max(len(file.tokens) - held, 0)", "starts = [max(len(file.tokens) - 17, 0)", "tests/data/test_data.py::test_held_out_tokens_are_never_trained_on"),
     Mutant("scales of the previous row", "generation.quantized", "matrix.scales[..., None].astype", "jnp.roll(matrix.scales, 1, 0)[..., None].astype", PRODUCT),
@@ -207,6 +219,22 @@ MUTANTS = [
     Mutant("the row with the most space filled", "data.examples.packing", "min(fitting, default=space)", "max(fitting, default=space)", f"{EXAMPLES}::test_the_row_with_the_least_space_is_filled_and_of_equal_ones_the_first"),
     Mutant("a long row cut at its start", "data.examples.examples", "Example(example.ids[:bound], example.learnt[:bound])", "Example(example.ids[-bound:], example.learnt[-bound:])", f"{EXAMPLES}::test_rows_of_which_nothing_is_learnt_are_counted_and_said"),
     Mutant("rows without a learnt token kept", "data.examples.examples", "if not cut.learnt[1:].any()", "if not cut.learnt[1:].size", f"{EXAMPLES}::test_rows_of_which_nothing_is_learnt_are_counted_and_said"),
+    Mutant("an adapter scaled twice", "finetuning.lora", 'pair["b"] * scale}', 'pair["b"] * scale * scale}', LORA),
+    Mutant("an adapter beside every projection but the last", "model.smollm", 'return added(hidden, "down_proj", matmul(hidden, self.down_proj[...]))', "return matmul(hidden, self.down_proj[...])", LORA),
+    Mutant("B not zero at the start", "finetuning.lora", "jnp.zeros((L, out_size, r), jnp.float32)", "jnp.ones((L, out_size, r), jnp.float32)", PEFT_START),
+    Mutant("A from he_uniform, as in tunix", "finetuning.lora", "in_size**-0.5", "(6 / in_size) ** 0.5", PEFT_START),
+    Mutant("rslora ignored", "weights.adapter", "(rank**0.5 if rslora else rank)", "rank", PEFT),
+    Mutant("an adapter merged without its scale", "weights.adapter", "np.float32(adapter.scale) * (", "np.float32(1) * (", PEFT),
+    Mutant("beta on one side", "finetuning.objectives", "logits = beta * (chosen - rejected)", "logits = beta * chosen - rejected", PAPERS),
+    Mutant("chosen and rejected swapped", "finetuning.objectives", "chosen, rejected = log_ratios[:, 0], log_ratios[:, 1]", "rejected, chosen = log_ratios[:, 0], log_ratios[:, 1]", PAPERS),
+    Mutant("smoothing where TRL has none", "finetuning.objectives", 'if loss_type == "robust":', 'if loss_type in ("robust", "sigmoid"):', PAPERS),
+    Mutant("ipo summed over tokens", "finetuning.objectives", "per_token = log_ratios / jnp.maximum(lengths, 1)", "per_token = log_ratios", PAPERS),
+    Mutant("the reference drifts with the policy", "finetuning.objectives", 'log_probs - batch["reference"]', "log_probs - jax.lax.stop_gradient(log_probs)", PADDED_PAIRS),
+    Mutant("padding counts as a pair", "finetuning.objectives", 'return (batch["targets"] >= 0).any(axis=(1, 2))', 'return batch["targets"].any(axis=(1, 2))', PADDED_PAIRS),
+    Mutant("an answer's mean instead of its sum", "finetuning.objectives", "log_probs.reshape(B, 2, T).sum(axis=2)", "log_probs.reshape(B, 2, T).mean(axis=2)", ANSWERS),
+    Mutant("the weight of a token ignored", "model.cross_entropy", "valid * weights[i]", "-1.0 * valid", LOG_PROBS),
+    Mutant("tokens left in sorted order", "model.cross_entropy", "jnp.zeros_like(log_probs).at[order].set(log_probs)", "log_probs", LOG_PROBS),
+    Mutant("only the first chunk computed", "model.cross_entropy", "(chunk_targets[:, 0] >= 0).sum()", "(chunk_targets[:1, 0] >= 0).sum()", LOG_PROBS),
 ]  # fmt: skip
 
 

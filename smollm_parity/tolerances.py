@@ -84,6 +84,8 @@ FINETUNING_FLOAT32 = 2e-5
 FINETUNING_FLOAT64 = 1e-9
 PACKED_LOSS = 1e-6
 LORA_LOGITS = 1e-5  # of the largest logit, against peft
+PREFERENCE_LOGPS = 1e-5  # of the chosen answers' log-probability, or of the reward that it is
+PREFERENCE_GRADIENTS = 1e-4  # per tensor, norm of the difference over the norm
 LORA_GRADIENTS = 1e-4  # per tensor of the adapter, norm of the difference over the norm
 
 

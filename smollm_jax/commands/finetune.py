@@ -1,8 +1,9 @@
-"""Fine-tune SmolLM2 on chats.
+"""Fine-tune SmolLM2 on chats, or on pairs of a chosen and a rejected answer.
 
     python scripts/finetune.py --data my_chats.jsonl             # the Instruct weights, everything chosen
     python scripts/finetune.py --data my_chats.jsonl --weights runs/my-run --steps 500
     python scripts/finetune.py --data my_chats.jsonl --lora-rank 16      # trains a LoRA adapter, in peft's layout
+    python scripts/finetune.py --data prefs.jsonl --method dpo --weights runs/my-sft
     python scripts/finetune.py --data my_chats.jsonl --show-mask 3    # what is learnt of three of them; trains nothing
     python scripts/finetune.py                                   # without chats of your own: those of assets/chats
     python scripts/finetune.py --resume                          # go on with the newest run
@@ -16,10 +17,11 @@ import contextlib
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smollm_jax import errors
 from smollm_jax.commands import command_line
+from smollm_jax.config.finetune_recipe import choose
 from smollm_jax.finetuning.flags import Flags
 from smollm_jax.runtime import allocator
 from smollm_jax.runtime.assets import asset
@@ -73,7 +75,8 @@ def begin(flags: Flags, stop: "StopSignal", startup: QuickStart) -> None:
         if flags.show_mask:
             show_mask(flags, data, start)
             return
-        run = flags.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{flags.method or 'sft'}")
+        _, recipe = choose(flags.recipe, flags.method)
+        run = flags.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{recipe.method}")
         check_no_checkpoint(run)
         if any(run.glob("*")) and not (run / "lock").exists():
             raise errors.UsageError(f"{run}: exists and is no run: name another --out")
@@ -92,25 +95,22 @@ def show_mask(flags: Flags, sources: tuple[str, ...], start: Path) -> None:
     """Prints the first examples token by token; what is learnt is green."""
     from rich.console import Console
 
-    from smollm_jax.config.finetune_recipe import named
-    from smollm_jax.data.examples.examples import read_examples
+    from smollm_jax.data.examples.examples import read_examples, read_pairs
     from smollm_jax.data.examples.show import mask_of
     from smollm_jax.finetuning.chat_format import chat_tokenizer
-    from smollm_jax.finetuning.setup import DEFAULT_RECIPE
     from smollm_jax.tokenizer import Tokenizer
 
     tokenizer = chat_tokenizer(Tokenizer.of_weights(start))
-    recipe = named(flags.recipe or DEFAULT_RECIPE).resolve(
-        {"dtype": "float32"} | flags.recipe_fields(), 1
-    )  # whose dtype decides nothing here
-    examples, report = read_examples(
-        sources,
-        tokenizer,
-        learn=recipe.learn,
-        max_length=recipe.sequence_length,
-        on_bad_text=flags.on_bad_text,
-        most=flags.show_mask,
-    )
+    _, named = choose(flags.recipe, flags.method)
+    fields = {"dtype": "float32"} | flags.recipe_fields() | {"lora_rank": 0}  # dtype and adapter decide nothing here
+    recipe = named.resolve(fields, 1)
+    options: dict[str, Any] = {"max_length": recipe.sequence_length, "on_bad_text": flags.on_bad_text}
+    options["most"] = flags.show_mask
+    if recipe.method == "dpo":
+        pairs, report = read_pairs(sources, tokenizer, **options)
+        examples = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    else:
+        examples, report = read_examples(sources, tokenizer, learn=recipe.learn, **options)
     console = Console(highlight=False, soft_wrap=True)
     for example in examples:
         console.print(mask_of(example, tokenizer))

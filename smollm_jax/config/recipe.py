@@ -83,9 +83,14 @@ class Recipe:
         return self.decay_start if self.schedule == "wsd" else self.steps - 1
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows of tokens in the batch of one step."""
+        return self.batch_size
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens in the batch of one step."""
-        return self.batch_size * self.sequence_length
+        return self.rows_per_step * self.sequence_length
 
     @property
     def decays_norms(self) -> bool:

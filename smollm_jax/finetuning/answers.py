@@ -12,7 +12,7 @@ from smollm_jax.data.examples.examples import Example
 from smollm_jax.generation.generate import generate
 from smollm_jax.generation.programs import PAD_ID
 from smollm_jax.model.smollm import SmolLM
-from smollm_jax.runtime.atomic import sync
+from smollm_jax.runtime.atomic import overwrite
 from smollm_jax.runtime.files import read_json
 from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.tokenizer import Tokenizer
@@ -88,10 +88,7 @@ def comparison(rows: Sequence[dict[str, str]]) -> str:
 
 
 def _write(run: Path, rows: list[dict[str, str]]) -> None:
-    temporary = run / f"{FILE}.tmp"
-    temporary.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(temporary)
-    temporary.rename(run / FILE)
+    overwrite(run / FILE, (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _before_the_answer(example: Example) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from smollm_jax.config.finetune_recipe import FinetuneRecipe, Learn, Method
+from smollm_jax.config.finetune_recipe import FinetuneRecipe, Learn, Method, PairLoss
 from smollm_jax.config.recipe import Remat, Schedule
 
 
@@ -16,15 +16,16 @@ class Flags:
 
     data: tuple[str, ...] | None = None
     """Chats or other examples: .jsonl (.gz, .zst), .json or .parquet files, or folders of them. Recognized by their
-    columns: messages, conversations, prompt and completion, instruction and output, or text. Default for a new run: the
-    conversations that fetch_assets.py chats brings into assets/chats."""
+    columns: messages, conversations, prompt and completion, instruction and output, or text; with --method dpo chosen
+    and rejected. Default for a new run: the conversations that fetch_assets.py chats brings into assets/chats."""
     weights: Annotated[Path | None, tyro.conf.arg(aliases=("--init-from",))] = None
     """Weights to start from, of any kind that convert_weights.py reads. Default: assets/SmolLM2-135M-Instruct."""
     recipe: str | None = None
-    """A run's numbers, which the flags below override: laptop-sft (default) or smollm2-sft
+    """A run's numbers, which the flags below override: laptop-sft (default), smollm2-sft, laptop-dpo or smollm2-dpo
     (smollm_jax/config/finetune_recipe.py)."""
     method: Method | None = None
-    """sft: the answers' tokens are learnt."""
+    """sft (default): the answers' tokens are learnt. dpo: of two answers the chosen one becomes likelier than the
+    rejected one, measured from the weights that the run starts from."""
     out: Path | None = None
     """Run folder; default: runs/<time>-<method>, or with --resume the newest run under runs/."""
     resume: bool = False
@@ -69,6 +70,12 @@ class Flags:
     """Multiply by alpha / sqrt(rank) instead."""
     init_adapter: Path | None = None
     """Start from this adapter, RUN/adapter or another folder in peft's layout, with its rank, alpha and targets."""
+    beta: float | None = None
+    """DPO: how strongly the model is held to the weights it starts from; default 0.1."""
+    loss_type: PairLoss | None = None
+    """DPO: sigmoid (default), ipo, apo_zero, or robust."""
+    label_smoothing: float | None = None
+    """DPO with --loss-type robust: the share of pairs whose two answers are taken to be swapped; default 0."""
     weight_decay: float | None = None
     """Decoupled, on all parameters but the norms' scales; default 0."""
     adam_beta2: float | None = None
@@ -126,6 +133,7 @@ GROUPS = {  # the titles under which --help shows the flags
     "batch": ("steps", "batch_size", "gradient_accumulation_steps", "sequence_length", "seed"),
     "optimizer": ("learning_rate", "schedule", "warmup_steps", "weight_decay", "adam_beta2"),
     "LoRA": ("lora_rank", "lora_alpha", "lora_targets", "rslora", "init_adapter"),
+    "DPO": ("beta", "loss_type", "label_smoothing"),
     "computing": ("mesh", "dtype", "attention", "remat", "unroll"),
     "saving": ("save_every", "keep_checkpoints", "async_save"),
     "logging": ("log_every", "tensorboard", "track", "eval_every", "prompt"),

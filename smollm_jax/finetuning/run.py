@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from smollm_jax import weights
 from smollm_jax.config.finetune_recipe import FinetuneRecipe
 from smollm_jax.config.generation_config import GenerationConfig
-from smollm_jax.finetuning import answers, lora
+from smollm_jax.finetuning import answers, lora, reference
 from smollm_jax.finetuning.answers import Question
 from smollm_jax.finetuning.flags import Flags
 from smollm_jax.finetuning.lora import Adapted, abstract_training_state
-from smollm_jax.finetuning.objectives import LearntTokens
+from smollm_jax.finetuning.objectives import LearntTokens, PreferencePairs
 from smollm_jax.finetuning.setup import Setup, set_up
 from smollm_jax.model import cost
 from smollm_jax.model.smollm import SmolLM
@@ -44,7 +43,10 @@ ADAPTER = "adapter"  # the folder in the run folder with the newest adapter in p
 
 def objective_of(recipe: FinetuneRecipe) -> Objective:
     """What a run minimizes."""
-    return Adapted(LearntTokens(), lora.scale_of(recipe)) if recipe.lora_rank else LearntTokens()
+    objective: Objective = LearntTokens()
+    if recipe.method == "dpo":
+        objective = PreferencePairs(recipe.loss_type, recipe.beta, recipe.label_smoothing)
+    return Adapted(objective, lora.scale_of(recipe)) if recipe.lora_rank else objective
 
 
 def run_finetuning(run: Path, flags: Flags, stop: StopSignal, startup: QuickStart, *, retained: bool) -> None:
@@ -73,6 +75,8 @@ def run_finetuning(run: Path, flags: Flags, stop: StopSignal, startup: QuickStar
         model = processes.gather_to_local_device(model)
         return answers.answers_of(model, questions, setup.tokenizer, ends, stop)
 
+    if setup.recipe.method == "dpo":
+        fill_reference(run, setup, state, frozen, stop)
     if progress.step == 0 and (before := reply(state.model)):
         answers.write_before(run, questions, before)
     state = fit(run, flags, setup, progress, state, frozen, stop, step)
@@ -99,14 +103,19 @@ def announce(run: Path, flags: Flags, setup: Setup, device: Any, bundle: Bundle 
         print(f"start       weights of {flags.weights} ({bundle.origin})")
     for number, note in enumerate(setup.notes):
         print(f"{'' if number else 'data':<12}{note}")
-    rows = f"{len(setup.batches.train):,} {'packed ' if recipe.packing else ''}rows of {recipe.sequence_length} tokens"
-    print(f"            trained on {setup.train:,} examples in {rows}; {len(setup.held_out):,} examples held out")
+    examples, kind = ("pairs", "pairs of ") if recipe.method == "dpo" else ("examples", "packed " * recipe.packing)
+    rows = f"{len(setup.batches.train):,} {kind}rows of {recipe.sequence_length} tokens"
+    print(f"            trained on {setup.train:,} {examples} in {rows}; {len(setup.held_out):,} {examples} held out")
     results = f" with {execution.dtype} results" if execution.operands != execution.dtype else ""
     attention = f"attention {execution.attention}"
     print(f"precision   {recipe.dtype} matmuls{results}, {attention}; weights, optimizer state and loss in float32")
-    print(f"recipe      {setup.recipe_name}: {recipe.method}, learns {recipe.learn}")
+    learns = f"loss {recipe.loss_type}, beta {recipe.beta:g}" if recipe.method == "dpo" else f"learns {recipe.learn}"
+    print(f"recipe      {setup.recipe_name}: {recipe.method}, {learns}")
     epochs = recipe.steps * recipe.batch_size / len(setup.batches.train)
-    print(f"steps       {recipe.steps:,} of {recipe.batch_size} rows, {epochs:.3g} epochs; {recipe.schedule} schedule,")
+    unit = "pairs" if recipe.method == "dpo" else "rows"
+    print(
+        f"steps       {recipe.steps:,} of {recipe.batch_size} {unit}, {epochs:.3g} epochs; {recipe.schedule} schedule,"
+    )
     peak = f"peak {recipe.learning_rate}, warm-up {recipe.warmup_steps} steps, weight decay {recipe.weight_decay}"
     print(f"            {peak}, seed {recipe.seed}")
     every = [f"every {n} steps" if n else "after the last step" for n in (intervals.save_every, intervals.eval_every)]
@@ -120,7 +129,8 @@ def compile_ahead(setup: Setup, device: Any) -> Step | None:
     """The train step, which is being compiled; None if the run has no step left to do."""
     if setup.restored and setup.restored.progress.step >= setup.recipe.steps:
         return None
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in setup.batches.shapes.items()}
+    dtypes = setup.batches.dtypes
+    batch = {name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in setup.batches.shapes.items()}
     adapted = {}
     if setup.recipe.lora_rank:
         frozen = abstract_state(setup.config, setup.recipe).model
@@ -163,8 +173,36 @@ def initial_state(
         pairs = lora.init_pairs(setup.config, recipe)
     else:
         pairs = lora.pairs_of(read_adapter(flags.init_adapter, setup.config))
+        if recipe.method == "dpo":
+            write_adapter(run / reference.ADAPTER, lora.adapter_of(pairs, recipe, setup.provenance.start_from))
     pairs = sharding.shard_params(pairs, mesh)
     return Progress(), init_train_state(pairs, optimizer.adamw(recipe), mesh), model
+
+
+def fill_reference(run: Path, setup: Setup, state: TrainState, frozen: SmolLM | None, stop: StopSignal) -> None:
+    """Fills in the log-probabilities of a DPO run's answers under the model that it started from."""
+    recipe, adapter = setup.recipe, run / reference.ADAPTER
+
+    def load() -> SmolLM:
+        model = frozen
+        if model is None and setup.restored is None:
+            model = state.model
+        elif model is None:
+            bundle = read_base(setup.provenance.start_from, recipe.base_sha256, run)
+            bundle.config = setup.config
+            model = weights.from_bundle(bundle)
+        model = processes.gather_to_local_device(model)
+        if adapter.is_dir():
+            pairs = lora.pairs_of(read_adapter(adapter, setup.config))
+            model = lora.with_pairs(model, pairs, lora.scale_of(recipe))
+        return model
+
+    identity = reference.fingerprint(
+        setup.batches, recipe.base_sha256, adapter if adapter.is_dir() else None, recipe.dtype
+    )
+    reference.fill(
+        setup.batches, run / reference.FILE, identity, load, setup.execution, setup.intervals.eval_batches, stop
+    )
 
 
 def fit(

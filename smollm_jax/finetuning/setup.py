@@ -2,16 +2,17 @@
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from smollm_jax.config import Config
-from smollm_jax.config.finetune_recipe import FinetuneRecipe, named
+from smollm_jax.config.finetune_recipe import FinetuneRecipe, NamedFinetuning, choose
 from smollm_jax.config.hf_config import read_config
 from smollm_jax.config.recipe import check_batch_divides
-from smollm_jax.data.examples.examples import Example, read_examples
+from smollm_jax.data.examples.examples import Example, Pair, Report, read_examples, read_pairs
 from smollm_jax.errors import CheckpointError, UsageError
 from smollm_jax.finetuning.batches import RowBatches, split
 from smollm_jax.finetuning.chat_format import with_chat_format
@@ -30,8 +31,7 @@ from smollm_jax.weights.adapter import fingerprint, parse_targets, read_adapter
 from smollm_jax.weights.bundle import Bundle
 
 GPU_INTERVALS, CPU_INTERVALS = Intervals(save_every=500, eval_every=250), Intervals(save_every=100, eval_every=20)
-DEFAULT_RECIPE = "laptop-sft"
-LORA_LEARNING_RATE = 5e-4  # the peak of laptop-sft with an adapter; that of all parameters is 1e-4
+LENGTH_MULTIPLE = 128  # of the rows of pairs: cuDNN's attention within examples needs it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Setup:
     limit: int  # bytes of memory on each device; 0: JAX does not say
     planned: int  # bytes of them that a step is estimated to need
     batches: RowBatches
-    held_out: list[Example]
+    held_out: list[Example]  # of pairs, the chosen answers
     train: int  # examples that are trained on
     notes: list[str]  # about the data, for the reader
     provenance: Provenance
@@ -71,21 +71,25 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
         assert flags.weights is not None
         tokenizer, config, generation_config = with_chat_format(Tokenizer.of_weights(flags.weights), bundle.config)
         generation_config = bundle.generation_config if generation_config is None else generation_config
-        recipe_name, start_from = flags.recipe or DEFAULT_RECIPE, str(flags.weights)
-        known = named(recipe_name).fields | given
+        (recipe_name, named), start_from = choose(flags.recipe, flags.method), str(flags.weights)
+        known = named.fields | given
         if "dtype" not in known:
             fast = device.platform == "gpu" or cpu.has_fast_bfloat16()
             given["dtype"] = "bfloat16" if fast else "float32"
         if flags.eval_every == 0:
             given.setdefault("validation_fraction", 0.0)
         sources = flags.data
-        given |= _adapter_fields(flags, bundle)
-        draft = named(recipe_name).resolve(given, 1)
+        given |= _adapter_fields(flags, bundle, named)
+        _check_method(flags, named.method)
+        if named.method == "dpo":
+            given["base_sha256"] = fingerprint(bundle)
+        draft = named.resolve(given, 1)
     else:
         saved = restored.provenance
         assert isinstance(saved.recipe, FinetuneRecipe)
         tokenizer, config, generation_config = Tokenizer.of_weights(run), read_config(run / "config.json"), None
-        recipe_name, start_from = flags.recipe or "that of the run", saved.start_from
+        named, recipe_name, start_from = None, flags.recipe or "that of the run", saved.start_from
+        _check_method(flags, saved.recipe.method)
         _check_same_adapter(flags, saved.recipe)
         given.pop("lora_targets", None)  # checked above, and perhaps spelt in another way
         draft = dataclasses.replace(saved.recipe, **given)
@@ -98,12 +102,14 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
         )
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
-    examples, report = read_examples(
-        sources, tokenizer, learn=draft.learn, max_length=draft.sequence_length, on_bad_text=flags.on_bad_text
-    )
+    examples, report = _read(sources, tokenizer, draft, flags)
+    if named and named.method == "dpo" and flags.sequence_length is None:
+        longest = max(len(answer.ids) for pair in examples for answer in (pair.chosen, pair.rejected))
+        given["sequence_length"] = min(draft.sequence_length, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+        draft = named.resolve(given, 1)
     train, held_out = split(examples, draft.validation_fraction, draft.seed)
     batches = RowBatches.of(train, held_out, draft)
-    recipe = draft if restored else named(recipe_name).resolve(given, len(batches.train))
+    recipe = named.resolve(given, len(batches.train)) if named else draft
     batches = RowBatches(batches.train, batches.held_out, recipe)
     check_batch_divides(recipe.batch_size, devices, recipe.gradient_accumulation_steps)
     execution = _execution(flags, recipe, config, tokenizer, device, mesh, limit)
@@ -122,7 +128,7 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
         limit=limit,
         planned=memory.estimate(config, recipe, execution, device.platform).total,
         batches=batches,
-        held_out=held_out,
+        held_out=[example.chosen if isinstance(example, Pair) else example for example in held_out],
         train=len(train),
         notes=report.lines(),
         provenance=provenance,
@@ -130,7 +136,28 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
     )
 
 
-def _adapter_fields(flags: Flags, bundle: Bundle) -> dict[str, Any]:
+def _read(
+    sources: Sequence[str], tokenizer: Tokenizer, recipe: FinetuneRecipe, flags: Flags
+) -> tuple[list[Any], Report]:
+    """The examples of a run, or its pairs."""
+    options: dict[str, Any] = {"max_length": recipe.sequence_length, "on_bad_text": flags.on_bad_text}
+    if recipe.method == "dpo":
+        return read_pairs(sources, tokenizer, **options)
+    return read_examples(sources, tokenizer, learn=recipe.learn, **options)
+
+
+def _check_method(flags: Flags, method: str) -> None:
+    """Raises `UsageError` if flags are for another method than the run's."""
+    if flags.method not in (None, method):
+        raise UsageError(f"--method {flags.method}: this run's method is {method}; leave the flag out to resume it")
+    if method == "dpo" and flags.learn is not None:
+        raise UsageError("--learn is for --method sft: DPO learns the answers of its pairs")
+    for name in ("beta", "loss_type", "label_smoothing"):
+        if method != "dpo" and getattr(flags, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is for --method dpo")
+
+
+def _adapter_fields(flags: Flags, bundle: Bundle, named: NamedFinetuning) -> dict[str, Any]:
     """The fields of a new run's recipe that concern its adapter; none if all parameters are trained."""
     fields: dict[str, Any]
     if flags.init_adapter is not None:
@@ -148,8 +175,8 @@ def _adapter_fields(flags: Flags, bundle: Bundle) -> dict[str, Any]:
     else:
         fields = {"lora_alpha": 2.0 * flags.lora_rank if flags.lora_alpha is None else flags.lora_alpha}
         fields["lora_targets"] = ",".join(parse_targets(flags.lora_targets or "all-linear"))
-    if flags.learning_rate is None and flags.recipe in (None, DEFAULT_RECIPE):
-        fields["learning_rate"] = LORA_LEARNING_RATE
+    if flags.learning_rate is None and named.lora_learning_rate is not None:
+        fields["learning_rate"] = named.lora_learning_rate
     return fields | {"base_sha256": fingerprint(bundle)}
 
 

@@ -124,11 +124,13 @@ class RunLog:
     def validation(self, step: int, loss: float, **metrics: float) -> None:
         """Logs the loss on held-out tokens, its perplexity, and its bits per byte if `bytes_per_token` is known.
 
-        Other `metrics` of the held-out data are written as "validation_NAME".
+        Other `metrics` of the held-out data are written as "validation_NAME", and then there is no perplexity: the loss
+        is no cross-entropy of tokens.
         """
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        row = {"step": step, "validation_loss": loss, "validation_perplexity": perplexity}
-        text = f"step {step}/{self._steps}  validation loss {loss:.4f}  perplexity {perplexity:,.1f}"
+        row = {"step": step, "validation_loss": loss} | ({} if metrics else {"validation_perplexity": perplexity})
+        means = "".join(f"  {name} {value:.4g}" for name, value in metrics.items())
+        text = f"step {step}/{self._steps}  validation loss {loss:.4f}{means or f'  perplexity {perplexity:,.1f}'}"
         if self._bytes_per_token:
             row["validation_bits_per_byte"] = bits_per_byte(loss, self._bytes_per_token)
             text += f"  {row['validation_bits_per_byte']:.3f} bits per byte"

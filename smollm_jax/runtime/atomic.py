@@ -41,6 +41,15 @@ def replacing(target: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def overwrite(path: Path, content: bytes) -> None:
+    """Writes a file, replacing one that is there: a reader meets the old content or the new one, whole."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
 def sync(path: Path) -> None:
     """Calls fsync on a file, or on a directory for its new and renamed entries."""
     descriptor = os.open(path, os.O_RDONLY)

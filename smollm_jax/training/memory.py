@@ -84,7 +84,7 @@ class _Shape:
     @property
     def rows(self) -> int:
         """Rows of one micro-batch on one device."""
-        return self.recipe.batch_size // (self.execution.devices * self.execution.accumulation_steps)
+        return self.recipe.rows_per_step // (self.execution.devices * self.execution.accumulation_steps)
 
     @property
     def M(self) -> int:

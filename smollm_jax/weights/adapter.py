@@ -5,7 +5,6 @@ Framework-free. Source: peft 0.21, tuners/lora/config.py and utils/save_and_load
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import safetensors.numpy
 from smollm_jax.config import Config
 from smollm_jax.config.finetune_recipe import LORA_TARGETS
 from smollm_jax.errors import InputFileError, StorageError, UsageError, short_repr
-from smollm_jax.runtime.atomic import sync
+from smollm_jax.runtime.atomic import overwrite
 from smollm_jax.runtime.files import read_json
 from smollm_jax.weights.bundle import Bundle
 from smollm_jax.weights.mapping import FLOATS, hf_shapes
@@ -180,11 +179,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            temporary = folder / f"{name}.tmp"
-            temporary.write_bytes(content)
-            sync(temporary)
-            os.replace(temporary, folder / name)
-        sync(folder)
+            overwrite(folder / name, content)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror}") from error
 

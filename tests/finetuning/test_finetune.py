@@ -12,7 +12,6 @@ import pytest
 import safetensors.numpy
 
 from smollm_jax import weights
-from smollm_jax.commands import command_line, finetune
 from smollm_jax.config import preset
 from smollm_jax.config.finetune_recipe import FinetuneRecipe, named
 from smollm_jax.config.hf_config import read_config
@@ -21,88 +20,31 @@ from smollm_jax.errors import InputFileError, SmolLMError, UsageError
 from smollm_jax.finetuning import lora
 from smollm_jax.finetuning.batches import split
 from smollm_jax.finetuning.chat_format import TEMPLATE, with_chat_format
-from smollm_jax.finetuning.flags import Flags
-from smollm_jax.runs.metrics import RunLog, read_metrics
+from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runs.pytree import flatten
-from smollm_jax.runtime.signals import StopSignal
-from smollm_jax.runtime.startup import QuickStart
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.training import optimizer
-from smollm_jax.training.state import init_model
 from smollm_jax.weights.adapter import CONFIG, TENSORS, read_adapter, write_adapter
 from tests.trainer import final_state, losses
 
-CHATS = [
-    [
-        {"role": "user", "content": f"What is {a} plus {b}?"},
-        {"role": "assistant", "content": f"{a} plus {b} is {a + b}."},
-    ]
-    for a in range(4)
-    for b in range(6)
-]
 
-
-@pytest.fixture(scope="module")
-def base(tokenizer_path, tmp_path_factory):
-    """Fresh weights of the tiny shape with the base model's tokenizer, which has no chat template."""
-    folder = tmp_path_factory.mktemp("weights") / "base"
-    files = Tokenizer.load(tokenizer_path).files
-    weights.write(folder, weights.to_bundle(init_model(preset("tiny"), 0), "tiny", files), "hf")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory):
-    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
-    return path
-
-
-@pytest.fixture
-def run(monkeypatch, base, chats):
-    """Runs the command in this process, with its signal handlers left out."""
-    monkeypatch.setattr(StopSignal, "ignore", lambda _: None)
-
-    def run(out, *flags, resume=False):
-        start = ["--resume"] if resume else ["--data", str(chats), "--weights", str(base), "--steps", "6"]
-        small = [] if resume else ["--sequence-length", "64", "--learning-rate", "1e-2", "--dtype", "float32"]
-        arguments = [*start, *small, "--out", str(out), "--save-every", "2", "--eval-every", "3", *flags]
-        finetune.begin(command_line.parse(Flags, arguments, None), StopSignal(), QuickStart())
-
-    return run
-
-
-class KilledError(Exception):
-    """Stands for a kill: nothing more is written."""
-
-
-def test_a_run_that_dies_goes_on_bit_for_bit_and_is_weights_like_any_other(tmp_path, run, capsys, monkeypatch):
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
+def test_a_run_that_dies_goes_on_bit_for_bit_and_is_weights_like_any_other(tmp_path, run, capsys, killed):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     run(straight)
     printed = capsys.readouterr().out
     assert "read 24 chats from 1 file" in printed
     assert printed.index("  before    ") < printed.index("  after     ")
 
-    log = RunLog.step
-
-    def dying(self, step, **values):
-        log(self, step, **values)
-        if step == 5:
-            raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "step", dying)
-        with pytest.raises(KilledError):
-            run(killed)
-    run(killed, resume=True)
-    assert losses(killed) == losses(straight)
-    assert final_state(killed) == final_state(straight)
+    killed(resumed)
+    run(resumed, resume=True)
+    assert losses(resumed) == losses(straight)
+    assert final_state(resumed) == final_state(straight)
 
     rows = read_metrics(straight)
     held_out = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
     assert list(held_out) == [0, 3, 6]
     assert held_out[6] < held_out[0] - 1
-    for folder in (straight, killed):
+    for folder in (straight, resumed):
         answers = json.loads((folder / "answers.json").read_text())
         assert [set(row) for row in answers] == [{"prompt", "before", "after"}]
         assert answers[0]["prompt"].startswith("What is ")
@@ -132,7 +74,7 @@ def test_a_base_model_gets_the_chat_format_of_the_instruct_one(tokenizer, tokeni
     [
         (["--data", "nothing.jsonl"], "nothing.jsonl"),
         (["--sequence-length", "1000000"], "--sequence-length 1000000 exceeds the model's"),
-        (["--recipe", "huge"], "--recipe huge: unknown, known: laptop-sft, smollm2-sft"),
+        (["--recipe", "huge"], "--recipe huge: unknown, known: laptop-sft, laptop-dpo, smollm2-sft, smollm2-dpo"),
         (["--learning-rate", "-1"], "learning_rate must be positive"),
         (["--batch-size", "3", "--gradient-accumulation-steps", "2"], "must divide"),
         (["--lora-rank", "0"], "--lora-rank must be at least 1, got 0"),
@@ -196,25 +138,15 @@ def test_weight_decay_leaves_the_norms_alone(tiny_model):
 LORA = ["--lora-rank", "4", "--lora-targets", "q_proj,v_proj,down_proj"]
 
 
-def test_a_killed_run_of_an_adapter_resumes_bit_for_bit_and_is_weights(tmp_path, run, base, monkeypatch, capsys):
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
+def test_a_killed_run_of_an_adapter_resumes_bit_for_bit_and_is_weights(tmp_path, run, base, killed, capsys):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     run(straight, *LORA)
     assert "an adapter of 8,064 parameters, trained" in capsys.readouterr().out
-    log = RunLog.step
-
-    def dying(self, step, **values):
-        log(self, step, **values)
-        if step == 5:
-            raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "step", dying)
-        with pytest.raises(KilledError):
-            run(killed, *LORA)
-    run(killed, resume=True)
-    assert losses(killed) == losses(straight)
-    assert final_state(killed) == final_state(straight)
-    files = [(folder / "adapter" / TENSORS).read_bytes() for folder in (straight, killed)]
+    killed(resumed, *LORA)
+    run(resumed, resume=True)
+    assert losses(resumed) == losses(straight)
+    assert final_state(resumed) == final_state(straight)
+    files = [(folder / "adapter" / TENSORS).read_bytes() for folder in (straight, resumed)]
     assert files[0] == files[1]
 
     held_out = [row["validation_loss"] for row in read_metrics(straight) if "validation_loss" in row]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smollm_jax.model.cross_entropy import linear_cross_entropy, online_logsumexp
+from smollm_jax.model.cross_entropy import linear_cross_entropy, linear_log_probs, online_logsumexp
 
 
 def dense(hidden, head, targets):
@@ -102,3 +102,27 @@ def test_a_sum_in_one_pass_holds_numbers_of_any_size():
     expected = (largest + np.log(np.exp(x.astype(float) - largest).sum(axis=1, keepdims=True)))[:, 0]
     np.testing.assert_allclose(online_logsumexp(jnp.asarray(x), axis=-1), expected, rtol=3e-7)
     assert jnp.isnan(online_logsumexp(jnp.array([[1.0, jnp.nan, 2.0]]), axis=-1)).all()
+
+
+@pytest.mark.parametrize("chunk_tokens", [10, 4096])
+@pytest.mark.parametrize("masked", ["none", "some", "all"])
+def test_log_probs_of_tokens_and_their_gradients_are_the_dense_ones(chunk_tokens, masked):
+    with jax.enable_x64(True):
+        draw = np.random.default_rng(0)
+        hidden, head = jnp.asarray(draw.normal(size=(37, 16))), jnp.asarray(draw.normal(size=(101, 16)))
+        targets = draw.integers(0, 101, 37)
+        targets[{"none": [], "some": [0, 5, 6, 7, 36], "all": list(range(37))}[masked]] = -1
+        weights, targets = jnp.asarray(draw.normal(size=37)), jnp.asarray(targets)
+
+        def dense_log_probs(hidden, head):
+            logs = jax.nn.log_softmax(hidden @ head.T)
+            return jnp.where(targets >= 0, logs[jnp.arange(37), jnp.maximum(targets, 0)], 0)
+
+        chunked = lambda h, w: linear_log_probs(h, w, targets, chunk_tokens)  # noqa: E731
+        np.testing.assert_allclose(chunked(hidden, head), dense_log_probs(hidden, head), rtol=1e-12, atol=1e-12)
+        gradients = [
+            jax.grad(lambda h, w, f=f: (f(h, w) ** 2 * weights).sum(), (0, 1))(hidden, head)
+            for f in (chunked, dense_log_probs)
+        ]
+        for ours, theirs in zip(*gradients, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-11)

@@ -114,9 +114,7 @@ def read_examples(
     bad = BadTextHandler(on_bad_text, tokenizer.unencodable)
     for where, row, kind in _rows(sources, report):
         if kind == "preference pair":
-            raise InputFileError(
-                f"{where} has chosen and rejected: DPO, which learns preference pairs, does not exist yet"
-            )
+            raise InputFileError(f"{where} has chosen and rejected: preference pairs are learnt with --method dpo")
         content = _checked(example_of(row, kind, where), bad, where)
         if content is not None and (
             example := report.counted(_encoded(content, tokenizer, learn, max_length, where), max_length)
@@ -128,17 +126,25 @@ def read_examples(
 
 
 def read_pairs(
-    sources: Sequence[str | Path], tokenizer: Tokenizer, *, max_length: int = 1024, on_bad_text: Policy = "stop"
+    sources: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int = 1024,
+    on_bad_text: Policy = "stop",
+    most: int | None = None,
 ) -> tuple[list[Pair], Report]:
-    """Every preference pair of some files, folders or globs; both sides cut to their first `max_length` tokens.
+    """The preference pairs of some files, folders or globs; both sides cut to their first `max_length` tokens.
 
-    A pair whose prompt alone is as long is left out and counted.
+    A pair whose prompt alone is as long is left out and counted. Reading ends after `most` pairs, where that is given.
+    Raises as `read_examples` does.
     """
     report, pairs = Report(max_length), []
     bad = BadTextHandler(on_bad_text, tokenizer.unencodable)
     for where, row, kind in _rows(sources, report):
         if kind != "preference pair":
-            raise InputFileError(f"{where} has no chosen and rejected: it is no preference pair")
+            raise InputFileError(
+                f"{where} has no chosen and rejected: DPO learns preference pairs; --method sft a {kind}"
+            )
         sides = []
         for answer in preference_of(row, where):
             if (content := _checked(answer, bad, where)) is not None:
@@ -152,6 +158,8 @@ def read_pairs(
         chosen, rejected = (report.counted(side, max_length) for side in sides)
         if chosen and rejected:
             pairs.append(Pair(chosen, rejected))
+        if most is not None and len(pairs) == most:
+            break
     return pairs, _finished(report, bad, len(pairs), sources)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from smollm_jax.data.examples.examples import Example
+from smollm_jax.data.examples.examples import Example, Pair
 
 MAP_BATCH = 1000  # examples that are packed together, as by `datasets.map`, which TRL packs with
 
@@ -27,7 +27,22 @@ class Rows:
         return len(self.tokens)
 
     def __getitem__(self, rows: slice | np.ndarray) -> "Rows":
-        return Rows(self.tokens[rows], self.targets[rows], self.documents[rows])
+        return dataclasses.replace(self, **{name: array[rows] for name, array in self.arrays().items()})
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name: a batch."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PairRows(Rows):
+    """Rows of two answers to one prompt, the chosen one first: `[R, 2, T]` each.
+
+    `reference` `[R, 2]`, float32: each answer's log-probability under the model that a DPO run starts from, NaN until
+    it is computed.
+    """
+
+    reference: np.ndarray
 
 
 def packed(examples: Sequence[Example], length: int) -> Rows:
@@ -45,6 +60,13 @@ def packed(examples: Sequence[Example], length: int) -> Rows:
 def padded(examples: Sequence[Example], length: int) -> Rows:
     """One example a row."""
     return _filled([[example] for example in examples], length)
+
+
+def paired(pairs: Sequence[Pair], length: int) -> PairRows:
+    """One pair a row."""
+    rows = padded([answer for pair in pairs for answer in (pair.chosen, pair.rejected)], length)
+    arrays = {name: array.reshape(len(pairs), 2, length) for name, array in rows.arrays().items()}
+    return PairRows(**arrays, reference=np.full((len(pairs), 2), np.nan, np.float32))
 
 
 def best_fit(lengths: Sequence[int], space: int) -> list[list[int]]:

@@ -187,7 +187,7 @@ SWAPPED = {
     "text and messages": ({"prompt": "a", "completion": [ANSWER]}, "prompt and completion must both be texts, or both"),
     "preferences": (
         {"prompt": "a", "chosen": "b", "rejected": "c"},
-        "has chosen and rejected: DPO, .* does not exist yet",
+        "has chosen and rejected: preference pairs are learnt with --method dpo",
     ),
     "empty": ({"prompt": [USER], "completion": []}, "completion must be a list of messages"),
 }
@@ -296,7 +296,7 @@ def test_preference_pairs(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        (CHAT, "has no chosen and rejected: it is no preference pair"),
+        (CHAT, "has no chosen and rejected: DPO learns preference pairs; --method sft a chat"),
         ({"chosen": [USER, ANSWER], "rejected": "a"}, "chosen and rejected must both be texts, or both lists"),
         ({"chosen": [ANSWER], "rejected": [USER]}, "has no prompt, and chosen and rejected begin differently"),
         (
