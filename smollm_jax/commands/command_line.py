@@ -13,10 +13,11 @@ import io
 import os
 import re
 import sys
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -112,14 +113,40 @@ def _help_fields(kind: Any) -> Iterator[tuple[str, tuple[str, Any, Any]]]:
         if dataclasses.is_dataclass(bare_type):
             yield from _help_fields(bare_type)
             continue
-        # tyro's hint "(default: None)" would tell the user nothing.
         metadata = _metadata(field.type)
         is_optional = field.default in (None, ()) and tyro.conf.UseAppendAction not in metadata
-        hint = "" if is_optional or POSITIONAL in metadata else None
-        help_text = tyro.conf.arg(help=names_as_typed(texts[field.name]), help_behavior_hint=hint)
-        defaults = {"default": field.default, "default_factory": field.default_factory}
+        hint, defaults = field.type, {"default": field.default, "default_factory": field.default_factory}
+        options: dict[str, Any] = {"help": names_as_typed(texts[field.name])}
+        if is_optional or POSITIONAL in metadata:  # tyro's hint "(default: None)" would tell the user nothing
+            options["help_behavior_hint"] = ""
+        if is_optional and (plain := _without_none(bare_type)):
+            plain_type, defaults["default"], metavar = plain
+            hint = Annotated[plain_type, *metadata] if metadata else plain_type
+            options |= {"metavar": metavar} if metavar else {}
         defaults = {name: default for name, default in defaults.items() if default is not dataclasses.MISSING}
-        yield field.name, (field.name, Annotated[field.type, help_text], dataclasses.field(**defaults, kw_only=True))
+        made = dataclasses.field(**defaults, kw_only=True)
+        yield field.name, (field.name, Annotated[hint, tyro.conf.arg(**options)], made)
+
+
+def _without_none(hint: Any) -> tuple[Any, Any, str | None] | None:
+    """The type to show in --help, any value of it, and perhaps a metavar; None for a type of another kind.
+
+    tyro would show "{None}|INT", and check that None is an `int | None` with typeguard, whose import takes longer than
+    all else.
+    """
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        plain = _without_none(kinds[0])
+        return plain if len(kinds) == 1 or plain is None else (typing.Union[tuple(kinds)], plain[1], None)  # noqa: UP007
+    if typing.get_origin(hint) is Literal:
+        return hint, typing.get_args(hint)[0], None
+    if typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,):
+        (kind, _) = typing.get_args(hint)
+        choices = "{" + ",".join(typing.get_args(kind)) + "}" if typing.get_origin(kind) is Literal else None
+        name = choices or {str: "STR", Path: "PATH"}[kind]
+        return str, "", f"{name} [...]" if choices else f"{name} [{name} ...]"
+    values: dict[Any, Any] = {int: 0, float: 0.0, str: "", Path: Path()}
+    return (hint, values[hint], None) if hint in values else None
 
 
 def _docstrings(kind: type) -> dict[str, str]:

@@ -102,7 +102,11 @@ def test_every_row_of_the_table_is_of_use():
         ("generate", "--weights x --qqqq 1", "--qqqq: no such flag"),
         ("generate", "", "missing --weights PATH"),
         ("generate", "--weights x --dtype int8", "invalid choice 'int8' for argument '--dtype'"),
-        ("convert_weights", "a b --to x", "Expected one of ('gguf', 'hf', 'orbax', 'pt', 'safetensors')."),
+        (
+            "convert_weights",
+            "a b --to x",
+            "Expected one of ('gguf', 'gguf-adapter', 'hf', 'orbax', 'pt', 'safetensors').",
+        ),
         ("generate", "--weights x --top-k one", "--top-k: invalid literal"),
         ("generate", "--weights x y", "not understood: y"),
     ],
@@ -171,6 +175,7 @@ def test_the_help_shows_every_flag_once_under_its_title_and_no_default_of_none(s
     output.seek(0)
     help_text = output.read()
     assert "default: None" not in help_text
+    assert "{None" not in help_text
     titles: dict[str, list[str]] = {}
     for line in help_text.splitlines():
         if title := re.match(r"[╭+][─-] (\w[\w ]*?) [─-]+", line):
