@@ -9,10 +9,13 @@ import pytest
 
 from parity_tests.test_handover import answer, served
 from smollm_jax import weights
+from smollm_jax.config.finetune_recipe import LORA_TARGETS
 from smollm_jax.data.text import documents
 from smollm_jax.data.text_sources import text_files
 from smollm_jax.generation.engine import Engine
 from smollm_jax.tokenizer import Tokenizer
+from smollm_jax.weights.adapter import Adapter, merge_adapter, projection_shape
+from smollm_jax.weights.gguf_adapter import write_gguf_adapter
 from smollm_parity.tolerances import ARGMAX_MARGIN
 
 PROMPTS = 20
@@ -26,9 +29,9 @@ ODD = [
 ]
 
 
-def load(path):
+def load(path, **options):
     exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-    return llama_cpp.Llama(str(path), n_ctx=256, n_gpu_layers=0, logits_all=True, verbose=False, **exact)
+    return llama_cpp.Llama(str(path), n_ctx=256, n_gpu_layers=0, logits_all=True, verbose=False, **exact, **options)
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +106,35 @@ def test_its_server_answers_as_our_engine_does(instruct_export, tmp_path):
         output = answer(address, chat, "x")
     engine = Engine.load(instruct_export)
     assert output == engine.complete([engine.chat(chat)], max_new_tokens=12)[0].text
+
+
+def test_greedy_text_with_an_adapter_is_that_of_the_merged_weights(weights_path, passages, tmp_path):
+    """llama.cpp's --lora, given our GGUF of an adapter whose B is not zero."""
+    plain = weights.read(weights_path)
+    draw, tensors, rank = np.random.default_rng(0), {}, 8
+    for target in LORA_TARGETS:
+        out_size, in_size = projection_shape(plain.config, target)
+        shapes = (plain.config.num_hidden_layers, rank, in_size), (plain.config.num_hidden_layers, out_size, rank)
+        tensors[target] = tuple(draw.normal(0, 0.02, shape).astype(np.float32) for shape in shapes)
+    adapter = Adapter(tensors, rank, 16.0)
+    weights.write(tmp_path / "base.gguf", plain, "gguf")
+    write_gguf_adapter(tmp_path / "adapter.gguf", adapter, plain.config)
+    model, tokenizer = weights.from_bundle(merge_adapter(plain, adapter)), Tokenizer.load(weights_path)
+    without, llama = (
+        load(tmp_path / "base.gguf"),
+        load(tmp_path / "base.gguf", lora_path=str(tmp_path / "adapter.gguf")),
+    )
+    changed = 0
+    for text in passages[:PROMPTS]:
+        ids = tokenizer.encode(text)[:40]
+        for each in (llama, without):
+            each.reset()
+            each.eval(ids)
+        changed += int(np.argmax(llama.scores[39]) != np.argmax(without.scores[39]))
+        logits = np.asarray(model(jnp.asarray([ids])))[0]
+        theirs = llama.scores[: len(ids)]
+        assert np.abs(logits - theirs).max() < 2e-3 * np.abs(logits).max()
+        wrong = theirs.argmax(axis=1) != logits.argmax(axis=1)
+        lost = logits.max(axis=1) - np.take_along_axis(logits, theirs.argmax(axis=1)[:, None], 1)[:, 0]
+        assert lost[wrong].max(initial=0) < ARGMAX_MARGIN
+    assert changed, "the adapter changes no token: any file would do"

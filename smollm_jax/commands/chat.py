@@ -38,6 +38,8 @@ HELP = "commands: /reset, /save FILE, /help, /exit"
 class Flags:
     weights: Annotated[Path, tyro.conf.arg(aliases=["--checkpoint-path"])]
     """Instruct weights in any format."""
+    adapter: Path | None = None
+    """A LoRA adapter for these weights: a folder in peft's layout, or a run that trained one."""
     system: str | None = None
     """System prompt. Default: the template's own."""
     history: Path | None = None
@@ -60,7 +62,7 @@ class Flags:
 GROUPS = {
     "conversation": ("system", "history", "max_new_tokens", "context"),
     "sampling": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
-    "model": ("weights", "dtype", "quantize", "tokenizer"),
+    "model": ("weights", "adapter", "dtype", "quantize", "tokenizer"),
     "other": ("debug",),
 }
 
@@ -77,7 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     from smollm_jax.generation.engine import Engine
 
     flags.sampling.checked()
-    engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer, quantize=flags.quantize)
+    engine = Engine.load(
+        flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer, quantize=flags.quantize, adapter=flags.adapter
+    )
     sampling = flags.sampling.over(engine.generation)
     engine.chat([{"role": "user", "content": ""}])  # raises now if the weights have no chat template
     with contextlib.suppress(ImportError):

@@ -5,6 +5,7 @@
     python scripts/convert_weights.py twin.safetensors jax-weights/ --to orbax      # for JAX
     python scripts/convert_weights.py model.gguf model/ --to hf                     # dequantised to float32
     python scripts/convert_weights.py runs/my-run my-run.gguf --type q8_0           # for llama.cpp
+    python scripts/convert_weights.py runs/my-lora my-lora.gguf --to gguf-adapter   # for llama.cpp's --lora
 
 SRC: a run folder or one step under its checkpoints/, a Hugging Face folder, a .pt, .safetensors or .gguf file.
 DST must not exist; it is written completely or not at all. The suffix of a file sets its format, --to that of a folder.
@@ -26,8 +27,10 @@ class Flags:
     """Weights to read."""
     dst: tyro.conf.Positional[Path]
     """File or folder to write."""
-    to: Literal["orbax", "hf", "pt", "safetensors", "gguf"] | None = None
-    """Format of DST; required for a folder."""
+    adapter: Path | None = None
+    """A LoRA adapter to merge into SRC: a folder in peft's layout, or a run that trained one."""
+    to: Literal["orbax", "hf", "pt", "safetensors", "gguf", "gguf-adapter"] | None = None
+    """Format of DST; required for a folder. gguf-adapter: the LoRA adapter of SRC alone, for llama.cpp's --lora."""
     type: Literal["f32", "f16", "bf16", "q8_0"] | None = None
     """Type of the matrices in a GGUF. Default: that of the weights, which keeps every bit. Norms are float32."""
     tokenizer: Path | None = None
@@ -36,6 +39,13 @@ class Flags:
     """Read a checkpoint that has no integrity.json."""
     debug: bool = False
     """Show a traceback instead of one line when something goes wrong."""
+
+
+GROUPS = {
+    "weights": ("src", "dst", "adapter", "tokenizer", "allow_unverified"),
+    "format": ("to", "type"),
+    "other": ("debug",),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,11 +63,14 @@ def main(argv: list[str] | None = None) -> None:
         raise errors.UsageError(f"{flags.dst}: exists already; name another target or remove it first")
     if flags.type and target_format != "gguf":
         raise errors.UsageError(f"--type {flags.type} is for GGUF files; the format of {flags.dst} is {target_format}")
+    if target_format == "gguf-adapter":
+        write_adapter_alone(flags)
+        return
     from smollm_jax import weights
     from smollm_jax.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.of_weights(flags.src, flags.tokenizer) if flags.tokenizer else None
-    bundle = weights.read(flags.src, allow_unverified=flags.allow_unverified)
+    bundle = weights.read(flags.src, allow_unverified=flags.allow_unverified, adapter=flags.adapter)
     if tokenizer:
         bundle.tokenizer_files = tokenizer.files
     weights.write(flags.dst, bundle, target_format, gguf_type=flags.type)
@@ -73,3 +86,16 @@ def main(argv: list[str] | None = None) -> None:
         print(f"the tokenizer stays in {flags.src}: a {flags.dst.suffix} file holds weights and config only")
     if not bundle.tokenizer_files and target_format in ("hf", "orbax"):
         print(f"{flags.dst} has no tokenizer, because none was found in {flags.src}: name one with --tokenizer")
+
+
+def write_adapter_alone(flags: Flags) -> None:
+    """Writes the adapter of SRC, a run or a folder in peft's layout, as a GGUF of its own."""
+    from smollm_jax.weights.adapted import adapter_and_config
+    from smollm_jax.weights.gguf_adapter import write_gguf_adapter
+
+    if flags.adapter or flags.tokenizer:
+        raise errors.UsageError("--to gguf-adapter writes the adapter of SRC: leave --adapter and --tokenizer out")
+    adapter, config = adapter_and_config(flags.src)
+    write_gguf_adapter(flags.dst, adapter, config)
+    count = sum(a.size + b.size for a, b in adapter.tensors.values())
+    print(f"{flags.dst}: an adapter of rank {adapter.rank}, {count:,} parameters, for {adapter.base or 'its base'}")

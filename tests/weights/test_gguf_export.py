@@ -202,7 +202,7 @@ def test_a_type_for_another_kind_is_refused(tmp_path):
 
 def test_a_file_that_reads_back_different_is_no_file(tmp_path, monkeypatch):
     """The rows of q stay in Hugging Face's order, an error that no reader could detect."""
-    monkeypatch.setattr(gguf_writer, "_rotary_heads", lambda name, config: None)
+    monkeypatch.setattr(gguf_writer, "rotary_heads", lambda name, config: None)
     with pytest.raises(StorageError, match=r"x\.gguf: tensor .*q_proj\.weight read back different") as caught:
         weights.write(tmp_path / "x.gguf", bundle(), "gguf")
     assert isinstance(caught.value, SmolLMError)

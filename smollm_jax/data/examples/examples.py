@@ -163,6 +163,13 @@ def read_pairs(
     return pairs, _finished(report, bad, len(pairs), sources)
 
 
+def kind_of_first_row(sources: Sequence[str | Path]) -> str:
+    """What kind the first row of some files is, such as "chat"; raises `InputFileError` if they have no row."""
+    for _, _, kind in _rows(sources, Report(0)):
+        return kind
+    raise InputFileError(f"{' '.join(map(str, sources))}: no row to read")
+
+
 def _rows(sources: Sequence[str | Path], report: Report) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Each row, where it stands, and what kind it is; a file has rows of one kind."""
     for source in sources:
