@@ -214,7 +214,7 @@ def test_the_command_writes_the_type_that_is_asked_for(tmp_path, capsys):
     weights.write(tmp_path / "hf", wide(), "hf")
     main([str(tmp_path / "hf"), str(tmp_path / "x.gguf"), "--type", "q8_0"])
     output = capsys.readouterr().out
-    assert "q8_0, kind gguf" in output
+    assert "q8_0, format gguf" in output
     before, after = (
         np.concatenate([t.ravel() for t in weights.read(tmp_path / x).tensors.values()]) for x in ("hf", "x.gguf")
     )
