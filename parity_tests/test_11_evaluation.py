@@ -1,6 +1,6 @@
-"""Rung 11: how good a model is comes out the same: the quality on a text, and lm-evaluation-harness's answers.
+"""Rung 11: evaluation results are equal: loss and perplexity of a text, and lm-evaluation-harness's answers.
 
-The tasks are made from the real speeches: which sentence goes on like this, how likely is this paragraph, write on.
+The tasks are made from the real speeches: choose a continuation, score a paragraph, continue a text.
 """
 
 import json
@@ -93,7 +93,7 @@ def harness(weights_path):
 
 
 def answers(model, folder, name, limit):
-    """A task's scores, every answer and the seconds it took."""
+    """A task's scores, all answers, and its duration in seconds."""
     manager, began = TaskManager(include_path=str(folder), include_defaults=False), time.perf_counter()
     got = lm_eval.simple_evaluate(model, tasks=[name], task_manager=manager, limit=limit, bootstrap_iters=0)
     seconds = time.perf_counter() - began
@@ -105,7 +105,7 @@ def answers(model, folder, name, limit):
     "limit", [pytest.param(8, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.overnight)]
 )
 def test_the_harness_gets_the_answers_of_its_own_hf_model(tasks, weights_path, hf, harness, limit):
-    """The two in turn, task by task, so that their seconds compare; with 200 samples ours has the fewer."""
+    """Runs the two in turn, task by task, so that their durations are comparable; with 200 samples ours is faster."""
     its_own = HFLM(pretrained=hf, tokenizer=AutoTokenizer.from_pretrained(weights_path), batch_size=8)
     theirs, ours = {}, {}
     for name in YAML:
@@ -127,7 +127,7 @@ def test_the_harness_gets_the_answers_of_its_own_hf_model(tasks, weights_path, h
 
 @pytest.mark.parametrize("ends", [["<|endoftext|>"], []])
 def test_the_harness_puts_around_a_text_what_the_post_processor_puts_there(tmp_path, ends):
-    """Its `hf` model does, but for a text that begins with BOS already."""
+    """As the harness's `hf` model does, except for a text that already starts with BOS."""
     weights.write(tmp_path / "hf", Bundle(small_tensors(), SMALL, small_tokenizer()), "hf")
     path = tmp_path / "hf/tokenizer.json"
     core = tokenizers.Tokenizer.from_file(str(path))
@@ -146,37 +146,37 @@ def test_the_harness_puts_around_a_text_what_the_post_processor_puts_there(tmp_p
 
 
 def test_the_command_scores_local_tasks_and_refuses_what_it_cannot(tasks, trained, tmp_path, monkeypatch, capsys):
-    """On a run trained here; every task that the docs name is one of the harness."""
+    """On a run trained here; also checks that every task named in the docs exists in the harness."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    given = ["--weights", str(trained), "--include", str(tasks), "--out", str(tmp_path / "r.json")]
-    run_lm_eval.main([*given, "--tasks", "speech_choice", "--limit", "3"])
+    arguments = ["--weights", str(trained), "--include", str(tasks), "--out", str(tmp_path / "r.json")]
+    run_lm_eval.main([*arguments, "--tasks", "speech_choice", "--limit", "3"])
     assert "|speech_choice|" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "r.json").read_text())["samples"]["speech_choice"]) == 3
     with pytest.raises(UsageError, match=r"r\.json: exists already"):
-        run_lm_eval.main([*given, "--tasks", "speech_choice"])
+        run_lm_eval.main([*arguments, "--tasks", "speech_choice"])
     documented = DOCUMENTED.read_text(encoding="utf-8")
-    shown = re.search(r"run_lm_eval.py --weights PATH --tasks ((?:\w+|\\\n|[ ])+)  #", documented)
-    named = shown[1].replace("\\\n", " ").split()
+    command = re.search(r"run_lm_eval.py --weights PATH --tasks ((?:\w+|\\\n|[ ])+)  #", documented)
+    named = command[1].replace("\\\n", " ").split()
     assert len(named) == 9
     with pytest.raises(UsageError, match=r"no task is called no_such_task$"):
-        run_lm_eval.main([*given[:4], "--tasks", *named, "no_such_task"])
+        run_lm_eval.main([*arguments[:4], "--tasks", *named, "no_such_task"])
 
 
 @pytest.mark.parametrize(
-    ("asked", "named"),
+    ("arguments", "message"),
     [
         ({"num_beams": 2}, "num_beams"),
         ({"max_gen_toks": 8192}, "asks for 8192 new tokens"),
         ({"top_p": 0, "do_sample": True}, "top_p"),
     ],
 )
-def test_what_a_task_asks_for_in_vain_is_refused(harness, asked, named):
-    with pytest.raises(UsageError, match=named):
-        harness._parse_gen_kwargs({"until": ["."], **asked})
+def test_what_a_task_asks_for_in_vain_is_refused(harness, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        harness._parse_gen_kwargs({"until": ["."], **arguments})
 
 
 def test_the_quality_on_a_text_is_transformers(source, exported, text_path, tmp_path, monkeypatch):
-    """What `scripts/evaluate.py` writes of the real weights and of a run trained here."""
+    """The output of `scripts/evaluate.py` for the real weights and for a run trained here."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     text = next(iter(documents(text_path / "1861-Lincoln-1.txt")))[:3000]
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")

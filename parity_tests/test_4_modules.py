@@ -48,7 +48,7 @@ def test_rotary_frequencies_are_transformers_bits(name):
 
 @pytest.fixture(scope="module")
 def layer_bundle():
-    """One layer of the real width with random weights, the norms' far from 1."""
+    """One layer of the real width with random weights, and norm weights far from 1."""
     with jax.enable_x64(False):
         bundle = weights.to_bundle(SmolLM(CONFIG, key=jax.random.key(3)))
     draw = np.random.default_rng(0)
@@ -142,7 +142,7 @@ def test_mlp(kind, length, layer_bundle, layers, twin):
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_attention_and_layer(part, kind, length, layer_bundle, layers, twin):
-    """Random weights make every KV head distinct, so that a wrong grouping shows."""
+    """Random weights make every KV head distinct, so that a wrong grouping of query heads fails."""
     config = LlamaConfig(**config_to_hf(CONFIG), attn_implementation="eager")
     theirs = LlamaDecoderLayer(config, 0)
     load(theirs, layer_bundle, "model.layers.0.")

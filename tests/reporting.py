@@ -33,9 +33,9 @@ LADDER += ["parity_tests/test_3_bfloat16.py", "parity_tests/test_5_gradients.py"
 
 
 def place(nodeid: str) -> str:
-    """The rung of the ladder or the package that a test belongs to, as the summary names it."""
-    folder, _, rest = nodeid.partition("/")
-    file = rest.partition("::")[0]
+    """The rung of the ladder or the package that a test belongs to, as the summary shows it."""
+    folder, _, remainder = nodeid.partition("/")
+    file = remainder.partition("::")[0]
     if folder == "parity_tests":
         rung = re.fullmatch(r"test_(\d+)_(\w+)\.py", file)
         return f"rung {rung[1]} {rung[2]}" if rung else f"parity {file[len('test_') : -len('.py')].replace('_', ' ')}"
@@ -43,7 +43,7 @@ def place(nodeid: str) -> str:
 
 
 def sort_key(name: str) -> tuple:
-    """Rungs by their number, then the other parity tests, then packages."""
+    """Sorts rungs by number, then the other parity tests, then packages."""
     words = name.split()
     kind = {"rung": 0, "parity": 1}.get(words[0], 2)
     return kind, int(words[1]) if kind == 0 else 0, name
@@ -69,7 +69,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """One line a rung and a package, what was not checked and why, and the three slowest tests."""
+    """Prints a line per rung and package, what was not checked and why, and the three slowest tests."""
     seconds, outcomes, tests = defaultdict(float), defaultdict(lambda: defaultdict(int)), defaultdict(float)
     skipped = defaultdict(int)
     for outcome, reports in terminalreporter.stats.items():

@@ -1,4 +1,4 @@
-"""The step for many devices, compiled on virtual ones: what travels, how often; and every recipe, compiled and run."""
+"""The step compiled for many virtual devices: bytes and number of its collectives; every recipe, compiled and run."""
 
 import dataclasses
 import json
@@ -38,13 +38,13 @@ def check_scaling(*flags: str) -> subprocess.CompletedProcess:
 
 def test_gradients_are_reduced_once_per_step_whatever_the_number_of_micro_batches():
     small = ["--preset", "tiny", "--batch-size", "32", "--sequence-length", "64", "--dtype", "float32"]
-    done = check_scaling("--mesh", "data=16", "data=4,fsdp=4", *small, "--gradient-accumulation-steps", "2")
-    assert done.returncode == 0, done.stderr
+    result = check_scaling("--mesh", "data=16", "data=4,fsdp=4", *small, "--gradient-accumulation-steps", "2")
+    assert result.returncode == 0, result.stderr
     data, mixed = (
         {kind: int(size.replace(",", "")) for kind, size in re.findall(r"([a-z-]+) +([\d,]+) bytes in .*, once", text)}
-        for text in done.stdout.split("\n\n")[:2]
+        for text in result.stdout.split("\n\n")[:2]
     )
-    assert "in a loop" not in done.stdout
+    assert "in a loop" not in result.stdout
     parameters = 4 * cost.count_parameters(preset("tiny"))
     assert data == {"all-reduce": parameters + 4 + 4}, "gradients, loss and the count of targets"
     scalars = mixed.pop("all-reduce") - parameters // 4
@@ -53,9 +53,9 @@ def test_gradients_are_reduced_once_per_step_whatever_the_number_of_micro_batche
 
 
 def test_a_batch_that_devices_do_not_divide_is_refused():
-    done = check_scaling("--mesh", "data=64", "--batch-size", "96")
-    assert done.returncode == 2
-    assert done.stderr == "error: --batch-size 96 must be divisible by 64 devices x 1 gradient accumulation steps\n"
+    result = check_scaling("--mesh", "data=64", "--batch-size", "96")
+    assert result.returncode == 2
+    assert result.stderr == "error: --batch-size 96 must be divisible by 64 devices x 1 gradient accumulation steps\n"
 
 
 @pytest.mark.parametrize("name", named_runs.RECIPES)
@@ -105,13 +105,13 @@ def marked(slow: set[str]) -> list:
 @pytest.mark.parametrize("name", marked({"smollm2-135m"}))
 def test_every_recipe_compiles_at_its_full_shape(name):
     devices, _ = WHOLE[name]
-    done = check_scaling("--recipe", name, "--mesh", f"data={devices}")
-    assert done.returncode == 0, done.stderr
+    result = check_scaling("--recipe", name, "--mesh", f"data={devices}")
+    assert result.returncode == 0, result.stderr
     parameters = cost.count_parameters(preset("smollm2-135m"))
     recipe = named_runs.by_name(name).resolve({})
-    held = 3 * 4 * parameters + 4 * recipe.batch_size // devices * (recipe.sequence_length + 1)
-    told = int(re.search(r"per device +([\d,]+) bytes", done.stdout)[1].replace(",", ""))
-    assert held <= told < held + 4096, "parameters, optimizer state, a device's rows, and counters"
+    expected = 3 * 4 * parameters + 4 * recipe.batch_size // devices * (recipe.sequence_length + 1)
+    printed = int(re.search(r"per device +([\d,]+) bytes", result.stdout)[1].replace(",", ""))
+    assert expected <= printed < expected + 4096, "parameters, optimizer state, a device's rows, and counters"
     # Here the memory plan of the recipe (training/memory.py) is to be compared with `told` and the temporaries.
 
 
@@ -123,18 +123,18 @@ def test_every_recipe_trains_at_toy_size(name, tiny, tmp_path):
         weights.write(tmp_path / "short", weights.to_bundle(SmolLM(short, key=jax.random.key(0))), "hf")
         small += ["--init-from", str(tmp_path / "short")]
     run, text = tmp_path / "run", ROOT / "assets/sotu/1861-Lincoln-1.txt"
-    done = train(run, "--recipe", name, *small, data=text)
-    assert done.returncode == 0, done.stderr
-    assert f"\nrecipe      {name}\n" in done.stdout
+    result = train(run, "--recipe", name, *small, data=text)
+    assert result.returncode == 0, result.stderr
+    assert f"\nrecipe      {name}\n" in result.stdout
     losses = [row["loss"] for row in read_metrics(run) if "loss" in row]
     assert len(losses) == 5
     assert losses[-1] < losses[0]
     assert config_from_hf(json.loads((run / "config.json").read_text())) == tiny
     meta = CheckpointStore(run / "checkpoints", create=False).meta(5)["recipe"]
-    given = {"steps": 5, "warmup_steps": 1, "batch_size": 8, "sequence_length": 64, "learning_rate": 3e-3}
+    settings = {"steps": 5, "warmup_steps": 1, "batch_size": 8, "sequence_length": 64, "learning_rate": 3e-3}
     if name == "demo":
-        given["dtype"] = "bfloat16" if cpu.has_fast_bfloat16() else "float32"
-    assert Recipe(**meta) == named_runs.by_name(name).resolve(given)
+        settings["dtype"] = "bfloat16" if cpu.has_fast_bfloat16() else "float32"
+    assert Recipe(**meta) == named_runs.by_name(name).resolve(settings)
 
 
 def test_a_continuation_needs_weights_to_continue(tmp_path):
@@ -160,15 +160,15 @@ def test_sending_is_by_rings():
 
 @pytest.mark.parametrize(("code", "saved", "requeued"), [(75, True, True), (75, False, True), (8, True, False)])
 def test_slurm_resumes_what_was_saved_and_requeues_only_what_stopped(tmp_path, code, saved, requeued):
-    """Slurm's two commands say how they were called; Slurm itself is not here."""
+    """Two fake Slurm commands print their arguments; Slurm itself is not installed."""
     for name, status in (("srun", code), ("scontrol", 0)):
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\nexit {status}\n')
         (tmp_path / name).chmod(0o755)
     (tmp_path / f"run/checkpoints/{100 if saved else '100.orbax-checkpoint-tmp'}").mkdir(parents=True)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHON": "python"}
     command = ["bash", str(ROOT / "scripts/slurm.sh"), "run", "--recipe", "demo"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == code
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == code
     train = "srun --kill-on-bad-exit=0 python scripts/train_jax.py --distributed --out run"
     flags = " --resume --recipe demo\n" if saved else " --recipe demo\n"
-    assert done.stdout == train + flags + ("scontrol requeue 7\n" if requeued else "")
+    assert result.stdout == train + flags + ("scontrol requeue 7\n" if requeued else "")

@@ -50,8 +50,8 @@ for script in scripts:
 @pytest.fixture(scope="module")
 def helps(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("help")
-    done = run("-c", HELP, str(ROOT / "scripts"), str(out), *map(str, SCRIPTS))
-    assert done.returncode == 0, done.stderr
+    result = run("-c", HELP, str(ROOT / "scripts"), str(out), *map(str, SCRIPTS))
+    assert result.returncode == 0, result.stderr
     return out
 
 
@@ -63,20 +63,20 @@ def test_help_imports_no_framework(helps, script):
 
 
 def test_importing_the_package_and_the_config_imports_no_framework():
-    done = run(
+    result = run(
         "-c",
         "import sys, smollm_jax.config.model, smollm_jax.config.recipe; assert not {'jax', 'numpy'} & set(sys.modules)",
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
 
 
 def test_generate_answers_from_the_real_weights():
-    done = run(
+    result = run(
         "scripts/generate.py", "--weights", REAL, "--prompt", "The capital of France is", "--max-new-tokens", "8"
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("The capital of France is Paris.")
-    assert "tokens/s" in done.stderr
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("The capital of France is Paris.")
+    assert "tokens/s" in result.stderr
 
 
 @pytest.mark.slow
@@ -89,9 +89,9 @@ def test_convert_goes_round_through_every_kind(tmp_path, tiny_model):
     bundle = weights.to_bundle(tiny_model, "tiny")
     weights.write(tmp_path / "start", bundle, "hf")
     for src, dst, to in (("start", "b", "orbax"), ("b", "c.safetensors", None), ("c.safetensors", "d", "hf")):
-        done = run("scripts/convert_weights.py", tmp_path / src, tmp_path / dst, *(["--to", to] if to else []))
-        assert done.returncode == 0, done.stderr
-        assert (f"has no tokenizer, because none was found in {tmp_path / src}: " in done.stdout) is bool(to)
+        result = run("scripts/convert_weights.py", tmp_path / src, tmp_path / dst, *(["--to", to] if to else []))
+        assert result.returncode == 0, result.stderr
+        assert (f"has no tokenizer, because none was found in {tmp_path / src}: " in result.stdout) is bool(to)
     a, b = (tmp_path / name / "model.safetensors" for name in ("start", "d"))
     assert a.read_bytes() == b.read_bytes()
 
@@ -107,10 +107,10 @@ def test_convert_goes_round_through_every_kind(tmp_path, tiny_model):
     ],
 )
 def test_convert_fails_in_one_line(tmp_path, arguments, code, named):
-    done = run(ROOT / "scripts/convert_weights.py", *arguments, cwd=tmp_path)
-    assert done.returncode == code
-    assert named in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    result = run(ROOT / "scripts/convert_weights.py", *arguments, cwd=tmp_path)
+    assert result.returncode == code
+    assert named in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,14 +131,14 @@ def test_a_file_that_could_not_be_written_is_called_by_its_own_name(tmp_path):
         "def main():\n    with replacing(Path('a.txt/x.gguf')) as file: file.touch()\n"
         "run_main(main)"
     )
-    done = run("-c", program, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (5, "error: [Errno 20] Not a directory: 'a.txt/x.gguf'\n")
+    result = run("-c", program, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (5, "error: [Errno 20] Not a directory: 'a.txt/x.gguf'\n")
 
 
 def test_debug_shows_the_traceback():
-    done = run("scripts/convert_weights.py", "nowhere", "x.pt", "--debug")
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
+    result = run("scripts/convert_weights.py", "nowhere", "x.pt", "--debug")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
 
 
 def test_plot_draws_a_run(tmp_path):
@@ -146,10 +146,10 @@ def test_plot_draws_a_run(tmp_path):
     rows = [json.dumps(step | {"step": i, "loss": 9 / i}) for i in (1, 2, 3)]
     rows.append('{"step": 3, "validation_loss": 2.5, "validation_perplexity": 12.2}')
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
-    done = run("scripts/plot_run.py", tmp_path, tmp_path, "--out", tmp_path / "two.png")
-    assert done.returncode == 0, done.stderr
+    result = run("scripts/plot_run.py", tmp_path, tmp_path, "--out", tmp_path / "two.png")
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "metrics.jsonl").write_text("not json")
-    done = run("scripts/plot_run.py", tmp_path)
-    assert done.returncode == 3
-    assert "line 1" in done.stderr
+    result = run("scripts/plot_run.py", tmp_path)
+    assert result.returncode == 3
+    assert "line 1" in result.stderr

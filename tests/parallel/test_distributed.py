@@ -29,7 +29,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def launch():
-    """Starts a run's processes, each with a device of its own; kills what is left of them after the test."""
+    """Starts a run's processes, each with one device, and kills those still running after the test."""
     launched: list[subprocess.Popen] = []
 
     def start(run: Path, count: int, *flags: str) -> list[subprocess.Popen]:

@@ -1,4 +1,4 @@
-"""The memory that is planned is what XLA says a compiled step needs, and what the trainer decides by.
+"""The memory estimate equals what XLA reports for the compiled step, and the trainer decides by it.
 
 python -m tests.training.test_memory SETTING ...   # bytes planned and needed, a line of JSON each
 """
@@ -108,13 +108,13 @@ def test_a_compiled_step_that_does_not_fit_is_refused_with_what_to_change():
     assert memory.compile_within(need, config, recipe, execution, "cpu")
     with pytest.raises(UsageError) as refused:
         memory.compile_within(need * 3 // 4, config, recipe, execution, "cpu")
-    said = str(refused.value)
-    assert "\n" not in said
-    assert said.startswith(
+    message = str(refused.value)
+    assert "\n" not in message
+    assert message.startswith(
         f"--batch-size 8 --remat none needs {need / 1e9:.2f} GB on each device, which has {need * 0.75 / 1e9:.2f} GB"
     )
     for flag in ("--batch-size 4", "--remat swiglu", "--gradient-accumulation-steps 2"):
-        assert f" {flag} " in said.split(":")[1]
+        assert f" {flag} " in message.split(":")[1]
     other = setting("layers 8 256 swiglu float32 1 -")
     assert memory.compiled_bytes(train_step.compile_step(*other)) <= need * 3 // 4, "advised, and does not fit"
 
@@ -168,10 +168,10 @@ def test_the_script_prints_what_auto_takes_and_xla_s_own_figure(check):
     assert done.returncode == 0, done.stderr
     table = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in done.stdout.splitlines() if row[:1] == "|"}
     mesh: Any = SimpleNamespace(size=2, shape={"fsdp": 1})
-    for remat, shown in zip(get_args(Remat), table["--batch-size auto"], strict=True):
+    for remat, printed in zip(get_args(Remat), table["--batch-size auto"], strict=True):
         config, recipe, execution = setting(f"tiny 4 64 {remat} float32 1 -")
         object.__setattr__(execution, "mesh", mesh)
-        assert int(shown) == memory.largest_batch(config, recipe, execution, "cpu", 400_000_000).batch_size
+        assert int(printed) == memory.largest_batch(config, recipe, execution, "cpu", 400_000_000).batch_size
     if check:
         assert all(abs(float(cell.strip().rstrip("%"))) < 10 for cell in table["estimate against it"])
 
@@ -186,7 +186,7 @@ def test_a_training_that_cannot_fit_ends_before_it_reads_anything(tmp_path, caps
 
 
 def test_a_gpus_plan_leaves_room_for_cudnns_workspace():
-    """64 x 2,048 tokens of 9 heads of 64: dQ, and dK and dV for each of them, and a number for each query."""
+    """64 x 2,048 tokens, 9 heads of 64: dQ, and dK and dV per query head, and one number per query."""
     config = preset("smollm2-135m")
     recipe = Recipe(100, 64, 2048, learning_rate=1e-3, warmup_steps=0, dtype="bfloat16")
     by_cudnn = ExecutionConfig("bfloat16", "cudnn")
@@ -255,15 +255,15 @@ memory.choose_remat = lambda *of: chosen(*of[:3], "gpu", of[4])
 @pytest.mark.slow
 def test_the_policy_that_was_chosen_is_said_used_and_recorded_and_a_resumed_run_says_where_it_differs(tmp_path):
     python, _, *flags = command(tmp_path / "run", "--eval-every", "0")
-    said = {}
+    outputs = {}
     for steps, way, more in (("2", AS_ON_A_GPU, []), ("3", WITHIN, ["--resume"])):
         program = [python, "-c", way, str(ROOT), str(1 << 40), *flags, "--steps", steps, *more]
         done = subprocess.run(program, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        said[steps] = done.stdout
-    assert ", remat none (chosen; --remat changes that)" in said["2"]
-    assert ", remat dots (chosen; --remat changes that)" in said["3"]
-    assert re.search("because of .*remat none -> dots", said["3"])
+        outputs[steps] = done.stdout
+    assert ", remat none (chosen; --remat changes that)" in outputs["2"]
+    assert ", remat dots (chosen; --remat changes that)" in outputs["3"]
+    assert re.search("because of .*remat none -> dots", outputs["3"])
 
 
 def test_available_memory_is_shared_by_the_devices_of_a_cpu():

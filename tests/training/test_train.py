@@ -1,4 +1,4 @@
-"""Training goes on exactly where it stopped, learns, and refuses what would lose a run. Real processes, tiny model."""
+"""Training continues exactly where it stopped, learns, and never overwrites a run. Real processes, tiny model."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from tests.trainer import ENVIRONMENT, ROOT, command, final_state, losses, refus
 
 
 def kill_after(run: Path, step: int, *flags: str, **options) -> None:
-    """Starts a training and kills it, without warning, once `step` is in its log."""
+    """Starts a run and kills it with SIGKILL once `step` is in its log."""
     with subprocess.Popen(
         command(run, *flags, **options), cwd=run.parent, env=ENVIRONMENT, stdout=subprocess.DEVNULL
     ) as process:
@@ -39,7 +39,7 @@ def kill_after(run: Path, step: int, *flags: str, **options) -> None:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
-    """A run of 40 steps without interruption."""
+    """An uninterrupted run of 40 steps."""
     run = tmp_path_factory.mktemp("runs") / "straight"
     done = train(run, "--steps", "40", "--save-every", "20")
     assert done.returncode == 0, done.stderr
@@ -97,9 +97,9 @@ def test_what_training_prints(tmp_path):
 
 def test_a_finished_run_says_so_and_goes_on_when_asked_for_more(tmp_path):
     assert train(tmp_path / "run", "--steps", "3", "--decay-fraction", "0").returncode == 0
-    again = train(tmp_path / "run", "--resume")
-    assert again.returncode == 0
-    assert "already at step 3 of 3" in again.stdout
+    resumed = train(tmp_path / "run", "--resume")
+    assert resumed.returncode == 0
+    assert "already at step 3 of 3" in resumed.stdout
     more = train(tmp_path / "run", "--steps", "5", "--resume")
     assert more.returncode == 0
     assert len(losses(tmp_path / "run")) == 5
@@ -206,7 +206,7 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path):
 
 
 def test_what_a_run_left_that_died_before_its_first_checkpoint_is_replaced(tmp_path):
-    """Its config above all: weights trained under one rope_theta and read back under another are wrong in silence."""
+    """Above all its config: weights read with another rope_theta than they were trained with are silently wrong."""
     run = tmp_path / "run"
     (run / "checkpoints/1.orbax-checkpoint-tmp").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(config_to_hf(PRESETS["smollm2-135m"])))
@@ -246,7 +246,7 @@ def test_init_from_starts_at_the_weights(tmp_path, straight, kind):
 
 
 def greedy(run: Path, prompt: list[int], tokenizer: Tokenizer) -> str:
-    """32 tokens, each the likeliest of a whole forward pass over those before it."""
+    """32 greedy tokens, each from a forward pass over all tokens before it."""
     import jax
 
     model, _ = weights.load(run)
@@ -261,7 +261,7 @@ def greedy(run: Path, prompt: list[int], tokenizer: Tokenizer) -> str:
 
 @pytest.mark.parametrize(("prompt", "devices"), [("The\nquick", 1), pytest.param("", 2, marks=pytest.mark.slow)])
 def test_each_validation_prints_what_the_model_writes_after_the_prompt(tmp_path, straight, prompt, devices):
-    """Also where a mesh shares the parameters out, and from the token that begins a document."""
+    """Also with sharded parameters, and from the token that starts a document."""
     flags = ["--steps", "4", "--eval-every", "2", "--prompt", prompt, "--init-from", str(straight)]
     flags += ["--mesh", f"fsdp={devices}"] if devices > 1 else []
     prefix = ("env", f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}")
@@ -304,13 +304,13 @@ train_jax.main(sys.argv[3:])  # after the command it stands for
 
 @pytest.mark.slow
 def test_before_text_is_read_the_file_a_run_begins_with_is_let_go_and_garbage_collected_again(tmp_path, straight):
-    """Reading may take hours, in which whoever writes to the file would change weights that were verified."""
+    """Reading text may take hours, during which a write to the file would change verified weights."""
     weights.write(tmp_path / "hf", weights.read(straight), "hf")
     prefix = (sys.executable, "-c", WHAT_IS_WHEN)
     done = train(tmp_path / "run", "--steps", "1", "--init-from", str(tmp_path / "hf"), prefix=prefix)
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith(("from_bundle", "prepare"))]
-    assert said == ["from_bundle True False", "prepare False True"]
+    reported = [line for line in done.stderr.splitlines() if line.startswith(("from_bundle", "prepare"))]
+    assert reported == ["from_bundle True False", "prepare False True"]
 
 
 @pytest.mark.slow
@@ -321,7 +321,7 @@ def test_tensorboard_files_are_written_on_request(tmp_path):
 
 @pytest.mark.slow
 def test_without_instructions_for_bfloat16_a_run_multiplies_float32_and_bfloat16_means_the_same(tmp_path):
-    """As on a CPU with AVX2 alone."""
+    """As on a CPU with AVX2 only."""
     old = ("env", "XLA_FLAGS=--xla_cpu_max_isa=AVX2")
     done = train(tmp_path / "default", "--steps", "3", prefix=old)
     assert done.returncode == 0, done.stderr
@@ -348,11 +348,14 @@ def test_the_quality_of_the_run_and_of_a_reference_are_said_in_bits_per_byte(tmp
     batches = Batches(open_mixture(speeches(), tokenizer_path, tmp_path / "data"), recipe)
     windows = [window.tolist() for batch in batches.validation(8) for window in batch]
     documents = [(window, tokenizer.byte_count(window[1:])) for window in windows]
-    said = re.search(rf"for comparison: {straight}, (\S+) bits per byte", done.stdout)
-    for weights_, found in [(run, read_metrics(run)[-1]["validation_bits_per_byte"]), (straight, float(said[1]))]:
+    match = re.search(rf"for comparison: {straight}, (\S+) bits per byte", done.stdout)
+    for weights_, bits_per_byte in [
+        (run, read_metrics(run)[-1]["validation_bits_per_byte"]),
+        (straight, float(match[1])),
+    ]:
         model, _ = weights.load(weights_)
         expected = quality(model, documents, length=64, stride=64).bits_per_byte
-        assert found == pytest.approx(expected, rel=1e-6 if weights_ == run else 1e-3)
+        assert bits_per_byte == pytest.approx(expected, rel=1e-6 if weights_ == run else 1e-3)
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser, url):
-    """Opens the page; at the end of the test, that it asked no other host and that nothing stood in the console."""
+    """Opens the page; asserts at the end that it contacted no other host and that the console is empty."""
     opened = []
 
     def visit(width: int = 1280, height: int = 900, scheme: str = "light"):
@@ -71,7 +71,9 @@ def visit(browser, url):
         page, faults = context.new_page(), []
         opened.append((context, faults))
         page.on("pageerror", lambda error: faults.append(f"script: {error}"))
-        page.on("console", lambda said: faults.append(said.text) if said.type in ("error", "warning") else None)
+        page.on(
+            "console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None
+        )
         page.on("request", lambda request: None if own(request.url) else faults.append(f"asked {request.url}"))
         page.goto(url)
         page.wait_for_selector("#complete")
@@ -107,7 +109,7 @@ def count_is(page, selector: str, count: int) -> None:
 
 
 def answered(page, turns: int) -> None:
-    """Waits until the chat has so many turns and the last is whole."""
+    """Waits until the chat has this many turns and the last one is complete."""
     count_is(page, ".turn", turns)
     page.wait_for_function("document.querySelector('#status-chat').innerText.match(/end of text|token limit/)")
 
@@ -234,14 +236,14 @@ def test_one_error_at_a_time_stands_beside_its_button_and_the_answer_stays_as_it
     page.wait_for_function("document.querySelector('#status b').innerText == 'runs/first'")
     assert page.locator(".fault").count() == 0
     tab(page, "Chat")
-    asked = []
-    page.on("request", lambda request: asked.append(request.url) if "queue/join" in request.url else None)
+    urls = []
+    page.on("request", lambda request: urls.append(request.url) if "queue/join" in request.url else None)
     for message in ("", " \n "):
         page.fill("#message textarea", message)
         page.click("#send")
         page.press("#message textarea", "Enter")
     page.wait_for_timeout(300)
-    assert asked == [], "an empty message was sent"
+    assert urls == [], "an empty message was sent"
     assert page.locator(".turn, .fault").count() == 0
 
 
@@ -281,7 +283,7 @@ def settled(page, place: str) -> None:
 
 
 def slowly(self, *arguments, stream=Engine.stream, **options):
-    """`Engine.stream` at a speed at which a click comes before the end, however busy the machine is."""
+    """`Engine.stream`, slowed down so that a click comes before its end on any machine."""
     with contextlib.closing(stream(self, *arguments, **options)) as pieces:
         for piece in pieces:
             time.sleep(0.1)
@@ -413,7 +415,7 @@ def test_a_training_is_watched_as_it_writes_and_its_checkpoints_answer_side_by_s
 
 
 def violations(page) -> list[tuple[str, list[str]]]:
-    """What axe finds against WCAG 2.1, A and AA."""
+    """The violations of WCAG 2.1 A and AA that axe reports."""
     from axe_playwright_python.sync_playwright import Axe
 
     rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
@@ -499,8 +501,8 @@ def test_the_parity_page_shows_verdict_bound_and_pass_on_a_phone(browser, scheme
     rungs = [Rung("2 float32", f"RMS error over transformers', layer {i}", 0.84 + i, 1.5, "a noise") for i in range(2)]
     layers = {"jax, float32": [1e-6, 2e-6]}
     curves = {"layers": layers, "positions": {"jax": [1e-6]}, "training": {"jax": [2.0], "twin": [2.0]}}
-    about = {"weights": "a/path/" * 20, "origin": "", "date": "today", "seconds": 1, "command": "python " * 30}
-    report = about | {"passed": False, "versions": {"jax": {"jax": "1" * 200}}, "curves": curves}
+    metadata = {"weights": "a/path/" * 20, "origin": "", "date": "today", "seconds": 1, "command": "python " * 30}
+    report = metadata | {"passed": False, "versions": {"jax": {"jax": "1" * 200}}, "curves": curves}
     page = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme=scheme)
     page.set_content(parity_page(report, rungs))
     assert page.locator("body > :first-child").inner_text().startswith("NOT the same function: 1 of 2 claims failed")
