@@ -26,6 +26,10 @@ def main() -> None:
         allocator.retain_freed_memory()  # as the trainer does, before threads exist
     if workload.what == "prepare":
         from benchmarks.prepare_backend import prepare
+    elif workload.what == "finetune" and name == "ours":
+        from benchmarks.finetuning_jax import prepare
+    elif workload.what == "finetune":
+        from benchmarks.finetuning_trl import prepare
     elif name in ("ours", "plain", "freed-memory") or name.startswith("remat-"):
         from benchmarks.jax_backend import prepare
     elif name == "checkpoint":

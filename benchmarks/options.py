@@ -23,6 +23,7 @@ Baseline = Literal[
     "every-llamacpp", "llamacpp", "llamacpp-bf16", "llamacpp-q8_0", "llamacpp-q4_0",
     "twin", "twin-compile", "plain", "freed-memory",
     "remat-none", "remat-swiglu", "remat-dots", "remat-full", "tokenizers", "datasets",
+    "every-trl", "trl", "trl-compile", "trl-packed", "trl-packed-compile",
 ]  # fmt: skip
 HF_FLOAT32, TWIN = ("hf", "hf-compile", "hf-compile-max"), ("twin", "twin-compile")
 HF = (*HF_FLOAT32, *(f"{name}-bf16" for name in HF_FLOAT32))
@@ -33,6 +34,8 @@ REMAT = {f"remat-{policy}": policy for policy in get_args(Remat)}
 BASELINES = {"decode": (*HF, *LLAMACPP), "prefill": (*HF, *FREEZE, *LLAMACPP), "packed": ("plain",)}
 BASELINES |= {"checkpoint": (), "prepare": ("tokenizers", "datasets"), "first-token": ("hf", "llamacpp")}
 BASELINES |= {"startup": (*HF, *TWIN), "memory": (*HF, *TWIN, *REMAT), "train": (*HF, *TWIN, "freed-memory", *REMAT)}
+TRL = ("trl", "trl-compile", "trl-packed", "trl-packed-compile")
+BASELINES |= {"finetune": TRL}
 BASELINES |= dict.fromkeys(("loss", "attention", "gemm"), HF)
 LLAMACPP_MISSING = (
     "--against llamacpp needs a package: CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python "
@@ -56,6 +59,7 @@ class Flags:
             "gemm",
             "checkpoint",
             "prepare",
+            "finetune",
         ]
     ]
     """What to measure; see above."""
@@ -65,7 +69,8 @@ class Flags:
     bfloat16 weights; llama.cpp in float32 or one of its types; "pytorch" and "every-llamacpp" for all that this CPU
     supports. For "packed": our plain causal attention. For "train": ours with glibc returning freed memory, and as for
     "memory" ours with another --remat. For "prepare": one call of `tokenizers`, which writes nothing (default), and
-    load_dataset and map of `datasets`. An empty list measures ours alone."""
+    load_dataset and map of `datasets`. For "finetune": TRL's trainers with padded rows ("trl", the default) or packed
+    ones, or all of these ("every-trl"). An empty list measures ours alone."""
     preset: str = "smollm2-135m"
     """Model, with seeded random weights."""
     rounds: int = 5
@@ -86,6 +91,8 @@ class Flags:
     """Only ours: what a layer stores for its backward pass; default: as in train_jax.py."""
     unroll: int | None = None
     """Only ours: layers unrolled per step of the layer scan; default: as in train_jax.py."""
+    method: Literal["sft", "lora", "dpo"] = "sft"
+    """For "finetune": SFT of all parameters, SFT of a LoRA adapter of rank 16 on all projections, or DPO."""
     text: Path = ROOT / "assets/sotu"
     """For "prepare": text to tokenise."""
     copies: int = 6
@@ -116,7 +123,9 @@ class Flags:
             return BASELINES[self.what][:1]
         fast = cpu.has_fast_bfloat16() or self.dtype == "bfloat16"
         hf = [name for name in BASELINES[self.what] if name.startswith("hf") and (fast or "bf16" not in name)]
-        groups = {"pytorch": hf, "every-llamacpp": list(LLAMACPP)}
+        # TRL's DPOTrainer does not pack.
+        trl = [name for name in TRL if self.method != "dpo" or "packed" not in name]
+        groups = {"pytorch": hf, "every-llamacpp": list(LLAMACPP), "every-trl": trl}
         return tuple(itertools.chain.from_iterable(groups.get(name, [name]) for name in self.against))
 
 

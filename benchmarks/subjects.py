@@ -63,6 +63,30 @@ def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
     }
 
 
+def finetune(flags: Flags, folder: Path) -> tuple[str, Rows]:
+    """Learnt tokens/s of fine-tuning steps on the same chats, and the peak memory of each backend."""
+    weights = write_weights(flags.preset, folder)
+    with contextlib.ExitStack() as stack:
+        backends: dict[str, Backend] = {}
+        for name in ("ours", *flags.baselines):
+            print(f"{name}: preparing", flush=True)
+            backends[name] = Backend(name, flags.workload(name), weights)
+            stack.callback(backends[name].close)
+        ready = {name: backend.ready for name, backend in backends.items()}
+        for name in flags.baselines:
+            for kind, loss in ready[name]["by_rows"].items():
+                ours = ready["ours"] | {"losses": [ready["ours"]["by_rows"][kind]]}
+                theirs = ready[name] | {"losses": [loss]}
+                check_equal({"ours": flags.dtype, name: flags.dtype}, {"ours": ours, name: theirs})
+        rounds = [{name: backend.run_once() for name, backend in backends.items()} for _ in range(flags.rounds)]
+    speeds = {name: [answers[name]["tokens"] / answers[name]["seconds"] for answers in rounds] for name in backends}
+    peaks = {name: [ready[name]["peak_bytes"] / 1e9] for name in backends}
+    rows = with_ratios("learnt tokens/s", speeds) | with_ratios("peak GB", peaks, min)
+    for name in backends:
+        rows[f"cores others took, {name}"] = spread([answers[name]["others"] for answers in rounds])
+    return ready["ours"]["device"], rows
+
+
 def memory(flags: Flags, folder: Path) -> tuple[str, Rows]:
     """Peak memory of compiling and two training steps: resident memory on a CPU, the allocator's peak on a GPU."""
     weights, names = write_weights(flags.preset, folder), ("ours", *flags.baselines)

@@ -35,6 +35,7 @@ class Workload:
     unroll: int | None = None
     copies: int = 1
     quantize: Literal["bf16", "int8"] | None = None
+    method: Literal["sft", "lora", "dpo"] = "sft"
 
     @property
     def config(self) -> Config:
@@ -43,7 +44,7 @@ class Workload:
     @property
     def training(self) -> bool:
         """Whether it takes optimizer steps. Only then are the weights float32 whatever `dtype` is."""
-        return self.what in ("train", "memory", "startup")
+        return self.what in ("train", "memory", "startup", "finetune")
 
     def recipe(self) -> Recipe:
         """The training settings, the same for every backend."""

@@ -396,3 +396,16 @@ def test_a_measurement_of_the_day_is_never_written_over(tmp_path):
         path = benchmark.unused(tmp_path / "train.json")
         assert path.name == name
         path.touch()
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param("lora", marks=pytest.mark.slow), pytest.param("dpo", marks=pytest.mark.overnight)]
+)
+def test_fine_tuning_is_measured_against_trl_on_the_same_chats(tmp_path, method):
+    """The losses of both backends' first rows are compared before anything is timed."""
+    pytest.importorskip("trl")
+    sizes = ["--sequence-length", "64", "--batch-size", "2"]
+    content = measured(tmp_path, "finetune", "--method", method, *sizes)
+    rows = content["rows"]
+    assert {f"{row}, {name}" for row in ("learnt tokens/s", "peak GB") for name in ("ours", "trl")} <= rows.keys()
+    assert {"trl", "peft"} <= content["environment"].keys()
