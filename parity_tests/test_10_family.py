@@ -55,18 +55,20 @@ def test_a_small_model(length):
     compare(SMALL, length)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    kv_heads=st.integers(1, 4),
-    group=st.integers(1, 4),
-    head_dim=st.sampled_from([2, 8, 14, 32]),
-    width=st.sampled_from([5, 12, 16]),  # hidden size over heads: transformers wants it whole
-    layers=st.integers(1, 4),
-    tied=st.booleans(),
-    theta=st.sampled_from([500.0, 10_000.0, 1e6]),
-    eps=st.sampled_from([1e-6, 1e-5, 1e-3]),
-)
-def test_any_small_model(kv_heads, group, head_dim, width, layers, tied, theta, eps):
+CONFIGS = {
+    "kv_heads": st.integers(1, 4),
+    "group": st.integers(1, 4),
+    "head_dim": st.sampled_from([2, 8, 14, 32]),
+    "width": st.sampled_from([5, 12, 16]),  # hidden size over heads: transformers wants it whole
+    "layers": st.integers(1, 4),
+    "tied": st.booleans(),
+    "theta": st.sampled_from([500.0, 10_000.0, 1e6]),
+    "eps": st.sampled_from([1e-6, 1e-5, 1e-3]),
+}
+REPEATABLE = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def compare_small(kv_heads, group, head_dim, width, layers, tied, theta, eps):
     config = dataclasses.replace(
         SMALL,
         num_key_value_heads=kv_heads,
@@ -81,7 +83,22 @@ def test_any_small_model(kv_heads, group, head_dim, width, layers, tied, theta, 
     compare(config, 33)
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-360m", "smollm2-1.7b"])
+@settings(REPEATABLE, max_examples=4)
+@given(**CONFIGS)
+def test_any_small_model(**config):
+    compare_small(**config)
+
+
+@pytest.mark.slow
+@settings(REPEATABLE, max_examples=12)
+@given(**CONFIGS)
+def test_more_small_models(**config):
+    compare_small(**config)
+
+
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m", *(pytest.param(name, marks=pytest.mark.slow) for name in ("smollm2-360m", "smollm2-1.7b"))]
+)
 def test_a_real_width_at_two_layers(name):
     compare(dataclasses.replace(preset(name), num_hidden_layers=2), 40)
 

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -9,6 +10,9 @@ from parity_tests.conftest import load_hf
 from smollm_jax import weights
 
 
+@pytest.mark.parametrize(
+    "exported", ["trained_export", pytest.param("instruct_export", marks=pytest.mark.slow)], indirect=True
+)
 def test_transformers_computes_the_same_logits_from_our_gguf(tmp_path, source, exported, real_tokens):
     """9 query heads on 3 KV heads, and 6 on 2: rows of q or k in a wrong order load without an error."""
     bundle = weights.read(source)
