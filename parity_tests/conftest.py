@@ -10,7 +10,7 @@ from smollm_parity import ladder
 from smollm_parity.torch_backend import load_transformers
 from tests.trainer import train
 
-LENGTH = 512  # tokens of the fast rungs
+LENGTH = 288  # tokens of the fast rungs: more than a block of attention, which has 256
 
 
 @pytest.fixture(scope="session")
