@@ -204,7 +204,7 @@ def test_every_row_is_seen_once_an_epoch(examples):
 LORAS = {"all-linear": {}, "q and v, rslora": {"lora_targets": "q_proj,v_proj", "rslora": True}}
 
 
-@pytest.fixture(params=LORAS)
+@pytest.fixture(params=["all-linear", pytest.param("q and v, rslora", marks=pytest.mark.slow)])
 def adapted(request, tiny, handed_over, tmp_path):
     """A recipe with LoRA, an adapter whose B is not zero, and its folder in peft's layout."""
     peft = pytest.importorskip("peft")

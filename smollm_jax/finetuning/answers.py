@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +11,11 @@ from smollm_jax.data.examples.examples import Example
 from smollm_jax.generation.generate import generate
 from smollm_jax.generation.programs import PAD_ID
 from smollm_jax.model.smollm import SmolLM
-from smollm_jax.runtime.atomic import overwrite
-from smollm_jax.runtime.files import read_json
+from smollm_jax.runs import answers
+from smollm_jax.runs.answers import Answer
 from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.tokenizer import Tokenizer
 
-FILE = "answers.json"
 NEW_TOKENS = 48
 QUESTIONS = 3
 
@@ -64,31 +62,25 @@ def answers_of(
 
 def write_before(run: Path, questions: Sequence[Question], before: Sequence[str]) -> None:
     """Writes questions and the answers of the weights that a run starts from."""
-    _write(run, [{"prompt": q.text, "before": a} for q, a in zip(questions, before, strict=True)])
+    answers.write(run, [Answer(question.text, text) for question, text in zip(questions, before, strict=True)])
 
 
-def write_after(run: Path, questions: Sequence[Question], after: Sequence[str]) -> list[dict[str, str]]:
+def write_after(run: Path, questions: Sequence[Question], after: Sequence[str]) -> list[Answer]:
     """Adds the answers after training to those of the same questions before; returns all of them."""
-    path = run / FILE
-    rows = read_json(path) if path.is_file() else []
-    before = {row["prompt"]: row["before"] for row in rows if isinstance(row, dict) and {"prompt", "before"} <= {*row}}
+    before = {answer.prompt: answer.before for answer in answers.read(run)}
     both = [
-        {"prompt": question.text, "before": before.get(question.text, ""), "after": answer}
-        for question, answer in zip(questions, after, strict=True)
+        Answer(question.text, before.get(question.text), text) for question, text in zip(questions, after, strict=True)
     ]
-    _write(run, both)
+    answers.write(run, both)
     return both
 
 
-def comparison(rows: Sequence[dict[str, str]]) -> str:
+def comparison(both: Sequence[Answer]) -> str:
     """The answers side by side, for a terminal."""
     return "\n".join(
-        f"\nquestion    {row['prompt']!r}\n  before    {row['before']!r}\n  after     {row['after']!r}" for row in rows
+        f"\nquestion    {answer.prompt!r}\n  before    {answer.before or ''!r}\n  after     {answer.after or ''!r}"
+        for answer in both
     )
-
-
-def _write(run: Path, rows: list[dict[str, str]]) -> None:
-    overwrite(run / FILE, (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _before_the_answer(example: Example) -> int:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from smollm_jax.errors import InputFileError
+from smollm_jax.runs.answers import read as read_answers
 from smollm_jax.runtime.invocation import as_typed
 
 CURVES = {
@@ -16,6 +18,7 @@ CURVES = {
     "Learning rate": "learning_rate",
     "Gradient norm": "gradient_norm",
     "Tokens per second": "tokens_per_second",
+    "Reward margin (DPO)": "rewards/margins",
 }
 COLUMNS = ("run", "last written", "step", "loss", "validation", "tokens/s", "checkpoints")
 MAX_POINTS = 200  # of a curve on the page
@@ -127,6 +130,31 @@ def table(logs: dict[str, tuple[RunCurves, list[int]]]) -> str:
     head = "".join(f'<th role="columnheader">{name}</th>' for name in COLUMNS)
     return (
         f'<table class="runs" role="table"><thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+        f'<tbody role="rowgroup">{"".join(rows)}</tbody></table>'
+    )
+
+
+def answers_table(run: Path) -> str:
+    """The answers of a fine-tuning run before and after training as an HTML table; "" for a run without any."""
+    try:
+        answers = read_answers(run)
+    except InputFileError as error:
+        return f'<p class="fault">{html.escape(str(error))}</p>'
+    if not answers:
+        return ""
+    heads = ("question", "before", "after")
+    rows = []
+    for answer in answers:
+        texts = (answer.prompt, answer.before, answer.after)
+        cells = (
+            f'<td role="cell" data-head="{head}">{"-" if text is None else html.escape(text)}</td>'
+            for head, text in zip(heads, texts, strict=True)
+        )
+        rows.append(f'<tr role="row">{"".join(cells)}</tr>')
+    head = "".join(f'<th role="columnheader">{name}</th>' for name in heads)
+    return (
+        "<h4>Answered before and after fine-tuning</h4>"
+        f'<table class="runs answers" role="table"><thead role="rowgroup"><tr role="row">{head}</tr></thead>'
         f'<tbody role="rowgroup">{"".join(rows)}</tbody></table>'
     )
 

@@ -19,7 +19,7 @@ from smollm_jax.web.events import (
 )
 from smollm_jax.web.requests import choice
 from smollm_jax.web.responses import MAX_COMPARED, Handlers
-from smollm_jax.web.run_curves import CURVES, CurvesByRun, Point, downsampled, table
+from smollm_jax.web.run_curves import CURVES, CurvesByRun, Point, answers_table, downsampled, table
 
 TICK_SECONDS = 2.0
 MAX_AUTOMATIC_CURVES = 4  # the user can select any number
@@ -55,13 +55,14 @@ class RunsTab:
                 self.stop = gr.Button("Stop", scale=1, min_width=90, elem_id="stop-comparing")
             self.note = note("runs-note")
             self.cards = gr.HTML(elem_id="cards", padding=False)
+            self.answers = gr.HTML(elem_id="answers", padding=False)
         self.writer = gr.State("")  # name of the weights that generated the cards
 
     def wire(self, page: gr.Blocks, sampling: list[Any], others: list[gr.Tab]) -> None:
         """Refreshes the tab when the page opens, and every `TICK_SECONDS` while the tab is selected."""
         view = gr.State(INITIAL_VIEW)
         inputs = [self.plotted, self.curve, self.compared_run, view]
-        refreshed = [self.listing, self.plotted, self.compared_run, self.steps, self.plot, view]
+        refreshed = [self.listing, self.plotted, self.compared_run, self.steps, self.plot, self.answers, view]
         timer = gr.Timer(TICK_SECONDS, active=False)
         gr.on([page.load, timer.tick, self.tab.select], errors_in_toast(self.refresh), inputs, refreshed, **UNQUEUED)
         gr.on(
@@ -109,16 +110,17 @@ class RunsTab:
             (name for name in with_checkpoints if name == compared_run), next(iter(with_checkpoints), None)
         )
         steps = state[compared_run][1] if compared_run else []
+        answers = answers_table(runs[compared_run]) if compared_run else ""
         progress = [(name, log.step, log.modified_time) for name, (log, _) in state.items()]
         new_view = {
-            "fingerprint": repr([plotted, curve, compared_run, progress, steps]),
+            "fingerprint": repr([plotted, curve, compared_run, progress, steps, answers]),
             "runs": list(runs),
             "compared_run": compared_run,
             "steps": steps,
             "plot": view["plot"],
         }
         if new_view == view:
-            return table(state), gr.skip(), gr.skip(), gr.skip(), gr.skip(), new_view
+            return table(state), gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip(), new_view
         same_steps = (view["compared_run"], view["steps"]) == (compared_run, steps)
         plot = chart({name: state[name][0].curves[CURVES[curve]] for name in plotted}, list(runs))
         new_view["plot"] = hashlib.sha256(plot.plot.encode()).hexdigest()
@@ -129,6 +131,7 @@ class RunsTab:
             gr.skip() if same_steps else gr.Dropdown(choices=steps, value=evenly_spaced(steps, MAX_COMPARED)),
             # Only when it changed: two updates at once can leave an empty plot.
             gr.skip() if new_view["plot"] == view["plot"] else plot,
+            answers,
             new_view,
         )
 

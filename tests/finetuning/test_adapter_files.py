@@ -66,7 +66,7 @@ def test_an_adapter_of_other_weights_is_refused(tmp_path, base):
         weights.read(base, adapter=base)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("rslora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_gguf_adapter_adds_what_the_adapter_does(tmp_path, base, rslora):
     """Read back as llama.cpp does: alpha / rank times B A is added to the weight, whose rows are in GGUF's order."""
     adapter, config = some_adapter(rslora=rslora), preset("tiny")

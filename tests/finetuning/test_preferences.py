@@ -16,7 +16,7 @@ from smollm_jax.data.examples.packing import paired
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.finetuning import reference
 from smollm_jax.finetuning.chat_format import chat_tokenizer
-from smollm_jax.finetuning.objectives import PreferencePairs, answer_log_probs, pair_losses
+from smollm_jax.finetuning.objectives import PreferencePairs, pair_losses
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.training.execution import ExecutionConfig
@@ -44,7 +44,7 @@ def pairs(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("adapter", [[], LORA], ids=["all parameters", "LoRA"])
+@pytest.mark.parametrize("adapter", [[], pytest.param(LORA, marks=pytest.mark.slow)], ids=["all parameters", "LoRA"])
 def test_a_killed_run_resumes_bit_for_bit_with_the_reference_of_its_first_start(tmp_path, run, killed, pairs, adapter):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     run(straight, *DPO, *adapter, data=pairs)
@@ -64,6 +64,7 @@ def test_a_killed_run_resumes_bit_for_bit_with_the_reference_of_its_first_start(
     assert final_state(resumed) == final_state(straight)
 
 
+@pytest.mark.slow
 def test_a_lost_reference_is_computed_again_from_the_weights_of_the_start(tmp_path, run, pairs, base):
     out = tmp_path / "run"
     run(out, *DPO, data=pairs)
@@ -77,15 +78,25 @@ def test_a_lost_reference_is_computed_again_from_the_weights_of_the_start(tmp_pa
         np.testing.assert_array_equal(again[name][both], numbers[both])
 
 
+forward = jax.jit(lambda model, row: model(row))
+
+
+def logits_of(model, ids):
+    """Logits `[T, V]` of one text, computed in a row of 64 tokens, so that one program serves all."""
+    row = np.zeros((1, 64), np.int32)
+    row[0, : len(ids)] = ids
+    return np.asarray(forward(model, row))[0, : len(ids)]
+
+
 def test_the_reference_is_the_log_probability_of_each_answer(tokenizer_path, base, pairs):
     tokenizer = chat_tokenizer(Tokenizer.load(tokenizer_path))
     few, _ = read_pairs([pairs], tokenizer, max_length=64, most=2)
     rows, model = paired(few, 64), weights.load(base)[0]
     batch = {name: jnp.asarray(array) for name, array in rows.arrays().items()}
-    log_probs = answer_log_probs(model, batch, ExecutionConfig("float32"))
+    log_probs = reference.log_probs_of(model, batch, execution=ExecutionConfig("float32"))
     for number, pair in enumerate(few):
         for side, answer in enumerate((pair.chosen, pair.rejected)):
-            logits = np.asarray(model(answer.ids[None])[0], np.float64)
+            logits = np.asarray(logits_of(model, answer.ids), np.float64)
             shifted = logits - logits.max(axis=1, keepdims=True)
             logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
             expected = sum(logs[i - 1, answer.ids[i]] for i in range(1, len(answer.ids)) if answer.learnt[i])
@@ -116,19 +127,20 @@ def test_padding_rows_count_for_nothing(base, tokenizer_path, pairs):
     longer = {name: np.concatenate([array, padding[name]]) for name, array in batch.items()}
     model, execution = weights.load(base)[0], ExecutionConfig("float32")
     objective = PreferencePairs("sigmoid", 0.1, 0.0)
-    log_probs = answer_log_probs(model, {name: jnp.asarray(array) for name, array in batch.items()}, execution)
+    log_probs = reference.log_probs_of(model, batch, execution=execution)
     expected = pair_losses(log_probs + 300, jnp.ones((2, 2)), "sigmoid", 0.1, 0.0).sum()
     counts, totals = [], []
     for arrays in (batch, longer):
         on_device = {name: jnp.asarray(array) for name, array in arrays.items()}
         counts.append(int(objective.count(on_device, execution)))
-        total, metrics = objective.total(model, on_device, execution, None)
+        total, metrics = jax.jit(objective.total, static_argnums=2)(model, on_device, execution, None)
         totals.append([float(total), *(float(metrics[name]) for name in sorted(metrics))])
     assert counts == [2, 2]
     np.testing.assert_allclose(totals[1], totals[0], rtol=1e-5)
     assert totals[0][0] == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_an_earlier_run_is_the_reference_of_the_next(tmp_path, run, pairs, base):
     first, second = tmp_path / "first", tmp_path / "second"
     run(first, *LORA, "--learning-rate", "1e-2")
@@ -179,7 +191,7 @@ def test_held_out_pairs_are_evaluated(tmp_path, pairs, base, capsys):
     few, _ = read_pairs([pairs], chat_tokenizer(Tokenizer.of_weights(base)), max_length=512)
     model, right, nats, tokens = weights.load(base)[0], 0, 0.0, 0
     for pair in few:
-        logs = [jax.nn.log_softmax(model(side.ids[None])[0]) for side in (pair.chosen, pair.rejected)]
+        logs = [jax.nn.log_softmax(logits_of(model, side.ids)) for side in (pair.chosen, pair.rejected)]
         sums = [
             float(sum(log[i - 1, side.ids[i]] for i in range(1, len(side.ids)) if side.learnt[i]))
             for log, side in zip(logs, (pair.chosen, pair.rejected), strict=True)
@@ -196,7 +208,7 @@ def test_held_out_chats_are_evaluated(tmp_path, chats, base):
     examples, _ = read_examples([chats], chat_tokenizer(Tokenizer.of_weights(base)), max_length=512)
     model, nats, tokens = weights.load(base)[0], 0.0, 0
     for example in examples[:24]:
-        log = np.asarray(jax.nn.log_softmax(model(example.ids[None])[0]))
+        log = np.asarray(jax.nn.log_softmax(logits_of(model, example.ids)))
         learnt = np.flatnonzero(example.learnt)
         nats, tokens = nats - log[learnt - 1, example.ids[learnt]].sum(), tokens + len(learnt)
     assert (row["examples"], row["tokens"], row["truncated"]) == (24, tokens, 0)

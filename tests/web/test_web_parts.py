@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from smollm_jax import weights
 from smollm_jax.commands import app, fetch
-from smollm_jax.errors import SmolLMError, StorageError, UsageError
+from smollm_jax.errors import InputFileError, SmolLMError, StorageError, UsageError
 from smollm_jax.generation.engine import Token
+from smollm_jax.runs import answers
+from smollm_jax.runs.answers import Answer
 from smollm_jax.runtime.assets import fetch_command
 from smollm_jax.web import run_curves
 from smollm_jax.web.chat_tab import bubbles
@@ -267,7 +269,7 @@ def test_the_runs_tab_lays_new_runs_over_each_other_and_follows_their_logs(place
     (run / "metrics.jsonl").write_text(row(1, loss=5.0))
 
     def look(drawn, seen):
-        _, drawn, _, _, plot, seen = tab.refresh(drawn, "Training loss", None, seen)
+        _, drawn, _, _, plot, _, seen = tab.refresh(drawn, "Training loss", None, seen)
         return drawn, plot, seen
 
     def points(plot) -> dict[str, list]:
@@ -295,6 +297,22 @@ def test_a_run_s_name_is_shown_as_text():
     html_table = run_curves.table({"<img src=x onerror=alert(1)>": (log, [])})
     assert "<img" not in html_table
     assert "&lt;img src=x" in html_table
+
+
+def test_the_answers_of_a_fine_tuning_run_are_shown_before_and_after(tmp_path):
+    assert run_curves.answers_table(tmp_path) == ""
+    answers.write(tmp_path, [Answer("Hi <b>", "Hello", "Good <i>day</i>"), Answer("And?", "So")])
+    shown = run_curves.answers_table(tmp_path)
+    assert "Hi &lt;b&gt;" in shown
+    assert "Good &lt;i&gt;day&lt;/i&gt;" in shown
+    assert shown.index("Hello") < shown.index("Good ")
+    assert '<td role="cell" data-head="after">-</td>' in shown, "a run that is not at its end has no second answer"
+    assert answers.read(tmp_path) == [Answer("Hi <b>", "Hello", "Good <i>day</i>"), Answer("And?", "So")]
+    for malformed in ("{}", '[{"before": "x"}]', '[{"prompt": 1}]', "[", '[{"prompt": "x", "other": "y"}]'):
+        (tmp_path / answers.FILE).write_text(malformed)
+        with pytest.raises(InputFileError, match=r"answers\.json"):
+            answers.read(tmp_path)
+        assert "answers.json" in run_curves.answers_table(tmp_path)
 
 
 def test_the_checkpoints_offered_are_spread_from_first_to_last():
