@@ -3,6 +3,7 @@
 import gc
 import html
 import http.client
+import itertools
 import json
 import re
 import time
@@ -456,17 +457,20 @@ def test_two_hundred_visits_leave_memory_flat_and_compile_nothing_new(place):
             visit(i)
         listener = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
         jax.monitoring.register_event_duration_secs_listener(listener)
-        held, resident = held_kilobytes(), resident_megabytes()
+        held, resident = held_kilobytes(), [resident_megabytes()]
         try:
             for i in range(given.connections + 20, given.connections + 120):
                 visit(i)
-            held, resident = held_kilobytes() - held, resident_megabytes() - resident
+                if (i - given.connections - 20) % 50 == 49:
+                    resident.append(resident_megabytes())
+            held = held_kilobytes() - held
         finally:
             jax.monitoring.unregister_event_duration_listener(listener)
     assert compiled == []
     print(f"a visit leaves {held / 100:.1f} kB")
     assert held / 100 < 10  # 4.6 seen: the queue Gradio keeps for each of the last 2,000
-    assert resident < 20
+    # 0.2 MB a visit, in both halves: a leak grows in each, while the allocator may take a block from the system in one.
+    assert min(b - a for a, b in itertools.pairwise(resident)) < 10
 
 
 @pytest.mark.parametrize("seeds", [range(12), pytest.param(range(12, 60), marks=pytest.mark.slow)], ids=len)
