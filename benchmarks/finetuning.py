@@ -57,9 +57,3 @@ def pairs(workload: Workload) -> list[Pair]:
 def completed(ids: np.ndarray, start: int) -> Example:
     """An example of which all tokens from `start` on are learnt."""
     return Example(ids, np.arange(len(ids)) >= start)
-
-
-def pair_length(made: list[Pair]) -> int:
-    """The row length that `finetune.py` chooses for pairs."""
-    longest = max(len(answer.ids) for pair in made for answer in (pair.chosen, pair.rejected))
-    return -(-longest // 128) * 128

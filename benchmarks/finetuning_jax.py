@@ -12,7 +12,7 @@ from benchmarks import finetuning
 from benchmarks.workload import Prepared, Workload, resident
 from smollm_jax import weights
 from smollm_jax.config import Config
-from smollm_jax.data.examples.packing import packed, padded, paired
+from smollm_jax.data.examples.packing import packed, padded, pair_length, paired
 from smollm_jax.finetuning import lora
 from smollm_jax.finetuning.objectives import LearntTokens
 from smollm_jax.finetuning.reference import log_probs_of
@@ -40,7 +40,7 @@ def prepare(_name: str, workload: Workload, folder: Path) -> Prepared:
     recipe = finetuning.recipe(workload, packing=True)
     if workload.method == "dpo":
         made = finetuning.pairs(workload)
-        rows = {"padded": paired(made, finetuning.pair_length(made))}
+        rows = {"padded": paired(made, pair_length(made))}
     else:
         examples = finetuning.examples(workload)
         rows = {"packed": packed(examples, recipe.sequence_length), "padded": padded(examples, recipe.sequence_length)}

@@ -16,17 +16,23 @@ from smollm_jax.data.text_sources import text_files
 from smollm_jax.model import cost
 
 
+def _started(flags: Flags, weights: Path, stack: contextlib.ExitStack) -> dict[str, Backend]:
+    """Our backend and the baselines, each ready; `stack` closes them."""
+    backends: dict[str, Backend] = {}
+    for name in ("ours", *flags.baselines):
+        print(f"{name}: preparing", flush=True)
+        backends[name] = Backend(name, flags.workload(name), weights)
+        stack.callback(backends[name].close)
+    return backends
+
+
 def speed(flags: Flags, folder: Path) -> tuple[str, Rows]:
     """tokens/s, seconds, FLOP/s and MFU; the speed of a GEMM and the cores of other processes show how busy it was."""
     kernels = flags.what in ("loss", "attention", "packed", "gemm")
     gguf = any(name in LLAMACPP for name in flags.baselines)
     weights = folder if kernels else write_weights(flags.preset, folder, gguf=gguf)
     with contextlib.ExitStack() as stack:
-        backends: dict[str, Backend] = {}
-        for name in ("ours", *flags.baselines):
-            print(f"{name}: preparing", flush=True)
-            backends[name] = Backend(name, flags.workload(name), weights)
-            stack.callback(backends[name].close)
+        backends = _started(flags, weights, stack)
         ready = {name: backend.ready for name, backend in backends.items()}
         check_equal({name: flags.dtype_of(name) for name in backends}, ready)
         rounds = [{name: backend.run_once() for name, backend in backends.items()} for _ in range(flags.rounds)]
@@ -67,11 +73,7 @@ def finetune(flags: Flags, folder: Path) -> tuple[str, Rows]:
     """Learnt tokens/s of fine-tuning steps on the same chats, and the peak memory of each backend."""
     weights = write_weights(flags.preset, folder)
     with contextlib.ExitStack() as stack:
-        backends: dict[str, Backend] = {}
-        for name in ("ours", *flags.baselines):
-            print(f"{name}: preparing", flush=True)
-            backends[name] = Backend(name, flags.workload(name), weights)
-            stack.callback(backends[name].close)
+        backends = _started(flags, weights, stack)
         ready = {name: backend.ready for name, backend in backends.items()}
         for name in flags.baselines:
             for kind, loss in ready[name]["by_rows"].items():

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from smollm_jax import weights
 from smollm_jax.data.bad_text import Policy
 from smollm_jax.data.examples.examples import Learn, kind_of_first_row, read_examples, read_pairs
-from smollm_jax.data.examples.packing import packed, paired
+from smollm_jax.data.examples.packing import packed, pair_length, paired
 from smollm_jax.finetuning.chat_format import chat_tokenizer
 from smollm_jax.finetuning.objectives import LearntTokens, answer_log_probs
 from smollm_jax.model.smollm import SmolLM
@@ -47,7 +47,7 @@ def measure(
     result: dict[str, Any] = {"weights": str(path), "data": " ".join(sources), "length": length, "dtype": dtype}
     if kind_of_first_row(sources) == "preference pair":
         pairs, report = read_pairs(sources, tokenizer, max_length=length, on_bad_text=on_bad_text)
-        rows = paired(pairs, _shortest(max(len(side.ids) for pair in pairs for side in (pair.chosen, pair.rejected))))
+        rows = paired(pairs, pair_length(pairs))
         sums = [np.asarray(log_probs(model, batch, execution=execution))[:count] for batch, count in _batches(rows)]
         chosen, rejected = np.concatenate(sums).T.astype(np.float64)
         tokens = int((rows.targets[:, 0] >= 0).sum())
@@ -81,8 +81,3 @@ def _batches(rows: Any) -> Any:
         padding = {name: [(0, ROWS - count)] + [(0, 0)] * (array.ndim - 1) for name, array in arrays.items()}
         padded = {name: np.pad(array, padding[name], constant_values=-1) for name, array in arrays.items()}
         yield {name: jnp.asarray(array) for name, array in padded.items()}, count
-
-
-def _shortest(longest: int) -> int:
-    """A length of rows for answers of up to so many tokens, of few different ones: each is compiled."""
-    return -(-longest // 128) * 128

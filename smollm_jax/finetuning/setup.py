@@ -13,6 +13,7 @@ from smollm_jax.config.finetune_recipe import FinetuneRecipe, NamedFinetuning, c
 from smollm_jax.config.hf_config import read_config
 from smollm_jax.config.recipe import check_batch_divides
 from smollm_jax.data.examples.examples import Example, Pair, Report, read_examples, read_pairs
+from smollm_jax.data.examples.packing import pair_length
 from smollm_jax.errors import CheckpointError, UsageError
 from smollm_jax.finetuning.batches import RowBatches, split
 from smollm_jax.finetuning.chat_format import with_chat_format
@@ -31,7 +32,6 @@ from smollm_jax.weights.adapter import fingerprint, parse_targets, read_adapter
 from smollm_jax.weights.bundle import Bundle
 
 GPU_INTERVALS, CPU_INTERVALS = Intervals(save_every=500, eval_every=250), Intervals(save_every=100, eval_every=20)
-LENGTH_MULTIPLE = 128  # of the rows of pairs: cuDNN's attention within examples needs it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
         sources = flags.data
         given |= _adapter_fields(flags, bundle, named)
         _check_method(flags, named.method)
-        if named.method == "dpo":
+        if named.method == "dpo" and "base_sha256" not in given:
             given["base_sha256"] = fingerprint(bundle)
         draft = named.resolve(given, 1)
     else:
@@ -104,8 +104,7 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
         raise UsageError(f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     examples, report = _read(sources, tokenizer, draft, flags)
     if named and named.method == "dpo" and flags.sequence_length is None:
-        longest = max(len(answer.ids) for pair in examples for answer in (pair.chosen, pair.rejected))
-        given["sequence_length"] = min(draft.sequence_length, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+        given["sequence_length"] = min(draft.sequence_length, pair_length(examples))
         draft = named.resolve(given, 1)
     train, held_out = split(examples, draft.validation_fraction, draft.seed)
     batches = RowBatches.of(train, held_out, draft)

@@ -69,6 +69,12 @@ def paired(pairs: Sequence[Pair], length: int) -> PairRows:
     return PairRows(**arrays, reference=np.full((len(pairs), 2), np.nan, np.float32))
 
 
+def pair_length(pairs: Sequence[Pair]) -> int:
+    """The length of rows that hold every answer, a multiple of 128: cuDNN's attention within examples needs it."""
+    longest = max(len(answer.ids) for pair in pairs for answer in (pair.chosen, pair.rejected))
+    return -(-longest // 128) * 128
+
+
 def best_fit(lengths: Sequence[int], space: int) -> list[list[int]]:
     """Numbers of the examples in each row: the longest first, each into the row with the least space that suffices.
 
