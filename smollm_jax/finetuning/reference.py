@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from smollm_jax.data.examples.packing import PairRows
 from smollm_jax.errors import InputFileError, StorageError
@@ -21,7 +20,7 @@ from smollm_jax.model.smollm import SmolLM
 from smollm_jax.runtime.atomic import overwrite
 from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.training.execution import ExecutionConfig
-from smollm_jax.weights.safetensors_file import read_safetensors
+from smollm_jax.weights.safetensors_file import read_safetensors, safetensors_bytes
 
 FILE = "reference.safetensors"
 ADAPTER = "reference_adapter"  # the adapter that a run started from, of a run with --init-adapter
@@ -70,7 +69,7 @@ def fill(
             raise InputFileError(f"{name} pair {faults[0]}: the weights give it no finite log-probability")
     contents = {name: rows.reference for name, (rows, _) in needed.items()}
     try:
-        overwrite(path, safetensors.numpy.save(contents, {"fingerprint": identity}))
+        overwrite(path, safetensors_bytes(contents, {"fingerprint": identity}))
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from smollm_jax.config import Config
 from smollm_jax.config.finetune_recipe import LORA_TARGETS
@@ -19,7 +18,7 @@ from smollm_jax.runtime.atomic import overwrite
 from smollm_jax.runtime.files import read_json
 from smollm_jax.weights.bundle import Bundle
 from smollm_jax.weights.mapping import FLOATS, hf_shapes
-from smollm_jax.weights.safetensors_file import digest, read_safetensors
+from smollm_jax.weights.safetensors_file import digest, read_safetensors, safetensors_bytes
 
 ADAPTER = "adapter"  # the folder in a run folder with the newest adapter
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -176,9 +175,9 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    metadata = {"format": "pt"} | ({BASE_SHA256: adapter.base_sha256} if adapter.base_sha256 else {})
+    metadata = {BASE_SHA256: adapter.base_sha256} if adapter.base_sha256 else {}
     contents = {
-        TENSORS: safetensors.numpy.save(dict(sorted(tensors.items())), metadata),
+        TENSORS: safetensors_bytes(tensors, metadata),
         CONFIG: (json.dumps(values, indent=2) + "\n").encode(),
     }
     try:

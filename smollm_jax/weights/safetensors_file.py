@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from smollm_jax.config.generation_config import json_object, read_generation_config
 from smollm_jax.config.hf_config import config_to_hf, parse_config
@@ -128,7 +128,10 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
     """
     arrays = {name: native(tensor) for name, tensor in tensors.items()}
     save_file(arrays, path, metadata={"format": "pt", DIGEST: digest(arrays)} | metadata)
-    _order_metadata(path)
+    with path.open("r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        file.seek(8)
+        file.write(_sorted_metadata(header))
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -140,17 +143,22 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
             raise StorageError(f"{path}: tensor {name} reads back different from what was written")
 
 
-def _order_metadata(path: Path) -> None:
-    """Sorts the metadata in place: safetensors orders them anew each time, and equal weights make equal files."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(ordered) != length:
-            raise StorageError(f"{path}: the header changed its length when its metadata were sorted")
-        file.seek(8)
-        file.write(ordered)
+def safetensors_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """The content of a small safetensors file: equal tensors and metadata give equal bytes."""
+    arrays = {name: native(tensor) for name, tensor in sorted(tensors.items())}
+    content = save(arrays, {"format": "pt", DIGEST: digest(arrays)} | metadata)
+    length = int.from_bytes(content[:8], "little")
+    return content[:8] + _sorted_metadata(content[8 : 8 + length]) + content[8 + length :]
+
+
+def _sorted_metadata(header: bytes) -> bytes:
+    """The header with its metadata sorted: safetensors orders them anew each time; equal weights make equal files."""
+    entries = json.loads(header)
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    ordered = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(header))
+    if len(ordered) != len(header):
+        raise StorageError("a safetensors header changed its length when its metadata were sorted")
+    return ordered
 
 
 def _map(path: Path, file: BinaryIO, spans: dict[str, TensorSpan]) -> dict[str, np.ndarray]:

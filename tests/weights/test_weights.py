@@ -21,7 +21,7 @@ from smollm_jax.model.smollm import SmolLM
 from smollm_jax.runs.pytree import flatten
 from smollm_jax.weights import bundle as formats
 from smollm_jax.weights import mapping, safetensors_file
-from smollm_jax.weights.safetensors_file import read_safetensors, write_safetensors
+from smollm_jax.weights.safetensors_file import read_safetensors, safetensors_bytes, write_safetensors
 from tests.trainer import ENVIRONMENT
 
 
@@ -353,6 +353,17 @@ def test_equal_weights_make_equal_files(tmp_path):
         write_safetensors(name, {"ä": np.ones(3, np.float32)}, {"origin": 'ö "x"\n', "config": "{}"})
     assert len({name.read_bytes() for name in names}) == 1
     assert read_safetensors(names[0])[1]["origin"] == 'ö "x"\n'
+    tensors = {"b": np.ones(3, np.float32), "a": np.arange(4)}
+    contents = {safetensors_bytes(tensors, {"origin": "ö", "fingerprint": "0"}) for _ in range(8)}
+    assert len(contents) == 1
+    small = tmp_path / "small.safetensors"
+    small.write_bytes(contents.pop())
+    same(read_safetensors(small)[0], tensors)
+    damaged = bytearray(small.read_bytes())
+    damaged[-1] ^= 1
+    small.write_bytes(damaged)
+    with pytest.raises(InputFileError, match="tensors were changed or swapped"):
+        read_safetensors(small)
 
 
 def test_the_writer_notices_what_reads_back_different(tmp_path, monkeypatch):
