@@ -2,6 +2,7 @@
 
     python scripts/app.py                                            # downloads the real weights on first use
     python scripts/app.py --weights runs/my-run --port 7861
+    python scripts/app.py --adapter runs/my-adapter                  # a LoRA adapter of the real weights
     python scripts/app.py --host 0.0.0.0                             # open to others, without a password
 
 Needs the extra "web". The page offers all weights under assets/ and runs/, including checkpoints of a run that is still
@@ -25,6 +26,9 @@ from smollm_jax.web import server
 class Flags:
     weights: Path | None = None
     """Weights in any format to start with; default: assets/SmolLM2-135M-Instruct, downloaded on first use."""
+    adapter: Path | None = None
+    """A LoRA adapter for these weights: a folder in peft's layout, or a run that trained one. The page offers the
+    weights with the adapter first, and without it too."""
     host: str = "127.0.0.1"
     """Address to listen on; any but a loopback address lets others use the page."""
     port: int = 7860
@@ -56,7 +60,7 @@ class Flags:
 
 GROUPS = {
     "page": ("host", "port", "max_queue", "time_limit"),
-    "model": ("weights", "dtype", "quantize", "tokenizer", "max_loaded"),
+    "model": ("weights", "adapter", "dtype", "quantize", "tokenizer", "max_loaded"),
     "folders": ("runs", "assets"),
     "other": ("debug",),
 }
@@ -92,6 +96,7 @@ def build(flags: Flags):
         dtype=flags.dtype,
         quantize=flags.quantize,
         tokenizer=flags.tokenizer,
+        adapter=flags.adapter,
         max_loaded=flags.max_loaded,
         queue_size=flags.max_queue,
         connections=flags.connections,

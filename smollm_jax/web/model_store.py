@@ -1,7 +1,7 @@
 """The weights that the page offers, and the few of them that are in memory.
 
 A client chooses by a name of the list, never by a path: only weights under `assets/` and `runs/`, or those of
---weights, can be loaded.
+--weights, can be loaded, the latter with and without the adapter of --adapter.
 """
 
 import collections
@@ -19,6 +19,8 @@ from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.quantized import Quantize
 from smollm_jax.runs.checkpoint import steps_in
 from smollm_jax.web.requests import choice
+from smollm_jax.weights.adapted import find_adapter
+from smollm_jax.weights.adapter import TENSORS
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DOWNLOAD_SECONDS = 1800
@@ -45,12 +47,15 @@ class ModelStore:
         dtype: str = "float32",
         quantize: Quantize | None = None,
         tokenizer: Path | None = None,
+        adapter: Path | None = None,
         max_loaded: int = 2,
     ):
+        """`adapter`: of the weights that the page starts with, `initial_weights` or the downloaded ones."""
         self.initial_weights, self.assets, self.runs_folder, self.dtype = initial_weights, assets, runs, dtype
         self._fetch, self._tokenizer, self._max_loaded = fetch, tokenizer, max_loaded
         self._quantize: Quantize | None = quantize
-        self._loaded: collections.OrderedDict[tuple[Path, int], LoadedModel] = collections.OrderedDict()
+        self._adapter = None if adapter is None else find_adapter(adapter)
+        self._loaded: collections.OrderedDict[_Key, LoadedModel] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def runs(self) -> dict[str, Path]:
@@ -66,6 +71,8 @@ class ModelStore:
     def entries(self) -> dict[str, Path]:
         """Every name that can be chosen, with its path; the page starts with the first."""
         entries = {} if self.initial_weights is None else {str(self.initial_weights): self.initial_weights}
+        if self._adapter is not None:
+            entries = {self._adapted_name: self.initial_weights or self.assets / DEFAULT_MODEL} | entries
         assets = [path for path in sorted(self.assets.glob("*")) if _is_weights(path)]
         entries |= {f"{self.assets.name}/{path.name}": path for path in [self.assets / DEFAULT_MODEL, *assets]}
         for name, run in self.runs().items():
@@ -83,7 +90,7 @@ class ModelStore:
     def loaded(self, name: str) -> LoadedModel | None:
         """The model of a name if it is in memory."""
         path = self.entries().get(name)
-        return None if path is None or not path.exists() else self._loaded.get(_cache_key(path))
+        return None if path is None or not path.exists() else self._loaded.get(self._key(name, path))
 
     def generation(self, name: object) -> GenerationConfig:
         """The generation settings that the weights recommend; greedy for weights that are not downloaded yet."""
@@ -100,16 +107,38 @@ class ModelStore:
         path = entries[choice("weights", name, entries)]
         if path == self.assets / DEFAULT_MODEL and not path.exists():
             yield from self._download(path)
-        key = _cache_key(path)
+        key = self._key(str(name), path)
         if key not in self._loaded:
             yield "loading"
         with self._lock:
             if key not in self._loaded:
                 while len(self._loaded) >= self._max_loaded:  # before loading, so that memory never holds more
                     self._loaded.popitem(last=False)
-                self._loaded[key] = _load(key[0], self.dtype, self._tokenizer, self._quantize)
+                self._loaded[key] = self._load(key)
             self._loaded.move_to_end(key)
             return self._loaded[key]
+
+    @property
+    def _adapted_name(self) -> str:
+        return f"{self.initial_weights or f'{self.assets.name}/{DEFAULT_MODEL}'} with adapter {self._adapter}"
+
+    def _key(self, name: str, path: Path) -> "_Key":
+        """What identifies the model of a name: a new file is another model."""
+        steps = _steps(path)
+        files = [path / "checkpoints" / str(steps[-1]) if steps else path]  # of a run, its newest checkpoint
+        if self._adapter is not None and name == self._adapted_name:
+            files.append(self._adapter / TENSORS)
+        return tuple((file, _modified(file)) for file in files)
+
+    def _load(self, key: "_Key") -> LoadedModel:
+        (path, _), *adapted = key
+        adapter = self._adapter if adapted else None
+        engine = Engine.load(
+            path, dtype=self.dtype, tokenizer=self._tokenizer, quantize=self._quantize, adapter=adapter
+        )
+        # A byte-level entry has one symbol per byte; an added token is its own text.
+        longest = max((len(token.encode()) for token in engine.tokenizer.core.get_vocab()), default=1)
+        return LoadedModel(engine, longest)
 
     def _download(self, path: Path) -> Generator[str, None, None]:
         process = subprocess.Popen(
@@ -131,18 +160,12 @@ class ModelStore:
                 process.wait()
 
 
-def _load(path: Path, dtype: str, tokenizer: Path | None, quantize: Quantize | None) -> LoadedModel:
-    engine = Engine.load(path, dtype=dtype, tokenizer=tokenizer, quantize=quantize)
-    # A byte-level entry has one symbol per byte; an added token is its own text.
-    return LoadedModel(engine, max((len(token.encode()) for token in engine.tokenizer.core.get_vocab()), default=1))
+_Key = tuple[tuple[Path, int], ...]  # of weights, and of an adapter's tensors if they have one: when they were modified
 
 
-def _cache_key(path: Path) -> tuple[Path, int]:
-    """The path (of a run: its newest checkpoint's) and its modification time, so that a new file is loaded again."""
-    steps = _steps(path)
-    path = path / "checkpoints" / str(steps[-1]) if steps else path
+def _modified(path: Path) -> int:
     try:
-        return path, path.stat().st_mtime_ns
+        return path.stat().st_mtime_ns
     except OSError as error:
         raise InputFileError(f"{path}: no longer exists") from error
 

@@ -23,6 +23,7 @@ def build(
     dtype: str,
     quantize: "Quantize | None",
     tokenizer: Path | None,
+    adapter: Path | None,
     max_loaded: int,
     queue_size: int,
     connections: int,
@@ -30,9 +31,9 @@ def build(
 ):
     """The ASGI app of a page that starts with `initial_weights`, or else with the real ones, downloaded on first use.
 
-    At most `max_loaded` models stay in memory, `queue_size` requests wait, the state of `connections` visits is kept,
-    and an answer takes `time_limit` seconds. Raises `UsageError` where the extra "web" is missing, and the errors of
-    reading weights.
+    `adapter`: a LoRA adapter for those weights, a folder in peft's layout or a run. At most `max_loaded` models stay in
+    memory, `queue_size` requests wait, the state of `connections` visits is kept, and an answer takes `time_limit`
+    seconds. Raises `UsageError` where the extra "web" is missing, and the errors of reading weights.
     """
     from smollm_jax import weights
     from smollm_jax.runtime import compilation_cache
@@ -69,15 +70,17 @@ def build(
         dtype=dtype,
         quantize=quantize,
         tokenizer=tokenizer,
+        adapter=adapter,
         max_loaded=max_loaded,
     )
-    if initial_weights is not None:  # now, so that an error ends the start
-        print(f"loading {initial_weights}", flush=True)
-        for _ in store.open(str(initial_weights)):
+    first, path = next(iter(store.entries().items()))
+    if initial_weights is not None or (adapter is not None and path.exists()):  # now, so that an error ends the start
+        print(f"loading {first}", flush=True)
+        for _ in store.open(first):
             pass
     device = jax.devices()[0].device_kind
     handlers = Handlers(store, device=device, time_limit=time_limit)
-    print(f"weights {next(iter(store.entries()))}, device {device}, {quantize or dtype}", flush=True)
+    print(f"weights {first}, device {device}, {quantize or dtype}", flush=True)
     # Without FastAPI's documentation pages, which load scripts from another host.
     outer = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     blocks = page(handlers, queue_size=queue_size)

@@ -10,12 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import gradio
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from smollm_jax import weights
 from smollm_jax.commands import app, fetch
+from smollm_jax.config.hf_config import read_config
 from smollm_jax.errors import InputFileError, SmolLMError, StorageError, UsageError
 from smollm_jax.generation.engine import Token
 from smollm_jax.runs import answers
@@ -32,6 +34,7 @@ from smollm_jax.web.run_curves import RunCurves, downsampled
 from smollm_jax.web.runs_tab import INITIAL_VIEW, RunsTab, evenly_spaced
 from smollm_jax.web.sampling_panel import clamped, sampling_note
 from smollm_jax.web.token_html import span
+from smollm_jax.weights.adapter import Adapter, projection_shape, write_adapter
 from smollm_jax.weights.bundle import Bundle
 from tests.serving import GREEDY, Client, served, tiny_run, tiny_weights
 from tests.small_files import SMALL, small_tensors, small_tokenizer
@@ -88,6 +91,34 @@ def test_a_run_is_its_newest_checkpoint_and_no_more_weights_are_kept_than_asked_
     opened(few, "assets/tiny10")
     assert few.loaded("runs/grown") is None
     assert few.loaded("assets/tiny0") is first
+
+
+def test_the_page_starts_with_the_adapter_applied_and_names_it_beside_the_weights(place, tmp_path):
+    path, draw = place / "assets/tiny0", np.random.default_rng(0)
+    config, folder = read_config(path / "config.json"), tmp_path / "run" / "adapter"
+    out_size, in_size = projection_shape(config, "q_proj")
+    shapes = (config.num_hidden_layers, 2, in_size), (config.num_hidden_layers, out_size, 2)
+    a, b = (draw.normal(0, 0.1, shape).astype(np.float32) for shape in shapes)
+
+    def query_weights(name):
+        return np.asarray(opened(store, name)[1].engine.model.layers.self_attn.q_proj[...])
+
+    for weights_flag, shown in ((path, str(path)), (None, "assets/SmolLM2-135M-Instruct")):
+        write_adapter(folder, Adapter({"q_proj": (a, b)}, 2, 4.0))
+        store = model_store(place, initial_weights=weights_flag, adapter=folder.parent)
+        first, *others = store.entries()
+        assert first == f"{shown} with adapter {folder}"
+        assert shown in others, "the same weights without it"
+        assert f"<b>{first}</b>" in Handlers(store, device="cpu", time_limit=60).status(first)
+        if weights_flag is None:
+            continue
+        expected = np.asarray(weights.load(path, adapter=folder)[0].layers.self_attn.q_proj[...])
+        assert np.array_equal(query_weights(first), expected)
+        assert not np.array_equal(query_weights(first), query_weights(shown))
+        write_adapter(folder, Adapter({"q_proj": (a, -b)}, 2, 4.0))  # as a run at its next checkpoint
+        assert not np.array_equal(query_weights(first), expected)
+    with pytest.raises(InputFileError, match="no adapter"):
+        model_store(place, adapter=tmp_path / "nothing")
 
 
 def test_weights_that_are_written_anew_are_loaded_anew(place, weights_path):
