@@ -171,5 +171,9 @@ SETS: Cases = {
     "the folder itself": (manifest(lambda entry: [entry | {"name": "."}]), "not name a folder next to"),
     "a missing file": (manifest(lambda entry: [entry, entry | {"name": "1-1"}]), r"1-1/tokens\.json: no such file"),
     "another file": (manifest(lambda entry: [entry | {"sha256": "ab" * 32}]), ANOTHER),
+    "a key more than was signed": (
+        manifest({"format": "smollm-tokens-2", "files": [], "more": 1, "manifest_sha256": "0" * 64}),
+        "manifest_sha256 differs",
+    ),
     "another count": (manifest(lambda entry: [entry | {"tokens": 5}]), ANOTHER),
 }

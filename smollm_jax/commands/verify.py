@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             bad_count += 1
             print(f"step {step}: BAD: {error}")
             continue
-        files, environment = content["files"], content["environment"]
+        files, environment = content["files"], content.get("environment", {})
         size = sum(size for size, _ in files.values()) / 1e6
         names = [f"{name} {environment[name]}" for name in ("jax", "device", "cores") if name in environment]
         saved_with = f", saved with {', '.join(names)}" if names else ""

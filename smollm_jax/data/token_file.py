@@ -113,6 +113,8 @@ class TokenSet:
             files = [TokenFile.open(folder)]
         else:
             content = _read(manifest, _MANIFEST, "the manifest of a data set")
+            if content.pop("manifest_sha256", None) not in (None, _digest(content)):
+                raise InputFileError(f"{manifest}: has changed since it was written: manifest_sha256 differs")
             entries, special_tokens = content["files"], content.get("special_tokens") is True
             files = [TokenFile.open(folder / _folder_name(entry, manifest)) for entry in entries]
             if not files:
@@ -167,7 +169,13 @@ def write_manifest(folder: Path, names: Sequence[str], metadata: dict[str, Any])
     totals = {name: sum(entry[name] for entry in entries) for name in ("tokens", "documents")}
     with replacing(folder / MANIFEST) as temporary:
         content = {"format": FORMAT} | totals | metadata | {"files": entries}
+        content["manifest_sha256"] = _digest(content)
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """The sha256 of a manifest's other fields, so that a changed, missing or additional one is noticed."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 _SIDECAR: dict[str, tuple[type, str]] = {

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from smollm_jax.errors import CheckpointError, DivergedError, PeerError, StorageError
+from smollm_jax.errors import CheckpointError, DivergedError, PeerError, StorageError, short_repr
 from smollm_jax.runs import manifest
 from smollm_jax.runs.manifest import DamagedError, NoManifestError
 from smollm_jax.runs.pytree import Arrays
@@ -29,8 +29,12 @@ STRAGGLER_SECONDS = 0.5  # after a failed save: its threads count as finished wh
 
 
 def steps_in(checkpoints: Path) -> list[int]:
-    """The complete steps in a folder of checkpoints, oldest first; they are neither opened nor verified."""
-    return sorted(int(path.name) for path in checkpoints.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name))
+    """The complete steps in a folder of checkpoints, oldest first; they are neither opened nor verified.
+
+    A file, and a folder whose name is no number of at most 18 digits (64 bits), is no step.
+    """
+    names = (path.name for path in checkpoints.glob("*") if path.is_dir())
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
 
 
 class CheckpointStore:
@@ -217,8 +221,11 @@ class CheckpointStore:
         return content
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON saved with a step."""
-        return self._restore(step, meta=self._ocp.args.JsonRestore())["meta"]
+        """The JSON object saved with a step."""
+        meta = self._restore(step, meta=self._ocp.args.JsonRestore())["meta"]
+        if not isinstance(meta, dict):
+            raise CheckpointError(f"{self._folder_of(step)}: meta is {short_repr(meta)}, not an object")
+        return meta
 
     def restore(self, step: int, like: dict[str, Arrays]) -> dict[str, Arrays]:
         """Items of a step with the names, shapes, dtypes and shardings of `like` (abstract arrays by name).

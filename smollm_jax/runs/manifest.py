@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import stat
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from smollm_jax.runtime.atomic import sync
 
 MANIFEST = "integrity.json"
 FORMAT = "smollm-integrity-1"
+MAX_BYTES = 64 << 20  # of a manifest; a file adds about 150
 # Files and folders that other programs create, in lower case: when a user views a folder (macOS, Windows, KDE,
 # Synology, Jupyter), edits in it (vim, Emacs), synchronises it (Dropbox, Syncthing, macOS zip), or removes an open
 # file in it (NFS, FUSE, trash). Orbax writes no file with such a name.
@@ -97,8 +99,11 @@ def verify(folder: Path, items: tuple[str, ...] = ()) -> dict[str, Any]:
                 raise DamagedError(f"{folder / name}: is missing")
             if name not in expected:
                 raise DamagedError(f"{folder / name}: is not in {MANIFEST}")
-            if (size := present[name].stat().st_size) != expected[name][0]:
-                raise DamagedError(f"{folder / name}: has {size} bytes, not {expected[name][0]}")
+            status = present[name].stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise DamagedError(f"{folder / name}: is not a file")
+            if status.st_size != expected[name][0]:
+                raise DamagedError(f"{folder / name}: has {status.st_size} bytes, not {expected[name][0]}")
         hashed = [name for name in present if not items or "/" not in name or name.split("/")[0] in items]
         with ThreadPoolExecutor() as pool:
             entries = pool.map(_size_and_digest, [present[name] for name in hashed])
@@ -124,8 +129,11 @@ def _print_once(line: str) -> None:
 
 
 def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The files of a checkpoint by relative path, without its manifest; and the relative paths of stray files."""
-    paths = (path for path in sorted(folder.rglob("*")) if not path.is_dir())
+    """The files and empty folders of a checkpoint by relative path, without its manifest; and the stray files' paths.
+
+    A save leaves no empty folder, so a manifest lists none.
+    """
+    paths = (path for path in sorted(folder.rglob("*")) if not path.is_dir() or not any(path.iterdir()))
     files = {path.relative_to(folder).as_posix(): path for path in paths}
     strays = [name for name in files if is_stray(name)]
     return {name: path for name, path in files.items() if name != MANIFEST and name not in strays}, strays
@@ -146,10 +154,14 @@ def _serialize(content: dict[str, Any]) -> bytes:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+            raise DamagedError(f"{path}: is not a file of at most {MAX_BYTES:,} bytes")
         written = path.read_bytes()
         content = json.loads(written)
         del content["sha256"]
         intact = _serialize(content) == written and content["format"] == FORMAT
+        valid = _is_valid(content)
     except FileNotFoundError as error:
         raise NoManifestError(f"{path}: is missing") from error
     except OSError as error:
@@ -158,4 +170,22 @@ def _read(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path}: has changed since it was written: {error!r}") from error
     if not intact:
         raise DamagedError(f"{path}: has changed since it was written")
+    if not valid:  # signed again after a change
+        raise DamagedError(f"{path}: is not a manifest of {FORMAT}: it lacks a field, or one is unknown or invalid")
     return content
+
+
+def _is_valid(content: dict[str, Any]) -> bool:
+    """Whether a manifest has the fields that `seal` writes, and no others."""
+    names, files = {"format", "step", "fingerprints", "environment", "files"}, content.get("files")
+    objects = (content.get(name, {}) for name in ("fingerprints", "environment"))
+    return (
+        content.keys() <= names
+        and type(content.get("step")) is int
+        and all(isinstance(value, dict) for value in objects)
+        and isinstance(files, dict)
+        and all(
+            isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is int and isinstance(entry[1], str)
+            for entry in files.values()
+        )
+    )

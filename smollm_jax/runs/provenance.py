@@ -7,14 +7,17 @@ import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from smollm_jax.config import Config, Recipe
 from smollm_jax.config.finetune_recipe import FinetuneRecipe
-from smollm_jax.errors import CheckpointError, UsageError
+from smollm_jax.errors import CheckpointError, UsageError, short_repr
 
 # May change on resume. (The learning rate schedule's decay moves with the last step.)
 FREE_ON_RESUME = ("steps",)
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +37,12 @@ class Provenance:
         if "recipe" not in meta:
             raise CheckpointError("it has weights but no training state: start from them with --init-from")
         try:
-            others = {field.name: meta[field.name] for field in dataclasses.fields(cls)[2:]}
-            kind = FinetuneRecipe if "method" in meta["recipe"] else Recipe
-            return cls(kind(**meta["recipe"]), Config(**meta["config"]), **others)
-        except (KeyError, TypeError, UsageError) as error:
+            values = {field.name: meta[field.name] for field in dataclasses.fields(cls)}
+        except KeyError as error:
             raise CheckpointError(f"it was saved by another version of this trainer: {error}") from error
+        recipe = values["recipe"]
+        kind = FinetuneRecipe if isinstance(recipe, dict) and "method" in recipe else Recipe
+        return from_json(cls, values | {"recipe": from_json(kind, recipe), "config": from_json(Config, meta["config"])})
 
     def meta(self) -> dict[str, Any]:
         """The JSON that `from_meta` reads."""
@@ -70,6 +74,34 @@ class Provenance:
         flat = meta["recipe"] | meta["config"]
         flat |= {"data": self.data_sha256, "tokenizer": self.tokenizer_sha256}
         return {name: value for name, value in flat.items() if name not in FREE_ON_RESUME}
+
+
+def from_json(kind: type[T], values: Any) -> T:
+    """A dataclass from the JSON object that a checkpoint has for it.
+
+    Raises `CheckpointError` if a field is missing, unknown, of another type or refused by the dataclass.
+    """
+    if not isinstance(values, dict):
+        raise CheckpointError(f"its {kind.__name__} is {short_repr(values)}, not an object")
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _has_type(value, hints[name]):
+            raise CheckpointError(f"its {kind.__name__} has {name} {short_repr(value)}")
+    try:
+        return kind(**values)
+    except (TypeError, UsageError) as error:
+        raise CheckpointError(f"it was saved by another version of this trainer: {error}") from error
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON has the type of a field; a tuple is a list there."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(hint, UnionType):
+        return any(_has_type(value, option) for option in get_args(hint))
+    if get_origin(hint) in (list, tuple):
+        return isinstance(value, list) and all(_has_type(item, get_args(hint)[0]) for item in value)
+    return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or type(value) is not bool)
 
 
 def environment(device: str, devices: int) -> dict[str, Any]:

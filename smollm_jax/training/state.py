@@ -9,11 +9,11 @@ import jax
 import optax
 
 from smollm_jax.config import Config, Recipe
-from smollm_jax.errors import CheckpointError, DivergedError, UsageError
+from smollm_jax.errors import CheckpointError, DivergedError, UsageError, short_repr
 from smollm_jax.model.smollm import SmolLM
 from smollm_jax.parallel import sharding
 from smollm_jax.runs.checkpoint import CheckpointStore
-from smollm_jax.runs.provenance import Provenance, environment
+from smollm_jax.runs.provenance import Provenance, environment, from_json
 from smollm_jax.runs.pytree import flatten, unflatten
 from smollm_jax.training import optimizer
 from smollm_jax.training.execution import ExecutionConfig, Intervals
@@ -108,8 +108,10 @@ def restore_run(
     meta = store.meta(step)
     try:
         provenance = Provenance.from_meta(meta)
-        progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
-        intervals, environment = Intervals(**meta["cadence"]), meta["environment"]
+        progress = from_json(Progress, {field.name: meta[field.name] for field in dataclasses.fields(Progress)})
+        intervals, environment = from_json(Intervals, meta["cadence"]), meta["environment"]
+        if not isinstance(environment, dict):
+            raise CheckpointError(f"its environment is {short_repr(environment)}, not an object")
     except (CheckpointError, KeyError) as error:
         raise CheckpointError(f"{store.folder}: step {step}: {error}") from error
     template = abstract(provenance.config, provenance.recipe)

@@ -1,13 +1,14 @@
 """Weights with a LoRA adapter merged into them: of a run that trained one, and of a folder in peft's layout."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from smollm_jax.config import Config
+from smollm_jax.config.finetune_recipe import FinetuneRecipe
 from smollm_jax.config.hf_config import read_config
 from smollm_jax.errors import InputFileError
+from smollm_jax.runs.provenance import Provenance
 from smollm_jax.tokenizer.source import read_tokenizer_files
 from smollm_jax.weights.adapter import (
     ADAPTER,
@@ -33,7 +34,10 @@ def read_base(base: str, sha256: str, source: Path) -> Bundle:
 
     if not Path(base).exists() and not is_name(Path(base)):
         raise InputFileError(f"{source}: its adapter was trained on {base}, which does not exist")
-    bundle = read(base)
+    try:
+        bundle = read(base)
+    except RecursionError as error:
+        raise InputFileError(f"{source}: its adapter was trained on {base}, which leads back to itself") from error
     if sha256 and fingerprint(bundle) != sha256:
         raise InputFileError(f"{source}: the weights {base}, which its adapter was trained on, have changed since")
     return bundle
@@ -84,24 +88,29 @@ def adapter_and_config(path: Path) -> tuple[Adapter, Config]:
     return read_adapter(folder, config), config
 
 
-def merge_run(run: Path, config: Config, parameters: dict[str, np.ndarray], meta: dict[str, Any]) -> Bundle:
-    """The weights of a run that trained an adapter, from its checkpoint's parameters by path and its `meta`.
+def merge_run(run: Path, parameters: dict[str, np.ndarray], provenance: Provenance) -> Bundle:
+    """The weights of a run that trained an adapter, from its checkpoint's parameters by path and its provenance.
 
     Raises `InputFileError` as `read_base` does, and for parameters that are not those of the run's recipe.
     """
-    recipe = meta["recipe"]
-    targets, rank = recipe["lora_targets"].split(","), recipe["lora_rank"]
+    recipe, config = provenance.recipe, provenance.config
+    if not isinstance(recipe, FinetuneRecipe):
+        raise InputFileError(f"{run}: its recipe has an adapter but no method")
+    targets, rank = recipe.lora_targets.split(","), recipe.lora_rank
     expected: dict[str, tuple[int, ...]] = {}
     for target in targets:
-        out_size, in_size = projection_shape(config, target)
+        try:
+            out_size, in_size = projection_shape(config, target)
+        except KeyError as error:
+            raise InputFileError(f"{run}: its recipe's lora_targets name {error}, which is no projection") from error
         expected[f"{target}.a"] = (config.num_hidden_layers, rank, in_size)
         expected[f"{target}.b"] = (config.num_hidden_layers, out_size, rank)
     shapes = {name: array.shape for name, array in parameters.items()}
     if differing := sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name)):
         raise InputFileError(f"{run}: its adapter has other parameters than its recipe: {', '.join(differing)}")
-    bundle = read_base(meta["start_from"], recipe["base_sha256"], run)
+    bundle = read_base(provenance.start_from, recipe.base_sha256, run)
     pairs = {target: (parameters[f"{target}.a"], parameters[f"{target}.b"]) for target in targets}
-    adapter = Adapter(pairs, rank, recipe["lora_alpha"], recipe["rslora"], meta["start_from"])
+    adapter = Adapter(pairs, rank, recipe.lora_alpha, recipe.rslora, provenance.start_from)
     bundle = merge_adapter(bundle, adapter)
     bundle.config = config
     return bundle

@@ -189,6 +189,51 @@ def test_any_other_file_too_many_is_damage(tmp_path, name):
         manifest.verify(tmp_path / "c/1")
 
 
+SIGNED_AGAIN = {
+    "no files": {"files": None},
+    "a list of files": {"files": [1]},
+    "a file without a size": {"files": {"a": 7}},
+    "a size in words": {"files": {"a": ["1", ""]}},
+    "no step": {"step": None},
+    "an unknown key": {"more": 1},
+    "an environment of another type": {"environment": [1]},
+}
+
+
+@pytest.mark.parametrize("change", SIGNED_AGAIN.values(), ids=SIGNED_AGAIN)
+def test_a_manifest_signed_again_with_other_fields_is_damage(tmp_path, change):
+    (tmp_path / "a").write_text("x")
+    manifest.seal(tmp_path, {"step": 1})
+    content = manifest.verify(tmp_path)
+    (tmp_path / "integrity.json").write_bytes(manifest._serialize(content | change))
+    with pytest.raises(CheckpointError, match=r"integrity\.json: is not a manifest"):
+        manifest.verify(tmp_path)
+
+
+def test_an_empty_folder_a_pipe_and_a_device_in_a_step_are_damage(tmp_path):
+    (tmp_path / "a").write_text("x")
+    manifest.seal(tmp_path, {"step": 1})
+    (tmp_path / "b").mkdir()
+    with pytest.raises(CheckpointError, match=r"b: is not in integrity\.json"):
+        manifest.verify(tmp_path)
+    (tmp_path / "b").rmdir()
+    (tmp_path / "a").unlink()
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="a: is not a file"):
+        manifest.verify(tmp_path)
+    (tmp_path / "integrity.json").unlink()
+    (tmp_path / "integrity.json").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"integrity\.json: is not a file"):
+        manifest.verify(tmp_path)
+
+
+def test_a_file_or_a_number_beyond_64_bits_is_no_step(tmp_path):
+    (tmp_path / "3").write_text("x")
+    for name in ("2", "10", "9" * 18, "1" + "0" * 18, "1" + "0" * 99):
+        (tmp_path / name).mkdir()
+    assert steps_in(tmp_path) == [2, 10, 10**18 - 1]
+
+
 def test_a_step_sealed_with_a_stray_file_is_whole_when_the_file_has_gone(tmp_path, monkeypatch):
     with CheckpointStore(tmp_path / "c") as store:
         store.save(1, items(1), {})

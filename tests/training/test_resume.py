@@ -15,7 +15,7 @@ import pytest
 
 from smollm_jax.config import Config, Recipe
 from smollm_jax.data.batches import Batches
-from smollm_jax.errors import DivergedError, LockedError, StoppedError, UsageError
+from smollm_jax.errors import CheckpointError, DivergedError, LockedError, StoppedError, UsageError
 from smollm_jax.model.smollm import SmolLM
 from smollm_jax.runs.checkpoint import CheckpointStore
 from smollm_jax.runs.metrics import RunLog, read_metrics
@@ -295,6 +295,25 @@ def test_a_changed_field_is_refused_by_name_with_old_and_new_unless_allowed(conf
     assert longer.check_resumes(saved, []) == []
     with pytest.raises(UsageError, match="--allow-change colour: no such field; choose from"):
         now.check_resumes(saved, ["colour"])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"cadence": {"save_every": 5}}, "'eval_every'"),
+        ({"cadence": {"save_every": "5", "eval_every": 5}}, "its Intervals has save_every '5'"),
+        ({"recently_skipped": ["x"]}, r"its Progress has recently_skipped \['x'\]"),
+        ({"environment": 1}, "its environment is 1, not an object"),
+        ({"step": True}, "its Progress has step True"),
+        ({"recipe": None}, "its Recipe is None, not an object"),
+    ],
+)
+def test_a_checkpoint_with_another_meta_is_not_resumed(tmp_path, monkeypatch, config, change, reason):
+    meta = Provenance(recipe(), config, "text", "aa", "bb").meta() | dataclasses.asdict(Progress())
+    meta |= {"cadence": {"save_every": 5, "eval_every": 5}, "environment": {}} | change
+    monkeypatch.setattr(CheckpointStore, "meta", lambda *_: meta)
+    with CheckpointStore(tmp_path) as store, pytest.raises(CheckpointError, match=f": step 1: .*{reason}"):
+        restore_run(store, 1)
 
 
 def test_half_a_line_of_metrics_does_not_spoil_the_rest(tmp_path):

@@ -18,6 +18,7 @@ from smollm_jax import weights
 from smollm_jax.config import preset
 from smollm_jax.errors import CheckpointError, InputFileError, StorageError, UsageError
 from smollm_jax.model.smollm import SmolLM
+from smollm_jax.runs import manifest
 from smollm_jax.runs.pytree import flatten
 from smollm_jax.weights import bundle as formats
 from smollm_jax.weights import mapping, safetensors_file
@@ -330,13 +331,13 @@ def test_the_safetensors_writer_keeps_arrays_of_any_memory_order(tmp_path):
 
 def test_a_damaged_or_unsealed_checkpoint_is_not_read_as_weights(tmp_path, bundle):
     weights.write(tmp_path / "run", bundle, "orbax")
-    manifest = tmp_path / "run/checkpoints/0/integrity.json"
-    sealed = manifest.read_bytes()
-    manifest.unlink()
+    seal = tmp_path / "run/checkpoints/0/integrity.json"
+    sealed = seal.read_bytes()
+    seal.unlink()
     with pytest.raises(CheckpointError, match="--allow-unverified"):
         weights.read(tmp_path / "run")
     same(weights.read(tmp_path / "run", allow_unverified=True).tensors, bundle.tensors)
-    manifest.write_bytes(sealed)
+    seal.write_bytes(sealed)
     same(weights.read(tmp_path / "run").tensors, bundle.tensors)
     largest = max((tmp_path / "run/checkpoints/0/params").rglob("?" * 32), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
@@ -345,6 +346,30 @@ def test_a_damaged_or_unsealed_checkpoint_is_not_read_as_weights(tmp_path, bundl
     for allow in (False, True):
         with pytest.raises(CheckpointError, match=f"{largest.name}: sha256 differs"):
             weights.read(tmp_path / "run", allow_unverified=allow)
+
+
+def test_a_checkpoint_sealed_again_with_another_meta_is_refused_in_one_line(tmp_path, bundle):
+    weights.write(tmp_path / "run", bundle, "orbax")
+    step = tmp_path / "run/checkpoints/0"
+    config = json.loads(json.dumps(dataclasses.asdict(bundle.config)))
+    provenance = {"config": config, "data": "", "data_sha256": "", "tokenizer_sha256": "", "start_from": "nowhere"}
+    recipe = {"steps": 1, "batch_size": 1, "sequence_length": 8, "learning_rate": 1.0, "warmup_steps": 0}
+    recipe |= {"dtype": "float32", "method": "sft", "lora_rank": 2, "lora_alpha": 1.0}
+    for meta, reason in {
+        "[1]": r"meta is \[1\], not an object",
+        json.dumps({"config": {name: value for name, value in config.items() if name != "head_dim"}}): "'head_dim'",
+        json.dumps({"config": [1]}): r"its Config is \[1\], not an object",
+        json.dumps({"recipe": 7}): "its recipe is 7, not an object",
+        json.dumps({"recipe": {"lora_rank": 2}}): "another version of this trainer: 'recipe'|'config'",
+        json.dumps(provenance | {"recipe": recipe | {"lora_rank": "2"}}): "its FinetuneRecipe has lora_rank '2'",
+        json.dumps(provenance | {"recipe": recipe | {"dtype": "int8"}}): "its FinetuneRecipe has dtype 'int8'",
+        json.dumps(provenance | {"data": None, "recipe": recipe}): "its Provenance has data None",
+        json.dumps(provenance | {"recipe": recipe | {"lora_targets": "x"}}): "lora_targets name .*, which is no proj",
+    }.items():
+        (step / "meta/metadata").write_text(meta)
+        manifest.seal(step, {"step": 0})
+        with pytest.raises((CheckpointError, InputFileError), match=f"run.*{reason}"):
+            weights.read(tmp_path / "run")
 
 
 def test_equal_weights_make_equal_files(tmp_path):
