@@ -191,7 +191,7 @@ def test_packed_rows_have_the_loss_of_separate_ones(tiny, examples):
 
 def test_every_row_is_seen_once_an_epoch(examples):
     chosen = recipe(seed=3)
-    batches = RowBatches(padded(examples, LENGTH), padded([], LENGTH), chosen)
+    batches = RowBatches([(padded(examples, LENGTH), padded([], LENGTH))], chosen)
     epochs = range(STEPS), range(STEPS, 2 * STEPS)
     first, second = ([name for step in steps for name in batches.windows_of(step)] for steps in epochs)
     assert sorted(first) == sorted(second)

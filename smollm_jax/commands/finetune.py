@@ -2,6 +2,7 @@
 
     python scripts/finetune.py --data my_chats.jsonl             # the Instruct weights, everything chosen
     python scripts/finetune.py --data my_chats.jsonl --weights runs/my-run --steps 500
+    python scripts/finetune.py --data chats.jsonl:0.7 code.jsonl:0.3     # of every ten rows, seven of the first file
     python scripts/finetune.py --data my_chats.jsonl --lora-rank 16      # trains a LoRA adapter, in peft's layout
     python scripts/finetune.py --data prefs.jsonl --method dpo --weights runs/my-sft
     python scripts/finetune.py --data my_chats.jsonl --show-mask 3    # what is learnt of three of them; trains nothing
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 def begin(flags: Flags, stop: "StopSignal", startup: QuickStart) -> None:
     """Fine-tunes in the run folder the flags name, which is locked meanwhile."""
     from smollm_jax import weights
+    from smollm_jax.data.mixture import parse_sources
     from smollm_jax.data.text_sources import text_files
     from smollm_jax.runs.folder import check_no_checkpoint, clean_up_failed_start, newest_run
     from smollm_jax.runtime.lock import RunLock
@@ -70,8 +72,8 @@ def begin(flags: Flags, stop: "StopSignal", startup: QuickStart) -> None:
             raise errors.InputFileError(
                 f"{data[0]}: no such folder: fetch it with `python scripts/fetch_assets.py chats`, or name your --data"
             )
-        for source in data:
-            text_files(Path(source))
+        for path in parse_sources(data)[0]:
+            text_files(path)
         start = flags.weights or asset(WEIGHTS)
         weights.kind_of(start)
         flags = dataclasses.replace(flags, data=data, weights=start)
@@ -99,6 +101,7 @@ def show_mask(flags: Flags, sources: tuple[str, ...], start: Path) -> None:
 
     from smollm_jax.data.examples.examples import read_examples, read_pairs
     from smollm_jax.data.examples.show import mask_of
+    from smollm_jax.data.mixture import parse_sources
     from smollm_jax.finetuning.chat_format import chat_tokenizer
     from smollm_jax.tokenizer import Tokenizer
 
@@ -106,13 +109,14 @@ def show_mask(flags: Flags, sources: tuple[str, ...], start: Path) -> None:
     _, named = choose(flags.recipe, flags.method)
     fields = {"dtype": "float32"} | flags.recipe_fields() | {"lora_rank": 0}  # dtype and adapter decide nothing here
     recipe = named.resolve(fields, 1)
+    paths, _ = parse_sources(sources)
     options: dict[str, Any] = {"max_length": recipe.sequence_length, "on_bad_text": flags.on_bad_text}
     options["most"] = flags.show_mask
     if recipe.method == "dpo":
-        pairs, report = read_pairs(sources, tokenizer, **options)
+        pairs, report = read_pairs(paths, tokenizer, **options)
         examples = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
     else:
-        examples, report = read_examples(sources, tokenizer, learn=recipe.learn, **options)
+        examples, report = read_examples(paths, tokenizer, learn=recipe.learn, **options)
     console = Console(highlight=False, soft_wrap=True)
     for example in examples:
         console.print(mask_of(example, tokenizer))

@@ -134,14 +134,11 @@ def open_mixture(
     `special_tokens` apply to text; raises `UsageError` for a set that was prepared without the requested
     `special_tokens`.
     """
-    weighted = [parse_source(str(s)) for s in ([sources] if isinstance(sources, (str, Path)) else sources)]
-    weights = [weight for _, weight in weighted if weight is not None]
-    if not weighted or (weights and len(weights) != len(weighted)):
-        raise UsageError("--data: give a weight to every source or to none: PATH:WEIGHT")
+    paths, shares = parse_sources([sources] if isinstance(sources, (str, Path)) else sources)
     tokenizer = tokenizer or Tokenizer.load(tokenizer_folder)
     settings = Settings(tokenizer_folder, on_bad_text=on_bad_text, special_tokens=special_tokens)
     sets = []
-    for path, _ in weighted:
+    for path in paths:
         path = path.parent if path.name == "tokens.bin" else path
         is_prepared = any((path / name).is_file() for name in (MANIFEST, "tokens.json"))
         sets.append(TokenSet.open(path if is_prepared else cached_dataset(path, settings, cache, stop, tokenizer)))
@@ -150,17 +147,35 @@ def open_mixture(
             raise UsageError(f"{path}: was prepared without --special-tokens: {advice}")
         for file in sets[-1].files:
             file.check(tokenizer, tokenizer_folder, tokenizer.sha256)
-    if not weights:
+    if shares is None:
         return Mixture((tuple(sets),), vocab_size=tokenizer.vocab_size)
-    shares = tuple(weight / sum(weights) for weight in weights)
     return Mixture(tuple((token_set,) for token_set in sets), shares, tokenizer.vocab_size)
 
 
+def parse_sources(sources: Sequence[str | Path]) -> tuple[list[Path], tuple[Fraction, ...] | None]:
+    """The paths of sources, each PATH or PATH:WEIGHT, and their shares, which sum to 1; None without weights.
+
+    Raises `UsageError` for a weight that is not above 0, and if only some sources have one.
+    """
+    weighted = [parse_source(str(source)) for source in sources]
+    weights = [weight for _, weight in weighted if weight is not None]
+    if not weighted or (weights and len(weights) != len(weighted)):
+        raise UsageError("--data: give a weight to every source or to none: PATH:WEIGHT")
+    paths = [path for path, _ in weighted]
+    return paths, tuple(weight / sum(weights) for weight in weights) if weights else None
+
+
+NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan"  # what is meant as a weight, in whatever spelling
+
+
 def parse_source(source: str) -> tuple[Path, Fraction | None]:
-    """The path and the weight of PATH:WEIGHT, the weight as an exact decimal; None without a weight."""
+    """The path and the weight of PATH:WEIGHT, the weight as an exact decimal; None without a weight.
+
+    Raises `UsageError` for a number that is no decimal above 0.
+    """
     path, colon, weight = source.rpartition(":")
-    if not colon or not re.fullmatch(r"\d+(\.\d+)?", weight):
+    if not colon or not re.fullmatch(NUMBER, weight, re.IGNORECASE):
         return Path(source), None
-    if not Fraction(weight):
-        raise UsageError(f"--data {source}: a weight must be above 0")
+    if not re.fullmatch(r"\d+(\.\d+)?", weight) or not Fraction(weight):
+        raise UsageError(f"--data {source}: a weight must be above 0, a decimal such as 0.7")
     return Path(path), Fraction(weight)

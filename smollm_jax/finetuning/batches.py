@@ -1,14 +1,17 @@
 """Rows of examples as batches: a pure function of (recipe, rows, step). Imports no framework."""
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from smollm_jax.config.finetune_recipe import FinetuneRecipe
 from smollm_jax.data.examples.examples import Example, Pair
-from smollm_jax.data.examples.packing import Rows, packed, padded, paired
+from smollm_jax.data.examples.packing import Rows, joined, packed, padded, paired
+from smollm_jax.data.mixture import Interleaver
 from smollm_jax.data.shuffle import permute
 from smollm_jax.errors import InputFileError
 
@@ -24,20 +27,41 @@ def split(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any
 
 
 class RowBatches:
-    """Batches of rows, or of pairs of rows, in another order each epoch; every row once an epoch."""
+    """Batches of rows, or of pairs of rows; each source's rows come in another order in each of its epochs.
 
-    def __init__(self, train: Rows, held_out: Rows, recipe: FinetuneRecipe):
-        if not len(train):
+    With several sources, each has its share of the rows of every stretch of batches, as in pre-training's mixture
+    (`data.mixture.Interleaver`): all its rows come once before one comes again, and one that is used up starts over.
+    An epoch of the run is as many rows as all sources have together.
+    """
+
+    def __init__(
+        self, sources: Sequence[tuple[Rows, Rows]], recipe: FinetuneRecipe, shares: Sequence[Fraction] = (Fraction(1),)
+    ):
+        """`sources`: the rows that are trained on and those held out, of each source."""
+        if not all(len(train) for train, _ in sources):
             raise InputFileError("the data holds no example with a token to learn")
-        self.train, self.held_out, self.recipe = train, held_out, recipe
+        self.recipe, self.shares = recipe, shares
+        self._counts = [(len(train), len(held_out)) for train, held_out in sources]
+        self.train, self.held_out = (joined(rows) for rows in zip(*sources, strict=True))
+        self._interleaver = Interleaver(shares)
 
     @classmethod
     def of(
-        cls, train: Sequence[Example | Pair], held_out: Sequence[Example | Pair], recipe: FinetuneRecipe
+        cls,
+        sources: Sequence[tuple[Sequence[Example | Pair], Sequence[Example | Pair]]],
+        recipe: FinetuneRecipe,
+        shares: Sequence[Fraction] = (Fraction(1),),
     ) -> "RowBatches":
-        """The batches of examples, packed or padded as the recipe says, or of pairs."""
+        """The batches of each source's examples, packed or padded as the recipe says, or of its pairs."""
         lay: Any = paired if recipe.method == "dpo" else packed if recipe.packing else padded
-        return cls(lay(train, recipe.sequence_length), lay(held_out, recipe.sequence_length), recipe)
+        rows = [(lay(train, recipe.sequence_length), lay(held, recipe.sequence_length)) for train, held in sources]
+        return cls(rows, recipe, shares)
+
+    def with_recipe(self, recipe: FinetuneRecipe) -> "RowBatches":
+        """The same rows in the batches of another recipe, of the same seed."""
+        changed = copy.copy(self)
+        changed.recipe = recipe
+        return changed
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -52,35 +76,55 @@ class RowBatches:
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """The rows `[B, T]` of a step (0 = the first), or some of them."""
-        return self.train[self.numbers(step)[rows]].arrays()
+        return self.train[self._numbers(step, step + 1)[rows]].arrays()
 
     def windows_of(self, step: int) -> list[str]:
         """The numbers of the rows of a step's batch."""
-        return [f"row {number}" for number in self.numbers(step)]
+        return [f"row {number}" for number in self._numbers(step, step + 1)]
 
     def validation(self, batches: int) -> Iterator[dict[str, np.ndarray]]:
-        """Up to `batches` batches of held-out rows, evenly spread over them, the same ones every time."""
+        """Up to `batches` batches of held-out rows, evenly spread over them, the same ones every time.
+
+        Each source has its share of them, or fewer if it has fewer held-out rows.
+        """
         size, numbers = self.recipe.batch_size, self.validation_numbers(batches)
         for start in range(0, len(numbers), size):
             yield self.held_out[numbers[start : start + size]].arrays()
 
     def validation_numbers(self, batches: int) -> np.ndarray:
         """The numbers of the held-out rows that `validation` takes."""
-        count = len(self.held_out)
-        return np.linspace(0, count - 1, min(batches * self.recipe.batch_size, count)).round().astype(int)
+        sources, _ = self._interleaver(np.arange(batches * self.recipe.batch_size))
+        numbers, first = [], 0
+        for source, (_, rows) in enumerate(self._counts):
+            count = min(int((sources == source).sum()), rows)
+            numbers.append(first + np.linspace(0, rows - 1, count).round().astype(int))
+            first += rows
+        return np.concatenate(numbers)
 
     @property
     def sha256(self) -> str:
-        """A hash of all rows: what identifies the data of a run."""
+        """A hash of all rows, and of the shares of several sources: what identifies the data of a run."""
         digest = hashlib.sha256()
         for rows in (self.train, self.held_out):
             for array in (rows.tokens, rows.targets, rows.documents):
                 digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        if len(self.shares) > 1:
+            digest.update(f"{self._counts}{[str(share) for share in self.shares]}".encode())
         return digest.hexdigest()
 
-    def numbers(self, step: int) -> np.ndarray:
-        """The numbers of a step's rows."""
-        size, count = self.recipe.batch_size, len(self.train)
-        epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), count)
-        seed = self.recipe.seed
-        return np.concatenate([permute(places[epochs == n], count, (seed, int(n))) for n in np.unique(epochs)])
+    def met(self) -> np.ndarray:
+        """The numbers of the rows that the run trains on, each once, in ascending order."""
+        return np.unique(self._numbers(0, self.recipe.steps))
+
+    def _numbers(self, step: int, stop: int) -> np.ndarray:
+        """The numbers in `train` of the rows of the steps from `step` to before `stop`."""
+        size = self.recipe.batch_size
+        sources, indices = self._interleaver(np.arange(step * size, stop * size))
+        numbers, first = np.empty(len(indices), np.int64), 0
+        for source, (rows, _) in enumerate(self._counts):
+            epochs, places = np.divmod(indices, rows)
+            for epoch in np.unique(epochs[sources == source]):
+                chosen = (sources == source) & (epochs == epoch)
+                numbers[chosen] = first + permute(places[chosen], rows, (self.recipe.seed, int(epoch), source))
+            first += rows
+        return numbers

@@ -17,7 +17,9 @@ class Flags:
     data: tuple[str, ...] | None = None
     """Chats or other examples: .jsonl (.gz, .zst), .json or .parquet files, or folders of them. Recognized by their
     columns: messages, conversations, prompt and completion, instruction and output, or text; with --method dpo chosen
-    and rejected. Default for a new run: the conversations that fetch_assets.py chats brings into assets/chats."""
+    and rejected. Several are one after another; as PATH:WEIGHT they are mixed, and each source has its share of the
+    rows, which with --no-packing are examples and with --method dpo pairs. Default for a new run: the conversations
+    that fetch_assets.py chats brings into assets/chats."""
     weights: Annotated[Path | None, tyro.conf.arg(aliases=("--init-from",))] = None
     """Weights to start from, of any kind that convert_weights.py reads. Default: assets/SmolLM2-135M-Instruct."""
     recipe: str | None = None

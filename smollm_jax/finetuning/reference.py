@@ -52,7 +52,7 @@ def fill(
     `InputFileError` naming a pair without a finite log-probability.
     """
     needed: dict[str, tuple[Any, np.ndarray]] = {  # the pairs, which are `PairRows`, and the numbers of those needed
-        "train": (batches.train, _numbers_of_training(batches)),
+        "train": (batches.train, batches.met()),
         "held_out": (batches.held_out, batches.validation_numbers(validation_batches)),
     }
     _read(path, identity, {name: rows.reference for name, (rows, _) in needed.items()})
@@ -72,13 +72,6 @@ def fill(
         overwrite(path, safetensors_bytes(contents, {"fingerprint": identity}))
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _numbers_of_training(batches: RowBatches) -> np.ndarray:
-    steps, count = batches.recipe.steps, len(batches.train)
-    if steps * batches.recipe.batch_size >= count:
-        return np.arange(count)
-    return np.unique(np.concatenate([batches.numbers(step) for step in range(steps)]))
 
 
 def _read(path: Path, identity: str, into: dict[str, np.ndarray]) -> None:

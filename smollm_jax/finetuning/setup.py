@@ -1,8 +1,10 @@
 """A fine-tuning run as its flags, its data, this machine and the checkpoint it resumes from decide it."""
 
 import dataclasses
+import itertools
 import shlex
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from smollm_jax.config.hf_config import read_config
 from smollm_jax.config.recipe import check_batch_divides
 from smollm_jax.data.examples.examples import Example, Pair, Report, read_examples, read_pairs
 from smollm_jax.data.examples.packing import pair_length
+from smollm_jax.data.mixture import parse_sources
 from smollm_jax.errors import CheckpointError, UsageError
 from smollm_jax.finetuning.batches import RowBatches, split
 from smollm_jax.finetuning.chat_format import with_chat_format
@@ -48,7 +51,7 @@ class Setup:
     limit: int  # bytes of memory on each device; 0: JAX does not say
     planned: int  # bytes of them that a step is estimated to need
     batches: RowBatches
-    held_out: list[Example]  # of pairs, the chosen answers
+    held_out: list[Example]  # of pairs, the chosen answers; of several sources in turn
     train: int  # examples that are trained on
     notes: list[str]  # about the data, for the reader
     provenance: Provenance
@@ -102,14 +105,16 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
         )
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
-    examples, report = _read(sources, tokenizer, draft, flags)
+    examples, shares, notes = _read(sources, tokenizer, draft, flags)
     if named and named.method == "dpo" and flags.sequence_length is None:
-        given["sequence_length"] = min(draft.sequence_length, pair_length(examples))
+        given["sequence_length"] = min(draft.sequence_length, pair_length(list(itertools.chain(*examples))))
         draft = named.resolve(given, 1)
-    train, held_out = split(examples, draft.validation_fraction, draft.seed)
-    batches = RowBatches.of(train, held_out, draft)
+    parts = [split(source, draft.validation_fraction, draft.seed) for source in examples]
+    batches = RowBatches.of(parts, draft, shares)
     recipe = named.resolve(given, len(batches.train)) if named else draft
-    batches = RowBatches(batches.train, batches.held_out, recipe)
+    batches = batches.with_recipe(recipe)
+    in_turn = itertools.chain(*itertools.zip_longest(*(held_out for _, held_out in parts)))
+    held_out = [example for example in in_turn if example is not None]
     check_batch_divides(recipe.batch_size, devices, recipe.gradient_accumulation_steps)
     execution = _execution(flags, recipe, config, tokenizer, device, mesh, limit)
     usual = GPU_INTERVALS if device.platform == "gpu" else CPU_INTERVALS
@@ -128,8 +133,8 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
         planned=memory.estimate(config, recipe, execution, device.platform).total,
         batches=batches,
         held_out=[example.chosen if isinstance(example, Pair) else example for example in held_out],
-        train=len(train),
-        notes=report.lines(),
+        train=sum(len(train) for train, _ in parts),
+        notes=notes,
         provenance=provenance,
         restored=restored,
     )
@@ -137,12 +142,25 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
 
 def _read(
     sources: Sequence[str], tokenizer: Tokenizer, recipe: FinetuneRecipe, flags: Flags
-) -> tuple[list[Any], Report]:
-    """The examples of a run, or its pairs."""
+) -> tuple[list[list[Any]], tuple[Fraction, ...], list[str]]:
+    """The examples of a run, or its pairs, by source; the sources' shares; and notes. Without weights, one source."""
     options: dict[str, Any] = {"max_length": recipe.sequence_length, "on_bad_text": flags.on_bad_text}
-    if recipe.method == "dpo":
-        return read_pairs(sources, tokenizer, **options)
-    return read_examples(sources, tokenizer, learn=recipe.learn, **options)
+
+    def read(paths: Sequence[Path]) -> tuple[list[Any], Report]:
+        if recipe.method == "dpo":
+            return read_pairs(paths, tokenizer, **options)
+        return read_examples(paths, tokenizer, learn=recipe.learn, **options)
+
+    paths, shares = parse_sources(sources)
+    if shares is None:
+        examples, report = read(paths)
+        return [examples], (Fraction(1),), report.lines()
+    examples, notes = [], []
+    for path, share in zip(paths, shares, strict=True):
+        source, report = read([path])
+        examples.append(source)
+        notes += [f"{float(share):.3g} of the rows from {path}", *report.lines()]
+    return examples, shares, notes
 
 
 def _check_method(flags: Flags, method: str) -> None:

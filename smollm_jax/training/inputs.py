@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smollm_jax import weights
-from smollm_jax.data.mixture import parse_source
+from smollm_jax.data.mixture import parse_sources
 from smollm_jax.data.text_sources import text_files
 from smollm_jax.data.token_file import MANIFEST
-from smollm_jax.errors import InputFileError, UsageError
+from smollm_jax.errors import InputFileError
 from smollm_jax.tokenizer.source import own_tokenizer
 from smollm_jax.training.flags import TrainingFlags
 
@@ -33,10 +33,7 @@ def check(flags: TrainingFlags) -> None:
 
 def check_sources(sources: Sequence[str]) -> None:
     """Raises `InputFileError` for a source that is missing or holds no text, `UsageError` for wrong weights."""
-    parsed = [parse_source(source) for source in sources]
-    if not parsed or len({weight is None for _, weight in parsed}) > 1:
-        raise UsageError("--data: give a weight to every source or to none: PATH:WEIGHT")
-    for path, _ in parsed:
+    for path in parse_sources(sources)[0]:
         folder = path.parent if path.name == "tokens.bin" else path
         if any((folder / name).is_file() for name in (MANIFEST, "tokens.json")):
             continue

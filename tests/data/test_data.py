@@ -1,6 +1,7 @@
 """Text becomes a token file once, and a batch is a pure function of (recipe, step)."""
 
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -247,11 +248,14 @@ def test_the_identity_of_data_is_its_files_its_shares_and_its_order():
     assert len({*hashes, of_tokens(first).sha256, of_tokens(second).sha256}) == 4, "of_tokens names files by position"
 
 
+BAD_WEIGHTS = ("0", "-1", "+0.5", ".5", "1e-3", "inf", "nan")
+
+
 @pytest.mark.parametrize(
     ("sources", "named"),
     [
         (["a:1", "b"], "a weight to every source or to none"),
-        (["a:0"], "a:0: a weight must be above 0"),
+        *[([f"a:{weight}"], f"a:{re.escape(weight)}: a weight must be above 0") for weight in BAD_WEIGHTS],
         (["a:0.3333333", "b:1"], "repeat only every 13,333,333 windows"),
         ([], "a weight to every source"),
     ],

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from fractions import Fraction
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,9 +17,10 @@ from smollm_jax.config import preset
 from smollm_jax.config.finetune_recipe import FinetuneRecipe, named
 from smollm_jax.config.hf_config import read_config
 from smollm_jax.data.examples.examples import Example
+from smollm_jax.data.examples.packing import padded
 from smollm_jax.errors import InputFileError, SmolLMError, UsageError
 from smollm_jax.finetuning import lora
-from smollm_jax.finetuning.batches import split
+from smollm_jax.finetuning.batches import RowBatches, split
 from smollm_jax.finetuning.chat_format import TEMPLATE, with_chat_format
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runs.pytree import flatten
@@ -74,6 +76,8 @@ def test_a_base_model_gets_the_chat_format_of_the_instruct_one(tokenizer, tokeni
     [
         (["--data", "nothing.jsonl"], "nothing.jsonl"),
         (["--sequence-length", "1000000"], "--sequence-length 1000000 exceeds the model's"),
+        (["--data", "a.jsonl:0.5", "b.jsonl"], "a weight to every source or to none"),
+        (["--data", "a.jsonl:-1"], "a.jsonl:-1: a weight must be above 0"),
         (["--recipe", "huge"], "--recipe huge: unknown, known: laptop-sft, laptop-dpo, smollm2-sft, smollm2-dpo"),
         (["--learning-rate", "-1"], "learning_rate must be positive"),
         (["--batch-size", "3", "--gradient-accumulation-steps", "2"], "must divide"),
@@ -116,6 +120,57 @@ def test_held_out_examples_are_drawn_by_the_seed_and_are_none_without_a_fraction
     assert [example.ids for example in split(examples, 0.05, 1)[1]] != [example.ids for example in held_out]
     assert split(examples, 0.0, 0) == (examples, [])
     assert [len(part) for part in split(examples[:1], 0.05, 0)] == [1, 0]
+
+
+def numbered(first, count):
+    """Rows of one example each, whose first token is its number."""
+    return padded([Example(np.array([first + i, 1], np.int32), np.array([False, True])) for i in range(count)], 4)
+
+
+def test_sources_are_mixed_by_weight_and_each_is_seen_whole_before_it_comes_again():
+    recipe = FinetuneRecipe(8, 5, 4, learning_rate=1.0, warmup_steps=0, dtype="float32", seed=3)
+    sources = [(numbered(0, 12), numbered(0, 4)), (numbered(100, 3), numbered(100, 2))]
+    shares = (Fraction(3, 5), Fraction(2, 5))
+    mixed = RowBatches(sources, recipe, shares)
+    drawn = np.array([mixed.batch(step)["tokens"][:, 0] for step in range(8)])
+    assert ((drawn >= 100).sum(axis=1) == 2).all(), "of every five rows two are the second source's"
+    for numbers in (drawn[drawn < 100].reshape(2, 12), drawn[drawn >= 100][:15].reshape(5, 3)):
+        assert all(np.array_equal(np.sort(epoch), np.unique(numbers)) for epoch in numbers)
+        assert len(np.unique(numbers, axis=0)) > 1, "every epoch has another order"
+    again = RowBatches(sources, recipe, shares)  # as a resumed run, which begins with a later step
+    assert np.array_equal(again.batch(5, slice(1, 4))["tokens"][:, 0], drawn[5, 1:4])
+    (held_out,) = mixed.validation(1)
+    assert ((held_out["tokens"][:, 0] >= 100).sum(), len(held_out["tokens"])) == (2, 5)
+    assert mixed.met().tolist() == list(range(15))
+    shorter = mixed.with_recipe(dataclasses.replace(recipe, steps=1))
+    assert np.array_equal(shorter.train[shorter.met()].tokens[:, 0], np.sort(drawn[0]))
+    one = RowBatches([(numbered(0, 12), numbered(0, 4))], recipe)
+    hashes = {batches.sha256 for batches in (mixed, one, RowBatches(sources, recipe, shares[::-1]))}
+    assert (len(hashes), again.sha256) == (3, mixed.sha256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--method", "dpo"]], ids=["packed", "pairs"])
+def test_a_killed_run_of_a_mixture_resumes_bit_for_bit_and_refuses_other_weights(
+    tmp_path, run, killed, capsys, chats, flags
+):
+    rows = [json.loads(line) for line in chats.read_text().splitlines()]
+    if flags == ["--method", "dpo"]:
+        nobody = {"role": "assistant", "content": "Nobody knows."}
+        both = [row["messages"] for row in rows]
+        rows = [{"prompt": [asked], "chosen": [answer], "rejected": [nobody]} for asked, answer in both]
+    for name, part in (("a", rows[:16]), ("b", rows[16:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    mixture = [f"{tmp_path}/a.jsonl:0.7", f"{tmp_path}/b.jsonl:0.3"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run(straight, *flags, "--data", *mixture)
+    assert f"0.3 of the rows from {tmp_path}/b.jsonl" in " ".join(capsys.readouterr().out.split())
+    killed(resumed, *flags, "--data", *mixture)
+    with pytest.raises(SmolLMError, match="data"):
+        run(resumed, "--data", mixture[0], f"{tmp_path}/b.jsonl:0.4", resume=True)
+    run(resumed, resume=True)
+    assert losses(resumed) == losses(straight)
+    assert final_state(resumed) == final_state(straight)
 
 
 @pytest.mark.parametrize(

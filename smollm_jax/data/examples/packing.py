@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -45,6 +46,9 @@ class PairRows(Rows):
     reference: np.ndarray
 
 
+RowsT = TypeVar("RowsT", bound=Rows)
+
+
 def packed(examples: Sequence[Example], length: int) -> Rows:
     """Examples of up to `length` tokens, packed by best fit decreasing within each 1,000 of them.
 
@@ -60,6 +64,15 @@ def packed(examples: Sequence[Example], length: int) -> Rows:
 def padded(examples: Sequence[Example], length: int) -> Rows:
     """One example a row."""
     return _filled([[example] for example in examples], length)
+
+
+def joined(parts: Sequence[RowsT]) -> RowsT:
+    """The rows of all parts, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    arrays = [part.arrays() for part in parts]
+    together = {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
+    return dataclasses.replace(parts[0], **together)
 
 
 def paired(pairs: Sequence[Pair], length: int) -> PairRows:
