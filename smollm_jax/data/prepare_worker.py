@@ -7,7 +7,6 @@ Imports no framework.
 
 import collections
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -143,13 +142,12 @@ def _encode_chunks(
     while this thread reads the next batch and the caller consumes the previous one.
     """
     tokenizer.core.encode_special_tokens = not job.special_tokens
-    encode = functools.partial(tokenizer.core.encode_batch_fast, add_special_tokens=False)
     new_chunks = itertools.islice(_read_chunks(unit, job, bad_text, special), unit.chunks_written, None)
     in_flight: collections.deque[tuple[list[tuple[float, TextChunk]], Future[Any]]] = collections.deque()
     with ThreadPoolExecutor(2) as pool:
         while (batch := _next_batch(new_chunks)) or in_flight:
             if batch:
-                in_flight.append((batch, pool.submit(encode, [chunk.text for _, chunk in batch])))
+                in_flight.append((batch, pool.submit(tokenizer.encodings, [chunk.text for _, chunk in batch])))
             if len(in_flight) > 2 or not batch:
                 oldest, encodings = in_flight.popleft()
                 for (position, chunk), encoding in zip(oldest, encodings.result(), strict=True):

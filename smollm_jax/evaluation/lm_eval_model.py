@@ -69,7 +69,8 @@ class SmolLMHarness(TemplateLM):
             add_special_tokens = not string.startswith(tokenizer.decode([self.prefix_token_id]))
         if self._is_bad(string) and self.on_bad_text == "skip":
             tokenizer.core.encode_special_tokens = False
-            return tokenizer.core.encode(_without_surrogates(string), add_special_tokens=add_special_tokens).ids
+            ids = tokenizer.encodings([_without_surrogates(string)])[0].ids
+            return [*tokenizer.prefix_ids, *ids, *tokenizer.suffix_ids] if add_special_tokens else ids
         return tokenizer.encode(self._replaced(string), parse_special=True, add_special_tokens=add_special_tokens)
 
     def _is_bad(self, text: str) -> bool:

@@ -16,6 +16,7 @@ import tokenizers
 
 from smollm_jax.errors import InputFileError, UsageError, short_repr
 from smollm_jax.runtime.assets import resolve_asset
+from smollm_jax.runtime.panics import catch_panics
 from smollm_jax.tokenizer.chat_template import ChatTemplates
 from smollm_jax.tokenizer.chat_tokens import encode_answers, encode_chat
 from smollm_jax.tokenizer.conversation import Conversation, Message
@@ -119,7 +120,7 @@ class Tokenizer:
 
         `add_special_tokens` adds the ids of the post-processor, as `tokenizer(text)` of transformers does; SmolLM2's
         has none. Raises `UsageError` for a character that the vocabulary cannot represent: SmolLM2's lacks six control
-        characters and U+40000 to U+BFFFF, which `tokenizers` would silently drop.
+        characters and U+40000 to U+BFFFF, which `tokenizers` would silently drop. Raises as `encodings` does.
         """
         ids = self._encode_batch([text], parse_special)[0]
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
@@ -137,7 +138,15 @@ class Tokenizer:
             if reason := self.unencodable(text):
                 raise UsageError(f"the text cannot be encoded: {reason}")
         self.core.encode_special_tokens = not parse_special
-        return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self.encodings(texts)]
+
+    def encodings(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """The encodings of texts, whose special tokens are parsed or not as `core` was told.
+
+        Raises `InputFileError` where the tokenizer's regex gives up on a text: `tokenizers` panics then.
+        """
+        encode = functools.partial(self.core.encode_batch_fast, texts, add_special_tokens=False)
+        return catch_panics(encode, str(self.path), "the tokenizer cannot encode a text")
 
     def unencodable(self, text: str) -> str | None:
         """Why a text cannot be encoded without loss, or None if it can."""

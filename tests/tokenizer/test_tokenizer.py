@@ -107,8 +107,12 @@ def test_the_vocabulary_reaches_to_the_largest_id(tmp_path):
 
 
 def test_stderr_is_silent_only_inside_the_block(capfd):
-    with silent_stderr():
-        os.write(2, b"thread panicked\n")
+    first, second = silent_stderr(), silent_stderr()  # of two threads
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    os.write(2, b"thread panicked\n")
+    second.__exit__(None, None, None)
     os.write(2, b"heard\n")
     assert capfd.readouterr().err == "heard\n"
 
@@ -146,6 +150,18 @@ def test_a_tokenizer_that_panics_is_refused_by_name(tmp_path, weights_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(InputFileError, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_regex_that_gives_up_on_a_text_is_refused_by_name(tmp_path, capfd):
+    values = json.loads(small_tokenizer()["tokenizer.json"])
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    values["pre_tokenizer"]["pretokenizers"].insert(0, split)
+    tokenizer = Tokenizer.load(tokenizer_folder(tmp_path, **{"tokenizer.json": json.dumps(values).encode()}))
+    assert tokenizer.decode(tokenizer.encode("xxxy")) == "xxxy"
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(InputFileError, match=f"^{tmp_path}: the tokenizer cannot encode a text: .*retry-limit"):
+            encode("x" * 30)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_missing_tokenizer_says_where_to_get_one(tmp_path):
