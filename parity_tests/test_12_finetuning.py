@@ -21,6 +21,7 @@ from smollm_jax.finetuning import lora
 from smollm_jax.finetuning.batches import RowBatches
 from smollm_jax.finetuning.lora import Adapted
 from smollm_jax.finetuning.objectives import LearntTokens, PreferencePairs, answer_log_probs
+from smollm_jax.model.smollm import dropped
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.training import optimizer
 from smollm_jax.training.execution import ExecutionConfig
@@ -247,12 +248,57 @@ def test_an_adapter_computes_what_it_does_in_peft(adapted, handed_over, examples
     within(np.abs(merged - logits).max() / largest, LORA_LOGITS, "logits with an adapter merged")
     within(np.abs(read - merged).max() / largest, LORA_LOGITS, "logits of peft's folder read as weights")
     within(abs(float(loss) / float(their_loss.detach()) - 1), 1e-6, "loss with an adapter")
+    compare_gradients(theirs, gradients, "")
+
+
+def compare_gradients(theirs, gradients, note):
     parameters = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
-    assert len(parameters) == 2 * len(pairs) * len(next(iter(pairs.values()))["a"])
+    assert len(parameters) == 2 * len(gradients) * len(next(iter(gradients.values()))["a"])
     for name, parameter in parameters.items():
         layer, target, side = re.search(r"layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])", name).groups()
         ours, grad = gradients[target][side.lower()][int(layer)], parameter.grad.numpy()
-        within(np.linalg.norm(ours - grad) / np.linalg.norm(grad), LORA_GRADIENTS, f"gradient of {name}")
+        within(np.linalg.norm(ours - grad) / np.linalg.norm(grad), LORA_GRADIENTS, f"gradient of {name}{note}")
+
+
+class OurMasks(torch.nn.Module):
+    """Stands for peft's dropout of one projection, with the mask that we draw for it."""
+
+    def __init__(self, factors):
+        super().__init__()
+        self.factors = torch.from_numpy(np.array(factors))
+
+    def forward(self, x):
+        return x * self.factors
+
+
+def test_dropout_acts_where_it_does_in_peft(adapted, handed_over, examples):
+    chosen, pairs, _, theirs = adapted
+    chosen = dataclasses.replace(chosen, lora_dropout=0.3)
+    batch = RowBatches([(padded(examples, LENGTH), padded([], LENGTH))], chosen).batch(0)
+    tokens, targets = (torch.from_numpy(batch[name].astype(np.int64)) for name in ("tokens", "targets"))
+    keys, scale = batch["dropout_keys"], lora.scale_of(chosen)
+    for name, module in theirs.named_modules():
+        if place := re.search(r"layers\.(\d+)\.\w+\.(\w+)\.lora_dropout$", name):
+            layer, target = int(place[1]), place[2]
+            ones = jnp.ones((ROWS, LENGTH, pairs[target]["a"].shape[-1]))
+            mask_keys = lora.dropout_keys(keys, target, len(pairs[target]["a"]))[layer]
+            module["default"] = OurMasks(dropped(ones, mask_keys, chosen.lora_dropout))
+    with precisely("float32"):
+        base = weights.load(handed_over)[0]
+        logits = lora.with_pairs(base, pairs, scale, chosen.lora_dropout, keys)(batch["tokens"])
+        plain = lora.with_pairs(base, pairs, scale)(batch["tokens"])
+        (loss, _), gradients = jax.jit(mean_gradients, static_argnums=(2, 4))(
+            pairs, jax.tree.map(jnp.asarray, batch), ExecutionConfig("float32"), None,
+            Adapted(LearntTokens(), scale, chosen.lora_dropout), base,
+        )  # fmt: skip
+    their_logits = theirs(tokens).logits
+    their_loss = torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    their_loss.backward()
+    largest = np.abs(logits).max()
+    assert np.abs(logits - plain).max() > 0.01 * largest, "no dropout: anything would agree"
+    within(np.abs(logits - their_logits.detach().numpy()).max() / largest, LORA_LOGITS, "logits with dropout")
+    within(abs(float(loss) / float(their_loss.detach()) - 1), 1e-6, "loss with dropout")
+    compare_gradients(theirs, gradients, " with dropout")
 
 
 def test_twenty_steps_of_lora(adapted, handed_over, tokenizer_path, examples, tmp_path):

@@ -45,6 +45,10 @@ LEARNT, TARGETS = (
     f"{EXAMPLES}::test_targets_are_the_tokens_that_follow_and_are_learnt",
 )
 LORA = "tests/finetuning/test_finetune.py::test_pairs_beside_the_weights_compute_what_merged_ones_do"
+DROPOUT, TRAINING_ALONE = (
+    "tests/finetuning/test_finetune.py::test_dropout_zeroes_its_share_of_elements_and_scales_up_the_others",
+    "tests/finetuning/test_finetune.py::test_dropout_is_in_training_alone",
+)
 PREFERENCES = "tests/finetuning/test_preferences.py"
 PAPERS, PADDED_PAIRS = (
     f"{PREFERENCES}::test_the_losses_of_pairs_are_those_of_their_papers",
@@ -221,6 +225,10 @@ MUTANTS = [
     Mutant("rows without a learnt token kept", "data.examples.examples", "if not cut.learnt[1:].any()", "if not cut.learnt[1:].size", f"{EXAMPLES}::test_rows_of_which_nothing_is_learnt_are_counted_and_said"),
     Mutant("an adapter scaled twice", "finetuning.lora", 'pair["b"] * scale}', 'pair["b"] * scale * scale}', LORA),
     Mutant("an adapter beside every projection but the last", "model.smollm", 'return added(hidden, "down_proj", matmul(hidden, self.down_proj[...]))', "return matmul(hidden, self.down_proj[...])", LORA),
+    Mutant("dropout not scaled", "model.smollm", "x / (1 - rate), 0)", "x, 0)", DROPOUT),
+    Mutant("one mask of dropout for all layers", "finetuning.lora", "jnp.arange(layers) * len(LORA_TARGETS)", "jnp.arange(layers) * 0", DROPOUT),
+    Mutant("dropout in evaluation", "finetuning.batches", "yield self.held_out[numbers[start : start + size]].arrays()", "yield self.held_out[numbers[start : start + size]].arrays() | self._dropout_keys(0, slice(None))", TRAINING_ALONE),
+    Mutant("the same masks at every step", "finetuning.batches", "(self.recipe.seed, step, DROPOUT)", "(self.recipe.seed, 0, DROPOUT)", TRAINING_ALONE),
     Mutant("B not zero at the start", "finetuning.lora", "jnp.zeros((L, out_size, r), jnp.float32)", "jnp.ones((L, out_size, r), jnp.float32)", PEFT_START),
     Mutant("A from he_uniform, as in tunix", "finetuning.lora", "in_size**-0.5", "(6 / in_size) ** 0.5", PEFT_START),
     Mutant("rslora ignored", "weights.adapter", "(rank**0.5 if rslora else rank)", "rank", PEFT),

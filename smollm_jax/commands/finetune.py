@@ -107,8 +107,8 @@ def show_mask(flags: Flags, sources: tuple[str, ...], start: Path) -> None:
 
     tokenizer = chat_tokenizer(Tokenizer.of_weights(start))
     _, named = choose(flags.recipe, flags.method)
-    fields = {"dtype": "float32"} | flags.recipe_fields() | {"lora_rank": 0}  # dtype and adapter decide nothing here
-    recipe = named.resolve(fields, 1)
+    unused = {"dtype": "float32", "lora_rank": 0, "lora_dropout": 0.0}  # trains nothing
+    recipe = named.resolve(flags.recipe_fields() | unused, 1)
     paths, _ = parse_sources(sources)
     options: dict[str, Any] = {"max_length": recipe.sequence_length, "on_bad_text": flags.on_bad_text}
     options["most"] = flags.show_mask

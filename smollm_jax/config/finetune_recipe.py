@@ -30,10 +30,11 @@ class FinetuneRecipe(Recipe):
     method: Method = "sft"
     learn: Learn = "assistant"  # which tokens are learnt
     packing: bool = True  # several examples in one row, which do not see each other
-    lora_rank: int = 0  # 0: all parameters are trained, and the next four fields are not used
+    lora_rank: int = 0  # 0: all parameters are trained, and the next five fields are not used
     lora_alpha: float = 0.0
     lora_targets: str = "all-linear"  # or names separated by commas
     rslora: bool = False  # the scale is alpha / sqrt(rank), not alpha / rank
+    lora_dropout: float = 0.0  # the share of the inputs of A that are zeroed, in training only
     base_sha256: str = ""  # of the weights that an adapter is trained on, or that a DPO run starts from
     beta: float = 0.1  # DPO: how strongly the model is held to the reference; this field and the next two are DPO's
     loss_type: PairLoss = "sigmoid"
@@ -44,6 +45,10 @@ class FinetuneRecipe(Recipe):
         if self.lora_rank < 0 or (self.lora_rank and not 0 < self.lora_alpha < float("inf")):
             got = f"{self.lora_rank} and {self.lora_alpha}"
             raise UsageError(f"--lora-rank must be at least 1 and --lora-alpha positive, got {got}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"--lora-dropout must be at least 0 and below 1, got {self.lora_dropout}")
+        if self.lora_dropout and not self.lora_rank:
+            raise UsageError("--lora-dropout needs --lora-rank: it is dropout of the adapter's inputs")
         if not 0 < self.beta < float("inf"):
             raise UsageError(f"--beta must be positive, got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:

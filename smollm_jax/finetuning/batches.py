@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -14,6 +15,8 @@ from smollm_jax.data.examples.packing import Rows, joined, packed, padded, paire
 from smollm_jax.data.mixture import Interleaver
 from smollm_jax.data.shuffle import permute
 from smollm_jax.errors import InputFileError
+
+DROPOUT = 1 << 22  # sets the keys of dropout apart from those of the order of the rows
 
 
 def split(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
@@ -66,17 +69,20 @@ class RowBatches:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each array of a training batch."""
-        size = self.recipe.batch_size
-        return {name: (size, *array.shape[1:]) for name, array in self.train.arrays().items()}
+        one_row = self.batch(0, slice(1))
+        return {name: (self.recipe.batch_size, *array.shape[1:]) for name, array in one_row.items()}
 
     @property
     def dtypes(self) -> dict[str, np.dtype]:
         """The dtype of each array of a batch."""
-        return {name: array.dtype for name, array in self.train.arrays().items()}
+        return {name: array.dtype for name, array in self.batch(0, slice(1)).items()}
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-        """The rows `[B, T]` of a step (0 = the first), or some of them."""
-        return self.train[self._numbers(step, step + 1)[rows]].arrays()
+        """The rows `[B, T]` of a step (0 = the first), or some of them; with dropout, also a key for each row's masks.
+
+        "dropout_keys" are uint32 `[B, 2]`, of pairs `[B, 2, 2]`: a function of (seed, step, row).
+        """
+        return self.train[self._numbers(step, step + 1)[rows]].arrays() | self._dropout_keys(step, rows)
 
     def windows_of(self, step: int) -> list[str]:
         """The numbers of the rows of a step's batch."""
@@ -111,6 +117,13 @@ class RowBatches:
         if len(self.shares) > 1:
             digest.update(f"{self._counts}{[str(share) for share in self.shares]}".encode())
         return digest.hexdigest()
+
+    def _dropout_keys(self, step: int, rows: slice) -> dict[str, np.ndarray]:
+        if not self.recipe.lora_dropout:
+            return {}
+        shape = (self.recipe.batch_size, *self.train.tokens.shape[1:-1], 2)
+        keys = np.random.SeedSequence((self.recipe.seed, step, DROPOUT)).generate_state(math.prod(shape))
+        return {"dropout_keys": keys.reshape(shape)[rows]}
 
     def met(self) -> np.ndarray:
         """The numbers of the rows that the run trains on, each once, in ascending order."""

@@ -70,8 +70,12 @@ class Flags:
     """The projections that get an adapter: all-linear (default), or names separated by commas: q_proj,v_proj."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead."""
+    lora_dropout: float | None = None
+    """The share of the adapter's inputs that are set to zero at random in training, for example 0.05, the others being
+    scaled up to make up for it; none in validation, in DPO's reference and in generation. Default: 0."""
     init_adapter: Path | None = None
-    """Start from this adapter, RUN/adapter or another folder in peft's layout, with its rank, alpha and targets."""
+    """Start from this adapter, RUN/adapter or another folder in peft's layout, with its rank, alpha and targets, and
+    its dropout unless --lora-dropout is given."""
     beta: float | None = None
     """DPO: how strongly the model is held to the weights it starts from; default 0.1."""
     loss_type: PairLoss | None = None
@@ -134,7 +138,7 @@ GROUPS = {  # the titles under which --help shows the flags
     "examples": ("learn", "show_mask", "packing", "validation_fraction", "on_bad_text"),
     "batch": ("steps", "batch_size", "gradient_accumulation_steps", "sequence_length", "seed"),
     "optimizer": ("learning_rate", "schedule", "warmup_steps", "weight_decay", "adam_beta2"),
-    "LoRA": ("lora_rank", "lora_alpha", "lora_targets", "rslora", "init_adapter"),
+    "LoRA": ("lora_rank", "lora_alpha", "lora_targets", "rslora", "lora_dropout", "init_adapter"),
     "DPO": ("beta", "loss_type", "label_smoothing"),
     "computing": ("mesh", "dtype", "attention", "remat", "unroll"),
     "saving": ("save_every", "keep_checkpoints", "async_save"),

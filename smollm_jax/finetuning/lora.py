@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from smollm_jax.config import Config, Recipe
 from smollm_jax.config.finetune_recipe import LORA_TARGETS, FinetuneRecipe
@@ -53,13 +53,31 @@ def adapter_of(pairs: Pairs, recipe: FinetuneRecipe, base: str) -> Adapter:
         target: (np.asarray(pairs[target]["a"]), np.asarray(pairs[target]["b"]))
         for target in parse_targets(recipe.lora_targets)
     }
-    return Adapter(tensors, recipe.lora_rank, recipe.lora_alpha, recipe.rslora, base, recipe.base_sha256)
+    scaling = recipe.lora_rank, recipe.lora_alpha, recipe.rslora
+    return Adapter(tensors, *scaling, base, recipe.base_sha256, recipe.lora_dropout)
 
 
-def with_pairs(model: SmolLM, pairs: Pairs, scale: float) -> SmolLM:
-    """The model with pairs beside its projections; its outputs are differentiable in model and pairs."""
+def dropout_keys(row_keys: UInt32[Array, "B 2"], target: str, layers: int) -> UInt32[Array, "L B 2"]:
+    """The keys of the masks of one target in each layer, from a key for each row of a batch."""
+    keys = jax.random.wrap_key_data(row_keys, impl="threefry2x32")
+    fold_in_rows = jax.vmap(jax.random.fold_in, (0, None))
+    numbers = jnp.arange(layers) * len(LORA_TARGETS) + LORA_TARGETS.index(target)
+    return jax.random.key_data(jax.vmap(fold_in_rows, (None, 0))(keys, numbers))
+
+
+def with_pairs(
+    model: SmolLM, pairs: Pairs, scale: float, dropout: float = 0.0, row_keys: UInt32[Array, "B 2"] | None = None
+) -> SmolLM:
+    """The model with pairs beside its projections; its outputs are differentiable in model and pairs.
+
+    With a key for each row of the batch that it will read, the inputs of A have `dropout`, without them none.
+    """
     model = jax.tree.map(lambda parameter: parameter, model)  # a copy of the modules, which are changed below
     scaled = {target: {"a": pair["a"], "b": pair["b"] * scale} for target, pair in pairs.items()}
+    if row_keys is not None:
+        for target, pair in scaled.items():
+            pair["dropout_keys"] = dropout_keys(row_keys, target, model.config.num_hidden_layers)
+        model.layers.self_attn.dropout = model.layers.mlp.dropout = dropout
     attention = {target: pair for target, pair in scaled.items() if target in ATTENTION_TARGETS}
     mlp = {target: pair for target, pair in scaled.items() if target not in ATTENTION_TARGETS}
     model.layers.self_attn.low_rank = nnx.data(attention or None)
@@ -80,10 +98,14 @@ def merge(model: SmolLM, pairs: Pairs, scale: float) -> SmolLM:
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """An objective of the adapted model: the pairs are trained, `frozen` is the base model."""
+    """An objective of the adapted model: the pairs are trained, `frozen` is the base model.
+
+    A batch with "dropout_keys", a key for each of its rows, has `dropout`: a batch to train on, none to validate with.
+    """
 
     objective: Objective
     scale: float
+    dropout: float = 0.0
 
     def count(self, batch: Any, execution: ExecutionConfig) -> Any:
         return self.objective.count(batch, execution)
@@ -91,7 +113,9 @@ class Adapted:
     def total(
         self, model: Any, batch: Any, execution: ExecutionConfig, frozen: Any
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        return self.objective.total(with_pairs(frozen, model, self.scale), batch, execution, None)
+        row_keys = batch["dropout_keys"].reshape(-1, 2) if "dropout_keys" in batch else None
+        adapted = with_pairs(frozen, model, self.scale, self.dropout, row_keys)
+        return self.objective.total(adapted, batch, execution, None)
 
 
 def abstract_training_state(config: Config, recipe: Recipe) -> Any:

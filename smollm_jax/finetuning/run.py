@@ -44,7 +44,7 @@ def objective_of(recipe: FinetuneRecipe) -> Objective:
     objective: Objective = LearntTokens()
     if recipe.method == "dpo":
         objective = PreferencePairs(recipe.loss_type, recipe.beta, recipe.label_smoothing)
-    return Adapted(objective, lora.scale_of(recipe)) if recipe.lora_rank else objective
+    return Adapted(objective, lora.scale_of(recipe), recipe.lora_dropout) if recipe.lora_rank else objective
 
 
 def run_finetuning(run: Path, flags: Flags, stop: StopSignal, startup: QuickStart, *, retained: bool) -> None:
@@ -92,6 +92,7 @@ def announce(run: Path, flags: Flags, setup: Setup, device: Any, bundle: Bundle 
         count = sum(leaf.size for leaf in jax.tree.leaves(trained))
         print(f"model       {parameters:,} parameters, not trained; an adapter of {count:,} parameters, trained")
         numbers = f"rank {recipe.lora_rank}, alpha {recipe.lora_alpha:g}{', rslora' if recipe.rslora else ''}"
+        numbers += f", dropout {recipe.lora_dropout:g}" if recipe.lora_dropout else ""
         print(f"adapter     {numbers}, on {recipe.lora_targets.replace(',', ', ')}; newest in {run / ADAPTER}")
     else:
         print(f"model       {parameters:,} parameters, all of them trained")

@@ -179,13 +179,17 @@ def _adapter_fields(flags: Flags, bundle: Bundle, named: NamedFinetuning) -> dic
     fields: dict[str, Any]
     if flags.init_adapter is not None:
         if (flags.lora_rank, flags.lora_alpha, flags.lora_targets, flags.rslora) != (None, None, None, False):
-            raise UsageError("--init-adapter has its own rank, alpha and targets: leave the --lora flags out")
+            raise UsageError(
+                "--init-adapter has its own rank, alpha and targets: leave the --lora flags out, all but --lora-dropout"
+            )
         adapter = read_adapter(flags.init_adapter, bundle.config)
         fields = {"lora_rank": adapter.rank, "lora_alpha": adapter.alpha, "rslora": adapter.rslora}
         fields["lora_targets"] = ",".join(adapter.targets)
+        if flags.lora_dropout is None:
+            fields["lora_dropout"] = adapter.dropout
     elif flags.lora_rank is None:
-        if flags.lora_alpha is not None or flags.lora_targets is not None or flags.rslora:
-            raise UsageError("--lora-alpha, --lora-targets and --rslora need --lora-rank")
+        if (flags.lora_alpha, flags.lora_targets, flags.rslora, flags.lora_dropout) != (None, None, False, None):
+            raise UsageError("--lora-alpha, --lora-targets, --rslora and --lora-dropout need --lora-rank")
         return {}
     elif flags.lora_rank < 1:
         raise UsageError(f"--lora-rank must be at least 1, got {flags.lora_rank}")

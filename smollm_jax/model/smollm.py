@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from smollm_jax.config import Config
 from smollm_jax.config.recipe import Remat
@@ -28,6 +28,16 @@ def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> nnx.Param
     return nnx.Param(std * jax.random.normal(key, shape, jnp.float32))
 
 
+def dropped(x: Float[Array, "B T I"], keys: UInt32[Array, "B 2"], rate: float) -> Float[Array, "B T I"]:
+    """x with each element zero with probability `rate`, and else divided by 1 - rate (Srivastava et al. 2014).
+
+    Each row's mask is a function of its key, threefry's data, so that it is the same in whatever batch, on whatever
+    device, and when it is computed again for the backward pass.
+    """
+    draw = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))
+    return jnp.where(draw(jax.random.wrap_key_data(keys, impl="threefry2x32")), x / (1 - rate), 0)
+
+
 def add_low_rank(
     pairs: dict[str, dict[str, Array]],
     x: Float[Array, "B T I"],
@@ -35,14 +45,18 @@ def add_low_rank(
     out: Float[Array, "B T ..."],
     *,
     operands: jax.typing.DTypeLike | None,
+    dropout: float,
 ) -> Float[Array, "B T ..."]:
     """out + (x @ A.T) @ B.T with the pair of the projection `name`, `out` itself if it has none.
 
-    Hu et al. 2021 (LoRA), section 4.1. A pair is {"a": A `[r, I]`, "b": B `[O, r]`}, with B already scaled.
+    Hu et al. 2021 (LoRA), section 4.1. A pair is {"a": A `[r, I]`, "b": B `[O, r]`}, with B already scaled; where it
+    has "dropout_keys" `[B, 2]`, A reads x with dropout, as in peft.
     """
     if name not in pairs:
         return out
     a, b = pairs[name]["a"], pairs[name]["b"]
+    if "dropout_keys" in pairs[name]:
+        x = dropped(x, pairs[name]["dropout_keys"], dropout)
     inner = linear(x, a.T, save=False, operands=operands)
     return out + linear(inner, b.T, save=False, operands=operands).reshape(out.shape)
 
@@ -61,6 +75,7 @@ class Attention(nnx.Module):
         self.o_proj = normal(o, (N, H, D), residual_std(config))
         self.qkv_proj: Any = nnx.data(None)  # set by `fuse_projections`
         self.low_rank: Any = nnx.data(None)  # LoRA's pairs by projection, set by `finetuning.lora.with_pairs`
+        self.dropout = 0.0  # of what reads A of a pair that has keys
         self.operands: Any = None  # see `with_operand_dtype`
 
     def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, cache: Any):
@@ -71,18 +86,15 @@ class Attention(nnx.Module):
         else:
             qkv = matmul(x, self.qkv_proj[...], save=False)
             q, k, v = jnp.split(qkv, (N, (N + qkv.shape[-2]) // 2), axis=-2)
-        if self.low_rank is not None:
-            added = functools.partial(add_low_rank, self.low_rank, x, operands=self.operands)
-            q, k, v = added("q_proj", q), added("k_proj", k), added("v_proj", v)
+        pairs = self.low_rank or {}
+        added = functools.partial(add_low_rank, pairs, operands=self.operands, dropout=self.dropout)
+        q, k, v = added(x, "q_proj", q), added(x, "k_proj", k), added(x, "v_proj", v)
         with jax.named_scope("attention"):  # a name for `scripts/profile_train.py`
             # Saved after the rotation: its gradient needs cos and sin, not the unrotated q and k.
             q, k, v = (checkpoint_name(y, "dots") for y in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
             out, cache = attend(q, k, v, cache)
         heads = out.reshape(*x.shape[:-1], N * H)
-        out = matmul(heads, self.o_proj.reshape(N * H, D))
-        if self.low_rank is not None:
-            out = add_low_rank(self.low_rank, heads, "o_proj", out, operands=self.operands)
-        return out, cache
+        return added(heads, "o_proj", matmul(heads, self.o_proj.reshape(N * H, D))), cache
 
 
 class MLP(nnx.Module):
@@ -96,6 +108,7 @@ class MLP(nnx.Module):
         self.down_proj = normal(down, (F, D), residual_std(config))
         self.gate_up_proj: Any = nnx.data(None)  # set by `fuse_projections`
         self.low_rank: Any = nnx.data(None)  # as in `Attention`
+        self.dropout = 0.0
         self.operands: Any = None  # see `with_operand_dtype`
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -113,7 +126,7 @@ class MLP(nnx.Module):
             gate, up = matmul(x, self.gate_proj[...]), matmul(x, self.up_proj[...])
         else:
             gate, up = jnp.split(matmul(x, self.gate_up_proj[...]), 2, axis=-1)
-        added = functools.partial(add_low_rank, self.low_rank, operands=self.operands)
+        added = functools.partial(add_low_rank, self.low_rank, operands=self.operands, dropout=self.dropout)
         hidden = checkpoint_name(swiglu(added(x, "gate_proj", gate), added(x, "up_proj", up)), "swiglu")
         return added(hidden, "down_proj", matmul(hidden, self.down_proj[...]))
 
@@ -212,7 +225,8 @@ class SmolLM(nnx.Module):
         cos, sin = rope_cos_sin(positions, self.config, dtype)
         # Gathered before the cast, so that the gradients of repeated tokens are summed in float32.
         embeddings = self.embed_tokens[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        layers, norm = jax.tree.map(lambda parameter: parameter.astype(dtype), (self.layers, self.norm[...]))
+        cast = lambda array: array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array  # noqa: E731
+        layers, norm = jax.tree.map(cast, (self.layers, self.norm[...]))  # all but the keys of dropout
         if dtype != self.embed_tokens.dtype:  # the cast copies every weight anyway, so concatenating is free
             layers = fuse_projections(layers)
         if operands != dtype:

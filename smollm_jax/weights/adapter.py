@@ -58,6 +58,7 @@ class Adapter:
     rslora: bool = False
     base: str = ""
     base_sha256: str = ""
+    dropout: float = 0.0  # of A's inputs, in training
 
     @property
     def scale(self) -> float:
@@ -106,6 +107,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not alpha > 0:
         got = f"{short_repr(rank)} and {short_repr(alpha)}"
         raise InputFileError(f"{path}: r and lora_alpha must be positive numbers, got {got}")
+    dropout: Any = values.setdefault("lora_dropout", 0.0)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise InputFileError(f"{path}: lora_dropout must be at least 0 and below 1, got {short_repr(dropout)}")
     return values
 
 
@@ -142,8 +146,10 @@ def read_adapter(folder: Path, config: Config) -> Adapter:
 
     pairs = {target: (stacked(target, "A"), stacked(target, "B")) for target in targets}
     base = values.get("base_model_name_or_path") or ""
-    rslora = bool(values.get("use_rslora"))
-    return Adapter(pairs, rank, float(values["lora_alpha"]), rslora, str(base), metadata.get(BASE_SHA256, ""))
+    rslora, base_sha256 = bool(values.get("use_rslora")), metadata.get(BASE_SHA256, "")
+    return Adapter(
+        pairs, rank, float(values["lora_alpha"]), rslora, str(base), base_sha256, float(values["lora_dropout"])
+    )
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
@@ -165,7 +171,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         "r": adapter.rank,
         "lora_alpha": alpha,
         "target_modules": list(adapter.targets),
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -6,6 +6,7 @@ import json
 import shutil
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,16 +17,20 @@ from smollm_jax import weights
 from smollm_jax.config import preset
 from smollm_jax.config.finetune_recipe import FinetuneRecipe, named
 from smollm_jax.config.hf_config import read_config
-from smollm_jax.data.examples.examples import Example
-from smollm_jax.data.examples.packing import padded
+from smollm_jax.data.examples.examples import Example, Pair
+from smollm_jax.data.examples.packing import padded, paired
 from smollm_jax.errors import InputFileError, SmolLMError, UsageError
 from smollm_jax.finetuning import lora
 from smollm_jax.finetuning.batches import RowBatches, split
 from smollm_jax.finetuning.chat_format import TEMPLATE, with_chat_format
+from smollm_jax.finetuning.run import objective_of
+from smollm_jax.model import smollm
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runs.pytree import flatten
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.training import optimizer
+from smollm_jax.training.execution import ExecutionConfig
+from smollm_jax.training.loss import mean_gradients
 from smollm_jax.weights.adapter import CONFIG, TENSORS, read_adapter, write_adapter
 from tests.trainer import final_state, losses
 
@@ -85,6 +90,8 @@ def test_a_base_model_gets_the_chat_format_of_the_instruct_one(tokenizer, tokeni
         (["--lora-alpha", "8"], "need --lora-rank"),
         (["--lora-rank", "4", "--lora-targets", "q_proj,qproj"], "'qproj' is unknown, known: q_proj"),
         (["--lora-rank", "4", "--lora-alpha", "-1"], "--lora-alpha positive"),
+        (["--lora-dropout", "0.1"], "and --lora-dropout need --lora-rank"),
+        (["--lora-rank", "4", "--lora-dropout", "1"], "--lora-dropout must be at least 0 and below 1, got 1"),
         (["--lora-rank", "4", "--init-adapter", "runs/x/adapter"], "leave the --lora flags out"),
         (["--init-adapter", "nothing"], r"nothing/adapter_config\.json: no such file"),
     ],
@@ -122,9 +129,13 @@ def test_held_out_examples_are_drawn_by_the_seed_and_are_none_without_a_fraction
     assert [len(part) for part in split(examples[:1], 0.05, 0)] == [1, 0]
 
 
+def example(number):
+    return Example(np.array([number, 1], np.int32), np.array([False, True]))
+
+
 def numbered(first, count):
     """Rows of one example each, whose first token is its number."""
-    return padded([Example(np.array([first + i, 1], np.int32), np.array([False, True])) for i in range(count)], 4)
+    return padded([example(first + i) for i in range(count)], 4)
 
 
 def test_sources_are_mixed_by_weight_and_each_is_seen_whole_before_it_comes_again():
@@ -194,10 +205,13 @@ LORA = ["--lora-rank", "4", "--lora-targets", "q_proj,v_proj,down_proj"]
 
 
 def test_a_killed_run_of_an_adapter_resumes_bit_for_bit_and_is_weights(tmp_path, run, base, killed, capsys):
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    run(straight, *LORA)
-    assert "an adapter of 8,064 parameters, trained" in capsys.readouterr().out
-    killed(resumed, *LORA)
+    straight, resumed, dropout = tmp_path / "straight", tmp_path / "resumed", ["--lora-dropout", "0.1"]
+    run(straight, *LORA, *dropout)
+    printed = capsys.readouterr().out
+    assert "an adapter of 8,064 parameters, trained" in printed
+    assert "dropout 0.1" in printed
+    assert json.loads((straight / "adapter" / CONFIG).read_text())["lora_dropout"] == 0.1
+    killed(resumed, *LORA, *dropout)
     run(resumed, resume=True)
     assert losses(resumed) == losses(straight)
     assert final_state(resumed) == final_state(straight)
@@ -244,6 +258,7 @@ def test_an_adapter_needs_the_weights_it_was_trained_on(tmp_path, run, base):
         (lambda t, c: t.update({"base_model.model.lm_head.lora_A.weight": np.zeros((4, 96), np.float32)}), "lm_head"),
         (lambda t, c: c.update(r=8), r"has shape \[4, 96\], expected \[8, 96\]"),
         (lambda t, c: c.update(use_dora=True), "use_dora True is not supported, only False"),
+        (lambda t, c: c.update(lora_dropout=1.5), "lora_dropout must be at least 0 and below 1, got 1.5"),
         (lambda t, c: c.update(lora_alpha=0), "r and lora_alpha must be positive"),
         (lambda t, c: c.update(init_lora_weights="pissa"), "init_lora_weights 'pissa' is not supported"),
         (lambda t, c: t.clear(), "has no LoRA tensors"),
@@ -301,6 +316,70 @@ def test_pairs_beside_the_weights_compute_what_merged_ones_do(tiny_model, dtype,
     largest = np.abs(merged).max()
     assert np.abs(beside - merged).max() < bound * largest
     assert np.abs(beside - plain).max() > 0.05 * largest, "the adapter has no effect"
+
+
+def row_keys(*shape):
+    return np.random.default_rng(2).integers(0, 1 << 32, (*shape, 2), np.uint32)
+
+
+def test_dropout_zeroes_its_share_of_elements_and_scales_up_the_others():
+    keys = lora.dropout_keys(jnp.asarray(row_keys(2)), "o_proj", 3)
+    others = lora.dropout_keys(jnp.asarray(row_keys(2)), "k_proj", 3)
+    assert len(np.unique(np.concatenate([keys, others]).reshape(-1, 2), axis=0)) == 12, "of target, layer and row"
+    rows = jnp.ones((2, 64, 96)), keys[1], 0.25
+    dropped = np.asarray(smollm.dropped(*rows))
+    assert set(np.unique(dropped)) == {0, np.float32(1 / 0.75)}
+    deviation = (0.25 * 0.75 / dropped.size) ** 0.5
+    assert abs((dropped == 0).mean() - 0.25) < 4 * deviation
+    assert np.array_equal(smollm.dropped(*rows), dropped), "a mask is a function of its key"
+    assert (dropped[0] != dropped[1]).any()
+
+
+def dropping_out(config):
+    """A recipe with dropout, pairs, and batches of two rows, always the same."""
+    recipe, pairs = small_adapter(config, lora_dropout=0.5, lora_targets="q_proj,down_proj")
+    return recipe, pairs, RowBatches([(numbered(0, 1), numbered(0, 2))], dataclasses.replace(recipe, batch_size=2))
+
+
+def test_dropout_is_in_training_alone(tiny_model):
+    recipe, pairs, batches = dropping_out(tiny_model.config)
+    plainly = dataclasses.replace(recipe, lora_dropout=0.0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss(objective, batch):
+        return objective.total(pairs, batch, ExecutionConfig("float32"), tiny_model)[0]
+
+    first, second = batches.batch(0), batches.batch(1)
+    assert np.array_equal(first["tokens"], second["tokens"])
+    first_loss, second_loss = (float(loss(objective_of(recipe), batch)) for batch in (first, second))
+    del first["dropout_keys"]
+    plain = float(loss(objective_of(plainly), first))
+    assert len({plain, first_loss, second_loss}) == 3, "each step has other masks"
+    first["tokens"] = batches.held_out.tokens
+    (held_out,) = batches.validation(1)
+    assert float(loss(objective_of(recipe), held_out)) == float(loss(objective_of(plainly), first))
+    without = RowBatches([(numbered(0, 1), numbered(0, 1))], plainly)
+    assert set(without.batch(0)) == set(without.shapes) == {"tokens", "targets", "documents"}
+    pair = paired([Pair(example(0), example(1))], 4)
+    of_pairs = RowBatches([(pair, pair)], dataclasses.replace(recipe, method="dpo", packing=False, batch_size=3))
+    assert of_pairs.shapes["dropout_keys"] == of_pairs.batch(0)["dropout_keys"].shape == (3, 2, 2)
+
+
+@pytest.mark.slow
+def test_the_masks_of_dropout_are_the_same_in_the_backward_pass_and_in_micro_batches(tiny_model):
+    recipe, pairs, batches = dropping_out(tiny_model.config)
+    batch, objective = jax.tree.map(jnp.asarray, batches.batch(0)), objective_of(recipe)
+    results = [
+        jax.jit(mean_gradients, static_argnums=(2, 4))(pairs, batch, execution, None, objective, tiny_model)
+        for execution in (
+            ExecutionConfig("float32", remat="none"),
+            ExecutionConfig("float32", remat="full"),
+            ExecutionConfig("float32", accumulation_steps=2),
+        )
+    ]
+    for other in results[1:]:
+        for ours, theirs in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_a_model_with_an_adapter_of_zeros_is_its_base(tiny_model):
