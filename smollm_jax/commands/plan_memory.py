@@ -3,6 +3,7 @@
     python scripts/plan_memory.py --batch-size 8 --sequence-length 2048
     python scripts/plan_memory.py --platform gpu --dtype bfloat16 --memory 80 --mesh data=4,fsdp=2 --batch-size 256
     python scripts/plan_memory.py --sequence-length 1024 --check    # compiles each step and compares with XLA's figure
+    python scripts/plan_memory.py --lora-rank 16 --batch-size 2 --sequence-length 512    # finetune.py, an adapter
 
 Takes train_jax.py's flags. Allocates nothing, and compiles only with --check, so it also works for devices that this
 machine does not have. The estimate for a GPU is within 8 % of the program that scripts/compile_for_gpu.py compiles for
@@ -30,6 +31,10 @@ class Flags:
     """Dtype of matmuls."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per step."""
+    lora_rank: int = 0
+    """Plan a step of finetune.py that trains a LoRA adapter of this rank. Default: all parameters are trained."""
+    lora_targets: str = "all-linear"
+    """The projections that get an adapter, as in finetune.py."""
     mesh: str | None = None
     """Device mesh, as in train_jax.py. Default: one device."""
     attention: Literal["xla", "cudnn"] | None = None
@@ -47,6 +52,7 @@ class Flags:
 GROUPS = {
     "model": ("preset", "attention", "dtype"),
     "batch": ("batch_size", "sequence_length", "gradient_accumulation_steps"),
+    "LoRA": ("lora_rank", "lora_targets"),
     "devices": ("mesh", "platform", "memory"),
     "other": ("check", "debug"),
 }
@@ -59,7 +65,10 @@ def main(argv: list[str] | None = None) -> None:
     import jax
 
     from smollm_jax.config import Recipe, preset
+    from smollm_jax.config.finetune_recipe import FinetuneRecipe
     from smollm_jax.config.recipe import Remat, check_batch_divides
+    from smollm_jax.finetuning import lora
+    from smollm_jax.finetuning.objectives import LearntTokens
     from smollm_jax.model import precision
     from smollm_jax.parallel import sharding
     from smollm_jax.training import memory, train_step
@@ -78,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     if platform != local_platform and (flags.check or flags.memory is None):
         raise errors.UsageError(f"--platform {platform}: this machine has none: add --memory, and leave out --check")
     device = SimpleNamespace(platform=platform, compute_capability="8.0")  # as a GPU one with cuDNN attention
-    fastest, _ = fastest_attention(device, flags.dtype, flags.sequence_length, config.head_dim, documents=False)
+    documents = flags.lora_rank > 0  # the examples of a row do not see each other
+    fastest, _ = fastest_attention(device, flags.dtype, flags.sequence_length, config.head_dim, documents=documents)
     attention: Any = flags.attention or fastest
     mesh: Any = None
     if flags.mesh:  # estimates need only an abstract mesh
@@ -90,22 +100,31 @@ def main(argv: list[str] | None = None) -> None:
     limit = int(flags.memory * 1e9) if flags.memory else memory.device_limit(jax.devices()[0], devices)
     if not limit:
         raise errors.UsageError(f"JAX does not say how much memory {jax.devices()[0].device_kind} has: give --memory")
-    recipe = Recipe(
-        1000,
-        flags.batch_size,
-        flags.sequence_length,
-        learning_rate=1e-3,
-        warmup_steps=0,
-        dtype=flags.dtype,
-        gradient_accumulation_steps=accumulation_steps,
-    )
+    fields: dict[str, Any] = {
+        "steps": 1000,
+        "batch_size": flags.batch_size,
+        "sequence_length": flags.sequence_length,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "dtype": flags.dtype,
+        "gradient_accumulation_steps": accumulation_steps,
+    }
+    recipe, separator_id, options = Recipe(**fields), None, {}
+    if flags.lora_rank:
+        separator_id = 0  # any id, of documents
+        recipe = FinetuneRecipe(**fields, lora_rank=flags.lora_rank, lora_alpha=1.0, lora_targets=flags.lora_targets)
+        options = lora.compile_options(config, recipe) | {"objective": lora.Adapted(LearntTokens(), 1.0)}
+        rows = jax.ShapeDtypeStruct((flags.batch_size, flags.sequence_length), "int32")
+        options["batch"] = dict.fromkeys(("tokens", "targets", "documents"), rows)
     size = f"{recipe.batch_size} x {recipe.sequence_length} tokens of {flags.preset} in {flags.dtype}"
+    if flags.lora_rank:
+        size += f", an adapter of rank {flags.lora_rank} on {flags.lora_targets} trained"
     print(f"{size}, attention {attention}, on {flags.mesh or 'one device'}, {platform}, {limit / 1e9:.1f} GB each\n")
     names = [field.name for field in dataclasses.fields(memory.MemoryEstimate)]
     columns: dict[str, list[str]] = {}
     for remat in get_args(Remat):
         dtype, operands = precision.activation_and_operand_dtypes(flags.dtype, platform)
-        execution = ExecutionConfig(dtype, attention, remat, 1, accumulation_steps, mesh, operands=operands)
+        execution = ExecutionConfig(dtype, attention, remat, 1, accumulation_steps, mesh, separator_id, operands)
         estimate = memory.estimate(config, recipe, execution, platform)
         cells = [f"{getattr(estimate, name) / 1e9:.3f}" for name in names]
         try:
@@ -114,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
             largest = "none"
         cells += [f"**{estimate.total / 1e9:.3f}**", "yes" if estimate.total <= limit else "no", largest]
         if flags.check:
-            compiled = memory.compiled_bytes(train_step.compile_step(config, recipe, execution))
+            compiled = memory.compiled_bytes(train_step.compile_step(config, recipe, execution, **options))
             cells += [f"{compiled / 1e9:.3f}", f"{estimate.total / compiled - 1:+.1%}"]
         columns[remat] = cells
     rows = [*names, "**peak**", "fits", "--batch-size auto"] + ["XLA's figure", "estimate against it"] * flags.check

@@ -118,6 +118,13 @@ class Adapted:
         return self.objective.total(adapted, batch, execution, None)
 
 
+def compile_options(config: Config, recipe: Recipe) -> dict[str, Any]:
+    """What `train_step.compile_step` takes beside a batch for a run with an adapter; nothing for one without."""
+    if not isinstance(recipe, FinetuneRecipe) or not recipe.lora_rank:
+        return {}
+    return {"state": abstract_training_state(config, recipe), "frozen": abstract_state(config, recipe).model}
+
+
 def abstract_training_state(config: Config, recipe: Recipe) -> Any:
     """A run's state as `jax.ShapeDtypeStruct`s, whether it trains all parameters or the pairs of an adapter."""
     if not isinstance(recipe, FinetuneRecipe) or not recipe.lora_rank:

@@ -32,7 +32,7 @@ from smollm_jax.training.announce import print_resume_differences
 from smollm_jax.training.loop import Trainer
 from smollm_jax.training.loss import Objective
 from smollm_jax.training.run import compile_in_background
-from smollm_jax.training.state import Progress, TrainState, abstract_state, init_train_state, recorded_environment
+from smollm_jax.training.state import Progress, TrainState, init_train_state, recorded_environment
 from smollm_jax.training.train_step import Step
 from smollm_jax.weights.adapted import read_base
 from smollm_jax.weights.adapter import ADAPTER, read_adapter, write_adapter
@@ -130,10 +130,6 @@ def compile_ahead(setup: Setup, device: Any) -> Step | None:
         return None
     dtypes = setup.batches.dtypes
     batch = {name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in setup.batches.shapes.items()}
-    adapted = {}
-    if setup.recipe.lora_rank:
-        frozen = abstract_state(setup.config, setup.recipe).model
-        adapted = {"state": abstract_training_state(setup.config, setup.recipe), "frozen": frozen}
     compile_step = functools.partial(
         memory.compile_within,
         setup.limit,
@@ -143,7 +139,7 @@ def compile_ahead(setup: Setup, device: Any) -> Step | None:
         device.platform,
         objective=objective_of(setup.recipe),
         batch=batch,
-        **adapted,
+        **lora.compile_options(setup.config, setup.recipe),
     )
     return compile_in_background(ThreadPoolExecutor(1), device.platform, compile_step)[1]
 

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import jaxlib
 
 from smollm_jax.config import Config, Recipe
+from smollm_jax.config.finetune_recipe import FinetuneRecipe
 from smollm_jax.config.recipe import Remat
 from smollm_jax.errors import UsageError
 from smollm_jax.model import flash_attention
@@ -21,6 +22,7 @@ from smollm_jax.model.cross_entropy import CHUNK_TOKENS, CPU_CHUNK_TOKENS
 from smollm_jax.training import train_step
 from smollm_jax.training.execution import ExecutionConfig
 from smollm_jax.training.train_step import Step
+from smollm_jax.weights.adapter import parse_targets, projection_shape
 
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 USABLE_FRACTION = 0.9  # of the memory: what an estimate may need for settings that are chosen here
@@ -30,14 +32,14 @@ USABLE_FRACTION = 0.9  # of the memory: what an estimate may need for settings t
 class MemoryEstimate:
     """Bytes on each device. The peak is the largest of the loss, the layers' backward pass and the update."""
 
-    parameters: int  # float32, a device's shard
-    optimizer_state: int  # AdamW's two moments, sharded as parameters
+    parameters: int  # float32, a device's shard, with those of an adapter
+    optimizer_state: int  # AdamW's two moments of what is trained, sharded as parameters
     gathered_parameters: int  # full float32 parameters, if devices hold shards
     accumulated_gradients: int  # sums over micro-batches
     cast_weights: int  # weights in the dtype of matmuls
     residuals: int  # what layers keep for the backward pass, and cuDNN's mask of documents
     loss: int  # a chunk's logits, and the gradients of head and hidden states
-    gradients: int  # of all parameters, for one micro-batch
+    gradients: int  # of what is trained, for one micro-batch
     layer_backward: int  # temporaries of one layer's backward pass
     attention_masks: int  # the causal mask of every pair of blocks
     workspace: int  # allowance for cuDNN, which a program compiled without a GPU does not show
@@ -97,6 +99,20 @@ class _Shape:
         return 4 * count_parameters(self.config)
 
     @property
+    def adapter(self) -> int:
+        """Bytes of a LoRA adapter's float32 pairs, which alone are trained then; 0 if all parameters are."""
+        recipe = self.recipe
+        if not isinstance(recipe, FinetuneRecipe) or not recipe.lora_rank:
+            return 0
+        sizes = [sum(projection_shape(self.config, target)) for target in parse_targets(recipe.lora_targets)]
+        return 4 * self.config.num_hidden_layers * recipe.lora_rank * sum(sizes)
+
+    @property
+    def trained(self) -> int:
+        """Bytes of the float32 parameters that are trained."""
+        return self.adapter or self.parameters
+
+    @property
     def head_size(self) -> int:
         """Elements of the head, V D."""
         return self.config.vocab_size * self.config.hidden_size
@@ -115,20 +131,21 @@ def estimate(config: Config, recipe: Recipe, execution: ExecutionConfig, platfor
     GPU.
     """
     shape = _Shape(config, recipe, execution, platform == "cpu")
-    parameters, fsdp = shape.parameters, execution.mesh.shape["fsdp"] if execution.mesh else 1
+    trained, fsdp = shape.trained, execution.mesh.shape["fsdp"] if execution.mesh else 1
+    head_gradients = 0 if shape.adapter else shape.wide_bytes * shape.head_size
     return MemoryEstimate(
-        parameters=parameters // fsdp,
-        optimizer_state=2 * parameters // fsdp,
+        parameters=(shape.parameters + shape.adapter) // fsdp,
+        optimizer_state=2 * trained // fsdp,
         gathered_parameters=_gathered_parameters(shape) if fsdp > 1 else 0,
-        accumulated_gradients=parameters if execution.accumulation_steps > 1 else 0,
+        accumulated_gradients=trained if execution.accumulation_steps > 1 else 0,
         cast_weights=_cast_weights(shape),
         residuals=_residuals(shape),
         loss=_loss(shape),
-        gradients=shape.activation_bytes * shape.layers_size + shape.wide_bytes * shape.head_size,
+        gradients=shape.activation_bytes * (shape.adapter // 4 or shape.layers_size) + head_gradients,
         layer_backward=_layer_backward(shape),
         attention_masks=_attention_masks(shape),
         workspace=_workspace(shape),
-        update=parameters + (parameters // fsdp if execution.devices > 1 else 0),
+        update=trained + (trained // fsdp if execution.devices > 1 else 0),
     )
 
 
@@ -162,7 +179,23 @@ def _residuals(shape: _Shape) -> int:
         residuals += L * narrow * 2 * D * (NH + KH)  # a second, reshaped copy of the attention weights
     if execution.remat == "none" and shape.is_widened:
         residuals += L * M * wide * 2 * D  # two more tensors of the residual stream's size, found in XLA's program
+    if execution.remat == "none" and shape.adapter:
+        residuals += L * M * _adapter_residuals(shape)
     return residuals + (_document_mask(shape) if execution.remat != "full" else 0)
+
+
+def _adapter_residuals(shape: _Shape) -> int:
+    """Bytes per token and layer that `remat` "none" keeps for an adapter, counted in XLA's programs."""
+    recipe, config, narrow = shape.recipe, shape.config, shape.activation_bytes
+    assert isinstance(recipe, FinetuneRecipe)
+    targets = parse_targets(recipe.lora_targets)
+    kept = narrow * recipe.lora_rank * len(targets)  # what A returns
+    if shape.is_cast:  # q, k, v, gate and up apart from the matmul of all, and SwiGLU's intermediates
+        _, NH, KH = _heads(config)
+        kept += narrow * (5 * config.intermediate_size + NH + 2 * KH)
+    if recipe.lora_dropout:  # masks, a byte for each element, and three inputs scaled up
+        kept += sum(projection_shape(config, target)[1] for target in targets) + 3 * narrow * config.hidden_size
+    return kept
 
 
 def _layer_backward(shape: _Shape) -> int:
@@ -203,6 +236,8 @@ def _loss(shape: _Shape) -> int:
     # The gradient of the logits overwrites them if it has the same dtype.
     logits = -(-M // chunks) * shape.config.vocab_size * (wide if shape.cpu or not shape.is_cast else wide + narrow)
     head_gradients = wide * shape.head_size * (2 if chunks > 1 else 1)  # a chunk's, and their sum
+    if shape.adapter:  # the head is not trained
+        head_gradients = 0
     return logits + head_gradients + 2 * narrow * M * shape.config.hidden_size
 
 

@@ -12,18 +12,22 @@ import sys
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import jax
 import pytest
 
 from smollm_jax.config import Config, Recipe, preset
+from smollm_jax.config.finetune_recipe import FinetuneRecipe
 from smollm_jax.config.recipe import Remat
 from smollm_jax.errors import UsageError
+from smollm_jax.finetuning import lora
 from smollm_jax.parallel import sharding
 from smollm_jax.training import memory, train_step
 from smollm_jax.training.execution import ExecutionConfig
 from tests.trainer import ENVIRONMENT, ROOT, command, refused
 
-# preset, batch, length, remat, dtype, parts, mesh. "layers" is tiny with 512 words: its layers' products and sums in
-# bfloat16 or parts are planned 12 and 19 % too low, so small a model's live values being most of what there is.
+# preset, batch, length, remat, dtype, parts, mesh, perhaps an adapter's rank. "layers" is tiny with 512 words: the
+# products and sums of its layers in bfloat16 or parts are planned 12 and 19 % too low, so small a model's live values
+# being most of what there is.
 FAST = """
 tiny 8 256 dots float32 1 -
 tiny 8 256 swiglu float32 1 -
@@ -58,11 +62,14 @@ smollm2-135m 8 1024 dots float32 2 data=2,fsdp=2
 
 
 def setting(text: str) -> tuple[Config, Recipe, Any]:
-    name, batch, length, remat, dtype, accumulation_steps, mesh = text.split()
+    name, batch, length, remat, dtype, accumulation_steps, mesh, *rank = text.split()
     config = dataclasses.replace(preset("tiny"), vocab_size=512) if name == "layers" else preset(name)
     activations, operands = ("float32", "bfloat16") if dtype == "mixed" else (dtype, dtype)
     recipe: Any = {"dtype": operands, "gradient_accumulation_steps": int(accumulation_steps)}
-    recipe = Recipe(100, int(batch), int(length), learning_rate=1e-3, warmup_steps=0, **recipe)
+    if rank:
+        recipe |= {"lora_rank": int(rank[0]), "lora_alpha": 1.0}
+    kind = FinetuneRecipe if rank else Recipe
+    recipe = kind(100, int(batch), int(length), learning_rate=1e-3, warmup_steps=0, **recipe)
     mesh = None if mesh == "-" else sharding.make_mesh(mesh)
     execution: Any = {
         "attention": "xla",
@@ -100,6 +107,18 @@ def test_the_plan_is_within_ten_percent_of_what_xla_says(grid):
     }
     print(json.dumps(errors, indent=1))
     assert not {text: f"{error:+.1%}" for text, error in errors.items() if abs(error) > 0.1}
+
+
+@pytest.mark.parametrize("remat", get_args(Remat))
+def test_of_an_adapter_only_its_own_gradients_and_optimizer_state_are_planned(remat):
+    config, recipe, execution = setting(f"smollm2-135m 2 512 {remat} float32 2 - 8")
+    pairs = jax.eval_shape(lambda: lora.init_pairs(config, recipe))
+    adapter = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pairs))
+    all_trained = memory.estimate(*setting(f"smollm2-135m 2 512 {remat} float32 2 -"))
+    plan = memory.estimate(config, recipe, execution)
+    assert (plan.optimizer_state, plan.gradients, plan.accumulated_gradients) == (2 * adapter, adapter, adapter)
+    assert (plan.parameters, plan.update) == (all_trained.parameters + adapter, adapter)
+    assert all_trained.total - plan.total > 2 * all_trained.parameters
 
 
 def test_a_compiled_step_that_does_not_fit_is_refused_with_what_to_change():
@@ -159,17 +178,24 @@ def test_where_nobody_names_a_policy_a_gpu_keeps_as_much_as_fits_and_a_cpu_the_p
     assert chosen("cpu", 1e15) == "dots"
 
 
-@pytest.mark.parametrize("check", [(), pytest.param(("--check",), marks=pytest.mark.slow)])
-def test_the_script_prints_what_auto_takes_and_xla_s_own_figure(check):
+@pytest.mark.parametrize(
+    ("check", "rank"),
+    [
+        ((), ()),
+        pytest.param(("--check",), (), marks=pytest.mark.slow),
+        pytest.param(("--check",), ("--lora-rank", "4"), marks=pytest.mark.slow),
+    ],
+)
+def test_the_script_prints_what_auto_takes_and_xla_s_own_figure(check, rank):
     flags = ["--preset", "tiny", "--batch-size", "4", "--sequence-length", "64", "--memory", "0.4", "--mesh", "data=2"]
-    program = [sys.executable, "scripts/plan_memory.py", *flags, *check]
+    program = [sys.executable, "scripts/plan_memory.py", *flags, *check, *rank]
     environment = ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     table = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in done.stdout.splitlines() if row[:1] == "|"}
     mesh: Any = SimpleNamespace(size=2, shape={"fsdp": 1})
     for remat, printed in zip(get_args(Remat), table["--batch-size auto"], strict=True):
-        config, recipe, execution = setting(f"tiny 4 64 {remat} float32 1 -")
+        config, recipe, execution = setting(f"tiny 4 64 {remat} float32 1 - {''.join(rank[1:])}")
         object.__setattr__(execution, "mesh", mesh)
         assert int(printed) == memory.largest_batch(config, recipe, execution, "cpu", 400_000_000).batch_size
     if check:
