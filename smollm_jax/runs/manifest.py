@@ -94,9 +94,9 @@ def verify(folder: Path, items: tuple[str, ...] = ()) -> dict[str, Any]:
         present, strays = _files(folder)
         # A manifest may list stray files that were in the folder when it was sealed.
         expected = {name: entry for name, entry in manifest["files"].items() if not is_stray(name)}
-        for name in sorted(present.keys() | expected.keys()):
-            if name not in present:
-                raise DamagedError(f"{folder / name}: is missing")
+        for name in sorted(expected.keys() - present.keys()):  # before the folder that a missing file leaves empty
+            raise DamagedError(f"{folder / name}: is missing")
+        for name in sorted(present):
             if name not in expected:
                 raise DamagedError(f"{folder / name}: is not in {MANIFEST}")
             status = present[name].stat()
