@@ -78,6 +78,10 @@ def test_every_row_of_the_table_is_of_use():
     ("script", "line", "message"),
     [
         ("train_jax", "--lr 1e-3", "--lr: no such flag; use --learning-rate"),
+        ("train_jax", "--lora-r 8", "--lora-r: no such flag; finetune.py --lora-rank trains adapters"),
+        ("finetune", "--lora-r 8", "--lora-r: no such flag; use --lora-rank (a number, such as 16)"),
+        ("finetune", "--dropout 0.1", "--dropout: no such flag; use --lora-dropout"),
+        ("app", "--lora x", "--lora: no such flag; use --adapter"),
         ("train_jax", "--lr=1e-3", "--lr: no such flag; use --learning-rate"),
         ("train_jax", "--num_train_epochs 3", "--num_train_epochs: no such flag; use --steps (steps are counted"),
         ("train_jax", "--per-device-train-batch-size 8", "use --batch-size"),
