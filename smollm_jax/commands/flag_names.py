@@ -163,7 +163,7 @@ UNSUPPORTED = (
     Absent(
         "learning-rate",
         "lora lora-r lora-rank peft use-peft qlora",
-        "all parameters are trained; finetune.py trains adapters",
+        "finetune.py --lora-rank trains adapters",
     ),
     Absent(
         "learning-rate",
