@@ -7,12 +7,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import jinja2
-
 from smollm_jax.errors import InputFileError, UsageError, short_repr
 from smollm_jax.runtime.files import one_line
+from smollm_jax.tokenizer import template_process
 from smollm_jax.tokenizer.conversation import ContinuedMessage, Conversation, Message
-from smollm_jax.tokenizer.template_environment import MARKERS, compile_template
+from smollm_jax.tokenizer.template_environment import MARKERS
 from smollm_jax.tokenizer.tokenizer_json import Files, json_of, text_of
 
 MAX_TEMPLATE = 1 << 16  # characters; the longest of released models have 20,000
@@ -30,6 +29,8 @@ class Markers(Protocol):
 @dataclasses.dataclass(frozen=True)
 class ChatTemplates:
     """The chat templates of a tokenizer by name; a template is compiled when it is first used.
+
+    It is compiled and rendered in another process, which bounds its time and memory (`template_process`).
 
     `sources` maps a name to the file and the text of the template, or to the file and the error from reading it: a
     broken template fails only the conversations that use it.
@@ -103,7 +104,7 @@ class ChatTemplates:
 
         With `continue_final_message`, true or the name of a field, the text ends with that field of the last message,
         without a generation prompt. Raises `UsageError` when the template does not accept the messages, and
-        `InputFileError` when it does not compile.
+        `InputFileError` when it does not compile, or takes more time or memory than `template_process` allows.
         """
         chat = self.prepare(conversation, roles, name=name, markers=markers)
         if not continue_final_message:
@@ -122,35 +123,37 @@ class ChatTemplates:
     ) -> "PreparedChat":
         """A conversation whose texts are checked and marked, to be rendered whole or as far as some message."""
         path, source = self._find(name, conversation.tools is not None)
-        template = compile_template(source, path)
         texts: list[str] = []
         given = conversation.map_texts(lambda text: texts.append(text) or text)
         if markers is not None and (mark := markers.choose(texts, [source, *roles.values()])) is not None:
             given = given.map_texts(mark)
             roles = {MARKERS: markers.pair, **roles}
-        return PreparedChat(path, template, given, roles)
+        return PreparedChat(path, source, given, roles)
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedChat:
-    """A compiled template and what it is given; `path` is the file that holds the template."""
+    """A template and what it is given; `path` is the file that holds the template."""
 
     path: str
-    template: jinja2.Template
+    source: str
     conversation: Conversation
     roles: Mapping[str, str]
 
     def text(self, messages: Sequence[Message] | None = None, *, add_generation_prompt: bool = False) -> str:
-        """The text of all messages, or of these; raises `UsageError` where the template does not accept them."""
+        """The text of all messages, or of these; raises as `ChatTemplates.render` does."""
         given = self.conversation
         try:
-            return self.template.render(
+            variables = dict(
                 messages=given.messages if messages is None else messages,
                 tools=given.tools,
                 documents=given.documents,
                 add_generation_prompt=add_generation_prompt,
                 **{**self.roles, **given.variables},
             )
+            return template_process.PROCESS.render(self.source, self.path, variables)
+        except InputFileError:
+            raise
         except Exception as error:  # a template can raise anything
             reason = given.explain(error) + one_line(error)
             raise UsageError(f"the chat template does not accept these messages: {reason}") from error

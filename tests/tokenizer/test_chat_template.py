@@ -1,9 +1,11 @@
 """Special tokens come only from the chat template, never from a message; a broken template disables only chat."""
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import example, given, settings
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.tokenizer.conversation import Conversation
+from smollm_jax.tokenizer.template_process import TemplateProcess
 from tests.chat_templates import CONFIG, SPECIAL, TEMPLATES, write_chat_folder
 from tests.small_files import tokenizer_folder
 
@@ -218,6 +221,72 @@ def test_a_runtime_error_of_a_template_is_named(tmp_path, template, named):
     with pytest.raises(UsageError, match=f"chat template does not accept these messages: .*({named})") as raised:
         tokenizer.apply_chat_template(HI)
     assert str(raised.value).isprintable()
+
+
+HUGE = {
+    "a product": "{{ 'a' * 10**11 }}",
+    "a doubled text": "{% set s = namespace(x='aa') %}{% for i in range(60) %}{% set s.x = s.x ~ s.x %}{% endfor %}",
+    "replace": "{{ ('a' * 10**6).replace('a', 'b' * 10**6) }}",
+    "format": "{{ '{:99999999999}'.format('a') }}",
+    "a width": "{{ '%99999999999d' | format(1) }}",
+    "center": "{{ 'a' | center(10**11) }}",
+    "batch": "{{ [1] | batch(10**11, 0) | list }}",
+    "an integer's bytes": "{{ (1).to_bytes(10**11, 'big') }}",
+    "a long text": "{{ 'a' * 2**26 }}",
+}
+ENDLESS = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a condition": "{% for i in range(99999) %}{% for j in range(99999) if not j %}{% endfor %}{% endfor %}",
+    "a macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "lipsum": "{{ lipsum(10**9) }}",
+    "an operator": "{{ (10**(10**7)) ** 99 }}",
+}
+
+
+@pytest.fixture(scope="module")
+def limited():
+    process = TemplateProcess(cpu_seconds=0, memory_bytes=256 << 20)
+    yield process
+    process.close()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *HUGE.values(),
+        ENDLESS["loops"],
+        *(pytest.param(template, marks=pytest.mark.slow) for template in [*ENDLESS.values()][1:]),
+    ],
+    ids=[*HUGE, *ENDLESS],
+)
+def test_a_template_that_takes_too_much_time_or_memory_is_refused(limited, template):
+    with pytest.raises(InputFileError, match=r"^x: chat_template: takes more than 0 s, 256 MiB or 33,554,432 char"):
+        limited.render(template, "x", {})
+    assert limited.render("{{ word }}", "x", {"word": "o\ud800"}) == "o\ud800"
+
+
+def test_a_huge_template_is_refused_by_its_file(tmp_path):
+    with pytest.raises(InputFileError, match=r"tokenizer_config\.json: chat_template: takes more than 5 s, 1,024 MiB"):
+        with_template(tmp_path, HUGE["a product"]).apply_chat_template(HI)
+
+
+def test_a_fork_and_an_interrupt_do_not_mix_up_renderings(monkeypatch):
+    process = TemplateProcess()
+    assert process.render("{{ x }}", "a", {"x": 1}) == "1"
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "loads", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            process.render("{{ x }}", "a", {"x": 2})
+    assert process.render("{{ x }}", "a", {"x": 3}) == "3"
+    started = process._process
+    assert started is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 0)  # as in a fork
+        assert process.render("{{ x }}", "a", {"x": 4}) == "4"
+        assert started.poll() is None, "a fork ended the process of its parent"
+        process.close()
+    started.kill()
+    started.communicate()
 
 
 @pytest.mark.parametrize("format", ["%", "%1000000000d", "%" + "9" * 999 + "Y", "%Y" * 99, "%é", "%-", ""])
