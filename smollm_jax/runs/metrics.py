@@ -16,11 +16,13 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from smollm_jax.errors import InputFileError, StoppedError, StorageError, UsageError
+from smollm_jax.errors import InputFileError, StoppedError, StorageError, UsageError, short_repr
 from smollm_jax.runs.tracking import Tracker, first_line
 from smollm_jax.runtime import install
+from smollm_jax.runtime.files import file_size, one_line
 
 RATE_STEPS = 20  # the throughput is the mean over this many steps
+MAX_ROW_BYTES = 1 << 20  # of a line; one that names the windows of a skipped batch of 4,096 has 60 KB
 
 
 class RunLog:
@@ -41,7 +43,10 @@ class RunLog:
         self._initial_validation_loss: float | None = None  # at step 0, of a run that starts from weights
         if write_file:
             run.mkdir(parents=True, exist_ok=True)
-            self._file = (run / "metrics.jsonl").open("a+b")
+            path = run / "metrics.jsonl"
+            if path.exists() and not path.is_file():
+                raise StorageError(f"{path}: is not a file")
+            self._file = path.open("a+b")
             self._file.truncate(_end_of_last_line(self._file))
             self._initial_validation_loss = _loss_at_start(self._file)
         else:
@@ -190,35 +195,62 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`, by step; of a step repeated after a resume, only its last rows."""
     rows: list[dict[str, Any]] = []
     path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise InputFileError(f"{path}: no such file")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            step, is_training_row = row["step"], "loss" in row
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputFileError(f"{path}: line {number} is not a row of metrics: {error}") from error
-        if is_training_row and rows and rows[-1]["step"] >= step:
-            rows = [earlier for earlier in rows if earlier["step"] < step]
-        rows.append(row)
+    file_size(path)
+    number = 0
+    with path.open("rb") as file:
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            number += 1
+            try:
+                row = parse_row(line)
+            except ValueError as error:
+                raise InputFileError(f"{path}: line {number} is not a row of metrics: {one_line(error)}") from error
+            while "loss" in row and rows and rows[-1]["step"] >= row["step"]:
+                rows.pop()
+            rows.append(row)
     return rows
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """A line of `metrics.jsonl`; `ValueError` if it is too long, or no object with a step of at most 64 bits."""
+    if len(line) > MAX_ROW_BYTES:
+        raise ValueError(f"it has more than {MAX_ROW_BYTES:,} bytes")
+    try:
+        row = json.loads(line, parse_int=_integer)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    step = row.get("step") if isinstance(row, dict) else None
+    if type(step) is not int or step < 0:
+        raise ValueError(f"its step is {short_repr(step)}")
+    return row
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 19 or abs(value := int(digits)) >= 1 << 63:
+        raise ValueError(f"{short_repr(digits)} has more than 64 bits")
+    return value
 
 
 def _end_of_last_line(file: BinaryIO) -> int:
     """The offset after the last complete line: a full disk or a power failure can leave an incomplete one."""
-    file.seek(0)
-    return file.read().rfind(b"\n") + 1
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - MAX_ROW_BYTES)
+        file.seek(start)
+        if (newline := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + newline + 1
+        end = start
+    return 0
 
 
 def _loss_at_start(file: BinaryIO) -> float | None:
     """The validation loss of step 0, which is in the first line of a run that starts from weights."""
     file.seek(0)
-    first = file.readline()
+    first = file.readline(MAX_ROW_BYTES)
     file.seek(0, os.SEEK_END)
     try:
-        row = json.loads(first)
+        row = parse_row(first)
         return row.get("validation_loss") if row["step"] == 0 else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except ValueError:
         return None  # not a row; `read_metrics` reports it when the curves are read
 
 

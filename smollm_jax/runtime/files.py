@@ -30,6 +30,11 @@ def one_line(error: BaseException) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
+def utf8(text: str) -> str:
+    r"""A text that may hold the name of a file, for UTF-8: a byte that is not becomes "\udcff" and the like."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def file_size(path: Path) -> int:
     """The size of a regular file in bytes; `InputFileError` for a missing file, a folder, a pipe or a device."""
     if not path.is_file():

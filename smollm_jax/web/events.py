@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from smollm_jax.errors import SmolLMError
+from smollm_jax.runtime.files import utf8
 from smollm_jax.web.requests import SLIDERS
 
 # Handlers get the values as the client sent them, and `requests` checks them. Gradio's own conversion would round
@@ -46,7 +47,7 @@ def error_html(error: Exception) -> str:
 def error_message(error: Exception) -> str:
     """The text for the user. A bug goes to the server's log instead."""
     if isinstance(error, SmolLMError):
-        return str(error)
+        return utf8(str(error))
     logging.getLogger(__name__).exception("a request failed", exc_info=error)
     return "internal error: see the server's log"
 

@@ -18,6 +18,7 @@ from smollm_jax.errors import InputFileError, StorageError
 from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.quantized import Quantize
 from smollm_jax.runs.checkpoint import steps_in
+from smollm_jax.runtime.files import utf8
 from smollm_jax.web.requests import choice
 from smollm_jax.weights.adapted import find_adapter
 from smollm_jax.weights.adapter import TENSORS
@@ -60,8 +61,8 @@ class ModelStore:
 
     def runs(self) -> dict[str, Path]:
         """The run folders that have a log or a checkpoint, newest first."""
-        folders = [path for path in _folders(self.runs_folder) if (path / "metrics.jsonl").is_file() or _steps(path)]
-        return {path.name: path for path in sorted(folders, key=_last_modified, reverse=True)}
+        folders = filter(_is_run, _folders(self.runs_folder))
+        return {utf8(path.name): path for path in sorted(folders, key=_last_modified, reverse=True)}
 
     def steps(self, run: str) -> list[int]:
         """The steps of a run's checkpoints, oldest first."""
@@ -74,7 +75,7 @@ class ModelStore:
         if self._adapter is not None:
             entries = {self._adapted_name: self.initial_weights or self.assets / DEFAULT_MODEL} | entries
         assets = [path for path in sorted(self.assets.glob("*")) if _is_weights(path)]
-        entries |= {f"{self.assets.name}/{path.name}": path for path in [self.assets / DEFAULT_MODEL, *assets]}
+        entries |= {f"{self.assets.name}/{utf8(path.name)}": path for path in [self.assets / DEFAULT_MODEL, *assets]}
         for name, run in self.runs().items():
             steps = _steps(run)
             if steps:
@@ -176,6 +177,13 @@ def _steps(run: Path) -> list[int]:
 
 def _folders(parent: Path) -> list[Path]:
     return [path for path in parent.glob("*") if path.is_dir()]
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        return (path / "metrics.jsonl").is_file() or bool(_steps(path))
+    except OSError:  # a folder that may not be read
+        return False
 
 
 def _last_modified(run: Path) -> float:

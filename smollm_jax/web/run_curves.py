@@ -1,15 +1,17 @@
 """Curves of training runs, read incrementally from `metrics.jsonl` while the runs are written."""
 
 import html
-import json
 import math
 import threading
 import time
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from smollm_jax.errors import InputFileError
 from smollm_jax.runs.answers import read as read_answers
+from smollm_jax.runs.metrics import MAX_ROW_BYTES, parse_row
+from smollm_jax.runtime.files import utf8
 from smollm_jax.runtime.invocation import as_typed
 
 CURVES = {
@@ -44,6 +46,8 @@ class RunCurves:
         """Reads the rows added since the last call; a replaced or shortened log is read from its start."""
         try:
             stat = self.path.stat()
+            if not S_ISREG(stat.st_mode):
+                raise OSError(0, "it is not a file")
             if stat.st_ino != self._inode or stat.st_size < self._bytes_read:
                 self._reset()
                 self._inode = stat.st_ino
@@ -59,23 +63,26 @@ class RunCurves:
             return
         complete = new[: new.rfind(b"\n") + 1]
         self._bytes_read += len(complete)
-        for line in complete.splitlines():
+        lines = complete.splitlines()
+        if len(new) - len(complete) > MAX_ROW_BYTES:
+            lines.append(new[len(complete) :])  # refused as too long
+        for line in lines:
             self._lines_read += 1
             try:
-                self._add(json.loads(line))
-            except (ValueError, KeyError, TypeError, RecursionError):
+                self._add(parse_row(line))
+            except ValueError:
                 self.error = f"metrics.jsonl: line {self._lines_read} is not a row of metrics"
                 return
 
-    def _add(self, row: Any) -> None:
+    def _add(self, row: dict[str, Any]) -> None:
         step = row["step"]
-        if type(step) is not int:
-            raise ValueError(step)
         if "loss" in row and step <= self.step:
-            self.curves = {name: [p for p in points if p[0] < step] for name, points in self.curves.items()}
+            for points in self.curves.values():
+                while points and points[-1][0] >= step:
+                    points.pop()
         self.step = max(step, self.step) if "loss" not in row else step
         for name, points in self.curves.items():
-            value = row.get(name)  # null for NaN and infinity
+            value: Any = row.get(name)  # null for NaN and infinity
             if type(value) in (int, float) and math.isfinite(value):
                 points.append((step, float(value)))
 
@@ -139,7 +146,7 @@ def answers_table(run: Path) -> str:
     try:
         answers = read_answers(run)
     except InputFileError as error:
-        return f'<p class="fault">{html.escape(str(error))}</p>'
+        return f'<p class="fault">{html.escape(utf8(str(error)))}</p>'
     if not answers:
         return ""
     heads = ("question", "before", "after")

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import sys
@@ -20,11 +21,13 @@ from smollm_jax.commands import app, fetch
 from smollm_jax.config.hf_config import read_config
 from smollm_jax.errors import InputFileError, SmolLMError, StorageError, UsageError
 from smollm_jax.generation.engine import Token
-from smollm_jax.runs import answers
+from smollm_jax.runs import answers, metrics
 from smollm_jax.runs.answers import Answer
+from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime.assets import fetch_command
 from smollm_jax.web import run_curves
 from smollm_jax.web.chat_tab import bubbles
+from smollm_jax.web.events import error_message
 from smollm_jax.web.markdown import MAX_CHARACTERS, render_markdown
 from smollm_jax.web.model_store import ModelStore
 from smollm_jax.web.page import page
@@ -272,7 +275,11 @@ def test_a_log_that_is_begun_anew_is_read_anew(tmp_path):
     assert log.curves["loss"] == [(1, 9.0)]
 
 
-@pytest.mark.parametrize("line", ["no", "[]", "5", "{}", '{"step": "1"}', '{"step": 1.5, "loss": 1}', "[" * 100_000])
+NO_ROWS = ["no", "[]", "5", "{}", '{"step": "1"}', '{"step": 1.5, "loss": 1}', "[" * 100_000]
+NO_ROWS += [f'{{"step": {2**63}}}', '{"step": -1}', f'{{"step": 2, "loss": 1{"0" * 400}}}']
+
+
+@pytest.mark.parametrize("line", NO_ROWS)
 def test_a_line_that_is_no_row_is_told_and_what_came_before_is_kept(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(row(1, loss=1.0) + line + "\n")
@@ -280,6 +287,62 @@ def test_a_line_that_is_no_row_is_told_and_what_came_before_is_kept(tmp_path, li
     log.read_new_rows()
     assert log.error == "metrics.jsonl: line 2 is not a row of metrics"
     assert log.curves["loss"] == [(1, 1.0)]
+
+
+def test_a_log_that_is_a_device_or_has_a_huge_line_is_told(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    log = RunCurves(path)
+    log.read_new_rows()
+    assert log.error == "metrics.jsonl cannot be read: it is not a file"
+    with pytest.raises(InputFileError, match=r"metrics\.jsonl: no such file"):
+        read_metrics(tmp_path)
+    path.unlink()
+    monkeypatch.setattr(metrics, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(run_curves, "MAX_ROW_BYTES", 100)
+    path.write_text(row(1, loss=1.0) + '{"step": 2' + " " * 100)
+    log.read_new_rows()
+    assert log.error == "metrics.jsonl: line 2 is not a row of metrics"
+    assert log.curves["loss"] == [(1, 1.0)]
+    with pytest.raises(InputFileError, match=r"line 2 is not a row of metrics: it has more than 100 bytes"):
+        read_metrics(tmp_path)
+
+
+def test_rewinding_at_each_row_takes_no_time_for_the_rows_before(tmp_path):
+    """Counted by the comparisons of points, because a test must not judge by time."""
+
+    class Step(int):
+        compared = 0
+
+        def __lt__(self, other: int) -> bool:
+            Step.compared += 1
+            return int(self) < other
+
+        def __ge__(self, other: int) -> bool:
+            return not self < other
+
+    log = RunCurves(tmp_path / "metrics.jsonl")
+    log.path.write_text("".join(row(1000 + i % 2, loss=1.0) for i in range(1000)))
+    log.read_new_rows()
+    assert log.curves["loss"] == [(1000, 1.0), (1001, 1.0)]
+    log._bytes_read = 0
+    log.curves = {name: [(Step(step), 0.0) for step in range(1000)] for name in log.curves}
+    log.read_new_rows()
+    assert [len(points) for points in log.curves.values()] == [1002, *[1000] * (len(log.curves) - 1)]
+    assert Step.compared < 2000 * len(log.curves)
+
+
+def test_a_run_that_is_not_named_in_utf_8_is_listed_and_leaves_the_others(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    for run in (name, "good"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "metrics.jsonl").write_text(row(1, loss=1.0))
+    store = model_store(tmp_path)
+    assert {*store.runs()} == {"good", "caf\\udce9"}
+    assert store.runs()["caf\\udce9"].name == name
+    assert error_message(InputFileError(name)) == "caf\\udce9"
+    (tmp_path / "runs" / name / "answers.json").write_text("[")
+    assert "caf\\udce9/answers.json" in run_curves.answers_table(tmp_path / "runs" / name)
 
 
 def test_a_long_curve_is_thinned_to_means(tmp_path):
