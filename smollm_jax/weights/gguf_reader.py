@@ -1,5 +1,7 @@
 """A Llama GGUF as Hugging Face's tensors, config and tokenizer. Needs the `gguf` package to dequantise."""
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from smollm_jax.runtime.gguf_header import read_header
 from smollm_jax.tokenizer.gguf import END_OF_GENERATION, ForeignTokenizerError, files_from_gguf, token_id
 from smollm_jax.weights import gguf_reader
 from smollm_jax.weights.bundle import Bundle
+from smollm_jax.weights.safetensors_file import DIGEST, verify
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -46,6 +49,7 @@ END_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in _END_ROLES)
 # Hugging Face's generation_config.json is stored whole under a key of our own ("null": there is none), and the
 # sampling parameters also under llama.cpp's keys.
 GENERATION_KEY = "smollm_jax.generation_config"
+METADATA_DIGEST = "smollm_jax.metadata_sha256"  # of an export, which has the digest of its tensors under `DIGEST`
 CONFIG_EOS_KEY = "smollm_jax.config.eos_token_id"  # where config.json itself has a list
 SAMPLING_KEYS = {
     "temperature": "general.sampling.temp",
@@ -93,10 +97,13 @@ _IGNORED_KEYS = (
 )
 
 
-def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], str, dict[str, Any] | None]:
+def read(
+    path: Path, *, check_digests: bool = True
+) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], str, dict[str, Any] | None]:
     """Tensors in float32, config, tokenizer files, origin, and what `generation_config.json` would say.
 
-    An unsupported kind of tokenizer gives no tokenizer files. `InputFileError` names the invalid key or tensor.
+    An unsupported kind of tokenizer gives no tokenizer files. `InputFileError` names the invalid key or tensor. An
+    export of ours must have the digests that it was written with; another program's file has none.
 
     GGUF stores the rows of q and k in interleaved rotary order; here they are permuted back to HF's half-split order,
     each with its own number of heads. Source: llama.cpp, conversion of LlamaModel (`permute`).
@@ -108,6 +115,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], s
             f"{path}: is one of {short_repr(fields['split.count'])} pieces of a GGUF; "
             "join them with llama.cpp's `llama-gguf-split --merge FIRST-PIECE OUTPUT`"
         )
+    exported = check_digests and _is_unchanged_export(fields, path)
     config = _config(fields, path, tied=all(info.name != "output.weight" for info in infos))
     try:
         files = files_from_gguf(fields, path)
@@ -131,12 +139,40 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], Config, dict[str, bytes], s
         if name in tensors:  # stored under GGUF's name and under Hugging Face's
             raise InputFileError(f"{path}: tensor {info.name}: there is already a tensor for {name}")
         tensors[name] = array
+    if exported:
+        verify(tensors, fields.get(DIGEST), path)
     kinds = sorted({gguf.GGMLQuantizationType(info.kind).name for info in infos})
     title = fields.get("general.name", path.name)
     if type(title) is not str:
         raise InputFileError(f"{path}: metadata general.name must be a string, got {short_repr(title)}")
     origin = f"{' '.join(title.split())}, dequantised from GGUF ({', '.join(kinds)})"
     return tensors, config, files, origin, _generation(fields, config, path)
+
+
+def metadata_digest(fields: dict[str, Any]) -> str:
+    """The file type and the sha256 of metadata as they are read, without the digests and what a split file adds."""
+    values = {
+        key: float(np.float32(value)) if type(value) is float else value
+        for key, value in fields.items()
+        if key not in (DIGEST, METADATA_DIGEST) and not key.startswith("split.")
+    }
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return f"{values.get('general.file_type')} {digest}"
+
+
+def _is_unchanged_export(fields: dict[str, Any], path: Path) -> bool:
+    """Whether a file is as it was exported, and not one that another program made of an export by quantising it.
+
+    Such a program keeps unknown keys and changes the file type. Raises `InputFileError` if only metadata have changed.
+    """
+    stored, actual = fields.get(METADATA_DIGEST), metadata_digest(fields)
+    if not isinstance(stored, str) or stored.split(" ")[0] != actual.split(" ")[0]:
+        return False
+    if stored != actual:
+        raise InputFileError(
+            f"{path}: metadata were changed since the export; if that was meant, remove the key {METADATA_DIGEST}"
+        )
+    return True
 
 
 def q8_0(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

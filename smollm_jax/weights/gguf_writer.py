@@ -32,6 +32,7 @@ from smollm_jax.weights.gguf_reader import (
     GENERATION_KEY,
     SAMPLING_KEYS,
 )
+from smollm_jax.weights.safetensors_file import DIGEST, digest
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 PRE_TOKENIZERS = {"smollm": True, "gpt-2": False}  # llama.cpp's names of the supported ones; whether they split digits
@@ -49,6 +50,8 @@ def write(
     generation_config: dict[str, Any] | None = None,
 ) -> None:
     """Writes a GGUF with matrices of type `kind` (None: the lossless one) and float32 norms, and reads it back.
+
+    Two keys of ours hold digests of the tensors, as the reader decodes them, and of the other metadata.
 
     Raises `UsageError` for what a GGUF cannot store: a missing tokenizer or one of another kind than SmolLM2's, more
     than three end tokens, a rope_theta that is not a float32, values beyond float16, rows not a multiple of q8_0's 32.
@@ -78,6 +81,9 @@ def write(
             raw = np.ascontiguousarray(raw)
             raw_dtype = gguf.GGMLQuantizationType[tensor_type.upper()] if raw.dtype == np.uint8 else None
             writer.add_tensor(gguf_name(name), raw, raw_dtype=raw_dtype)
+        writer.add_string(DIGEST, digest(expected))
+        fields = {key: entry.value for key, entry in writer.kv_data[0].items()}
+        writer.add_string(gguf_reader.METADATA_DIGEST, gguf_reader.metadata_digest(fields))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -273,7 +279,7 @@ def _text_rules(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _compare(path: Path, expected: dict[str, np.ndarray], config: Config, tokenizer: Tokenizer) -> None:
     """Raises an error unless reading the file gives these tensors, this config and this tokenizer."""
-    tensors, read_config, files, *_ = gguf_reader.read(path)
+    tensors, read_config, files, *_ = gguf_reader.read(path, check_digests=False)  # every value is compared here
     for name, tensor in expected.items():
         if name not in tensors or tensors[name].tobytes() != np.ascontiguousarray(tensor).tobytes():
             raise StorageError(f"{path}: tensor {name} read back different from what was written")
