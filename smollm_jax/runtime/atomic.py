@@ -1,8 +1,12 @@
 """Atomic writes: a temporary sibling is written, fsynced and renamed to the target. Imports no framework."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +21,17 @@ from smollm_jax.errors import InputFileError, SmolLMError, StorageError, UsageEr
 def replacing(target: Path) -> Iterator[Path]:
     """A temporary path next to `target`: renamed to `target` when the block succeeds, removed when it raises.
 
-    Raises `UsageError` if `target` exists, because nothing is overwritten, and `StorageError` if it cannot be written.
+    What a killed process left of the same target is removed first. Raises `UsageError` if `target` exists, because
+    nothing is overwritten, and `StorageError` if it cannot be written.
     """
     if target.exists():
         raise UsageError(f"{target}: exists already; name another target or remove it first")
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    folder = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(target.parent, os.O_RDONLY)
+        _remove_leftovers(target, folder)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:  # fsync before the rename
             sync(path)
@@ -35,10 +43,33 @@ def replacing(target: Path) -> Iterator[Path]:
         reason = str(error).replace(str(temporary), str(target))
         raise StorageError(f"{target}: cannot be written: {reason}") from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+        if folder is not None:
+            os.close(folder)
+
+
+def _remove_leftovers(target: Path, folder: int) -> None:
+    """Removes the temporary paths of `target` that no process writes, and locks the open `folder` as one written to.
+
+    A writer holds a shared lock of the folder, which the kernel releases however it ends; an exclusive one is to be had
+    only while nobody writes there. A file system without such locks keeps the paths.
+    """
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
+    with contextlib.suppress(OSError):
+        if leftovers := [path for path in target.parent.iterdir() if name.fullmatch(path.name)]:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for path in leftovers:
+                    print(f"note: {path}: left behind by a process that was killed: removed", file=sys.stderr)
+                    _remove(path)
+        fcntl.flock(folder, fcntl.LOCK_SH)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def overwrite(path: Path, content: bytes) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from smollm_jax import weights
 from smollm_jax.config import Config
-from smollm_jax.errors import InputFileError
+from smollm_jax.errors import InputFileError, StorageError
+from smollm_jax.runtime.atomic import replacing
 from smollm_jax.weights import mapping, safetensors_file
 from smollm_jax.weights.bundle import Bundle
 from smollm_jax.weights.safetensors_file import DIGEST, digest
@@ -155,3 +156,21 @@ def test_a_folder_of_ours_has_a_digest_and_one_without_still_loads(tmp_path):
         weights.read(tmp_path / "hf")
     safetensors_file.save_file(tensors, file)
     same(weights.read(tmp_path / "hf").tensors, tensors)
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next_one_to_the_same_target(tmp_path, capsys):
+    target = tmp_path / "x.gguf"
+    left, others = (tmp_path / f".x.gguf.0123abc{n}.tmp" for n in "de"), (".x.gguf.tmp", ".y.gguf.0123abcd.tmp")
+    file, folder = left
+    file.touch()
+    (folder / "sub").mkdir(parents=True)
+    for name in others:
+        (tmp_path / name).touch()
+    with replacing(target) as first:
+        assert not file.exists()
+        assert not folder.exists()
+        assert capsys.readouterr().err.count("left behind by a process that was killed: removed\n") == 2
+        first.touch()
+        with pytest.raises(StorageError), replacing(target):  # another process at the same time: writes nothing
+            assert first.exists(), "what a live process writes was removed"
+    assert {path.name for path in tmp_path.iterdir()} == {"x.gguf", *others}
