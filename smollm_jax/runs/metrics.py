@@ -146,6 +146,16 @@ class RunLog:
         elif self._initial_validation_loss is not None:
             self._warn_if_worse(step, loss, self._initial_validation_loss)
 
+    def lacks_validation(self, step: int) -> bool:
+        """Whether the file ends a step with its training row: a signal came before its validation."""
+        if self._file.name == os.devnull:
+            return False
+        begins = f'{{"step": {step},'.encode()
+        self._file.seek(0)
+        rows = (line for line in iter(lambda: self._file.readline(MAX_ROW_BYTES), b"") if line.startswith(begins))
+        last = collections.deque(rows, maxlen=1)
+        return bool(last) and b'"validation_loss"' not in last[0]
+
     def _warn_if_worse(self, step: int, loss: float, initial_loss: float) -> None:
         """Prints one note if two consecutive validation losses, or the last one, are above that of step 0."""
         if self._above_initial < 0:
@@ -204,7 +214,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
                 row = parse_row(line)
             except ValueError as error:
                 raise InputFileError(f"{path}: line {number} is not a row of metrics: {one_line(error)}") from error
-            while "loss" in row and rows and rows[-1]["step"] >= row["step"]:
+            # A resume repeats the steps after its checkpoint, and validates the checkpoint's own step if need be.
+            while rows and rows[-1]["step"] >= row["step"] + ("loss" not in row):
                 rows.pop()
             rows.append(row)
     return rows

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from smollm_jax.data.batches import BatchSource
-from smollm_jax.parallel import sharding
+from smollm_jax.parallel import processes, sharding
 from smollm_jax.parallel.processes import SyncedFlag
 from smollm_jax.runs.checkpoint import CheckpointStore
 from smollm_jax.runs.metrics import RunLog
@@ -68,19 +68,24 @@ class Trainer:
         self.step = step if frozen is None else functools.partial(step, frozen=frozen)
 
     def run(self) -> TrainState:
-        """The state after the last step. A run that starts from weights is validated at step 0.
+        """The state after the last step. A run that starts from weights is validated at step 0, and one that is resumed
+        at a step whose validation a signal prevented, at that step.
 
         Raises `StoppedError` after a signal, once a checkpoint is saved, and `DivergedError` if ten of the last 1,000
         updates were not finite. Such an update is skipped, does not advance the schedule, and its windows are logged.
         """
         recipe, progress, log = self.recipe, self.progress, self.log
-        if progress.step >= recipe.steps:
+        unvalidated = progress.step > 0 and self.is_validated(progress.step) and log.lacks_validation(progress.step)
+        unvalidated = max(processes.all_gather_int(int(unvalidated)))  # one process has the file
+        if progress.step >= recipe.steps and not unvalidated:
             log.note(f"already at step {progress.step} of {recipe.steps}: nothing to train; a larger --steps continues")
             return self.state
         log.start(progress.step, recipe.steps, recipe.tokens_per_step)
-        if progress.step == 0 and self.provenance.start_from and self.intervals.eval_every:
+        if unvalidated or (progress.step == 0 and self.provenance.start_from and self.intervals.eval_every):
             self.validate()
             log.resume_clock()
+        if progress.step >= recipe.steps:
+            return self.state
         stopping, pending = SyncedFlag(), None
         batch, input_seconds = self.load_batch(progress.step)
         while progress.step < recipe.steps and not stopping(bool(self.stop)):
@@ -94,7 +99,7 @@ class Trainer:
             if not is_last:
                 batch, input_seconds = self.load_batch(step)  # while the device runs the step above
             saving = is_last or (self.intervals.save_every and step % self.intervals.save_every == 0)
-            validating = is_last or (self.intervals.eval_every and step % self.intervals.eval_every == 0)
+            validating = self.is_validated(step)
             # On a CPU the call above blocks until the step is done: a late read hides nothing and blurs the throughput.
             if saving or validating or self.stop or jax.default_backend() == "cpu":
                 self.log_step(*pending)
@@ -110,6 +115,11 @@ class Trainer:
             self.log_step(*pending)
         self.save_and_verify()
         return self.state
+
+    def is_validated(self, step: int) -> bool:
+        """Whether the loss on held-out batches is computed after a step."""
+        every = self.intervals.eval_every
+        return step == self.recipe.steps or (every > 0 and step % every == 0)
 
     def load_batch(self, step: int) -> tuple[Any, float]:
         """A step's batch on its devices, and the seconds to load it, which delay a device that is idle."""

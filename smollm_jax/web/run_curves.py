@@ -76,11 +76,11 @@ class RunCurves:
 
     def _add(self, row: dict[str, Any]) -> None:
         step = row["step"]
-        if "loss" in row and step <= self.step:
+        if (first_repeated := step + ("loss" not in row)) <= self.step:
             for points in self.curves.values():
-                while points and points[-1][0] >= step:
+                while points and points[-1][0] >= first_repeated:
                     points.pop()
-        self.step = max(step, self.step) if "loss" not in row else step
+        self.step = step
         for name, points in self.curves.items():
             value: Any = row.get(name)  # null for NaN and infinity
             if type(value) in (int, float) and math.isfinite(value):

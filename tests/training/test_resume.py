@@ -29,6 +29,7 @@ from smollm_jax.training.execution import ExecutionConfig, Intervals
 from smollm_jax.training.loop import Trainer
 from smollm_jax.training.loss import mean_gradients, mean_loss
 from smollm_jax.training.state import Progress, init_model, init_train_state, restore_run
+from smollm_jax.web.run_curves import RunCurves
 from tests.small_files import of_tokens
 
 POISON = 77
@@ -88,8 +89,8 @@ def bits(state) -> dict[str, bytes]:
     return {f"{item}.{name}": np.asarray(x).tobytes() for item, part in items.items() for name, x in part.items()}
 
 
-def losses(folder) -> list[str]:
-    return [float(row["loss"]).hex() for row in read_metrics(folder) if "loss" in row]
+def losses(folder, name="loss") -> list[str]:
+    return [float(row[name]).hex() for row in read_metrics(folder) if name in row]
 
 
 @pytest.mark.parametrize(
@@ -99,12 +100,13 @@ def test_stopped_and_resumed_is_bit_equal_also_across_an_epoch(tmp_path, config,
     plan = recipe(seed=seed, gradient_accumulation_steps=accumulate)
     straight, _ = run(tmp_path / "straight", config, plan)
     folder = tmp_path / "stopped"
-    for number, stop_before in enumerate((2, 4, 9)):  # an epoch has 3 steps
+    for number, stop_before in enumerate((2, 5, 9)):  # an epoch has 3 steps; steps 5, 10 and 12 are validated
         with pytest.raises(StoppedError, match=f"SIGTERM: step {stop_before} of 12 is saved and verified"):
             run(folder, config, plan, stop_before=stop_before, resume=number > 0, asynchronous=seed == 1)
     state, progress = run(folder, config, plan, resume=True)
     assert bits(state) == bits(straight)
-    assert losses(folder) == losses(tmp_path / "straight")
+    for name in ("loss", "validation_loss"):
+        assert losses(folder, name) == losses(tmp_path / "straight", name)
     assert (progress.step, progress.tokens_seen) == (12, 12 * 4 * 16)
 
 
@@ -331,6 +333,12 @@ def test_what_a_resume_went_back_over_counts_as_it_was_done_last(tmp_path):
     rows = [*steps[:2], seen[0], *steps[2:], seen[1], *repeated]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_metrics(tmp_path) == [*steps[:2], seen[0], *repeated]
+    late = [*steps, seen[0], *repeated]  # step 2 is validated after a resume at it
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in late))
+    assert read_metrics(tmp_path) == [*steps[:2], seen[0], *repeated]
+    curves = RunCurves(tmp_path / "metrics.jsonl")
+    curves.read_new_rows()
+    assert curves.curves["loss"] == [(1, 1.0), (2, 2.0), (3, 3.5)]
 
 
 def test_a_lock_is_held_once_also_while_another_gives_up(tmp_path):
