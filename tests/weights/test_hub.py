@@ -87,8 +87,8 @@ def test_a_models_name_is_fetched_once_and_then_found_offline(served, tmp_path, 
     result = convert("org/tiny", tmp_path / "a.safetensors")
     assert result.returncode == 0, result.stderr
     assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith(f"org/tiny: using the Hugging Face hub's model, cached in {tmp_path}/home")
-    assert COMMIT in result.stderr, "the path says which revision"
+    line = f"org/tiny: using the Hugging Face hub's model at commit {COMMIT}, cached in {tmp_path}/home"
+    assert result.stderr.startswith(line)
     fetched = [path.rpartition("/")[2] for path in served.asked if "/resolve/" in path]
     assert "model.safetensors" in fetched
     assert not [path for path in served.asked if "onnx" in path], "other layouts of the same weights are left there"
@@ -164,8 +164,11 @@ def test_a_path_wins_over_a_name_and_a_mistyped_path_is_not_asked_for(tmp_path, 
 def test_fetch_assets_takes_a_model_from_the_hub(served, tmp_path):
     script = str(ROOT / "scripts/fetch_assets.py")
     command = [sys.executable, script, "weights", "--source", "hub", "--assets", str(tmp_path / "assets"), "--model"]
-    result = subprocess.run([*command, "org/tiny"], capture_output=True, text=True, check=False, cwd=ROOT)
+    pinned = f"org/tiny@{COMMIT}"
+    result = subprocess.run([*command, pinned], capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
+    assert f"commit {COMMIT} of {pinned}" in result.stdout
+    assert all(COMMIT in path for path in served.asked), served.asked
     assert weights.read(tmp_path / "assets/tiny").tensors
     result = subprocess.run([*command, "org/only-gguf"], capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 3
