@@ -20,9 +20,10 @@ from smollm_jax.config.hf_config import read_config
 from smollm_jax.data.examples.examples import Example, Pair
 from smollm_jax.data.examples.packing import padded, paired
 from smollm_jax.errors import InputFileError, SmolLMError, UsageError
-from smollm_jax.finetuning import lora
+from smollm_jax.finetuning import lora, setup
 from smollm_jax.finetuning.batches import RowBatches, split
 from smollm_jax.finetuning.chat_format import TEMPLATE, with_chat_format
+from smollm_jax.finetuning.flags import Flags
 from smollm_jax.finetuning.run import objective_of
 from smollm_jax.model import smollm
 from smollm_jax.runs.metrics import read_metrics
@@ -316,6 +317,17 @@ def test_pairs_beside_the_weights_compute_what_merged_ones_do(tiny_model, dtype,
     largest = np.abs(merged).max()
     assert np.abs(beside - merged).max() < bound * largest
     assert np.abs(beside - plain).max() > 0.05 * largest, "the adapter has no effect"
+
+
+def test_an_adapter_goes_on_with_its_own_dropout_unless_a_flag_says_otherwise(tmp_path, base):
+    bundle, laptop = weights.read(base), named("laptop-sft")
+    recipe, pairs = small_adapter(bundle.config, lora_dropout=0.25, lora_targets="q_proj")
+    write_adapter(tmp_path, lora.adapter_of(pairs, recipe, str(base)))
+    fields = [
+        flags.recipe_fields() | setup._adapter_fields(flags, bundle, laptop)
+        for flags in (Flags(init_adapter=tmp_path), Flags(init_adapter=tmp_path, lora_dropout=0.0))
+    ]
+    assert [row["lora_dropout"] for row in fields] == [0.25, 0.0]
 
 
 def row_keys(*shape):
