@@ -168,7 +168,7 @@ def test_fetch_assets_takes_a_model_from_the_hub(served, tmp_path):
     result = subprocess.run([*command, pinned], capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert f"commit {COMMIT} of {pinned}" in result.stdout
-    assert all(COMMIT in path for path in served.asked), served.asked
+    assert all(COMMIT in path for path in served.asked if "org/tiny" in path), served.asked
     assert weights.read(tmp_path / "assets/tiny").tensors
     result = subprocess.run([*command, "org/only-gguf"], capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 3
