@@ -1,5 +1,6 @@
 """The three implementations on the same real weights, and the float64 truth, each computed once."""
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -8,9 +9,18 @@ import smollm_torch.weights
 from smollm_jax import weights
 from smollm_parity import ladder
 from smollm_parity.torch_backend import load_transformers
-from tests.trainer import train
+from tests.trainer import train_here
 
 LENGTH = 288  # tokens of the fast rungs: more than a block of attention, which has 256
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_as_users_do():
+    """`make test` has XLA optimize little: the ladder is about what users run."""
+    optimized = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", optimized)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +55,7 @@ def instruct_export(weights_path, tmp_path_factory):
 def trained(tmp_path_factory):
     """A run of the trainer, from scratch: 6 query heads on 2 KV heads."""
     run = tmp_path_factory.mktemp("runs") / "from-scratch"
-    done = train(run, "--steps", "3")
+    done = train_here(run, "--steps", "3")
     assert done.returncode == 0, done.stderr
     return run
 

@@ -1,28 +1,41 @@
-"""Real training processes for the tests: the tiny model, some of the real text, a compilation cache of their own.
+"""Trainings for the tests, of the tiny model on some of the real text, in this process or in one of their own.
 
-Of their own, because one that is killed leaves what it was writing, of which JAX warns whoever reads it. Text is
-prepared once for all of them, and every sixteenth speech is enough: all 249 take longer than a training.
+`train_here` costs a fifth of `train`: JAX is imported, and a step of the same recipe is traced and compiled once. What
+is about a process, its signals, its exit or its death, needs one. Processes have a compilation cache of their own,
+because one that is killed leaves what it was writing, of which JAX warns whoever reads it. Text is prepared once for
+all, and every sixteenth speech is enough: all 249 take longer than a training.
 """
 
 import atexit
 import contextlib
+import functools
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import pytest
 
 from smollm_jax.commands import train as train_command
+from smollm_jax.config import Config, Recipe
 from smollm_jax.errors import SmolLMError
 from smollm_jax.runs.checkpoint import CheckpointStore, steps_in
-from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runs.metrics import RunLog, read_metrics
 from smollm_jax.runtime import allocator
 from smollm_jax.runtime.signals import StopSignal
+from smollm_jax.training import train_step
+from smollm_jax.training.execution import ExecutionConfig
 
+COMPILE_STEP = train_step.compile_step
 ROOT = Path(__file__).parent.parent
 CACHE, PREPARED, TEXT = (tempfile.mkdtemp(prefix="smollm-tests-") for _ in range(3))
 for folder in (CACHE, PREPARED, TEXT):
@@ -36,6 +49,10 @@ ENVIRONMENT = os.environ | {
 }
 
 
+class KilledError(Exception):
+    """Stands for a kill: nothing more is written."""
+
+
 def speeches() -> Path:
     """The folder of speeches that the tests train on."""
     if not os.listdir(TEXT):
@@ -44,7 +61,15 @@ def speeches() -> Path:
     return Path(TEXT)
 
 
+def share_programs() -> None:
+    """Gives the processes what this session has compiled."""
+    for entry in Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*-cache"):
+        with contextlib.suppress(FileExistsError):
+            os.link(entry, Path(CACHE) / entry.name)
+
+
 def command(run: Path, *flags: str, preset: str | None = "tiny", data: Path | None = None) -> list[str]:
+    share_programs()
     if run.parent.is_dir() and not (run.parent / "data").exists():
         with contextlib.suppress(OSError):  # where there can be none, the trainer is to say so
             (run.parent / "data").symlink_to(PREPARED)  # it keeps prepared text in the folder it works in
@@ -65,19 +90,66 @@ def train(run: Path, *flags: str, prefix: tuple[str, ...] = (), **options) -> su
     )
 
 
+@functools.cache
+def _compiled(config: Config, recipe: Recipe, execution: ExecutionConfig) -> Any:
+    return COMPILE_STEP(config, recipe, execution)
+
+
+@contextlib.contextmanager
+def this_process(folder: Path) -> Iterator[None]:
+    """The command that trains works in `folder`, and leaves this process's signals, allocator and precision alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(train_command, "QuickStart", lambda **_: SimpleNamespace(end=lambda: None))
+        patch.setattr(StopSignal, "install", lambda self: self)
+        patch.setattr(StopSignal, "ignore", lambda self: None)
+        patch.setattr(allocator, "retain_freed_memory", lambda: False)
+        patch.setattr(allocator, "restore_defaults", lambda: None)
+        patch.setattr(train_step, "compile_step", _compiled)
+        precision = jax.config.jax_default_matmul_precision
+        try:
+            yield
+        finally:
+            jax.config.update("jax_default_matmul_precision", precision)
+
+
+def train_here(run: Path, *flags: str, dies_after: int | None = None, **options) -> subprocess.CompletedProcess:
+    """A training in this process, with the exit code that its error has.
+
+    `dies_after`: nothing is written after the log of this step, as after a kill, and the exit code is -9.
+    """
+    _, _, *arguments = command(run, *flags, **options)
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    log = RunLog.step
+
+    def step(self, number: int, **values: Any) -> None:
+        log(self, number, **values)
+        if number == dies_after:
+            raise KilledError
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(this_process(run.parent))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(errors))
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(RunLog, "step", step)
+        try:
+            train_command.main(arguments)
+        except SmolLMError as error:
+            print(f"error: {error}", file=errors)
+            code = error.exit_code
+        except KilledError:
+            code = -signal.SIGKILL
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue())
+
+
 def refused(run: Path, *flags: str, **options) -> SmolLMError:
-    """The error of a training that cannot start, in this process, which has JAX already.
+    """The error of a training that cannot start.
 
     What a process makes of it, one line and an exit code, is `run_main`'s: see tests/commands/test_scripts.py.
     """
     _, _, *given = command(run, *flags, **options)
-    with pytest.MonkeyPatch.context() as patch:  # of a process that lives on
-        patch.chdir(run.parent)
-        patch.setattr(train_command, "QuickStart", lambda **_: None)
-        patch.setattr(StopSignal, "install", lambda self: self)
-        patch.setattr(allocator, "retain_freed_memory", lambda: False)
-        with pytest.raises(SmolLMError) as caught:
-            train_command.main(given)
+    with this_process(run.parent), pytest.raises(SmolLMError) as caught:
+        train_command.main(given)
     assert "\n" not in str(caught.value)
     return caught.value
 

@@ -173,7 +173,7 @@ def test_what_cannot_be_talked_with_is_refused_in_one_line(folder, tmp_path, fla
     refused("chat", folder, [flag.format(tmp=tmp_path) for flag in flags], code, named)
 
 
-def test_generate_takes_prompts_of_every_kind_and_gives_json(engine, folder, tmp_path):
+def test_generate_takes_prompts_of_every_kind_and_gives_json(engine, folder, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("Ünder the sea", encoding="utf-8")
     prompts = ["The capital", "- of France", "Ünder the sea"]
     flags = ("--prompt", prompts[0], f"--prompt={prompts[1]}", "--prompt-file", tmp_path / "prompt.txt", *SHORT)
@@ -193,14 +193,14 @@ def test_generate_takes_prompts_of_every_kind_and_gives_json(engine, folder, tmp
     assert printed["timings"]["tokens"] == sum(len(row["ids"]) for row in printed["completions"])
     assert {"load_seconds", "first_token_seconds", "seconds", "tokens_per_second"} <= set(printed["timings"])
 
-    status, out, _ = talk([], folder, *flags, script="generate.py")
-    expected = "".join(f"{row['prompt']}{row['text']}\n\n" for row in printed["completions"])
-    assert (status, out) == (0, expected)
+    in_process("generate", folder, *map(str, flags))
+    assert capsys.readouterr().out == "".join(f"{row['prompt']}{row['text']}\n\n" for row in printed["completions"])
     status, out, _ = talk(["The capital"], folder, *SHORT, script="generate.py")
     assert (status, out) == (0, f"The capital{printed['completions'][0]['text']}\n")
     system = ("--prompt", "Hello", "--system", "Be brief.", *SHORT)
     messages = [{"role": "system", "content": "Be brief."}, user("Hello")]
-    assert talk([], folder, *system, script="generate.py")[1] == answer(engine, messages) + "\n"
+    in_process("generate", folder, *map(str, system))
+    assert capsys.readouterr().out == answer(engine, messages) + "\n"
 
 
 @pytest.mark.parametrize(

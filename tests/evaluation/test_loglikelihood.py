@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
@@ -13,11 +12,20 @@ from smollm_jax.evaluation import loglikelihood
 from smollm_jax.evaluation.loglikelihood import Request
 from smollm_jax.evaluation.quality import quality, windows
 
+forward = jax.jit(lambda model, row: model(row))
+
+
+def logits_of(model, tokens):
+    """Logits `[T, V]` of one text. Tokens that no earlier one attends fill the row, so that one program serves all."""
+    row = np.zeros((1, 96), np.int32)
+    row[0, : len(tokens)] = tokens
+    return np.asarray(forward(model, row))[0, : len(tokens)]
+
 
 def alone(model, request):
-    """The same score from all logits of one unpadded row, summed in float64."""
-    tokens = [*request.context, *request.continuation]
-    logits = np.asarray(model(jnp.asarray([tokens]))[0], np.float64)[len(request.context) - 1 : -1]
+    """The same score from all logits of one row, summed in float64."""
+    logits = logits_of(model, [*request.context, *request.continuation])
+    logits = logits.astype(np.float64)[len(request.context) - 1 : -1]
     logprobs = scipy.special.log_softmax(logits, axis=-1)
     expected = sum(row[token] for row, token in zip(logprobs, request.continuation, strict=True))
     return expected, bool((logits.argmax(-1) == request.continuation).all())
@@ -33,9 +41,7 @@ def requests(model, seed=0):
     result = []
     for length in (1, 5, 63, 70):
         context = tokens(length)
-        likeliest, after = (
-            int(np.asarray(model(jnp.asarray([ids]))[0, -1]).argmax()) for ids in (context, (*context, 7))
-        )
+        likeliest, after = (int(logits_of(model, ids)[-1].argmax()) for ids in (context, (*context, 7)))
         result += [Request(context, (likeliest,)), Request(context, (likeliest, 7)), Request(context, (7, after))]
         result += [Request(context, tokens(9))]
     result += [Request(tokens(40), tokens(20)), Request(tokens(3), tokens(1))]

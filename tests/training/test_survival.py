@@ -22,7 +22,7 @@ import pytest
 from smollm_jax import weights
 from smollm_jax.errors import InputFileError
 from smollm_jax.runs.checkpoint import STAGING, CheckpointStore, steps_in
-from tests.trainer import ENVIRONMENT, ROOT, final_state, losses, rows, start, train
+from tests.trainer import ENVIRONMENT, ROOT, final_state, losses, rows, start, train, train_here
 
 SOAK = bool(os.environ.get("SMOLLM_SOAK"))
 STEPS, SAVE_EVERY = 80, 10
@@ -276,21 +276,18 @@ def damage_newest(run: Path) -> Path:
     return largest
 
 
-def test_a_flipped_bit_costs_the_steps_since_the_checkpoint_before_and_no_more(straight, tmp_path):
-    run = tmp_path / "run"
-    process = start(run, *FLAGS)
-    wait_for(lambda: len(rows(run)) > 2 * SAVE_EVERY + 1, process)
-    process.kill()
-    process.communicate()
+def test_a_flipped_bit_costs_the_steps_since_the_checkpoint_before_and_no_more(tmp_path):
+    straight, run, flags = tmp_path / "straight", tmp_path / "run", ("--steps", "20", "--save-every", "5")
+    assert train_here(straight, *flags).returncode == 0
+    assert train_here(run, *flags, dies_after=12).returncode == -signal.SIGKILL
     older, newest = steps_in(run / "checkpoints")[-2:]
     damaged = damage_newest(run)
-    process = start(run, *FLAGS)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    warnings = [line for line in output.splitlines() if line.startswith("warning:")]
+    done = train_here(run, *flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 1
     assert f"{newest}/{damaged.relative_to(run / 'checkpoints' / str(newest))}: sha256 differs" in warnings[0]
-    assert f"resumed from step {older}" in output
+    assert f"resumed from step {older}" in done.stdout
     aside = run / f"checkpoints/{newest}.bad"
     assert aside.is_dir(), "a bad checkpoint is never deleted"
     aside.rename(tmp_path / "aside")
@@ -299,19 +296,20 @@ def test_a_flipped_bit_costs_the_steps_since_the_checkpoint_before_and_no_more(s
 
 def test_without_a_good_checkpoint_nothing_starts_and_nothing_is_touched(tmp_path):
     run = tmp_path / "run"
-    assert train(run, "--steps", "4", "--save-every", "2").returncode == 0
+    flags = ("--steps", "20", "--save-every", "5")
+    assert train_here(run, *flags, dies_after=12).returncode == -signal.SIGKILL
     damage_newest(run)
-    (run / "checkpoints/2/integrity.json").unlink()
+    (run / "checkpoints/5/integrity.json").unlink()
     before = sorted(path.name for path in (run / "checkpoints").iterdir())
-    done = train(run, "--steps", "6", "--resume")
+    done = train_here(run, *flags, "--resume")
     assert done.returncode == 4, done.stderr
-    assert "checkpoints/4/" in done.stderr
+    assert "checkpoints/10/" in done.stderr
     assert "sha256 differs" in done.stderr
-    assert "checkpoints/2/integrity.json: is missing" in done.stderr
+    assert "checkpoints/5/integrity.json: is missing" in done.stderr
     assert before == sorted(path.name for path in (run / "checkpoints").iterdir())
-    accepted = train(run, "--steps", "6", "--resume", "--allow-unverified")
+    accepted = train_here(run, *flags, "--resume", "--allow-unverified")
     assert accepted.returncode == 0, accepted.stderr
-    assert "resumed from step 2" in accepted.stdout
+    assert "resumed from step 5" in accepted.stdout
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,8 +21,11 @@ from smollm_jax.data.mixture import open_mixture
 from smollm_jax.evaluation.quality import quality
 from smollm_jax.runs.checkpoint import CheckpointStore
 from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runtime import cpu
 from smollm_jax.tokenizer import Tokenizer
-from tests.trainer import ENVIRONMENT, ROOT, command, final_state, losses, refused, speeches, train
+from smollm_jax.training import memory, train_step
+from smollm_jax.training import run as run_module
+from tests.trainer import ENVIRONMENT, ROOT, command, final_state, losses, refused, speeches, train, train_here
 
 
 def kill_after(run: Path, step: int, *flags: str, **options) -> None:
@@ -37,12 +41,16 @@ def kill_after(run: Path, step: int, *flags: str, **options) -> None:
         process.send_signal(signal.SIGKILL)
 
 
+FLAGS = ("--steps", "20", "--save-every", "10")
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
-    """An uninterrupted run of 40 steps."""
+    """An uninterrupted run of 20 steps."""
     run = tmp_path_factory.mktemp("runs") / "straight"
-    done = train(run, "--steps", "40", "--save-every", "20")
+    done = train_here(run, *FLAGS)
     assert done.returncode == 0, done.stderr
+    (run.parent / "printed").write_text(done.stdout)
     return run
 
 
@@ -53,14 +61,13 @@ def straight(tmp_path_factory) -> Path:
 def test_killed_and_resumed_is_bit_equal_to_straight(tmp_path, straight, preset):
     if preset != "tiny":
         straight = tmp_path / "straight"
-        assert train(straight, "--steps", "40", "--save-every", "20", preset=preset).returncode == 0
-    flags = ("--steps", "40", "--save-every", "20")
-    kill_after(tmp_path / "killed", 23, *flags, preset=preset)
-    resumed = train(tmp_path / "killed", *flags, "--resume", preset=preset)
+        assert train(straight, *FLAGS, preset=preset).returncode == 0
+    kill_after(tmp_path / "killed", 13, *FLAGS, preset=preset)
+    resumed = train(tmp_path / "killed", *FLAGS, "--resume", preset=preset)
     assert resumed.returncode == 0, resumed.stderr
-    assert "resumed from step 20" in resumed.stdout
+    assert "resumed from step 10" in resumed.stdout
     assert losses(tmp_path / "killed") == losses(straight)
-    assert len(losses(straight)) == 40
+    assert len(losses(straight)) == 20
     state = final_state(straight)
     assert final_state(tmp_path / "killed") == state
     assert len(state) == 11 + 2 * 11 + 2, "parameters, two moments of each, two step counts"
@@ -82,32 +89,33 @@ def test_the_run_folder_is_complete_and_loads_as_weights(straight):
 
     model, config = weights.load(straight)
     assert model(jnp.asarray([Tokenizer.load(straight).encode("The quick")])).shape[-1] == config.vocab_size
-    assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["20", "40"]
-    meta = json.loads((straight / "checkpoints/40/meta/metadata").read_text())
-    assert meta["tokens_seen"] == 40 * 2 * 64
+    assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["10", "20"]
+    meta = json.loads((straight / "checkpoints/20/meta/metadata").read_text())
+    assert meta["tokens_seen"] == 20 * 2 * 64
 
 
-def test_what_training_prints(tmp_path):
-    done = train(tmp_path / "run", "--steps", "2", "--dtype", "float32")
-    for part in ("no GPU found", "5,014,176 parameters", "precision   float32 matmuls", "2 x 64 = 128 tokens each"):
-        assert part in done.stdout
-    assert "The quick brown fox -> " in done.stdout
-    assert "predicted next token:" in done.stdout
+def test_what_training_prints(straight):
+    printed = (straight.parent / "printed").read_text()
+    precision = "bfloat16 matmuls with float32 results" if cpu.has_fast_bfloat16() else "float32 matmuls"
+    for part in ("no GPU found", "5,014,176 parameters", f"precision   {precision}", "2 x 64 = 128 tokens each"):
+        assert part in printed
+    assert "The quick brown fox -> " in printed
+    assert "predicted next token:" in printed
 
 
 def test_a_finished_run_says_so_and_goes_on_when_asked_for_more(tmp_path):
-    assert train(tmp_path / "run", "--steps", "3", "--decay-fraction", "0").returncode == 0
-    resumed = train(tmp_path / "run", "--resume")
+    assert train_here(tmp_path / "run", "--steps", "2", "--decay-fraction", "0", "--warmup-steps", "1").returncode == 0
+    resumed = train_here(tmp_path / "run", "--resume")
     assert resumed.returncode == 0
-    assert "already at step 3 of 3" in resumed.stdout
-    more = train(tmp_path / "run", "--steps", "5", "--resume")
+    assert "already at step 2 of 2" in resumed.stdout
+    more = train_here(tmp_path / "run", "--steps", "4", "--resume")
     assert more.returncode == 0
-    assert len(losses(tmp_path / "run")) == 5
+    assert len(losses(tmp_path / "run")) == 4
 
 
 def test_a_run_is_never_written_over(straight):
     before = (straight / "metrics.jsonl").read_bytes()
-    refusal = refused(straight, "--steps", "40")
+    refusal = refused(straight, *FLAGS)
     assert refusal.exit_code == 2
     assert "--resume" in str(refusal)
     assert (straight / "metrics.jsonl").read_bytes() == before
@@ -124,7 +132,7 @@ CHANGES = {
     "flags", [tuple(CHANGES), *(pytest.param((flag,), marks=pytest.mark.slow) for flag in CHANGES)]
 )
 def test_resuming_under_another_recipe_is_refused_by_name(straight, flags):
-    done = train(straight, "--steps", "60", "--resume", *(word for flag in flags for word in flag))
+    done = train_here(straight, "--steps", "60", "--resume", *(word for flag in flags for word in flag))
     assert done.returncode == 2
     assert all(CHANGES[flag] in done.stderr for flag in flags)
 
@@ -133,7 +141,7 @@ def test_resuming_under_another_recipe_is_refused_by_name(straight, flags):
 def test_resuming_on_other_data_is_refused(straight, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("entirely different words " * 4000)
-    done = train(straight, "--steps", "60", "--resume", data=other)
+    done = train_here(straight, "--steps", "60", "--resume", data=other)
     assert done.returncode == 2
     assert "data: " in done.stderr
 
@@ -211,15 +219,15 @@ def test_what_a_run_left_that_died_before_its_first_checkpoint_is_replaced(tmp_p
     (run / "checkpoints/1.orbax-checkpoint-tmp").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(config_to_hf(PRESETS["smollm2-135m"])))
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    assert train(run, "--steps", "2").returncode == 2, "a folder without a lock is somebody else's"
+    assert train_here(run, *FLAGS).returncode == 2, "a folder without a lock is somebody else's"
     (run / "lock").write_text("")
-    assert train(run, "--steps", "2", "--resume").returncode == 4
-    replaced = train(run, "--steps", "2")
+    assert train_here(run, *FLAGS, "--resume").returncode == 4
+    replaced = train_here(run, *FLAGS)
     assert replaced.returncode == 0
     assert f"its earlier metrics are now {run}/metrics.jsonl.1" in replaced.stdout
     assert (run / "metrics.jsonl.1").read_text() == '{"step": 1, "loss": 1.0}\n'
     assert config_from_hf(json.loads((run / "config.json").read_text())) == PRESETS["tiny"]
-    assert len(losses(run)) == 2
+    assert len(losses(run)) == 20
 
 
 def test_a_folder_of_weights_is_not_written_over(tmp_path, straight):
@@ -228,21 +236,6 @@ def test_a_folder_of_weights_is_not_written_over(tmp_path, straight):
     refusal = refused(folder, "--steps", "2")
     assert refusal.exit_code == 2
     assert "is not a run of this trainer" in str(refusal)
-
-
-@pytest.mark.parametrize("kind", ["hf", pytest.param("orbax", marks=pytest.mark.slow)])
-def test_init_from_starts_at_the_weights(tmp_path, straight, kind):
-    begin = straight
-    if kind == "hf":
-        weights.write(begin := tmp_path / "hf", weights.read(straight), "hf")
-    done = train(tmp_path / "run", "--steps", "1", "--init-from", str(begin), "--learning-rate", "1e-9")
-    assert done.returncode == 0, done.stderr
-    trained = read_metrics(straight)[-1]["validation_loss"]
-    rows = read_metrics(tmp_path / "run")
-    assert rows[0]["step"] == 0
-    for row in (rows[0], rows[-1]):
-        assert row["validation_loss"] == pytest.approx(trained, rel=1e-5)
-    assert "warm-up by default for trained weights" in done.stdout
 
 
 def greedy(run: Path, prompt: list[int], tokenizer: Tokenizer) -> str:
@@ -260,13 +253,25 @@ def greedy(run: Path, prompt: list[int], tokenizer: Tokenizer) -> str:
 
 
 @pytest.mark.parametrize(("prompt", "devices"), [("The\nquick", 1), pytest.param("", 2, marks=pytest.mark.slow)])
-def test_each_validation_prints_what_the_model_writes_after_the_prompt(tmp_path, straight, prompt, devices):
-    """Also with sharded parameters, and from the token that starts a document."""
-    flags = ["--steps", "4", "--eval-every", "2", "--prompt", prompt, "--init-from", str(straight)]
+def test_training_starts_at_given_weights_and_each_validation_prints_what_they_write(
+    tmp_path, straight, prompt, devices
+):
+    """Also with sharded parameters, and from the token that starts a document; the first are those of --init-from."""
+    begin = straight
+    if devices == 1:
+        weights.write(begin := tmp_path / "hf", weights.read(straight), "hf")
+    flags = ["--steps", "4", "--eval-every", "2", "--prompt", prompt, "--init-from", str(begin)]
     flags += ["--mesh", f"fsdp={devices}"] if devices > 1 else []
-    prefix = ("env", f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}")
-    done = train(tmp_path / "run", *flags, prefix=prefix)
+    if devices == 1:
+        done = train_here(tmp_path / "run", *flags)
+    else:
+        prefix = ("env", f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}")
+        done = train(tmp_path / "run", *flags, prefix=prefix)
     assert done.returncode == 0, done.stderr
+    assert "warm-up by default for trained weights" in done.stdout
+    first = read_metrics(tmp_path / "run")[0]
+    assert first["step"] == 0
+    assert first["validation_loss"] == pytest.approx(read_metrics(straight)[-1]["validation_loss"], rel=1e-5)
     samples = re.findall(r"^step (\d+)/4  sample: (.*)$", done.stdout, re.MULTILINE)
     assert [int(step) for step, _ in samples] == [0, 2, 4]
     tokenizer = Tokenizer.load(straight)
@@ -369,31 +374,25 @@ def test_a_reference_that_reads_other_tokens_is_refused(tmp_path, straight):
     assert f"--compare-with {other}: its tokenizer differs from that of" in done.stderr
 
 
-COMPILES_WHILE_READING = """
-import sys, threading
-sys.path.insert(0, f"{sys.argv.pop(1)}/scripts")
-import train_jax
-from smollm_jax.data import mixture
-from smollm_jax.training import train_step
-compiling, reading = threading.Event(), threading.Event()
-compile_step, prepare = train_step.compile_step, mixture.open_mixture
-def compiled(*arguments):
-    compiling.set()
-    assert reading.wait(60), "the step is compiled before the data are read"
-    return compile_step(*arguments)
-def prepared(*arguments, **options):
-    reading.set()
-    assert compiling.wait(60), "the data are read before the step is compiled"
-    return prepare(*arguments, **options)
-train_step.compile_step, mixture.open_mixture = compiled, prepared
-train_jax.main(sys.argv[1:])
-"""
+def test_the_step_is_compiled_once_while_the_data_are_read(tmp_path, monkeypatch):
+    compiling, reading, compiled = threading.Event(), threading.Event(), []
+    compile_within, prepare = memory.compile_within, run_module.open_mixture
 
+    def compiles(*arguments, **options):
+        compiling.set()
+        assert reading.wait(60), "the step is compiled before the data are read"
+        compiled.append(compile_within(*arguments, **options))
+        return compiled[-1]
 
-def test_the_step_is_compiled_once_while_the_data_are_read(tmp_path):
-    python, script, *flags = command(tmp_path / "run", "--steps", "2")
-    program = [python, "-c", COMPILES_WHILE_READING, str(Path(script).parent.parent), *flags]
-    environment = ENVIRONMENT | {"JAX_LOG_COMPILES": "1"}
-    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("Compiling jit(train_step)") == 1
+    def prepares(*arguments, **options):
+        reading.set()
+        assert compiling.wait(60), "the data are read before the step is compiled"
+        return prepare(*arguments, **options)
+
+    monkeypatch.setattr(memory, "compile_within", compiles)
+    monkeypatch.setattr(run_module, "open_mixture", prepares)
+    before = train_step.train_step._cache_size()
+    done = train_here(tmp_path / "run", *FLAGS[:2])
+    assert done.returncode == 0, done.stderr
+    assert len(compiled) == 1
+    assert train_step.train_step._cache_size() == before, "compiled again at its first call"

@@ -121,8 +121,8 @@ def test_a_text_that_the_limit_cut_goes_on_as_if_it_had_not_been_cut(client, eng
 
 
 def test_a_text_that_was_cut_inside_a_character_goes_on_without_that_half(place, engine):
-    samplings = [Sampling(1.9, seed=seed) for seed in range(64)]
-    rows = engine.complete([engine.encode("a")] * 64, max_new_tokens=24, sampling=samplings)
+    samplings = [Sampling(1.9, seed=seed) for seed in range(16)]
+    rows = engine.complete([engine.encode("a")] * 16, max_new_tokens=48, sampling=samplings)
     halves = [
         (seed, place) for seed, row in enumerate(rows) for place, t in enumerate(row.tokens) if t.text == "\ufffd"
     ]
