@@ -145,6 +145,7 @@ def test_the_harness_puts_around_a_text_what_the_post_processor_puts_there(tmp_p
     assert ours._encode_pair("the cat ", "the") == its_own._encode_pair("the cat ", "the")
 
 
+@pytest.mark.slow
 def test_the_command_scores_local_tasks_and_refuses_what_it_cannot(tasks, trained, tmp_path, monkeypatch, capsys):
     """On a run trained here; also checks that every task named in the docs exists in the harness."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))

@@ -147,7 +147,7 @@ def their_losses(folder, tokenizer_path, examples, recipe, out, loaded=lambda: N
     return logged_losses(trl.SFTTrainer(model, chosen, train_dataset=data, processing_class=tokenizer))
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_twenty_steps_of_supervised_fine_tuning(handed_over, tokenizer_path, examples, tmp_path, micro_batches):
     chosen = recipe(gradient_accumulation_steps=micro_batches)
     theirs = their_losses(handed_over, tokenizer_path, examples, chosen, tmp_path)
@@ -156,6 +156,7 @@ def test_twenty_steps_of_supervised_fine_tuning(handed_over, tokenizer_path, exa
     assert np.abs(ours - theirs[::-1]).max() > 0.01, "all losses are alike: any step would do"
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_supervised_fine_tuning_in_float64(
     handed_over, tokenizer_path, examples, tmp_path, monkeypatch
 ):
@@ -441,6 +442,7 @@ def test_steps_of_preference_optimization(
         within(np.linalg.norm(mine - theirs) / np.linalg.norm(theirs), PREFERENCE_GRADIENTS, f"gradient of {name}")
 
 
+@pytest.mark.slow
 def test_micro_batches_of_pairs_have_the_loss_of_one_batch(handed_over, reference_weights, tokenizer_path, preferences):
     chosen = pair_recipe()
     batch = next(pair_batches(reference_weights, tokenizer_path, preferences, chosen))

@@ -36,6 +36,7 @@ def test_distributions_are_no_further_from_the_truth(bundle, weights_path, texts
     )
 
 
+@pytest.mark.slow
 def test_float32_results_of_bfloat16_operands_are_nearer_to_the_truth_than_autocast(
     bundle, weights_path, texts, texts_truth
 ):

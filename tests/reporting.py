@@ -74,7 +74,7 @@ def pytest_terminal_summary(terminalreporter):
     skipped = defaultdict(int)
     for outcome, reports in terminalreporter.stats.items():
         for report in reports:
-            if not hasattr(report, "when"):
+            if not isinstance(report, pytest.TestReport):  # of a file that cannot be imported, or a warning
                 continue
             name = place(report.nodeid)
             seconds[name] += report.duration

@@ -111,6 +111,7 @@ def test_the_suite_refuses_what_it_cannot_do(tmp_path, arguments, part, message)
     assert (result.returncode, result.stderr) == (2, message)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_skipped_and_reported(on_a_gpu):
     """81,559 MiB are an H100's: 16 sequences of both backends fit there, 32 do not."""
     calls, summary = on_a_gpu(PART="speed", MEMORY_MIB="81559")

@@ -90,6 +90,7 @@ def limited(tmp_path_factory) -> dict[str, dict[str, float]]:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_malformed_file_takes_two_seconds_or_three_gibibytes(limited, kind):
     assert limited[kind].keys() == KINDS[kind][0].keys()

@@ -269,6 +269,7 @@ def test_pytorch_is_measured_in_every_form_that_this_cpu_has(monkeypatch, fast, 
     assert [flags.dtype_of(name) for name in ("ours", "hf", "hf-bf16")] == ["float32", "float32", "bfloat16"]
 
 
+@pytest.mark.slow
 def test_a_backend_waits_as_openmp_does_by_default_and_is_stopped_while_it_is_not_its_turn(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     backend = Backend("hf", benchmark.Flags("loss", preset="tiny", sequence_length=8).workload("hf"), tmp_path)
@@ -291,6 +292,7 @@ def test_ratios_are_taken_round_by_round():
     assert rows["x, ours / twin"] == {"median": 3.0, "min": 1.0, "max": 8.0}
 
 
+@pytest.mark.slow
 def test_a_backend_that_dies_is_named(tmp_path):
     with pytest.raises(SmolLMError, match="backend hf ended with status"):
         Backend("hf", benchmark.Flags("train", preset="tiny").workload("hf"), tmp_path / "nowhere")

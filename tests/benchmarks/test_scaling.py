@@ -36,6 +36,7 @@ def check_scaling(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
 
 
+@pytest.mark.slow
 def test_gradients_are_reduced_once_per_step_whatever_the_number_of_micro_batches():
     small = ["--preset", "tiny", "--batch-size", "32", "--sequence-length", "64", "--dtype", "float32"]
     result = check_scaling("--mesh", "data=16", "data=4,fsdp=4", *small, "--gradient-accumulation-steps", "2")

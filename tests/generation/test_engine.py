@@ -125,7 +125,7 @@ def test_held_text_is_released_in_order(tokenizer):
 PROMPTS = [[5, 17, 400], [9], list(range(100, 170))]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "warm"])
+@pytest.mark.parametrize("sampling", [pytest.param(Sampling(), marks=pytest.mark.slow), WARM], ids=["greedy", "warm"])
 def test_a_stream_a_completion_and_the_programs_give_the_same_tokens(engine, tiny_model, sampling):
     done = engine.complete(PROMPTS, max_new_tokens=20, sampling=sampling)
     rows = np.concatenate(

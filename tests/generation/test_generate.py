@@ -211,7 +211,7 @@ def short_model(tiny):
     return SmolLM(dataclasses.replace(tiny, max_position_embeddings=32), key=jax.random.key(0))
 
 
-@pytest.mark.parametrize("tokens_per_call", [1, 8])
+@pytest.mark.parametrize("tokens_per_call", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_a_full_context_slides_to_its_last_half_as_a_fresh_prompt(short_model, tokens_per_call):
     prompt = list(range(40, 65))  # 25, so 8 more tokens are chosen before the 33rd must go
     row = slid(short_model, [prompt], max_new_tokens=50, tokens_per_call=tokens_per_call)[0].tolist()
@@ -222,6 +222,7 @@ def test_a_full_context_slides_to_its_last_half_as_a_fresh_prompt(short_model, t
         assert whole[full : full + 8] == fresh
 
 
+@pytest.mark.slow
 def test_rows_slide_each_at_its_own_time(short_model):
     prompts = [list(range(40, 65)), [9, 8]]
     together = slid(short_model, prompts, max_new_tokens=40, samplings=[ALL_KNOBS] * 2)

@@ -96,7 +96,9 @@ def test_greedy_text_is_the_rounded_models(quantized):
     np.testing.assert_array_equal(texts(quantized), texts(quantized.model))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 50, 0.9, 0.01, 1.2, seed=3)])
+@pytest.mark.parametrize(
+    "sampling", [pytest.param(Sampling(), marks=pytest.mark.slow), Sampling(1.0, 50, 0.9, 0.01, 1.2, seed=3)]
+)
 def test_a_prompt_gives_the_same_text_alone_in_a_batch_and_again(quantized, sampling):
     together = texts(quantized, sampling=sampling)
     np.testing.assert_array_equal(together, texts(quantized, sampling=sampling))
@@ -104,12 +106,14 @@ def test_a_prompt_gives_the_same_text_alone_in_a_batch_and_again(quantized, samp
         np.testing.assert_array_equal(row, texts(quantized, [prompt], sampling=sampling)[0])
 
 
+@pytest.mark.slow
 def test_a_cache_that_grows_changes_nothing(quantized, monkeypatch):
     whole = texts(quantized, max_new_tokens=100)
     monkeypatch.setattr(programs, "SMALLEST_QUANTIZED_CACHE", 64)
     np.testing.assert_array_equal(texts(quantized, max_new_tokens=100), whole)
 
 
+@pytest.mark.slow
 def test_an_untied_head_is_the_one_that_is_used(tiny):
     model = SmolLM(dataclasses.replace(tiny, tie_word_embeddings=False), key=jax.random.key(1))
     quantized = Quantized.from_model(model, "int8")

@@ -87,6 +87,7 @@ def test_a_character_that_the_encoding_lacks_is_written_as_an_escape(tmp_path, e
     assert result.stderr.endswith(expected.replace(b"out", b"err"))
 
 
+@pytest.mark.slow
 def test_generate_writes_in_any_encoding_and_json_in_ascii(tmp_path, tiny):
     generate = '"$python" "$scripts/generate.py" --max-new-tokens 3 --weights '
     result = shell(f"{generate} {tiny} --prompt '日本 – ok'", tmp_path, PYTHONIOENCODING="latin-1")

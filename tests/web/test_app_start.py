@@ -23,6 +23,7 @@ def place(tmp_path_factory, weights_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_start_and_an_answer_need_no_socket_but_the_loopback_s(place):
     # Told on stderr too, for a library may keep the error to itself.
     program = """
