@@ -12,7 +12,7 @@ training. It loads nothing from other hosts and accepts no uploads.
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -33,6 +33,8 @@ class Flags:
     """Address to listen on; any but a loopback address lets others use the page."""
     port: int = 7860
     """Port; 0 takes a free one."""
+    behind_proxy: bool = False
+    """Believe X-Forwarded-Host and -Proto, for a proxy on this machine that sets them and checks the host's name."""
     runs: Path = Path("runs")
     """Folder of run folders."""
     assets: Path = dataclasses.field(default_factory=folder)
@@ -59,7 +61,7 @@ class Flags:
 
 
 GROUPS = {
-    "page": ("host", "port", "max_queue", "time_limit"),
+    "page": ("host", "port", "behind_proxy", "max_queue", "time_limit"),
     "model": ("weights", "adapter", "dtype", "quantize", "tokenizer", "max_loaded"),
     "folders": ("runs", "assets"),
     "other": ("debug",),
@@ -81,7 +83,13 @@ def main(argv: list[str] | None = None) -> None:
         )
     shown = f"[{flags.host}]" if ":" in flags.host else flags.host
     print(f"http://{shown}:{listener.getsockname()[1]}", flush=True)
-    settings = {"log_level": "warning", "access_log": False, "server_header": False, "timeout_graceful_shutdown": 2}
+    settings: dict[str, Any] = {
+        "log_level": "warning",
+        "access_log": False,
+        "server_header": False,
+        "timeout_graceful_shutdown": 2,
+    }
+    settings |= {"http": server.protocol(), "proxy_headers": flags.behind_proxy}
     config = uvicorn.Config(app, limit_concurrency=flags.connections, ws="none", **settings)
     uvicorn.Server(config).run(sockets=[listener])
 
@@ -101,4 +109,5 @@ def build(flags: Flags):
         queue_size=flags.max_queue,
         connections=flags.connections,
         time_limit=flags.time_limit,
+        behind_proxy=flags.behind_proxy,
     )

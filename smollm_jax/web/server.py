@@ -1,5 +1,6 @@
 """The page as a server: its ASGI app and its socket. Frameworks are imported only when the app is built."""
 
+import asyncio
 import ipaddress
 import os
 import socket
@@ -12,6 +13,9 @@ from smollm_jax.runtime.assets import fetch_command
 
 if TYPE_CHECKING:
     from smollm_jax.generation.quantized import Quantize
+
+
+IDLE_SECONDS = 10.0
 
 
 def build(
@@ -28,12 +32,14 @@ def build(
     queue_size: int,
     connections: int,
     time_limit: float,
+    behind_proxy: bool = False,
 ):
     """The ASGI app of a page that starts with `initial_weights`, or else with the real ones, downloaded on first use.
 
     `adapter`: a LoRA adapter for those weights, a folder in peft's layout or a run. At most `max_loaded` models stay in
     memory, `queue_size` requests wait, the state of `connections` visits is kept, and an answer takes `time_limit`
-    seconds. Raises `UsageError` where the extra "web" is missing, and the errors of reading weights.
+    seconds. `behind_proxy`: the headers of a proxy, which checks the host's name, are believed. Raises `UsageError`
+    where the extra "web" is missing, and the errors of reading weights.
     """
     from smollm_jax import weights
     from smollm_jax.runtime import compilation_cache
@@ -101,7 +107,42 @@ def build(
     )
     local_names = {"localhost", "127.0.0.1", "::1", host}
     input_counts = {number: len(function.inputs) for number, function in blocks.fns.items()}
-    return RequestFilter(mounted, frozenset(local_names) if is_loopback(host) else None, input_counts)
+    return RequestFilter(
+        mounted,
+        frozenset(local_names) if is_loopback(host) and not behind_proxy else None,
+        input_counts,
+        lambda session: session in blocks._queue.pending_messages_per_session,
+        behind_proxy=behind_proxy,
+    )
+
+
+def protocol() -> type[asyncio.Protocol]:
+    """Uvicorn's protocol, which also closes a connection that has sent no whole request for `IDLE_SECONDS`.
+
+    Such connections count against the limit of open ones: without this, one client could shut the page for all.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._timer.cancel()
+            super().connection_lost(exc)
+
+        def _watch(self) -> None:
+            self._timer = self.loop.call_later(IDLE_SECONDS, self._close_if_idle, self.cycle)
+
+        def _close_if_idle(self, last: object) -> None:
+            """Closes the connection if no request began since the timer was set, and the last one is answered."""
+            if self.cycle is last and (self.cycle is None or self.cycle.response_complete):
+                self.transport.close()
+            else:
+                self._watch()
+
+    return Protocol
 
 
 def is_loopback(host: str) -> bool:

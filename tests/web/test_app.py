@@ -1,11 +1,14 @@
 """The web page over HTTP: its answers, its errors, and its limits."""
 
+import asyncio
 import gc
 import html
 import http.client
 import itertools
 import json
 import re
+import socket
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -13,13 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import GeneratorType
 
+import httpx
 import jax
 import pytest
+import uvicorn
 
 from smollm_jax.commands import app
 from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.sampling import Sampling
+from smollm_jax.web import server
 from smollm_jax.web.chat_tab import bubbles
+from smollm_jax.web.middleware import RequestFilter
 from smollm_jax.web.model_store import ModelStore
 from smollm_jax.web.responses import Handlers
 from smollm_jax.web.token_html import TintedText
@@ -184,8 +191,8 @@ def test_what_a_chat_refuses_leaves_the_chat_the_message_and_the_status_as_they_
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"temperature": float("nan")}, "temperature"),
-        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": float("nan")}, "NaN"),
+        ({"temperature": float("inf")}, "NaN"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "0.5"}, "temperature"),
         ({"temperature": True}, "temperature"),
@@ -194,7 +201,8 @@ def test_what_a_chat_refuses_leaves_the_chat_the_message_and_the_status_as_they_
         ({"top_p": [1]}, "top_p"),
         ({"min_p": 1}, "min_p"),
         ({"top_k": 1.5}, "top_k"),
-        ({"top_k": 10**400}, "top_k"),
+        ({"top_k": 10**90}, "top_k"),
+        ({"top_k": 10**400}, "too large a number"),
         ({"repetition_penalty": 1e308}, "repetition_penalty"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 10**9}, "max_new_tokens"),
@@ -252,6 +260,85 @@ def test_a_malformed_call_is_refused(client, body, status):
     answer = client.http.post("/gradio_api/queue/join", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == status
     assert len(answer.json()["detail"].splitlines()) == 1
+
+
+CANCEL = {"session_hash": "nobody", "fn_index": 0, "event_id": "none"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("queue/join", {"trigger_id": float("nan")}, 400),
+        ("cancel", CANCEL, 404),
+        ("cancel", CANCEL | {"session_hash": [1]}, 422),
+        ("cancel", CANCEL | {"fn_index": 1e9}, 422),
+        ("cancel", {"event_id": float("nan")}, 400),
+        ("reset", {"event_id": None}, 422),
+        ("reset", {"event_id": float("inf")}, 400),
+        ("queue/data?session_hash=nobody", None, 404),
+        ("queue/data?session_hash=", None, 422),
+        ("queue/data", None, 422),
+    ],
+)
+def test_what_the_page_does_not_send_is_refused_in_one_line_of_the_log(client, caplog, path, body, status):
+    address = f"/gradio_api/{path}"
+    content = json.dumps(body)  # httpx refuses NaN
+    answer = client.http.get(address) if body is None else client.http.post(address, content=content)
+    assert answer.status_code == status
+    (line,) = [record.getMessage() for record in caplog.records if not record.name.startswith("http")]
+    assert line.startswith(
+        f"refused: {'GET' if body is None else 'POST'} '/gradio_api/{path.split('?')[0]}': {status}, "
+    )
+    assert answer.json()["detail"] in line
+
+
+@pytest.mark.parametrize("behind_proxy", [False, True])
+def test_the_headers_of_a_proxy_are_believed_only_behind_one(behind_proxy):
+    async def ask(host: str | None) -> dict:
+        seen = {}
+
+        async def app(scope, receive, send):
+            seen.update(scope["headers"])
+
+        async def receive():
+            return {"type": "http.request"}
+
+        async def send(message):
+            seen.update({"status": message["status"]} if "status" in message else {})
+
+        headers = [(b"host", b"localhost"), (b"X-Forwarded-Host", b"page.example"), (b"x-forwarded-proto", b"https")]
+        headers += [(b"origin", f"https://{host}".encode())] * (host is not None)
+        page = RequestFilter(app, None, {}, bool, behind_proxy=behind_proxy)
+        await page({"type": "http", "method": "GET", "path": "/", "headers": headers}, receive, send)
+        return seen
+
+    assert (b"X-Forwarded-Host" in asyncio.run(ask(None))) is behind_proxy
+    assert (asyncio.run(ask("page.example")).get("status") == 403) is not behind_proxy
+    assert asyncio.run(ask("other.example"))["status"] == 403
+
+
+def test_a_connection_that_asks_for_nothing_is_closed_and_a_slow_answer_is_not(monkeypatch):
+    monkeypatch.setattr(server, "IDLE_SECONDS", 0.2)
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(1)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"late"})
+
+    listener = server.listen("127.0.0.1", 0)
+    running = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", http=server.protocol()))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        idle, slow = (socket.create_connection(listener.getsockname(), timeout=60) for _ in range(2))
+        slow.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow")
+        assert idle.recv(1) == slow.recv(1) == b""
+        assert httpx.get(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60).text == "late"
+    finally:
+        running.should_exit = True
+        thread.join()
+    idle.close()
+    slow.close()
 
 
 def test_a_prompt_of_ten_megabytes_is_refused_before_it_is_read_whole(client):
