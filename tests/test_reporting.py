@@ -62,3 +62,21 @@ def test_a_run_says_what_it_showed_what_it_did_not_check_and_what_took_longest(t
     assert "not checked: 1 tests of web: no browser: install one" in lines
     assert any(line.startswith("not checked: what needs PyTorch") for line in lines), result.stdout
     assert any(line.startswith("slowest: parity_tests/test_3_b.py::test_three") for line in lines), result.stdout
+
+
+def test_a_file_that_cannot_be_imported_is_reported_as_that(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_a.py").write_text("import no_such_module\n")
+    (tmp_path / "tests/test_b.py").write_text("def test_one(): pass\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q -p tests.reporting --continue-on-collection-errors\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "No module named 'no_such_module'" in result.stdout
+    assert "INTERNALERROR" not in result.stdout + result.stderr
+    assert re.search(r"project +1 claims hold", result.stdout), result.stdout
