@@ -1,5 +1,7 @@
 """The three implementations on the same real weights, and the float64 truth, each computed once."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -17,10 +19,9 @@ LENGTH = 288  # tokens of the fast rungs: more than a block of attention, which 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_as_users_do():
     """`make test` has XLA optimize little: the ladder is about what users run."""
-    optimized = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", optimized)
+    jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1")
 
 
 @pytest.fixture(scope="session")
