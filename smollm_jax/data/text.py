@@ -66,9 +66,9 @@ def text_chunks(
     """
     file, file_type, bad_text = file_slice.file, detect_file_type(file_slice.file), bad_text or BadTextHandler()
     if file_type.form == PARQUET:
-        return text_tables.parquet_rows(file_slice, column, bad_text)
+        return text_tables.parquet_rows(file_slice, column, bad_text, MAX_LINE)
     if file_type.form == ARROW:
-        return text_tables.arrow_rows(file, column, bad_text)
+        return text_tables.arrow_rows(file, column, bad_text, MAX_LINE)
     if file_type.form == JSON:
         return text_tables.json_documents(
             _characters(file_slice, file_type, bad_text), file, column, bad_text, MAX_LINE
@@ -186,7 +186,7 @@ def records(file: Path) -> Iterator[tuple[str, Any]]:
     """
     file_slice, file_type, bad_text = whole_file(file), detect_file_type(file), BadTextHandler()
     if file_type.form == PARQUET:
-        yield from text_tables.parquet_records(file)
+        yield from text_tables.parquet_records(file, MAX_LINE)
     elif file_type.form == ARROW:
         yield from text_tables.arrow_records(file)
     elif file_type.form == JSON:

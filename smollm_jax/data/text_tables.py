@@ -19,6 +19,8 @@ from smollm_jax.runtime.files import import_optional, one_line, parse_json
 CONVERSATIONS = {"messages", "conversations", "conversation"}  # column names of chats
 RENDER = "{} is a conversation: learn it with finetune.py, or render it to text by its chat template (docs/data.md)"
 STRINGS = ("string", "large_string", "string_view")
+EXPANSION = 1000  # times as large as compressed: more is no text, if it is more than a batch
+PAGE_OVERHEAD = 1 << 20  # bytes: headers with statistics, lengths and levels
 Lines = Iterator[tuple[str, float]]  # each with its line end, and the fraction of the file that is read
 
 
@@ -214,17 +216,38 @@ def _check_column(schema: Any, file: Path, column: str) -> None:
     raise InputFileError(f"{file}: column {column!r} is of type {dtype}, not a string")
 
 
-def parquet_rows(file_slice: FileSlice, column: str, bad_text: BadTextHandler) -> Iterator[TextChunk]:
-    """The text of each row of a range of row groups."""
+def _parquet_batches(parquet: Any, file: Path, groups: Iterable[int], column: str | None, limit: int) -> Iterator[Any]:
+    """The record batches of row groups, of one column or of all (None), small enough for 64 texts of `limit` bytes.
+
+    A batch holds a value of a dictionary once for each row, and no value is larger than its row group: the footer's
+    sizes bound both. Raises `InputFileError` for a group in which some value must exceed `limit`.
+    """
+    index = None if column is None else text_column_index(parquet, file, column)
+    for group in groups:
+        metadata = parquet.metadata.row_group(group)
+        chunks = [metadata.column(i) for i in (range(metadata.num_columns) if index is None else [index])]
+        size, stored = (sum(getattr(chunk, f"total_{kind}compressed_size") for chunk in chunks) for kind in ("un", ""))
+        if size > 2 * max(1, metadata.num_rows * len(chunks)) * limit + PAGE_OVERHEAD or (
+            size > 64 * limit and size > EXPANSION * stored
+        ):
+            raise InputFileError(
+                f"{file}: row group {group + 1} has {size:,} bytes in {metadata.num_rows:,} rows, compressed to "
+                f"{stored:,}, so this is not text"
+            )
+        rows = max(1, min(64, 64 * limit // max(1, size)))
+        columns = None if column is None else [column]
+        yield from parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns, use_threads=False)
+
+
+def parquet_rows(file_slice: FileSlice, column: str, bad_text: BadTextHandler, limit: int) -> Iterator[TextChunk]:
+    """The text of each row of a range of row groups; a text has at most `limit` characters."""
     parquet, file = open_parquet(file_slice.file), file_slice.file
-    text_column_index(parquet, file, column)
     counts = [parquet.metadata.row_group(i).num_rows for i in range(file_slice.stop)]
     first, rows = sum(counts[: file_slice.start]), max(1, sum(counts[file_slice.start :]))
     groups = list(range(file_slice.start, file_slice.stop))
     try:
-        batches = parquet.iter_batches(batch_size=64, row_groups=groups, columns=[column], use_threads=False)
-        columns = (batch.column(0) for batch in batches)
-        for number, text in enumerate(_texts(columns, file, column, bad_text, first), 1):
+        columns = (batch.column(0) for batch in _parquet_batches(parquet, file, groups, column, limit))
+        for number, text in enumerate(_texts(columns, file, column, bad_text, first, limit), 1):
             if text is not None:
                 yield TextChunk(text, True, f"{file}: row {first + number}", number / rows)
     except InputFileError:
@@ -233,23 +256,25 @@ def parquet_rows(file_slice: FileSlice, column: str, bad_text: BadTextHandler) -
         raise InputFileError(f"{file}: not a readable Parquet file: {one_line(error)}") from error
 
 
-def parquet_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def parquet_records(file: Path, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row of a Parquet file as a dictionary, and where it stands."""
     parquet = open_parquet(file)
     try:
-        batches = parquet.iter_batches(batch_size=64, use_threads=False)
+        batches = _parquet_batches(parquet, file, range(parquet.metadata.num_row_groups), None, limit)
         yield from _numbered(file, (row for batch in batches for row in batch.to_pylist()))
+    except InputFileError:
+        raise
     except (OSError, ValueError) as error:  # also a string that is not UTF-8
         raise InputFileError(f"{file}: not a readable Parquet file: {one_line(error)}") from error
 
 
-def arrow_rows(file: Path, column: str, bad_text: BadTextHandler) -> Iterator[TextChunk]:
+def arrow_rows(file: Path, column: str, bad_text: BadTextHandler, limit: int) -> Iterator[TextChunk]:
     """The text of each row of an Arrow file or stream, which `datasets.Dataset.save_to_disk` writes."""
     with _open_arrow(file) as (reader, source, batches):
         _check_column(reader.schema, file, column)
         columns = (batch.column(0) for batch in _checked_batches(reader, batches, [column]))
         size = file.stat().st_size
-        for number, text in enumerate(_texts(columns, file, column, bad_text, 0), 1):
+        for number, text in enumerate(_texts(columns, file, column, bad_text, 0, limit), 1):
             if text is not None:
                 position = source.tell() / size if isinstance(batches, itertools.repeat) else 1.0
                 yield TextChunk(text, True, f"{file}: row {number}", position)
@@ -304,7 +329,7 @@ def _checked_batches(reader: Any, batches: Any, columns: list[str]) -> Iterator[
 
 
 def _texts(
-    columns: Iterator[Any], file: Path, column: str, bad_text: BadTextHandler, first: int
+    columns: Iterator[Any], file: Path, column: str, bad_text: BadTextHandler, first: int, limit: int
 ) -> Iterator[str | None]:
     """The text of each row, None for a skipped one; `first`: the rows of the file before them."""
     row = first
@@ -319,4 +344,6 @@ def _texts(
                     raise bad_text.error(f"{where}: {column!r} is not UTF-8") from error
                 content = getattr(value, "value", value).as_buffer().to_pybytes()
                 text = bad_text.decode(content, file, 0)
+            if text is not None and len(text) > limit:
+                raise InputFileError(f"{where} is longer than {limit:,} characters, so this is not text")
             yield bad_text.clean(text, where, f": {column!r}")

@@ -12,8 +12,9 @@ import pyarrow.parquet
 import pytest
 
 import smollm_jax.data.text
+from smollm_jax.data import text_tables
 from smollm_jax.data.bad_text import BadTextHandler
-from smollm_jax.data.text import documents
+from smollm_jax.data.text import documents, whole_file
 from smollm_jax.data.text_sources import select_files, text_files
 from smollm_jax.errors import InputFileError
 from tests.hostile_data import zst
@@ -264,3 +265,33 @@ def test_what_is_named_is_read_and_splits_among_it_are_said(tmp_path):
     assert [file.name for file in selected.files] == ["test-0.jsonl", "train-0.jsonl"]
     assert selected.notes == [f"{path}/*.jsonl: note: reads every named file, also of other splits: test (1 file)"]
     assert [file.name for file in select_files(path / "**").files] == ["a.py", "test-0.jsonl", "train-0.jsonl"]
+
+
+def test_parquet_that_would_fill_the_memory_is_refused_or_read_in_smaller_batches(tmp_path, monkeypatch):
+    path, limit = tmp_path / "x.parquet", 1 << 10
+    monkeypatch.setattr(text_tables, "PAGE_OVERHEAD", 100)
+
+    def texts(values, **options) -> list[str]:
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), path, **options)
+        return [chunk.text for chunk in text_tables.parquet_rows(whole_file(path), "text", BadTextHandler(), limit)]
+
+    with pytest.raises(InputFileError, match=r"row group 1 has .* bytes in 1 rows, compressed to"):
+        texts(["a" * 8192])
+    with pytest.raises(InputFileError, match=r"row 2 is longer than 1,024 characters, so this is not text"):
+        texts(["a", "b" * 1025, "c"])
+    options = {"use_dictionary": False, "compression": "zstd", "write_statistics": False}
+    with pytest.raises(InputFileError, match=r"row group 2 has .* bytes in 1,000 rows, compressed to"):
+        texts(["abc"] * 1000 + ["z" * 1000] * 1000, row_group_size=1000, **options)
+    rows = []
+    read = pyarrow.parquet.ParquetFile.iter_batches
+
+    def count_rows(self, **options):
+        rows.append(options["batch_size"])
+        return read(self, **options)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", count_rows)
+    values = [f"{i % 200:<1000}" for i in range(400)]  # 200 kB of dictionary, and each text twice
+    assert texts(values) == values
+    assert texts(["a"] * 100) == ["a"] * 100
+    assert 0 < rows[0] * 1000 <= 64 * limit / 3
+    assert rows[1] == 64
