@@ -35,6 +35,7 @@ PIECE = 1 << 16  # characters in a chunk of a long text, and bytes in a read
 # Positions at which SmolLM2's pre-tokenizer (Digits, then GPT-2's pattern) splits in any context: a single space
 # between two other characters. A run of spaces would be split differently at the end of a text.
 CUT = re.compile(r"(?<=\S)[ \n\t](?=\S)")
+NOT_BLANK = re.compile(rb"\S[^\n]*")  # what a line has from its first character on that is no white space
 DELIMITERS = {CSV: ",", TSV: "\t"}
 # A file is binary if more of its first bytes than this share and this number are not text.
 BINARY_SHARE, BINARY_BYTES = 0.3, 16
@@ -215,11 +216,12 @@ class _Block(NamedTuple):
     position: float  # the fraction of the slice up to its end, 0 to 1
 
     def lines(self) -> "Iterator[_Block]":
-        """Each line, without its line end."""
-        offset = self.offset
-        for line_number, line in enumerate(self.content.split(b"\n"), self.line_number):
-            yield _Block(line, offset, line_number, self.position)
-            offset += len(line) + 1
+        """Each line that is not blank, without its line end; a gigabyte of blank ones is small when compressed."""
+        line_number, counted = self.line_number, 0
+        for match in NOT_BLANK.finditer(self.content):
+            start = self.content.rfind(b"\n", 0, match.start()) + 1
+            line_number, counted = line_number + self.content.count(b"\n", counted, start), start
+            yield _Block(self.content[start : match.end()], self.offset + start, line_number, self.position)
 
     def where(self, file_slice: FileSlice) -> str:
         """The file and the line where it begins, for error messages."""

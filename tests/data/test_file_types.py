@@ -295,3 +295,8 @@ def test_parquet_that_would_fill_the_memory_is_refused_or_read_in_smaller_batche
     assert texts(["a"] * 100) == ["a"] * 100
     assert 0 < rows[0] * 1000 <= 64 * limit / 3
     assert rows[1] == 64
+
+
+def test_blank_lines_are_counted_and_not_walked_one_by_one():
+    block = smollm_jax.data.text._Block(b"\n\n {}\n \r\n\n\0x \n", 7, 3, 0.5)
+    assert [tuple(line) for line in block.lines()] == [(b" {}", 9, 5, 0.5), (b"\0x ", 17, 8, 0.5)]
