@@ -50,6 +50,7 @@ END_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in _END_ROLES)
 # sampling parameters also under llama.cpp's keys.
 GENERATION_KEY = "smollm_jax.generation_config"
 METADATA_DIGEST = "smollm_jax.metadata_sha256"  # of an export, which has the digest of its tensors under `DIGEST`
+KEPT_KEYS = ("general.architecture", "general.file_type")
 CONFIG_EOS_KEY = "smollm_jax.config.eos_token_id"  # where config.json itself has a list
 SAMPLING_KEYS = {
     "temperature": "general.sampling.temp",
@@ -150,11 +151,14 @@ def read(
 
 
 def metadata_digest(fields: dict[str, Any]) -> str:
-    """The file type and the sha256 of metadata as they are read, without the digests and what a split file adds."""
+    """The file type, and the sha256 of the metadata that the model and its tokenizer are made of.
+
+    Names, descriptions and licenses (`general.`) may be edited, and a split file has keys of its own.
+    """
     values = {
         key: float(np.float32(value)) if type(value) is float else value
         for key, value in fields.items()
-        if key not in (DIGEST, METADATA_DIGEST) and not key.startswith("split.")
+        if key not in (DIGEST, METADATA_DIGEST) and (not key.startswith(("split.", "general.")) or key in KEPT_KEYS)
     }
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return f"{values.get('general.file_type')} {digest}"

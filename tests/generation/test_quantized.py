@@ -17,6 +17,7 @@ from smollm_jax.generation.quantized import Blocks, Quantized, dequantize, quant
 from smollm_jax.generation.sampling import GREEDY, Sampling
 from smollm_jax.model.attention import UnstackedKVCache, cached, cached_unstacked
 from smollm_jax.model.smollm import SmolLM
+from smollm_jax.weights.gguf_reader import METADATA_DIGEST
 
 PROMPTS = [[5, 17, 400], [9], list(range(100, 140))]
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
@@ -159,7 +160,8 @@ def assert_is_stored(blocks, rows):
 
 
 def halve_values(path):
-    """Halves every int8 of the file's matrices, as a writer with another rule might store them."""
+    """Halves every int8 of the file's matrices and removes a digest, as a file of a writer with another rule."""
+    path.write_bytes(path.read_bytes().replace(METADATA_DIGEST.encode(), b"x" * len(METADATA_DIGEST)))
     header = gguf.GGUFReader(path, "r+")
     for tensor in header.tensors:
         if tensor.tensor_type == Q8_0:

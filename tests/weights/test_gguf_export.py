@@ -16,6 +16,7 @@ from smollm_jax.runtime import gguf_header
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.weights import gguf_writer, mapping, safetensors_file
 from smollm_jax.weights.bundle import Bundle
+from smollm_jax.weights.gguf_reader import KEPT_KEYS
 from tests.small_files import SMALL, gguf_metadata, gguf_name, small_tensors, small_tokenizer, write_gguf
 from tests.weights.test_conversion_edges import random_bundle, same
 
@@ -96,6 +97,11 @@ def test_tokens_fill_the_embedding_and_special_ones_are_marked(tmp_path):
     assert fields["tokenizer.ggml.add_bos_token"] is False
 
 
+def model_keys(fields):
+    """The keys that describe the model and its tokenizer, not their name, author or license."""
+    return [key for key in fields if not key.startswith(("smollm_jax.", "general.")) or key in KEPT_KEYS]
+
+
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
 def test_a_flipped_bit_anywhere_in_an_export_is_refused(tmp_path, kind):
     path = tmp_path / "x.gguf"
@@ -105,7 +111,7 @@ def test_a_flipped_bit_anywhere_in_an_export_is_refused(tmp_path, kind):
     if kind == "f32":
         assert fields["smollm_jax.sha256"] == safetensors_file.digest(weights.read(path).tensors)
     places = [8 * info.start + 5 for info in infos] + [8 * (info.start + info.bytes) - 2 for info in infos]
-    places += [8 * content.index(key.encode()) + 8 * len(key) + 3 + 64 for key in fields if "smollm" not in key]
+    places += [8 * content.index(key.encode()) + 8 * len(key) + 3 + 64 for key in model_keys(fields)]
     for place in places:
         damaged = bytearray(content)
         damaged[place // 8] ^= 1 << place % 8
@@ -119,7 +125,6 @@ def test_what_other_programs_make_of_an_export_is_read(tmp_path):
     weights.write(path, wide(), "gguf", gguf_type="f16")
     fields, _ = header(path)
     tensors = {name: np.float32(2) * tensor for name, tensor in weights.read(path).tensors.items()}
-    fields["general.alignment"] = 32
     kept = {key: fields[key] for key in ("smollm_jax.sha256", "smollm_jax.metadata_sha256")}
     metadata = {key: value for key, value in fields.items() if key not in kept}
     for changed in ({}, kept | {"general.file_type": 0}):  # without our keys; quantised by a program that keeps them
@@ -127,7 +132,11 @@ def test_what_other_programs_make_of_an_export_is_read(tmp_path):
         write_gguf(other, wide().config, tensors, metadata | changed)
         same(weights.read(other).tensors, tensors)
     other.unlink()
-    write_gguf(other, wide().config, tensors, metadata | kept)
+    original = weights.read(path).tensors
+    write_gguf(other, wide().config, original, metadata | kept | {"general.name": "renamed"})
+    same(weights.read(other).tensors, original)
+    other.unlink()
+    write_gguf(other, wide().config, original, metadata | kept | {"tokenizer.ggml.add_bos_token": True})
     with pytest.raises(InputFileError, match="metadata were changed since the export"):
         weights.read(other)
 
