@@ -142,7 +142,9 @@ def test_ten_steps_at_the_full_shape(token_file):
     assert ours[-1, 0] < ours[0, 0] - 1
 
 
-@pytest.mark.parametrize("results", ["bfloat16", "float32"], ids=["as a GPU", "as a CPU"])
+@pytest.mark.parametrize(
+    "results", [pytest.param("bfloat16", marks=pytest.mark.slow), "float32"], ids=["as a GPU", "as a CPU"]
+)
 def test_bfloat16_curves_stay_together_and_losses_are_float32(tiny, token_file, results):
     chosen = recipe("bfloat16")
     bundle = weights.to_bundle(init_model(tiny, seed=0))

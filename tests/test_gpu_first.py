@@ -141,6 +141,7 @@ def test_a_stage_that_fails_or_hangs_loses_itself_only(rehearse, tmp_path):
     assert "out of luck" in (out / "first.log").read_text()
 
 
+@pytest.mark.slow
 def test_all_of_it_ends_at_the_limit_and_says_what_was_left_out(rehearse):
     _, out, _ = rehearse(HANGS="train_jax.py", LIMIT="20")
     assert ended(out) == {"machine": 0, "train": 137} | dict.fromkeys(FIRST[2:], 124)

@@ -456,7 +456,8 @@ class Store(RuleBasedStateMachine):
             assert all(name.isdigit() or ".bad" in name for name in names), names
 
 
-@pytest.mark.parametrize("lives", [5, pytest.param(500 if SOAK else 25, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lives", [500 if SOAK else 25])
 def test_the_newest_verified_state_is_never_lost(tmp_path, monkeypatch, lives):
     from hypothesis.stateful import run_state_machine_as_test
 

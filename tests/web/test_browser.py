@@ -447,7 +447,7 @@ MARKDOWN = """# Title\n\nSome **bold** `code`, ~~gone~~ and a [link](https://exa
     ("width", "scheme"),
     [
         (360, "dark"),
-        (1280, "light"),
+        pytest.param(1280, "light", marks=pytest.mark.slow),
         pytest.param(360, "light", marks=pytest.mark.slow),
         pytest.param(1280, "dark", marks=pytest.mark.slow),
     ],
