@@ -36,9 +36,6 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -o fau
 # Whole checkpoints only: a save that was killed leaves a folder with another name.
 RESUME = $(shell ls runs/make-train/checkpoints 2>/dev/null | grep -qx '[0-9][0-9]*' && echo --resume)
 
-# A third of what these tests compute is XLA's own optimization. The ladder and `make slow` compile as users do.
-QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1
-
 .PHONY: train test parity docs slow overnight soak gpu-program gpu-wheels driver lint clean
 .DELETE_ON_ERROR:
 
@@ -48,7 +45,7 @@ train: $(VENV)/.train
 
 test: $(READY)
 	$(BIN)/python scripts/fetch_assets.py
-	$(QUICK) $(TESTED) -m "not slow and not overnight" $(TWO) $(PYTEST)
+	$(TESTED) -m "not slow and not overnight" $(TWO) $(PYTEST)
 
 slow: $(READY)
 	$(BIN)/python scripts/fetch_assets.py

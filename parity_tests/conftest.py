@@ -1,8 +1,5 @@
 """The three implementations on the same real weights, and the float64 truth, each computed once."""
 
-import os
-
-import jax
 import numpy as np
 import pytest
 import torch
@@ -14,14 +11,6 @@ from smollm_parity.torch_backend import load_transformers
 from tests.trainer import train_here
 
 LENGTH = 288  # tokens of the fast rungs: more than a block of attention, which has 256
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_as_users_do():
-    """`make test` has XLA optimize little: the ladder is about what users run."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1")
 
 
 @pytest.fixture(scope="session")

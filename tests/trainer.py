@@ -1,7 +1,7 @@
 """Trainings for the tests, of the tiny model on some of the real text, in this process or in one of their own.
 
-`train_here` costs a fifth of `train`: JAX is imported, and a step of the same recipe is traced and compiled once. What
-is about a process, its signals, its exit or its death, needs one. Processes have a compilation cache of their own,
+With `train_here`, JAX is imported once, and a step of the same recipe is traced and compiled once. What is about a
+process, its signals, its exit or its death, needs one. Processes have a compilation cache of their own,
 because one that is killed leaves what it was writing, of which JAX warns whoever reads it. Text is prepared once for
 all, and every sixteenth speech is enough: all 249 take longer than a training.
 """

@@ -13,6 +13,7 @@ from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.runtime.startup import QuickStart
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.training.state import init_model
+from tests.trainer import KilledError
 
 CHATS = [
     [
@@ -52,10 +53,6 @@ def run(monkeypatch, base, chats):
         finetune.begin(command_line.parse(Flags, arguments, None), StopSignal(), QuickStart())
 
     return run
-
-
-class KilledError(Exception):
-    """Stands for a kill: nothing more is written."""
 
 
 @pytest.fixture
