@@ -28,9 +28,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="smollm-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-os.environ.setdefault(
-    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none"
-)  # their folder would be part of each entry's key
+# XLA's own caches lie in a folder that would be part of each entry's key.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 
 # nohup and a shell's & leave signals ignored, which every process started here would inherit, and a trainer respects.
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

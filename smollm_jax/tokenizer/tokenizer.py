@@ -141,7 +141,7 @@ class Tokenizer:
         return [encoding.ids for encoding in self.encodings(texts)]
 
     def encodings(self, texts: list[str]) -> list[tokenizers.Encoding]:
-        """The encodings of texts, whose special tokens are parsed or not as `core` was told.
+        """The encodings of texts, parsing special tokens unless `core.encode_special_tokens` is set.
 
         Raises `InputFileError` where the tokenizer's regex gives up on a text: `tokenizers` panics then.
         """
