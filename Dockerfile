@@ -10,7 +10,7 @@
 FROM python:3.12-slim
 
 # The extras are those that need no PyTorch, whose wheel would bring gigabytes of CUDA libraries.
-ARG EXTRAS=data,export,gguf,plot,web
+ARG EXTRAS=data,export,gguf,plot,serve,web
 ARG JAX=
 
 WORKDIR /src

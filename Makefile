@@ -27,7 +27,7 @@ comma := ,
 TRAIN_EXTRAS := gguf,plot$(if $(JAX),$(comma)$(JAX))
 TESTED = SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) $(BIN)/python -m pytest $(if $(filter 1,$(TORCH)),,tests)
 READY := $(VENV)/.test$(if $(filter 1,$(TORCH)),,-without-torch)
-TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)torch$(comma)hf$(comma)eval$(comma)serve$(comma)finetune-tests)
+TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)torch$(comma)hf$(comma)eval$(comma)finetune-tests)
 
 # Two at a time, file by file, in the order of tests/reporting.py. A worker that dies or hangs ends the run and is named;
 # xdist's second try can wait for ever.

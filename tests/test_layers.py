@@ -12,7 +12,7 @@ FLOORS = (
     "weights",
     "generation smollm_torch",
     "training evaluation web",
-    "finetuning",
+    "finetuning serve",
     "commands",
     "smollm_parity benchmarks",
     "scripts",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,9 +64,9 @@ class Engine:
         self.config = model.config
         self.tokenizer = tokenizer
         self.generation = generation or GenerationConfig.from_values(None, self.config, "")
-        self._model = model if isinstance(model, Quantized) else Unrolled.from_model(model)
-        self._eos = self.generation.eos_token_ids
-        self._token_texts: dict[int, str] = {i: "" for i in self._eos}
+        self.decoder = model if isinstance(model, Quantized) else Unrolled.from_model(model)
+        self.eos_token_ids = self.generation.eos_token_ids
+        self._token_texts: dict[int, str] = {i: "" for i in self.eos_token_ids}
         self._encode_lock = threading.Lock()  # the options of an encode call are state of the tokenizer
 
     @classmethod
@@ -110,29 +110,37 @@ class Engine:
     @property
     def model(self) -> "SmolLM":
         """The model itself."""
-        return self._model.model
+        return self.decoder.model
 
-    def encode(self, prompt: str, *, parse_special: bool = False) -> list[int]:
+    def encode(self, prompt: str, *, parse_special: bool = False, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer adds.
 
         Special tokens written in the prompt are plain text unless `parse_special`. An empty prompt becomes the bos (or
         eos) token, for unconditional generation. Raises `UsageError` if the config has neither.
         """
         with self._encode_lock:
-            ids = self.tokenizer.encode(prompt, parse_special=parse_special, add_special_tokens=True)
+            ids = self.tokenizer.encode(prompt, parse_special=parse_special, add_special_tokens=add_special_tokens)
         if ids:
             return ids
         bos = self.generation.bos_token_id
         if bos is None:
-            bos = next(iter(self._eos), None)
+            bos = next(iter(self.eos_token_ids), None)
         if bos is None:
             raise UsageError("an empty prompt needs a bos or eos token, and the config has neither: give a prompt")
         return [bos]
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
         """Token ids of a conversation in the chat template, up to the start of the assistant's answer."""
         with self._encode_lock:
-            return self.tokenizer.apply_chat_template(messages)
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=add_generation_prompt
+            )
 
     def stream(
         self,
@@ -170,11 +178,11 @@ class Engine:
         if type(tokens_per_call) is not int or tokens_per_call < 1:
             raise UsageError(f"tokens_per_call must be an integer of at least 1, got {short_repr(tokens_per_call)}")
         outputs = generate.stream_tokens(
-            self._model,
+            self.decoder,
             prompts,
             max_new_tokens=max_new_tokens,
             samplings=samplings,
-            eos_token_ids=self._eos,
+            eos_token_ids=self.eos_token_ids,
             tokens_per_call=tokens_per_call,
             return_logprobs=alternatives is not None,
             slide=context == "slide",
@@ -206,40 +214,61 @@ class Engine:
         stop: tuple[str, ...],
         alternatives: int | None,
     ) -> Generator[Chunk, None, None]:
-        texts = [StopStringFilter(self.tokenizer, stop) for _ in range(rows)]
-        counts = [0] * rows
+        texts = [RowText(self, row, max_new_tokens, stop, alternatives) for row in range(rows)]
         running = set(range(rows))
         while running:
             with without_tf32(self.model.head.dtype):
                 output = next(outputs)
             for row in sorted(running):
-                text, tokens, finish = "", [], None
-                for step, i in enumerate(output.ids[row].tolist()):
-                    tokens.append(self._token(i, output, (row, step), alternatives))
-                    counts[row] += 1
-                    if i in self._eos:
-                        finish = "eos"
-                    else:
-                        text += texts[row].add(i)
-                        finish = "length" if counts[row] == max_new_tokens else None
-                    if finish or texts[row].stopped:
-                        text += texts[row].end()
-                        finish = "stop" if texts[row].stopped else finish
-                        running.discard(row)
-                        break
-                yield Chunk(row, text, tuple(tokens), finish)
+                chunk = texts[row].add(output, row)
+                if chunk.finish:
+                    running.discard(row)
+                yield chunk
 
-    def _token(self, i: int, output: programs.DecodeOutput, index: tuple[int, int], alternatives: int | None) -> Token:
+    def token(self, i: int, output: programs.DecodeOutput, index: tuple[int, int], alternatives: int | None) -> Token:
+        """The token `i` at `index`, a row and a step; with its log-probabilities unless `alternatives` is None."""
         if alternatives is None:
-            return Token(i, self._token_text(i), None, ())
+            return Token(i, self.token_text(i), None, ())
         ids, logprobs = output.top_ids[index][:alternatives].tolist(), output.top_logprobs[index].tolist()
-        top = tuple((j, self._token_text(j), logprob) for j, logprob in zip(ids, logprobs, strict=False))
-        return Token(i, self._token_text(i), float(output.logprobs[index]), top)
+        top = tuple((j, self.token_text(j), logprob) for j, logprob in zip(ids, logprobs, strict=False))
+        return Token(i, self.token_text(i), float(output.logprobs[index]), top)
 
-    def _token_text(self, i: int) -> str:
+    def token_text(self, i: int) -> str:
+        """The text of one token; "" for an eos token."""
         if i not in self._token_texts:
             self._token_texts[i] = self.tokenizer.decode([i])
         return self._token_texts[i]
+
+
+class RowText:
+    """The text of one row while it is generated: it ends at eos, before a stop string, or after `max_new_tokens`."""
+
+    def __init__(
+        self, engine: Engine, row: int, max_new_tokens: int, stop: Sequence[str], alternatives: int | None
+    ) -> None:
+        self._engine, self._row, self._alternatives = engine, row, alternatives
+        self._filter = StopStringFilter(engine.tokenizer, stop)
+        self._max_new_tokens = max_new_tokens
+        self.count = 0
+
+    def add(self, output: programs.DecodeOutput, row: int) -> Chunk:
+        """The new text and tokens in row `row` of a device call's output."""
+        text, tokens, finish = "", [], None
+        for step, i in enumerate(output.ids[row].tolist()):
+            if i == programs.PAD_ID:
+                break
+            tokens.append(self._engine.token(i, output, (row, step), self._alternatives))
+            self.count += 1
+            if i in self._engine.eos_token_ids:
+                finish = "eos"
+            else:
+                text += self._filter.add(i)
+                finish = "length" if self.count == self._max_new_tokens else None
+            if finish or self._filter.stopped:
+                text += self._filter.end()
+                finish = "stop" if self._filter.stopped else finish
+                break
+        return Chunk(self._row, text, tuple(tokens), finish)
 
 
 class StopStringFilter:

@@ -168,15 +168,20 @@ def _step(
     """The state and output after sampling one token per row from these logits; the output has no step axis."""
     token = jnp.argmax(logits, axis=-1) if greedy else sample(logits, sampling, state.count, state.seen)
     token = token.astype(jnp.int32)
-    logits = logits.astype(jnp.float32)
-    logprobs = (None, None, None)
-    if return_logprobs:
-        log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        top_logits, top_ids = jax.lax.top_k(logits, min(MAX_ALTERNATIVES, logits.shape[-1]))
-        token_logit = jnp.take_along_axis(logits, token[:, None], axis=-1)
-        logprobs = ((token_logit - log_normalizer)[:, 0], top_ids, top_logits - log_normalizer)
+    logprobs = token_logprobs(logits, token) if return_logprobs else (None, None, None)
     ids = jnp.where(state.done, PAD_ID, token)
     done = state.done | jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else state.done
     seen = state.seen if greedy else state.seen.at[jnp.arange(token.shape[0]), token].set(True)
     state = dataclasses.replace(state, token=token, done=done, count=state.count + 1, seen=seen)
     return state, DecodeOutput(ids, done, *logprobs)
+
+
+def token_logprobs(
+    logits: Float[Array, "B V"], token: Int[Array, "B"]
+) -> tuple[Float[Array, "B"], Int[Array, "B M"], Float[Array, "B M"]]:
+    """The log-probability of each row's token, and the likeliest tokens with theirs."""
+    logits = logits.astype(jnp.float32)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    top_logits, top_ids = jax.lax.top_k(logits, min(MAX_ALTERNATIVES, logits.shape[-1]))
+    token_logit = jnp.take_along_axis(logits, token[:, None], axis=-1)
+    return (token_logit - log_normalizer)[:, 0], top_ids, top_logits - log_normalizer

@@ -9,6 +9,7 @@ VERBS = {  # verb of `smollm`: name of the same command under scripts/
     "generate": "generate",
     "chat": "chat",
     "app": "app",
+    "serve": "serve",
     "convert": "convert_weights",
     "evaluate": "evaluate",
     "prepare": "prepare_data",

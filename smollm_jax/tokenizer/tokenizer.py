@@ -26,6 +26,7 @@ from smollm_jax.tokenizer.special_tokens import byte_symbols, special_affixes
 from smollm_jax.tokenizer.tokenizer_json import read_folder
 
 DEFAULT = Path("assets/tokenizer")  # SmolLM2's, for training from scratch
+_BYTE_OF = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
 
 
 class Tokenizer:
@@ -180,6 +181,14 @@ class Tokenizer:
         sizes |= added | dict.fromkeys(special, 0)
         return sum(sizes.get(int(i), 0) for i in ids)
 
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes of one token; several tokens may share a character."""
+        token = self.core.id_to_token(i) or ""
+        try:
+            return bytes(_BYTE_OF[symbol] for symbol in token)
+        except KeyError:  # an added token, whose text is not in byte symbols
+            return token.encode()
+
     def token_to_id(self, token: str) -> int | None:
         """The id of one entry of the vocabulary, or None."""
         return self.core.token_to_id(token)
@@ -238,21 +247,13 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._core = tokenizer.core
-        self._byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+        self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, ids: Iterable[int]) -> str:
         """The characters that these ids complete."""
-        return self._decoder.decode(b"".join(self._bytes(int(i)) for i in ids))
+        return self._decoder.decode(b"".join(self._tokenizer.token_bytes(int(i)) for i in ids))
 
     def end(self) -> str:
         """The rest of the text: U+FFFD if it ends inside a character, else nothing."""
         return self._decoder.decode(b"", final=True)
-
-    def _bytes(self, i: int) -> bytes:
-        token = self._core.id_to_token(i) or ""
-        try:
-            return bytes(self._byte_of[symbol] for symbol in token)
-        except KeyError:  # an added token, whose text is not in byte symbols
-            return token.encode()

@@ -181,11 +181,11 @@ def host_name(host: str) -> str:
         return ""
 
 
-async def read_body(headers: dict[bytes, str], receive: Receive) -> bytes:
-    """The whole body. Raises `RefusedError` once it exceeds `MAX_BODY` or takes longer than `BODY_SECONDS`."""
-    too_large = RefusedError(413, f"the body is larger than {MAX_BODY // 1024} KB")
+async def read_body(headers: dict[bytes, str], receive: Receive, limit: int = MAX_BODY) -> bytes:
+    """The whole body. Raises `RefusedError` once it exceeds `limit` bytes or takes longer than `BODY_SECONDS`."""
+    too_large = RefusedError(413, f"the body is larger than {limit // 1024} KB")
     length = headers.get(b"content-length", "0")
-    if not length.isdecimal() or int(length[:20]) > MAX_BODY:
+    if not length.isdecimal() or int(length[:20]) > limit:
         raise too_large
     body = bytearray()
     try:
@@ -195,7 +195,7 @@ async def read_body(headers: dict[bytes, str], receive: Receive) -> bytes:
                 if message["type"] == "http.disconnect":
                     raise RefusedError(400, "the client disconnected")
                 body += message.get("body", b"")
-                if len(body) > MAX_BODY:
+                if len(body) > limit:
                     raise too_large
                 if not message.get("more_body", False):
                     return bytes(body)

@@ -154,11 +154,24 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address. Raises `UsageError` where the port is invalid or taken."""
+    """A socket that listens at the address; raises as `bind`."""
+    listener = bind(host, port)
+    listener.listen()
+    return listener
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, which does not accept connections yet.
+
+    Raises `UsageError` where the port is invalid or taken.
+    """
     if not 0 <= port < 65536:
         raise errors.UsageError(f"--port must be from 0 to 65535, got {port}")
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was used a moment ago is free
+        bound.bind(address)
     except OSError as error:
         raise errors.UsageError(f"cannot listen on --host {host} --port {port}: {error.strerror}") from error
+    return bound

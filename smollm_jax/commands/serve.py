@@ -1,0 +1,134 @@
+"""A server of OpenAI's API for any SmolLM2 weights, for many clients at once.
+
+    python scripts/serve.py                                          # the Instruct weights on 127.0.0.1:8000
+    python scripts/serve.py --weights runs/my-run --adapter runs/my-lora --slots 16 --context 2048
+    python scripts/serve.py --host 0.0.0.0 --api-key-file key        # open to others who have the key
+
+Needs the extra "serve". Many texts are generated at once, each in a slot of its own. The port opens when all programs
+are compiled, so that /health answers 200 once the first request can be served at full speed. SIGTERM lets the texts
+that run and wait finish; a second signal ends at once. No request is logged, and no other host is asked.
+"""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from smollm_jax import errors
+from smollm_jax.commands import command_line
+from smollm_jax.runtime import install
+from smollm_jax.runtime.assets import FOLDER
+from smollm_jax.web import server
+
+KEY_VARIABLE = "SMOLLM_API_KEY"
+IDLE_CONNECTIONS = 256  # open at once beside those of texts that run and wait
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    weights: Path = FOLDER / "SmolLM2-135M-Instruct"
+    """Weights in any format."""
+    adapter: Path | None = None
+    """A LoRA adapter for these weights: a folder in peft's layout, or a run that trained one."""
+    host: str = "127.0.0.1"
+    """Address to listen on; any but a loopback address needs an API key."""
+    port: int = 8000
+    """Port; 0 takes a free one."""
+    slots: int = 16
+    """Texts that are generated at once."""
+    context: int | None = None
+    """Tokens of a text, prompt included; default: the model's context, at most 2,048."""
+    queue_size: int = 64
+    """Texts that can wait for a slot; more are refused with status 429."""
+    api_key_file: Path | None = None
+    """File with API keys, one a line, of which a client must send one; or set SMOLLM_API_KEY to a key."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web pages that may send requests, such as https://example.org; * allows all. Default: none."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of weights and cache; bfloat16 matmuls are slow in XLA on a CPU."""
+    quantize: Literal["bf16", "int8"] | None = None
+    """On a CPU: store matrices as bfloat16 or in int8 blocks of 32 (GGUF's q8_0) and compute in float32."""
+    tokenizer: Path | None = None
+    """Folder with tokenizer.json (or a GGUF), for weights that have none of their own."""
+    debug: bool = False
+    """Show a traceback instead of one line when something goes wrong."""
+
+
+GROUPS = {
+    "server": ("host", "port", "api_key_file", "allowed_origins"),
+    "capacity": ("slots", "context", "queue_size"),
+    "model": ("weights", "adapter", "dtype", "quantize", "tokenizer"),
+    "other": ("debug",),
+}
+DEFAULT_CONTEXT = 2048
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
+    bound = server.bind(flags.host, flags.port)
+    app = build(flags)
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            """Finishes what was begun; at a second signal ends at once. The process then exits with 0."""
+            if self.should_exit:
+                self.force_exit = True
+            else:
+                print("stopping: texts that run and wait are finished; a second signal ends at once", flush=True)
+            self.should_exit = True
+
+    shown = f"[{flags.host}]" if ":" in flags.host else flags.host
+    settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False, "ws": "none"}
+    settings |= {"http": server.protocol(), "proxy_headers": False}
+    connections = IDLE_CONNECTIONS + flags.queue_size + flags.slots
+    running = Server(uvicorn.Config(app, limit_concurrency=connections, lifespan="on", **settings))
+    print(f"http://{shown}:{bound.getsockname()[1]}/v1", flush=True)
+    running.run(sockets=[bound])
+
+
+def build(flags: Flags):
+    """The ASGI app of these flags, with a running engine, which ends with the app."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise errors.UsageError(install.needs("serve.py", "serve")) from error
+    from smollm_jax.serve.guard import Guard, Policy, read_keys
+
+    keys = read_keys(flags.api_key_file, os.environ.get(KEY_VARIABLE))
+    local = server.is_loopback(flags.host)
+    if not local and not keys:
+        raise errors.UsageError(
+            f"--host {flags.host} lets others send requests: give --api-key-file, or set {KEY_VARIABLE}"
+        )
+    from smollm_jax.runtime import compilation_cache
+
+    compilation_cache.enable()
+    import jax
+
+    from smollm_jax.generation.engine import Engine
+    from smollm_jax.generation.slots import SlotEngine
+    from smollm_jax.serve.app import Served
+    from smollm_jax.serve.app import build as build_app
+
+    began = time.perf_counter()
+    engine = Engine.load(
+        flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer, quantize=flags.quantize, adapter=flags.adapter
+    )
+    longest = engine.config.max_position_embeddings
+    context = min(longest, DEFAULT_CONTEXT) if flags.context is None else flags.context
+    slots = SlotEngine(engine, slots=flags.slots, context=context, queue_size=flags.queue_size)
+    name = flags.weights.name if flags.adapter is None else f"{flags.weights.name}+{flags.adapter.name}"
+    device, precision = jax.devices()[0].device_kind, flags.quantize or flags.dtype
+    print(
+        f"model {name}, {precision}, device {device}, {flags.slots} slots of {context:,} tokens: compiling", flush=True
+    )
+    slots.start()
+    print(f"ready after {time.perf_counter() - began:.1f} s", flush=True)
+    longest_token = max((len(token.encode()) for token in engine.tokenizer.core.get_vocab()), default=1)
+    app = build_app(Served(name, slots, int(time.time()), longest_token))
+    hosts = frozenset({"localhost", "127.0.0.1", "::1", flags.host}) if local else None
+    return Guard(app, Policy(hosts, frozenset(flags.allowed_origins), keys))

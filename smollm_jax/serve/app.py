@@ -1,0 +1,385 @@
+"""The routes of the server: a request becomes jobs of the `SlotEngine`, their events become the answer."""
+
+import asyncio
+import contextlib
+import dataclasses
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import fastapi
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from smollm_jax.errors import InputFileError, UsageError, short_repr
+from smollm_jax.generation.engine import Chunk
+from smollm_jax.generation.slots import ClosedError, Event, Job, PromptTokens, QueueFullError, SlotEngine, Ticket
+from smollm_jax.runtime.files import utf8
+from smollm_jax.serve import answers, fields
+from smollm_jax.serve.answers import Answer, Choice, Usage, error_body
+from smollm_jax.serve.fields import COMPLETION_TOKENS, ChatRequest, CompletionRequest, FieldError, TokenizeRequest
+from smollm_jax.serve.metrics import Metrics, Stopwatch
+
+RETRY_SECONDS = 1  # after which a refused client may try again
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A model by the name that clients ask for."""
+
+    name: str
+    slots: SlotEngine
+    created: int  # seconds since 1970
+    longest_token: int  # bytes
+
+    def encode(self, field: str, text: str) -> list[int]:
+        """The ids of a prompt; special tokens written in it are parsed, as by vLLM and llama-server."""
+        self.check_size(field, len(text.encode("utf-8", "surrogatepass")))
+        with _names(field):
+            return self.slots.engine.encode(text, parse_special=True)
+
+    def check_size(self, field: str, size: int) -> None:
+        """Raises `FieldError` for a text that exceeds the context even if it consists of the longest tokens."""
+        if size // self.longest_token > self.slots.context:
+            raise FieldError(
+                field,
+                f"{field}: a text of {size:,} bytes exceeds the context of {self.slots.context:,} tokens",
+                "context_length_exceeded",
+            )
+
+
+@contextlib.contextmanager
+def _names(field: str):
+    """Names the field in the errors of what is done with it."""
+    try:
+        yield
+    except FieldError:
+        raise
+    except (UsageError, InputFileError) as error:
+        raise FieldError(field, f"{field}: {error}") from error
+
+
+class Outcome:
+    """The texts of one request: the events of its jobs, as the engine's thread delivers them."""
+
+    def __init__(self, served: Served, jobs: Sequence[Job], metrics: Metrics):
+        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        self._metrics = metrics
+        self._watches = {job.row: Stopwatch(metrics) for job in jobs}
+        self._left = len(jobs)
+        try:
+            self._tickets: list[Ticket] = served.slots.submit(jobs, self._deliver)
+        except (QueueFullError, ClosedError) as error:
+            closed = isinstance(error, ClosedError)
+            message = "the server is stopping" if closed else "too many requests wait: try again later"
+            status, code = (503, "stopping") if closed else (429, "queue_full")
+            raise HTTPException(status, message, {"retry-after": str(RETRY_SECONDS), "x-code": code}) from error
+
+    def _deliver(self, event: Event) -> None:
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def events(self) -> AsyncIterator[PromptTokens | Chunk]:
+        """The events of all texts until each has ended; the texts are cancelled if it is closed before."""
+        try:
+            while self._left:
+                event = await self._events.get()
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, Chunk):
+                    self._count(event)
+                yield event
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Ends the texts that have not ended."""
+        for ticket in self._tickets:
+            ticket.cancel()
+
+    def _count(self, chunk: Chunk) -> None:
+        if chunk.tokens:
+            self._watches[chunk.row].tokens(len(chunk.tokens))
+            self._metrics.generation_tokens.inc(len(chunk.tokens))
+        if chunk.finish:
+            self._left -= 1
+            self._watches[chunk.row].end()
+            self._metrics.finished(answers.FINISH[chunk.finish])
+
+
+class Routes:
+    """The handlers of all routes."""
+
+    def __init__(self, served: Served):
+        self.served, self.slots, self.engine = served, served.slots, served.slots.engine
+        self.metrics = Metrics(served.slots, served.name)
+
+    async def chat(self, request: fastapi.Request, body: ChatRequest) -> Response:
+        """Answers a conversation."""
+        self._check(body)
+        messages = fields.as_conversation(body.messages)
+        self.served.check_size("messages", sum(len(str(message.get("content", ""))) for message in messages))
+
+        def encode() -> list[int]:
+            with _names("messages"):
+                return self.engine.chat(messages)
+
+        prompt = await asyncio.to_thread(encode)
+        field, limit = body.max_new_tokens
+        jobs = self._jobs(body, [prompt], field, limit, body.alternatives)
+        answer = Answer("chat", self.served.name, self.engine.tokenizer, logprobs=body.alternatives is not None)
+        return await self._respond(request, body, answer, jobs, [""])
+
+    async def completions(self, request: fastapi.Request, body: CompletionRequest) -> Response:
+        """Continues texts."""
+        self._check(body)
+        prompts = await asyncio.to_thread(self._encode_prompts, body)
+        limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        jobs = self._jobs(body, prompts, "max_tokens", limit, body.logprobs)
+        if body.echo and body.logprobs is not None:
+            jobs = [dataclasses.replace(job, prompt_alternatives=body.logprobs) for job in jobs]
+        answer = Answer("text", self.served.name, self.engine.tokenizer, logprobs=body.logprobs is not None)
+        echoes = [self.engine.tokenizer.decode(prompt) if body.echo else "" for prompt in prompts]
+        return await self._respond(request, body, answer, jobs, echoes)
+
+    def _encode_prompts(self, body: CompletionRequest) -> list[list[int]]:
+        prompts = [
+            prompt if isinstance(prompt, list) else self.served.encode("prompt", prompt) for prompt in body.prompts
+        ]
+        size = self.engine.config.vocab_size
+        for prompt in prompts:
+            if invalid := next((i for i in prompt if i >= size), None):
+                raise FieldError(
+                    "prompt", f"prompt: token id {short_repr(invalid)} is outside the vocabulary of {size:,}"
+                )
+        return prompts
+
+    def _check(self, body: ChatRequest | CompletionRequest) -> None:
+        body.reject_unsupported()
+        if body.stream_options is not None and not body.stream:
+            raise FieldError("stream_options", "stream_options needs stream: true")
+        self._check_model(body.model)
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, self.served.name):
+            raise HTTPException(
+                404, f"no such model: {short_repr(name)}, only {self.served.name}", {"x-code": "model_not_found"}
+            )
+
+    def _jobs(
+        self,
+        body: ChatRequest | CompletionRequest,
+        prompts: Sequence[list[int]],
+        field: str,
+        limit: int | None,
+        alternatives: int | None,
+    ) -> list[Job]:
+        """The jobs of every prompt and choice, numbered as the choices of the answer."""
+        most = self.slots.queue_size + self.slots.slot_count
+        if (count := len(prompts) * body.choices) > most:
+            raise FieldError("n", f"n: {count:,} texts in a request, at most {most:,} can run and wait")
+        bias = body.biases(self.engine.config.vocab_size)
+        jobs = []
+        for prompt in prompts:
+            space = self.slots.context - len(prompt)
+            if space < (1 if limit is None else limit):
+                raise FieldError(
+                    field if space > 0 else "messages" if isinstance(body, ChatRequest) else "prompt",
+                    f"a prompt of {len(prompt):,} tokens and {limit or 1:,} new ones exceed the context of "
+                    f"{self.slots.context:,} tokens",
+                    "context_length_exceeded",
+                )
+            for sampling in body.samplings(self.engine.generation):
+                jobs.append(
+                    Job(
+                        prompt,
+                        space if limit is None else limit,
+                        sampling,
+                        body.stops,
+                        alternatives,
+                        logit_bias=bias,
+                        frequency_penalty=body.frequency_penalty or 0.0,
+                        presence_penalty=body.presence_penalty or 0.0,
+                        row=len(jobs),
+                    )
+                )
+        return jobs
+
+    async def _respond(
+        self,
+        request: fastapi.Request,
+        body: ChatRequest | CompletionRequest,
+        answer: Answer,
+        jobs: Sequence[Job],
+        echoes: Sequence[str],
+    ) -> Response:
+        usage = Usage(sum(len(job.prompt) for job in jobs[:: body.choices]))
+        outcome = Outcome(self.served, jobs, self.metrics)
+        self.metrics.prompt_tokens.inc(usage.prompt_tokens)
+        if body.stream:
+            stream = self._stream(outcome, answer, len(jobs), echoes, usage, include_usage=body.include_usage)
+            return StreamingResponse(stream, media_type="text/event-stream")
+        choices = [Choice(row) for row in range(len(jobs))]
+        for choice in choices:
+            choice.text = echoes[choice.index // body.choices]
+
+        async def collect() -> None:
+            async for event in outcome.events():
+                if isinstance(event, PromptTokens):
+                    choices[event.row].tokens += event.tokens
+                else:
+                    choices[event.row].add(event)
+                    usage.completion_tokens += len(event.tokens)
+
+        if not await _unless_gone(request, collect()):
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(answer.whole(choices, usage))
+
+    async def _stream(
+        self,
+        outcome: Outcome,
+        answer: Answer,
+        count: int,
+        echoes: Sequence[str],
+        usage: Usage,
+        *,
+        include_usage: bool,
+    ) -> AsyncIterator[str]:
+        offsets = [0] * count
+        choices = count // len(echoes)
+        pending = {row: echo for row, echo in ((row, echoes[row // choices]) for row in range(count)) if echo}
+        try:
+            if answer.kind == "chat":
+                for row in range(count):
+                    yield answer.opening(row)
+            async for event in outcome.events():
+                row, echo = event.row, pending.pop(event.row, "")
+                text = echo + ("" if isinstance(event, PromptTokens) else event.text)
+                finish = None if isinstance(event, PromptTokens) else event.finish
+                if not isinstance(event, PromptTokens):
+                    usage.completion_tokens += len(event.tokens)
+                finish = None if finish is None else answers.FINISH[finish]
+                if piece := answer.piece(row, text, event.tokens, finish, offsets[row]):
+                    yield piece
+                offsets[row] += len(text)
+            if include_usage:
+                yield answer.usage(usage)
+        except Exception:  # logged where it was raised
+            yield answers.event(error_body("internal error: see the server's log", kind="server_error"))
+        finally:
+            outcome.cancel()
+        yield answers.DONE
+
+    async def models(self) -> dict[str, Any]:
+        """Lists what can be asked for."""
+        card = {"id": self.served.name, "object": "model", "created": self.served.created, "owned_by": "smollm-jax"}
+        return {"object": "list", "data": [{**card, "max_model_len": self.slots.context}]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """One of them."""
+        self._check_model(name)
+        return (await self.models())["data"][0]
+
+    async def health(self) -> Response:
+        """200 once a request can be served at full speed, and until the server fails or stops."""
+        return Response(status_code=200 if self.slots.alive else 503)
+
+    async def report(self) -> Response:
+        """The metrics."""
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    def _tokenize(self, body: TokenizeRequest) -> list[int]:
+        if body.prompt is not None:
+            self.served.check_size("prompt", len(body.prompt.encode("utf-8", "surrogatepass")))
+            with _names("prompt"):
+                return self.engine.encode(body.prompt, parse_special=True, add_special_tokens=body.add_special_tokens)
+        with _names("messages"):
+            messages = fields.as_conversation(body.messages or [])
+            return self.engine.chat(messages, add_generation_prompt=body.add_generation_prompt)
+
+    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        """The tokens of a text or of a chat, as vLLM's route of this name gives them."""
+        self._check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise FieldError("prompt", "give either prompt or messages")
+        ids = await asyncio.to_thread(self._tokenize, body)
+        strings = [self.engine.tokenizer.core.id_to_token(i) for i in ids] if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": self.slots.context, "tokens": ids, "token_strs": strings}
+
+
+def build(served: Served) -> fastapi.FastAPI:
+    """The ASGI app of a model, whose engine was started and ends with the app."""
+    routes = Routes(served)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(served.slots.close)
+
+    app = fastapi.FastAPI(title="smollm serve", docs_url=None, redoc_url=None, lifespan=lifespan)
+    table: list[tuple[str, str, Callable[..., Any]]] = [
+        ("POST", "/v1/chat/completions", routes.chat),
+        ("POST", "/v1/completions", routes.completions),
+        ("GET", "/v1/models", routes.models),
+        ("GET", "/v1/models/{name:path}", routes.model),
+        ("GET", "/health", routes.health),
+        ("GET", "/metrics", routes.report),
+        ("POST", "/tokenize", routes.tokenize),
+    ]
+    for method, path, handler in table:
+        app.add_api_route(path, handler, methods=[method], response_model=None)
+
+    def refuse(status: int, message: str, **fields: Any) -> JSONResponse:
+        routes.metrics.refused(status)
+        kind = {404: "not_found_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
+        headers = fields.pop("headers", None)
+        return JSONResponse(
+            error_body(utf8(message), kind="server_error" if status >= 500 else kind, **fields), status, headers
+        )
+
+    async def on_field(_: fastapi.Request, error: Exception) -> Response:
+        assert isinstance(error, FieldError)
+        return refuse(400, str(error), param=error.param, code=error.code)
+
+    async def on_invalid(_: fastapi.Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        # Of a value that may be of several types, the error of the type that it has.
+        worst = max(error.errors(), key=lambda item: not item["type"].endswith("_type"))
+        path = [utf8(str(part)) for part in worst["loc"][1:] if part != "str" and re.fullmatch(r"\w+", str(part))]
+        where = ".".join(path)
+        return refuse(400, f"{where}: {worst['msg']}" if where else worst["msg"], param=path[0] if path else None)
+
+    async def on_http(_: fastapi.Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        headers = dict(error.headers or {})
+        code = headers.pop("x-code", None)
+        return refuse(error.status_code, str(error.detail), code=code, headers=headers)
+
+    async def on_bug(_: fastapi.Request, error: Exception) -> Response:
+        return refuse(500, "internal error: see the server's log")
+
+    app.add_exception_handler(FieldError, on_field)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(Exception, on_bug)
+    return app
+
+
+async def _unless_gone(request: fastapi.Request, work: Any) -> bool:
+    """Awaits `work`, and gives it up when the client disconnects before; whether it was done."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            return False
+        await tasks[0]
+        return True
+    finally:
+        for task in tasks:
+            task.cancel()
