@@ -9,6 +9,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import jaxtyping
 import numpy as np
 import pytest
@@ -36,6 +37,12 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
+# Property tests draw the same examples in every run; `make soak` draws many others.
+SOAK = bool(os.environ.get("SMOLLM_SOAK"))
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, max_examples=50)
+hypothesis.settings.register_profile("soak", deadline=None, max_examples=5000)
+hypothesis.settings.load_profile("soak" if SOAK else "same")
+
 # A deliberate bug, for smollm_parity/mutants.py to see that a test catches it.
 if mutant := os.environ.get("SMOLLM_MUTANT"):
     from smollm_parity import mutants
@@ -53,7 +60,7 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 WITHOUT_TORCH = bool(os.environ.get("SMOLLM_WITHOUT_TORCH"))
 NEED_TORCH = ["tests/weights/test_torch_files.py", "tests/benchmarks/test_benchmark.py", "tests/test_tour.py"]
 collect_ignore = [*NEED_TORCH] if WITHOUT_TORCH else []
-if not os.environ.get("SMOLLM_SOAK"):  # llama.cpp takes ten minutes to build: `make soak` does
+if not SOAK:  # llama.cpp takes ten minutes to build: `make soak` does
     collect_ignore += ["parity_tests/test_llamacpp.py"]
 if not os.environ.get("SMOLLM_CUDA"):  # JAX's CUDA plugin and what it loads are 4.6 GB: `make gpu-program` does
     collect_ignore += ["tests/benchmarks/test_compiled_for_gpu.py"]

@@ -2,7 +2,7 @@
 
 Relative to the largest number of the reference unless said otherwise. "Measured" is on the real SmolLM2-135M-Instruct
 weights (dequantised Q4_1) and real text, on x86-64 CPUs; bounds leave room for other CPUs, not for bugs: the mutants
-(`mutants.py`) show that a bug is far outside them.
+(`mutant_list.py`) show that a bug is far outside them.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Computed orders: a shuffle is a bijection at any size, and a mixture keeps its weights at every point of a run."""
 
 import math
+from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -30,6 +31,17 @@ def test_every_number_comes_everywhere_about_equally_often(size):
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     freedom = (size - 1) ** 2
     assert chi_square < freedom + 6 * math.sqrt(2 * freedom), "some numbers have their places"
+
+
+@pytest.mark.parametrize(("size", "keys"), [(3, 6000), (4, 3000)])
+def test_every_order_of_few_numbers_comes_about_equally_often(size, keys):
+    """Fewer rounds reach every order, too, but some far more often."""
+    counts = Counter(tuple(permute(np.arange(size), size, (seed, 0, 0))) for seed in range(keys))
+    orders = math.factorial(size)
+    assert len(counts) == orders
+    expected, freedom = keys / orders, orders - 1
+    chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
+    assert chi_square < freedom + 6 * math.sqrt(2 * freedom)
 
 
 def test_neighbours_are_torn_apart_and_keys_have_nothing_in_common():

@@ -33,7 +33,7 @@ def parrot(tiny, tokenizer):
     """
     chain = [*tokenizer.encode(SAID), EOS]
     assert len(set(chain)) == len(chain), "the text repeats a token, and the parrot has no memory"
-    config = dataclasses.replace(tiny, tie_word_embeddings=False, eos_token_id=(EOS, 5))
+    config = dataclasses.replace(tiny, tie_word_embeddings=False, eos_token_id=(5, EOS))
     model = SmolLM(config, key=jax.random.key(0))
     head = np.zeros((config.vocab_size, config.hidden_size), np.float32)
     head[chain[1:]] = np.asarray(model.embed_tokens)[chain[:-1]]
@@ -61,6 +61,13 @@ def test_a_streamed_text_is_whole_characters_and_ends_before_eos(parrot):
     ids = [token.id for piece in pieces for token in piece.tokens]
     assert ids == [*parrot.encode(SAID)[1:], EOS]
     assert pieces[-1].tokens[-1].text == ""
+
+
+def test_eos_as_the_last_token_allowed_ends_the_text_and_not_the_limit(parrot):
+    ids = parrot.encode(SAID)[1:]
+    for allowed, finish in ((len(ids), "length"), (len(ids) + 1, "eos")):
+        (done,) = parrot.complete([first(parrot)], max_new_tokens=allowed)
+        assert (done.text, done.finish, len(done.tokens)) == (rest(parrot), finish, allowed)
 
 
 @pytest.mark.parametrize("tokens_per_call", [1, 8])

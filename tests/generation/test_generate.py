@@ -9,11 +9,11 @@ import pytest
 
 from smollm_jax.errors import UsageError
 from smollm_jax.generation import programs
-from smollm_jax.generation.generate import generate, stream_tokens
-from smollm_jax.generation.programs import PAD_ID, buckets
+from smollm_jax.generation.generate import Session, generate, stream_tokens
+from smollm_jax.generation.programs import PAD_ID, DecodeOutput, buckets
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.generation.unrolled import Unrolled
-from smollm_jax.model.attention import cached
+from smollm_jax.model.attention import KVCache, cached
 from smollm_jax.model.smollm import SmolLM
 
 PROMPTS = [[5, 17, 400], [9], list(range(100, 140))]
@@ -239,6 +239,26 @@ def test_a_row_that_has_ended_takes_no_context_from_the_others(short_model):
     both = slid(short_model, prompts, max_new_tokens=28, eos_token_ids=[eos])
     assert (both[0, 1:] == PAD_ID).all()
     np.testing.assert_array_equal(both[1], alone)
+
+
+def test_the_repetition_penalty_remembers_what_slid_out_of_the_context(short_model, monkeypatch):
+    """Nothing is computed: what the sampler is given as seen is the whole text, of which the cache has the last 16."""
+    seen = []
+
+    def sample_first(state, *_, **options):
+        seen.append(np.flatnonzero(state.seen[0]).tolist())
+        return state, DecodeOutput(np.array([[7]]), np.array([False]), None, None, None)
+
+    cache = KVCache.empty(short_model.config, 1, 32, "float32")
+    monkeypatch.setattr(programs, "prefill", lambda *_, **options: (cache, None))
+    monkeypatch.setattr(programs, "sample_first", sample_first)
+    options = {"eos_token_ids": (), "tokens_per_call": 1, "return_logprobs": False}
+    session = Session(short_model, [list(range(40, 75))], max_new_tokens=9, samplings=[Sampling()], **options)
+    for _ in range(2):
+        session.prefill()
+        session.collect()
+    assert seen == [list(range(40, 75)), [7, *range(40, 75)]]
+    assert session.windows == [[*range(59, 75), 7, 7]]
 
 
 def test_a_prompt_longer_than_the_context_slides_before_it_starts(short_model):

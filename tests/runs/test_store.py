@@ -234,6 +234,14 @@ def test_a_file_or_a_number_beyond_64_bits_is_no_step(tmp_path):
     assert steps_in(tmp_path) == [2, 10, 10**18 - 1]
 
 
+def test_a_step_under_another_number_is_damage(tmp_path):
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, items(1), {"step": 1})
+        (tmp_path / "1").rename(tmp_path / "2")
+        with pytest.raises(CheckpointError, match="2: was saved as step 1, but has been renamed"):
+            store.verify(2)
+
+
 def test_a_step_sealed_with_a_stray_file_is_whole_when_the_file_has_gone(tmp_path, monkeypatch):
     with CheckpointStore(tmp_path / "c") as store:
         store.save(1, items(1), {})
@@ -258,6 +266,20 @@ def test_reading_one_item_does_not_read_the_others_but_sees_what_is_missing(tmp_
         damage(params, "bit 3/8 flipped")
         with pytest.raises(CheckpointError, match=params.name):
             store.verify(1, item="params")
+
+
+def test_reading_one_item_checks_the_steps_own_files_and_its_meta(tmp_path):
+    with CheckpointStore(tmp_path / "c") as store:
+        store.save(1, items(1), {"step": 1})
+        top_level = [path for path in (tmp_path / "c/1").iterdir() if path.is_file() and path.name != manifest.MANIFEST]
+        assert top_level
+        for path in (*top_level, tmp_path / "c/1/meta/metadata"):
+            content = path.read_bytes()
+            damage(path, "bit 3/8 flipped")
+            with pytest.raises(CheckpointError, match=f"{path.name}: sha256 differs"):
+                store.verify(1, item="params")
+            path.write_bytes(content)
+        store.verify(1, item="params")
 
 
 def test_a_step_without_a_manifest_needs_to_be_allowed(tmp_path):

@@ -15,7 +15,7 @@ from smollm_jax.errors import InputFileError, UsageError
 from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.tokenizer import Tokenizer
-from smollm_jax.tokenizer.source import own_tokenizer
+from smollm_jax.tokenizer.source import FILES, own_tokenizer
 from smollm_jax.tokenizer.special_tokens import byte_symbols
 from smollm_jax.weights.bundle import Bundle
 from tests.small_files import SMALL, gguf_metadata, small_tensors, small_tokenizer, tokenizer_folder, write_gguf
@@ -74,6 +74,26 @@ def test_each_format_of_weights_has_its_tokenizer_in_its_place(tmp_path):
         name: tmp_path / place for name, place in expected.items()
     }
     assert own_tokenizer(tmp_path / "x.safetensors") is None
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax"])
+def test_every_file_of_a_tokenizer_goes_along_into_runs_and_exports(tmp_path, kind):
+    """And so the chat template, wherever it stands."""
+    extra = {name: b"{}" for name in FILES} | {
+        "chat_template.jinja": b"{{ messages[0].content }}",
+        "additional_chat_templates/rag.jinja": b"{{ documents[0].title }}",
+    }
+    source = tmp_path / "source"
+    weights.write(source, Bundle(small_tensors(), SMALL, extra | small_tokenizer()), "hf")
+    assert weights.read(source).tokenizer_files == extra | small_tokenizer()
+    weights.write(tmp_path / "target", weights.read(source), kind)
+    for name, content in (extra | small_tokenizer()).items():
+        assert (tmp_path / "target" / name).read_bytes() == content
+    for path in (tmp_path / "target", *(tmp_path / "target").glob("checkpoints/0")):
+        assert weights.read(path).tokenizer_files == extra | small_tokenizer()
+        chat = Tokenizer.of_weights(path)
+        assert chat.chat_template == "{{ messages[0].content }}"
+        assert chat.templates.source("rag") == "{{ documents[0].title }}"
 
 
 def test_only_a_step_uses_files_above_a_folder_called_checkpoints(tmp_path):

@@ -77,6 +77,25 @@ def test_the_file_is_what_llama_cpp_itself_would_have(tmp_path):
     assert ours["general.file_type"] == 0
 
 
+def test_a_type_rounds_the_weights_themselves_and_not_what_another_type_rounded(tmp_path):
+    """float32 weights with more digits than a float16 or bfloat16 has, in q8_0 as the gguf package computes it."""
+    model, q8_0 = wide(), gguf.GGMLQuantizationType.Q8_0
+    matrices = {name: tensor for name, tensor in model.tensors.items() if tensor.ndim == 2}
+    assert any((tensor.astype(np.float16) != tensor).any() for tensor in matrices.values())
+    expected = {
+        "q8_0": {name: gguf.quants.dequantize(gguf.quants.quantize(x, q8_0), q8_0) for name, x in matrices.items()},
+        "f16": {name: x.astype(np.float16).astype(np.float32) for name, x in matrices.items()},
+        "bf16": {name: x.astype(ml_dtypes.bfloat16).astype(np.float32) for name, x in matrices.items()},
+    }
+    for kind, tensors in expected.items():
+        weights.write(tmp_path / f"{kind}.gguf", model, "gguf", gguf_type=kind)
+        loaded = weights.read(tmp_path / f"{kind}.gguf").tensors
+        for name, tensor in tensors.items():
+            np.testing.assert_array_equal(loaded[name], tensor, err_msg=f"{kind} {name}")
+        for name in model.tensors.keys() - matrices.keys():
+            np.testing.assert_array_equal(loaded[name], model.tensors[name], err_msg="a norm is kept in float32")
+
+
 def test_a_tied_head_is_not_written_and_an_untied_one_is(tmp_path):
     for tied in (True, False):
         model = wide(tie_word_embeddings=tied)

@@ -1,0 +1,267 @@
+"""The deliberate bugs that `mutants` plants, each with the fast test that must fail.
+
+A mutant is one replacement in one module's source. The text to replace must occur exactly once, so that no mutant goes
+stale; `tests/test_mutants.py` checks it.
+"""
+
+# ruff: noqa: E501  # one mutant a line reads best
+import dataclasses
+
+FAMILY = "parity_tests/test_10_family.py::test_a_small_model"
+STEPS = "parity_tests/test_7_training.py::test_ten_steps"
+ADAMW = "parity_tests/test_6_optimizer.py"
+CACHE = "tests/model/test_attention.py::test_prefill_in_chunks_equals_at_once"
+LOSS = "tests/model/test_cross_entropy.py::test_it_equals_the_dense_loss_in_float64"
+BLOCKS = "tests/model/test_attention.py::test_blocks_give_the_values_and_gradients_of_attention_at_once"
+GENERATE = "tests/generation/test_generate.py"
+MODEL = "tests/model/test_model.py"
+OPERANDS = "tests/model/test_operands.py"
+QUANTIZED = "tests/generation/test_quantized.py"
+PRODUCT = f"{QUANTIZED}::test_a_product_is_that_of_the_numbers_stored"
+ROUNDED = f"{QUANTIZED}::test_it_computes_what_the_rounded_model_does"
+EXAMPLES = "tests/data/examples/test_examples.py"
+LEARNT, TARGETS = (
+    f"{EXAMPLES}::test_what_is_learnt_of_a_row",
+    f"{EXAMPLES}::test_targets_are_the_tokens_that_follow_and_are_learnt",
+)
+LORA = "tests/finetuning/test_finetune.py::test_pairs_beside_the_weights_compute_what_merged_ones_do"
+DROPOUT, TRAINING_ALONE = (
+    "tests/finetuning/test_finetune.py::test_dropout_zeroes_its_share_of_elements_and_scales_up_the_others",
+    "tests/finetuning/test_finetune.py::test_dropout_is_in_training_alone",
+)
+PREFERENCES = "tests/finetuning/test_preferences.py"
+PAPERS, PADDED_PAIRS = (
+    f"{PREFERENCES}::test_the_losses_of_pairs_are_those_of_their_papers",
+    f"{PREFERENCES}::test_padding_rows_count_for_nothing",
+)
+ANSWERS = f"{PREFERENCES}::test_the_reference_is_the_log_probability_of_each_answer"
+LOG_PROBS = "tests/model/test_cross_entropy.py::test_log_probs_of_tokens_and_their_gradients_are_the_dense_ones"
+PEFT, PEFT_START = (
+    "parity_tests/test_12_finetuning.py::test_an_adapter_computes_what_it_does_in_peft",
+    "parity_tests/test_12_finetuning.py::test_an_adapter_begins_as_pefts",
+)
+AS_IT_LIES = f"{QUANTIZED}::test_a_q8_0_gguf_is_decoded_as_it_lies"
+BATCHES = "tests/data/test_batches.py"
+EPOCHS = f"{BATCHES}::test_every_epoch_of_every_source_has_another_order_for_another_seed"
+SPREAD = f"{BATCHES}::test_validation_takes_windows_evenly_spread_and_its_last_batch_may_be_smaller"
+UNEQUAL = "tests/training/test_unequal_parts.py"
+WEIGHTED = f"{UNEQUAL}::test_a_validation_weighs_each_batch_by_the_tokens_learnt_of_it"
+ESCAPING = "tests/web/test_escaping.py"
+FAULTS_AS_TEXT, STATUS_AS_TEXT = (
+    f"{ESCAPING}::test_progress_and_faults_are_shown_as_text",
+    f"{ESCAPING}::test_the_status_line_shows_a_name_a_title_and_a_device_as_text",
+)
+PROTECTED = "tests/tokenizer/test_chat_protection.py::test_no_message_of_a_conversation_brings_a_special_token"
+STORE = "tests/runs/test_store.py"
+ENGINE = "tests/generation/test_engine.py"
+TYPES = "tests/weights/test_gguf_export.py::test_a_type_rounds_the_weights_themselves_and_not_what_another_type_rounded"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    name: str
+    module: str
+    old: str
+    new: str
+    test: str  # the test that catches it
+
+    @property
+    def qualified(self) -> str:
+        return f"smollm_jax.{self.module}"
+
+
+MUTANTS = [
+    Mutant("rotary interleaved", "model.ops", "jnp.split(x, 2, axis=-1)", "(x[..., ::2], x[..., 1::2])", FAMILY),
+    Mutant("rotary backwards", "model.ops", "a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin", FAMILY),
+    Mutant("theta 10,000 for 100,000", "config.model", "self.rope_theta**exponent", "10_000.0**exponent", FAMILY),
+    Mutant(
+        "frequencies in bfloat16",
+        "model.ops",
+        "np.array(config.rotary_frequencies)",
+        "np.array(config.rotary_frequencies, jnp.bfloat16).astype(float)",
+        FAMILY,
+    ),
+    Mutant(
+        "frequencies one ulp off",
+        "config.model",
+        "_float32(1.0 / _float32(self.rope_theta**exponent))",
+        "_float32(1.0 / _float32(self.rope_theta**exponent) * (1 + 2**-23))",
+        "parity_tests/test_4_modules.py::test_rotary_frequencies_are_transformers_bits",
+    ),
+    Mutant(
+        "queries one position late",
+        "model.smollm",
+        "(apply_rope(q, cos, sin), apply_rope(k",
+        "(apply_rope(q, jnp.roll(cos, -1, 1), jnp.roll(sin, -1, 1)), apply_rope(k",
+        FAMILY,
+    ),
+    Mutant("KV heads tiled", "model.flash_attention", "heads, N // heads, H).transpose(1, 0, 3, 4, 2, 5)", "N // heads, heads, H).transpose(1, 0, 4, 3, 2, 5)", FAMILY),
+    Mutant("scale 1/H", "model.flash_attention", "_query_blocks(q * q.shape[3] ** -0.5,", "_query_blocks(q * q.shape[3] ** -1.0,", FAMILY),
+    Mutant("mask off by one", "model.flash_attention", "query_offset[:, None] >= jnp.arange(block)", "query_offset[:, None] >= jnp.arange(block) - 1", f"{MODEL}::test_the_future_does_not_change_the_past"),
+    Mutant("attention in bfloat16", "model.flash_attention", "_from_blocks(output / row_sum, heads, block)", "_from_blocks((output / row_sum).astype(jnp.bfloat16), heads, block)", FAMILY),
+    Mutant("online softmax never rescaled", "model.flash_attention", "jnp.exp(row_max - new_max), ", "1.0, ", BLOCKS),
+    Mutant("softmax gradient without its mean", "model.flash_attention", " - mean[i])", ")", BLOCKS),
+    Mutant("keys' gradient of the last block only", "model.flash_attention", "_update_block(dk, dk[j] + ", "_update_block(dk, 0 * dk[j] + ", BLOCKS),
+    Mutant(
+        "q rows in another head order", "weights.mapping", '"L (N H) D -> L D N H"', '"L (H N) D -> L D N H"', FAMILY
+    ),
+    Mutant("o_proj transposed", "weights.mapping", '"L D (N H) -> L N H D"', '"L (N H) D -> L N H D"', FAMILY),
+    Mutant(
+        "k and v swapped",
+        "weights.mapping",
+        '("layers.self_attn.k_proj", "L (K H) D -> L D K H"),\n'
+        '    "model.layers.*.self_attn.v_proj.weight": ("layers.self_attn.v_proj"',
+        '("layers.self_attn.v_proj", "L (K H) D -> L D K H"),\n'
+        '    "model.layers.*.self_attn.v_proj.weight": ("layers.self_attn.k_proj"',
+        FAMILY,
+    ),
+    Mutant(
+        "GGUF k rows with q's heads",
+        "weights.gguf_reader",
+        '"k_proj": config.num_key_value_heads',
+        '"k_proj": 1',
+        "parity_tests/test_conversion.py::test_a_gguf_is_read_as_transformers_reads_it",
+    ),
+    Mutant("gate and up swapped", "model.ops", "jax.nn.silu(gate) * up", "jax.nn.silu(up) * gate", FAMILY),
+    Mutant("gelu for silu", "model.ops", "jax.nn.silu(gate)", "jax.nn.gelu(gate)", FAMILY),
+    Mutant(
+        "norm scaled before it is rounded",
+        "model.ops",
+        "return _normalize(x, eps)[0].astype(x.dtype) * scale",
+        "return (_normalize(x, eps)[0] * scale).astype(x.dtype)",
+        f"{MODEL}::test_rms_norm_rounds_before_it_scales",
+    ),
+    Mutant("norm scaled by 1 + weight", "model.ops", "_normalize(x, eps)[0].astype(x.dtype) * scale", "_normalize(x, eps)[0].astype(x.dtype) * (1 + scale)", FAMILY),
+    Mutant("eps 1e-6", "model.ops", "keepdims=True) + eps)", "keepdims=True) + 1e-6)", FAMILY),
+    Mutant(
+        "eps outside the root",
+        "model.ops",
+        "jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)",
+        "1 / (jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True)) + eps)",
+        FAMILY,
+    ),
+    Mutant("norm's gradient not projected", "model.ops", "(gradient - normalized * jnp.mean(gradient * normalized, axis=-1, keepdims=True))", "gradient", f"{MODEL}::test_gradients_written_out_are_those_of_the_function"),
+    Mutant("gradients of gate and up swapped", "model.ops", "jnp.arange(2)[:, None] == 0", "jnp.arange(2)[:, None] == 1", f"{MODEL}::test_gradients_written_out_are_those_of_the_function"),
+    Mutant("norm before the MLP skipped", "model.smollm", "self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps))", "self.mlp(x)", FAMILY),
+    Mutant("last norm skipped", "model.smollm", "return rms_norm(x, norm, self.config.rms_norm_eps), cache", "return x, cache", FAMILY),
+    Mutant("head scaled", "model.smollm", "return linear(hidden, self.head.astype(hidden.dtype).T)", "return linear(hidden, self.head.astype(hidden.dtype).T) / 24", FAMILY),
+    Mutant(
+        "residual projections not scaled at init",
+        "model.smollm",
+        "return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5",
+        "return config.initializer_range",
+        f"{MODEL}::test_the_init_is_the_recipes",
+    ),
+    Mutant(
+        "head not trained", "training.loss", "model.head, targets", "jax.lax.stop_gradient(model.head), targets", STEPS
+    ),
+    Mutant(
+        "labels shifted twice", "training.loss", "return tokens[:, 1:]", "return jnp.roll(tokens[:, 1:], -1, 1)", STEPS
+    ),
+    Mutant(
+        "loss averaged per chunk",
+        "model.cross_entropy",
+        "jnp.where(valid, log_normalizer - target_logit, 0.0), logits",
+        "jnp.where(valid, log_normalizer - target_logit, 0.0) * h.shape[0] / jnp.maximum(valid.sum(), 1), logits",
+        LOSS,
+    ),
+    Mutant("head's gradient of the last chunk only", "model.cross_entropy", "(total + losses.sum(), head_gradient + d_weight)", "(total + losses.sum(), d_weight)", LOSS),
+    Mutant(
+        "1/tokens rounded to bfloat16",
+        "model.cross_entropy",
+        "(hidden_gradient.astype(cotangent.dtype) * cotangent).astype(hidden_gradient.dtype)",
+        "hidden_gradient * cotangent.astype(hidden_gradient.dtype)",
+        "tests/model/test_cross_entropy.py::test_the_mean_over_any_number_of_tokens_is_scaled_right_in_bfloat16",
+    ),
+    Mutant("masked labels in the gradient", "model.cross_entropy", "(d_logits * scale[:, None])", "(d_logits)", LOSS),
+    Mutant("decay not on the norms", "training.optimizer", "weight_decay=recipe.weight_decay,", "weight_decay=recipe.weight_decay, mask=lambda p: {k: v.ndim > 1 for k, v in p.items()},", ADAMW),
+    Mutant("beta2 0.999", "training.optimizer", "b2=recipe.beta2", "b2=0.999", ADAMW),
+    Mutant("bias correction missing", "training.optimizer", "optax.adamw(\n", "(lambda lr, b1, b2, eps, weight_decay: optax.chain(optax.scale_by_rms(b2, eps), optax.ema(b1, debias=False), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(lr)))(\n", ADAMW),
+    Mutant("clip by value", "training.optimizer", "clip_by_global_norm(recipe.clip)", "optax.clip(recipe.clip)", ADAMW),
+    Mutant("warmup off by one", "training.optimizer", "schedule(jnp.asarray(count, float))", "schedule(jnp.asarray(count + 1, float))", ADAMW),
+    Mutant("cache written one slot late", "model.attention", "at = (cache.layer, zero, cache.length, zero, zero)", "at = (cache.layer, zero, cache.length + 1, zero, zero)", CACHE),
+    Mutant("unwritten cache slots attended", "model.attention", "(slot <= query[:, None])", "(slot <= query[:, None] + 1)", CACHE),
+    Mutant("cache of the first layer read", "model.attention", "keys[cache.layer], values[cache.layer]", "keys[0], values[0]", CACHE),
+    Mutant("left padding attended", "model.attention", " & (slot >= start[:, None, None])", " & (slot >= 0 * start[:, None, None])", "tests/model/test_attention.py::test_left_padding_is_never_attended"),
+    Mutant("decoded tokens one position late", "generation.programs", "positions = (state.cache.length - state.start)[:, None]", "positions = (state.cache.length - state.start)[:, None] + 1", f"{GENERATE}::test_greedy_with_a_cache_equals_greedy_without"),
+    Mutant("top-p drops the token that crosses it", "generation.sampling", "(bits <= threshold[:, None]) |", "(bits < threshold[:, None]) |", "tests/generation/test_sampling.py::test_draws_follow_the_reference_distribution"),
+    Mutant("prefill sees the left padding", "model.attention", "(jnp.arange(q.shape[1]) >= start[:, None])", "(jnp.arange(q.shape[1]) >= 0 * start[:, None])", f"{GENERATE}::test_the_bucket_of_a_prompt_changes_nothing"),
+    Mutant("packed documents see each other", "model.flash_attention", "(query_segments[i][:, :, None] == key_segments[j][:, None, :])", "(query_segments[i][:, :, None] >= key_segments[j][:, None, :])", "tests/model/test_attention.py::test_packed_attention_is_the_formula_with_the_segments_mask"),
+    Mutant("bfloat16 operands not rounded", "model.ops", "jnp.matmul(x.astype(operands), w.astype(operands),", "jnp.matmul(x, w,", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
+    Mutant("a matmul's incoming gradient not rounded", "model.ops", "(y.astype(operands) for y in (x, w, gradient))", "(*(y.astype(operands) for y in (x, w)), gradient)", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
+    Mutant("parameters' gradients rounded", "model.ops", "preferred_element_type=dtype).astype(w.dtype)", "preferred_element_type=dtype).astype(operands).astype(w.dtype)", f"{OPERANDS}::test_a_product_multiplies_rounded_numbers_and_rounds_nothing_else"),
+    Mutant("loss of float32 hidden states", "model.cross_entropy", "d_logits, h.astype(weight.dtype), preferred", "d_logits, h, preferred", f"{OPERANDS}::test_the_loss_and_its_gradients_take_rounded_numbers_and_sum_in_float32"),
+    Mutant("activations between CPU matmuls in bfloat16", "model.precision", '("float32", dtype) if', "(dtype, dtype) if", f"{OPERANDS}::test_only_a_cpu_keeps_float32_between_products"),
+    Mutant("held-out tokens trained on", "data.batches", "starts = [max(len(file.tokens) - held, 0)", "starts = [max(len(file.tokens) - 17, 0)", "tests/data/test_data.py::test_held_out_tokens_are_never_trained_on"),
+    Mutant("scales of the previous row", "generation.quantized", "matrix.scales[..., None].astype", "jnp.roll(matrix.scales, 1, 0)[..., None].astype", PRODUCT),
+    Mutant("last block left out", "generation.quantized", "(values * matrix.scales[..., None]", "(values.at[:, -1].set(0) * matrix.scales[..., None]", PRODUCT),
+    Mutant("inputs cast to bfloat16", "generation.quantized", "optimization_barrier((x / ones", "optimization_barrier((x.astype(jnp.bfloat16).astype(x.dtype) / ones", PRODUCT),
+    Mutant("dequantised values cast to bfloat16", "generation.quantized", "reshape(matrix.values.shape)", "reshape(matrix.values.shape).astype(jnp.bfloat16).astype(jnp.float32)", f"{QUANTIZED}::test_blocks_are_ggmls"),
+    Mutant("values divided by float16 scales", "generation.quantized", "np.divide(1, scales,", "np.divide(1, stored.astype(np.float32),", f"{QUANTIZED}::test_blocks_are_ggmls"),
+    Mutant("halves rounded to even", "generation.quantized", "np.trunc(x + np.copysign(np.float32(0.5), x))", "np.rint(x)", f"{QUANTIZED}::test_blocks_are_ggmls"),
+    Mutant("quantised q and k swapped", "generation.quantized", '"self_attn.q_proj", "self_attn.k_proj",', '"self_attn.k_proj", "self_attn.q_proj",', ROUNDED),
+    Mutant("quantised gate and up swapped", "generation.quantized", '"mlp.gate_proj", "mlp.up_proj"', '"mlp.up_proj", "mlp.gate_proj"', ROUNDED),
+    Mutant("decoded tokens see an unwritten slot", "model.attention", "(slot <= cache.length)", "(slot <= cache.length + 1)", ROUNDED),
+    Mutant("layer caches see the left padding", "model.attention", " & (slot >= start[:, None])\n", " & (slot >= 0 * start[:, None])\n", ROUNDED),
+    Mutant("layer cache written one slot late", "model.attention", "(zero, self.length, zero))", "(zero, self.length + 1, zero))", ROUNDED),
+    Mutant("rows of a q8_0 file in GGUF's order", "weights.gguf_reader", "_in_hf_order(rows, name, config).reshape", "rows.reshape", AS_IT_LIES),
+    Mutant("a q8_0 file quantised again", "generation.quantized", "(stored or {}).get(name) or ", "", AS_IT_LIES),
+    Mutant("the assistant's header learnt", "tokenizer.chat_tokens", "chat.text(messages[:answer], add_generation_prompt=True)", "chat.text(messages[:answer])", LEARNT),
+    Mutant("the end of a turn not learnt", "tokenizer.chat_tokens", "place(next(ends, len(whole)))", "place(next(ends, len(whole))) - 1", LEARNT),
+    Mutant("the newline after a turn learnt", "tokenizer.chat_tokens", "place(next(ends, len(whole)))", "place(len(whole))", LEARNT),
+    Mutant("a message's weight ignored", "data.examples.rows", "return weight != 0", "return True", LEARNT),
+    Mutant("targets not shifted", "data.examples.packing", "np.where(example.learnt, example.ids, -1)[1:]", "np.where(example.learnt, example.ids, -1)[:-1]", TARGETS),
+    Mutant("targets with the pad id masked", "data.examples.packing", "np.where(example.learnt, example.ids, -1)[1:]", "np.where(example.learnt & (example.ids != 2), example.ids, -1)[1:]", TARGETS),
+    Mutant("a document's first token a target", "data.examples.packing", "targets[row, start : stop - 1] = np.where(example.learnt, example.ids, -1)[1:]", "targets[row, max(start - 1, 0) : stop - 1] = np.where(example.learnt, example.ids, -1)[not start :]", TARGETS),
+    Mutant("documents of a row not separated", "data.examples.packing", "documents[row, start:stop] = number", "documents[row, start:stop] = 0", TARGETS),
+    Mutant("the row with the most space filled", "data.examples.packing", "min(fitting, default=space)", "max(fitting, default=space)", f"{EXAMPLES}::test_the_row_with_the_least_space_is_filled_and_of_equal_ones_the_first"),
+    Mutant("a long row cut at its start", "data.examples.examples", "Example(example.ids[:bound], example.learnt[:bound])", "Example(example.ids[-bound:], example.learnt[-bound:])", f"{EXAMPLES}::test_rows_of_which_nothing_is_learnt_are_counted_and_said"),
+    Mutant("rows without a learnt token kept", "data.examples.examples", "if not cut.learnt[1:].any()", "if not cut.learnt[1:].size", f"{EXAMPLES}::test_rows_of_which_nothing_is_learnt_are_counted_and_said"),
+    Mutant("an adapter scaled twice", "finetuning.lora", 'pair["b"] * scale}', 'pair["b"] * scale * scale}', LORA),
+    Mutant("an adapter beside every projection but the last", "model.smollm", 'return added(hidden, "down_proj", matmul(hidden, self.down_proj[...]))', "return matmul(hidden, self.down_proj[...])", LORA),
+    Mutant("dropout not scaled", "model.smollm", "x / (1 - rate), 0)", "x, 0)", DROPOUT),
+    Mutant("one mask of dropout for all layers", "finetuning.lora", "jnp.arange(layers) * len(LORA_TARGETS)", "jnp.arange(layers) * 0", DROPOUT),
+    Mutant("dropout in evaluation", "finetuning.batches", "yield self.held_out[numbers[start : start + size]].arrays()", "yield self.held_out[numbers[start : start + size]].arrays() | self._dropout_keys(0, slice(None))", TRAINING_ALONE),
+    Mutant("the same masks at every step", "finetuning.batches", "(self.recipe.seed, step, DROPOUT)", "(self.recipe.seed, 0, DROPOUT)", TRAINING_ALONE),
+    Mutant("B not zero at the start", "finetuning.lora", "jnp.zeros((L, out_size, r), jnp.float32)", "jnp.ones((L, out_size, r), jnp.float32)", PEFT_START),
+    Mutant("A from he_uniform, as in tunix", "finetuning.lora", "in_size**-0.5", "(6 / in_size) ** 0.5", PEFT_START),
+    Mutant("rslora ignored", "weights.adapter", "(rank**0.5 if rslora else rank)", "rank", PEFT),
+    Mutant("an adapter merged without its scale", "weights.adapter", "np.float32(adapter.scale) * (", "np.float32(1) * (", PEFT),
+    Mutant("beta on one side", "finetuning.objectives", "logits = beta * (chosen - rejected)", "logits = beta * chosen - rejected", PAPERS),
+    Mutant("chosen and rejected swapped", "finetuning.objectives", "chosen, rejected = log_ratios[:, 0], log_ratios[:, 1]", "rejected, chosen = log_ratios[:, 0], log_ratios[:, 1]", PAPERS),
+    Mutant("smoothing where TRL has none", "finetuning.objectives", 'if loss_type == "robust":', 'if loss_type in ("robust", "sigmoid"):', PAPERS),
+    Mutant("ipo summed over tokens", "finetuning.objectives", "per_token = log_ratios / jnp.maximum(lengths, 1)", "per_token = log_ratios", PAPERS),
+    Mutant("the reference drifts with the policy", "finetuning.objectives", 'log_probs - batch["reference"]', "log_probs - jax.lax.stop_gradient(log_probs)", PADDED_PAIRS),
+    Mutant("padding counts as a pair", "finetuning.objectives", 'return (batch["targets"] >= 0).any(axis=(1, 2))', 'return batch["targets"].any(axis=(1, 2))', PADDED_PAIRS),
+    Mutant("an answer's mean instead of its sum", "finetuning.objectives", "log_probs.reshape(B, 2, T).sum(axis=2)", "log_probs.reshape(B, 2, T).mean(axis=2)", ANSWERS),
+    Mutant("the weight of a token ignored", "model.cross_entropy", "valid * weights[i]", "-1.0 * valid", LOG_PROBS),
+    Mutant("tokens left in sorted order", "model.cross_entropy", "jnp.zeros_like(log_probs).at[order].set(log_probs)", "log_probs", LOG_PROBS),
+    Mutant("only the first chunk computed", "model.cross_entropy", "(chunk_targets[:, 0] >= 0).sum()", "(chunk_targets[:1, 0] >= 0).sum()", LOG_PROBS),
+    Mutant("chat protection of the last message only", "tokenizer.chat_template", "given = given.map_texts(mark)", "given = dataclasses.replace(given, messages=[*given.messages[:-1], *given.map_texts(mark).messages[-1:]])", PROTECTED),
+    Mutant("a weights' name as HTML", "web.responses", "<b>{html.escape(title or str(name))}</b>", "<b>{title or name}</b>", STATUS_AS_TEXT),
+    Mutant("a device's name as HTML", "web.responses", "{html.escape(self.device)}, ", "{self.device}, ", STATUS_AS_TEXT),
+    Mutant("a fault as HTML", "web.events", "{html.escape(error_message(error), quote=False)}", "{error_message(error)}", FAULTS_AS_TEXT),
+    Mutant("a fault in a corner as HTML", "web.events", "message = html.escape(error_message(error), quote=False)", "message = error_message(error)", FAULTS_AS_TEXT),
+    Mutant("progress as HTML", "web.events", "{html.escape(doing)}", "{doing}", FAULTS_AS_TEXT),
+    Mutant("a damaged checkpoint's fault as HTML", "web.responses", "{html.escape(str(error))}", "{error}", f"{ESCAPING}::test_a_checkpoint_that_cannot_be_read_and_its_runs_name_are_shown_as_text"),
+    Mutant("the seed ignored from the second epoch on", "data.batches", "key = (self.recipe.seed, int(epoch), source_id)", "key = (self.recipe.seed if epoch == 0 else 0, int(epoch), source_id)", EPOCHS),
+    Mutant("every epoch in the same order", "data.batches", "key = (self.recipe.seed, int(epoch), source_id)", "key = (self.recipe.seed, 0, source_id)", EPOCHS),
+    Mutant("rows in another order whatever the seed", "finetuning.batches", "(self.recipe.seed, int(epoch), source))", "(0, int(epoch), source))", EPOCHS),
+    Mutant("4 rounds of the permutation", "data.shuffle", "ROUNDS = 12", "ROUNDS = 4", "tests/data/test_shuffle.py::test_every_order_of_few_numbers_comes_about_equally_often"),
+    Mutant("the last batch of a validation dropped", "data.batches", "for start in range(0, len(windows), B):", "for start in range(0, len(windows) - B + 1, B):", SPREAD),
+    Mutant("the first held-out windows", "data.batches", "np.linspace(0, source.held_out.count - 1, count).round().astype(int)", "np.arange(count)", SPREAD),
+    Mutant("the first held-out rows", "finetuning.batches", "np.linspace(0, rows - 1, count).round().astype(int)", "np.arange(count)", SPREAD),
+    Mutant("the last batch of held-out rows dropped", "finetuning.batches", "for start in range(0, len(numbers), size):", "for start in range(0, len(numbers) - size + 1, size):", SPREAD),
+    Mutant("a plain mean over unequal batches", "training.validation", "sizes.append(int(objective.count(jax.tree.map(jnp.asarray, batch), execution)))", "sizes.append(1)", WEIGHTED),
+    Mutant("masked documents weighted by all tokens", "training.validation", "sizes.append(int(objective.count(jax.tree.map(jnp.asarray, batch), execution)))", "sizes.append(jax.tree.leaves(batch)[0][:, 1:].size)", WEIGHTED),
+    Mutant("micro-batches as a mean of means", "training.loss", "learn(model, micro_batch, execution, count, objective, frozen)), None", "learn(model, micro_batch, execution, objective.count(micro_batch, execution) * execution.accumulation_steps, objective, frozen)), None", f"{UNEQUAL}::test_micro_batches_add_up_to_the_mean_over_all_learnt_tokens"),
+    Mutant("the first eos id only ends a text", "generation.engine", "self._eos = self.generation.eos_token_ids", "self._eos = self.generation.eos_token_ids[:1]", f"{ENGINE}::test_a_streamed_text_is_whole_characters_and_ends_before_eos"),
+    Mutant("a list of eos ids cut to one", "config.generation_config", "return tuple(dict.fromkeys(i for i in ids if i != -1))", "return tuple(dict.fromkeys(i for i in ids if i != -1))[:1]", "tests/tokenizer/test_own_tokenizer.py::test_end_tokens_and_sampling_of_another_programs_gguf_are_used"),
+    Mutant("eos as the last allowed token called length", "generation.engine", 'finish = "eos"\n', 'finish = "length" if counts[row] == max_new_tokens else "eos"\n', f"{ENGINE}::test_eos_as_the_last_token_allowed_ends_the_text_and_not_the_limit"),
+    Mutant("chat_template.jinja left behind", "tokenizer.source", '    "chat_template.jinja",\n', "", "tests/tokenizer/test_own_tokenizer.py::test_every_file_of_a_tokenizer_goes_along_into_runs_and_exports"),
+    Mutant("special tokens of a corpus parsed", "data.prepare_worker", "tokenizer.core.encode_special_tokens = not job.special_tokens", "tokenizer.core.encode_special_tokens = False", "tests/data/test_bad_text.py::test_special_tokens_of_a_corpus_are_special_on_request_and_else_there_is_a_warning"),
+    Mutant("the penalty forgets what slid out", "generation.generate", "zip(seen, self.texts, strict=False)", "zip(seen, self.windows, strict=False)", f"{GENERATE}::test_the_repetition_penalty_remembers_what_slid_out_of_the_context"),
+    Mutant("q8_0 of a file from float16", "weights.gguf_writer", "exact = np.asarray(tensor, np.float32)", "exact = np.asarray(tensor.astype(np.float16), np.float32)", TYPES),
+    Mutant("q8_0 for decoding from float16", "generation.quantized", "blocks = np.asarray(matrix, np.float32)", "blocks = np.asarray(matrix.astype(np.float16), np.float32)", f"{QUANTIZED}::test_blocks_are_ggmls"),
+    Mutant("one item verified without the step's own files", "runs.manifest", 'if not items or "/" not in name or name', "if not items or name", f"{STORE}::test_reading_one_item_checks_the_steps_own_files_and_its_meta"),
+]  # fmt: skip
