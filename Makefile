@@ -4,7 +4,9 @@
 # make gpu-program   what XLA makes of a training step for an H100, and tests of it; no GPU, 4.6 GB of packages
 # make gpu-wheels    packages for scripts/gpu_first.sh on a rented machine      make driver  which JAX fits the GPU's driver
 # make docs    the pages under docs/ as a site in build/docs; a broken link is an error
-# make soak    200 kills, 200 signals, 500 random lives of a checkpoint folder; llama.cpp, built here: over an hour
+# make soak    200 kills, 200 signals, 500 random lives of a checkpoint folder; thousands of examples of each property;
+#              llama.cpp, built here; fuzzing of every reader, 10 minutes each: over three hours
+# make mutants   bugs planted in the code, each of which a test must notice: a list of ours, and mutmut's; hours
 # The first two are idempotent. Needs Python >= 3.11, make and a package index; a CUDA GPU is used when nvidia-smi is there.
 #
 # PYTHON=python3.12 on the command line: another interpreter, in an environment of its own, and so a newer JAX.
@@ -36,7 +38,7 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -o fau
 # Whole checkpoints only: a save that was killed leaves a folder with another name.
 RESUME = $(shell ls runs/make-train/checkpoints 2>/dev/null | grep -qx '[0-9][0-9]*' && echo --resume)
 
-.PHONY: train test parity docs slow overnight soak gpu-program gpu-wheels driver lint clean
+.PHONY: train test parity docs slow overnight soak mutants gpu-program gpu-wheels driver lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -63,7 +65,16 @@ parity: $(READY)
 soak: $(READY)
 	$(BIN)/python scripts/fetch_assets.py
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install --quiet --no-binary llama-cpp-python "llama-cpp-python[server]<0.4"
-	SMOLLM_SOAK=1 $(BIN)/python -m pytest tests/training/test_survival.py tests/runs/test_store.py parity_tests/test_llamacpp.py -rP $(PYTEST)
+	SMOLLM_SOAK=1 $(BIN)/python -m pytest tests/training/test_survival.py tests/runs/test_store.py parity_tests/test_llamacpp.py \
+	  tests/data/test_batches.py tests/tokenizer/test_chat_protection.py tests/web/test_middleware.py -rP $(PYTEST)
+	$(BIN)/python -m pip install --quiet "atheris>=3,<4"
+	$(BIN)/python -m tests.fuzzing all 600
+
+# ARGS="order web": only these packages of smollm_parity/tool_mutants.py.
+mutants: $(READY)
+	$(BIN)/python scripts/fetch_assets.py
+	$(BIN)/python -m pip install --quiet "mutmut>=3.8,<4"
+	$(BIN)/python -m smollm_parity.mutants; listed=$$?; $(BIN)/python -m smollm_parity.tool_mutants $(ARGS) && exit $$listed
 
 docs: .venv-docs/.docs
 	.venv-docs/bin/mkdocs build

@@ -55,6 +55,20 @@ PROTECTED = "tests/tokenizer/test_chat_protection.py::test_no_message_of_a_conve
 STORE = "tests/runs/test_store.py"
 ENGINE = "tests/generation/test_engine.py"
 TYPES = "tests/weights/test_gguf_export.py::test_a_type_rounds_the_weights_themselves_and_not_what_another_type_rounded"
+MIDDLEWARE = "tests/web/test_middleware.py"
+TERMS = "tests/training/test_memory_terms.py"
+FOUR_DEVICES = "tests/parallel/test_four_devices.py"
+EVERYWHERE = f"{FOUR_DEVICES}::test_loss_metrics_and_gradients_are_one_devices_whatever_is_learnt_of_each_row"
+OWN_SHARD = f"{FOUR_DEVICES}::test_each_device_has_its_rows_and_its_shard"
+SAMPLING = "tests/generation/test_sampling.py"
+DRAWS, ALONE, KEPT = (
+    f"{SAMPLING}::test_draws_follow_the_reference_distribution",
+    f"{SAMPLING}::test_every_row_is_drawn_as_if_it_were_alone",
+    f"{SAMPLING}::test_the_tokens_kept_of_a_real_vocabulary_are_the_references",
+)
+SCORES = "tests/evaluation/test_loglikelihood.py"
+EXPORTED = "tests/weights/test_gguf_export.py"
+PARQUET = "tests/data/test_file_types.py::test_parquet_that_would_fill_the_memory_is_refused_or_read_in_smaller_batches"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,13 +269,64 @@ MUTANTS = [
     Mutant("a plain mean over unequal batches", "training.validation", "sizes.append(int(objective.count(jax.tree.map(jnp.asarray, batch), execution)))", "sizes.append(1)", WEIGHTED),
     Mutant("masked documents weighted by all tokens", "training.validation", "sizes.append(int(objective.count(jax.tree.map(jnp.asarray, batch), execution)))", "sizes.append(jax.tree.leaves(batch)[0][:, 1:].size)", WEIGHTED),
     Mutant("micro-batches as a mean of means", "training.loss", "learn(model, micro_batch, execution, count, objective, frozen)), None", "learn(model, micro_batch, execution, objective.count(micro_batch, execution) * execution.accumulation_steps, objective, frozen)), None", f"{UNEQUAL}::test_micro_batches_add_up_to_the_mean_over_all_learnt_tokens"),
-    Mutant("the first eos id only ends a text", "generation.engine", "self._eos = self.generation.eos_token_ids", "self._eos = self.generation.eos_token_ids[:1]", f"{ENGINE}::test_a_streamed_text_is_whole_characters_and_ends_before_eos"),
+    Mutant("the first eos id only ends a text", "generation.engine", "self.eos_token_ids = self.generation.eos_token_ids", "self.eos_token_ids = self.generation.eos_token_ids[:1]", f"{ENGINE}::test_a_streamed_text_is_whole_characters_and_ends_before_eos"),
     Mutant("a list of eos ids cut to one", "config.generation_config", "return tuple(dict.fromkeys(i for i in ids if i != -1))", "return tuple(dict.fromkeys(i for i in ids if i != -1))[:1]", "tests/tokenizer/test_own_tokenizer.py::test_end_tokens_and_sampling_of_another_programs_gguf_are_used"),
-    Mutant("eos as the last allowed token called length", "generation.engine", 'finish = "eos"\n', 'finish = "length" if counts[row] == max_new_tokens else "eos"\n', f"{ENGINE}::test_eos_as_the_last_token_allowed_ends_the_text_and_not_the_limit"),
+    Mutant("eos as the last allowed token called length", "generation.engine", 'finish = "eos"\n', 'finish = "length" if self.count == self._max_new_tokens else "eos"\n', f"{ENGINE}::test_eos_as_the_last_token_allowed_ends_the_text_and_not_the_limit"),
     Mutant("chat_template.jinja left behind", "tokenizer.source", '    "chat_template.jinja",\n', "", "tests/tokenizer/test_own_tokenizer.py::test_every_file_of_a_tokenizer_goes_along_into_runs_and_exports"),
     Mutant("special tokens of a corpus parsed", "data.prepare_worker", "tokenizer.core.encode_special_tokens = not job.special_tokens", "tokenizer.core.encode_special_tokens = False", "tests/data/test_bad_text.py::test_special_tokens_of_a_corpus_are_special_on_request_and_else_there_is_a_warning"),
     Mutant("the penalty forgets what slid out", "generation.generate", "zip(seen, self.texts, strict=False)", "zip(seen, self.windows, strict=False)", f"{GENERATE}::test_the_repetition_penalty_remembers_what_slid_out_of_the_context"),
     Mutant("q8_0 of a file from float16", "weights.gguf_writer", "exact = np.asarray(tensor, np.float32)", "exact = np.asarray(tensor.astype(np.float16), np.float32)", TYPES),
     Mutant("q8_0 for decoding from float16", "generation.quantized", "blocks = np.asarray(matrix, np.float32)", "blocks = np.asarray(matrix.astype(np.float16), np.float32)", f"{QUANTIZED}::test_blocks_are_ggmls"),
     Mutant("one item verified without the step's own files", "runs.manifest", 'if not items or "/" not in name or name', "if not items or name", f"{STORE}::test_reading_one_item_checks_the_steps_own_files_and_its_meta"),
+    Mutant("a manifest signed again believed", "runs.manifest", "    if not valid:", "    if False:", f"{STORE}::test_a_manifest_signed_again_with_other_fields_is_damage"),
+    Mutant("an unknown key of a manifest ignored", "runs.manifest", "content.keys() <= names\n        and ", "", f"{STORE}::test_a_manifest_signed_again_with_other_fields_is_damage"),
+    Mutant("an empty folder in a step ignored", "runs.manifest", "if not path.is_dir() or not any(path.iterdir()))", "if not path.is_dir())", f"{STORE}::test_an_empty_folder_a_pipe_and_a_device_in_a_step_are_damage"),
+    Mutant("a file named as a step is one", "runs.checkpoint", 'checkpoints.glob("*") if path.is_dir())', 'checkpoints.glob("*"))', f"{STORE}::test_a_file_or_a_number_beyond_64_bits_is_no_step"),
+    Mutant("a step beyond 64 bits is one", "runs.checkpoint", "[1-9][0-9]{0,17}", "[1-9][0-9]*", f"{STORE}::test_a_file_or_a_number_beyond_64_bits_is_no_step"),
+    Mutant("one step too few kept", "runs.checkpoint", "self.steps()[: -self._keep]", "self.steps()[: 1 - self._keep]", "tests/runs/test_checkpoint.py::test_the_newest_checkpoints_are_kept"),
+    Mutant("a value that is not finite saved", "runs.checkpoint", 'raise DivergedError(f"step {step}: {names[0]}', 'print(f"step {step}: {names[0]}', f"{STORE}::test_numbers_that_are_not_finite_are_neither_saved_nor_restored"),
+    Mutant("a background save of the arrays themselves", "runs.checkpoint", "jax.tree.map(jnp.copy, items), meta)", "items, meta)", f"{STORE}::test_a_background_save_holds_the_numbers_of_its_moment"),
+    Mutant("a renamed step restored", "runs.checkpoint", 'if content["step"] != step:', "if False:", f"{STORE}::test_a_step_under_another_number_is_damage"),
+    Mutant("a checkpoint's meta of another type", "runs.checkpoint", "if not isinstance(meta, dict):", "if False:", "tests/weights/test_weights.py::test_a_checkpoint_sealed_again_with_another_meta_is_refused_in_one_line"),
+    Mutant("a field of another type in a checkpoint", "runs.provenance", "if name in hints and not _has_type(value, hints[name]):", "if False:", "tests/weights/test_weights.py::test_a_checkpoint_sealed_again_with_another_meta_is_refused_in_one_line"),
+    Mutant("true taken for a number of a checkpoint", "runs.provenance", " and (hint is bool or type(value) is not bool)", "", "tests/training/test_resume.py::test_a_checkpoint_with_another_meta_is_not_resumed"),
+    Mutant("a template's text of any length", "tokenizer.template_worker", "if len(text) <= max_characters else", "if True else", "tests/tokenizer/test_chat_template.py::test_the_length_of_a_text_is_bounded_in_the_process_that_renders"),
+    Mutant("an interrupted rendering answers the next", "tokenizer.template_process", "                self.close()\n                raise", "                raise", "tests/tokenizer/test_chat_template.py::test_a_fork_and_an_interrupt_do_not_mix_up_renderings"),
+    Mutant("a fork renders in its parent's process", "tokenizer.template_process", " or self._owner != os.getpid():", ":", "tests/tokenizer/test_chat_template.py::test_a_fork_and_an_interrupt_do_not_mix_up_renderings"),
+    Mutant("a panic of tokenizers is not caught", "runtime.panics", "except BaseException as error:  # Panic", "except Exception as error:  # Panic", "tests/tokenizer/test_tokenizer.py::test_a_regex_that_gives_up_on_a_text_is_refused_by_name"),
+    Mutant("a line of metrics of any length", "runs.metrics", "while line := file.readline(MAX_ROW_BYTES + 1):", "while line := file.readline():", "tests/web/test_web_parts.py::test_a_log_without_a_line_end_is_not_read_whole"),
+    Mutant("a device read as a log", "web.run_curves", "if not S_ISREG(stat.st_mode):", "if False:", "tests/web/test_web_parts.py::test_a_log_that_is_a_device_or_has_a_huge_line_is_told"),
+    Mutant("a step beyond 64 bits read from a log", "runs.metrics", "if len(digits) > 19 or abs(value := int(digits)) >= 1 << 63:", "if (value := int(digits)) is None:", "tests/web/test_web_parts.py::test_a_line_that_is_no_row_is_told_and_what_came_before_is_kept"),
+    Mutant("an export's tensors not compared with their digest", "weights.gguf_reader", "    if exported:", "    if False:", f"{EXPORTED}::test_a_flipped_bit_anywhere_in_an_export_is_refused"),
+    Mutant("an export's metadata not compared with their digest", "weights.gguf_reader", "    if stored != actual:", "    if False:", f"{EXPORTED}::test_a_flipped_bit_anywhere_in_an_export_is_refused"),
+    Mutant("a Parquet file larger than its rows allow", "data.text_tables", "if size > 2 * max(1, metadata.num_rows * len(chunks)) * limit + PAGE_OVERHEAD or (", "if (", PARQUET),
+    Mutant("a Parquet file that expands a thousandfold", "data.text_tables", "size > 64 * limit and size > EXPANSION * stored", "False", PARQUET),
+    Mutant("64 rows of a Parquet file whatever their size", "data.text_tables", "rows = max(1, min(64, 64 * limit // max(1, size)))", "rows = 64", PARQUET),
+    Mutant("a text of a table of any length", "data.text_tables", "if text is not None and len(text) > limit:", "if False:", PARQUET),
+    Mutant("an idle connection kept", "web.server", "                self.transport.close()", "                pass", "tests/web/test_app.py::test_a_connection_that_asks_for_nothing_is_closed_and_a_slow_answer_is_not"),
+    Mutant("a slow answer taken for an idle connection", "web.server", "if self.cycle is last and (self.cycle is None or self.cycle.response_complete):", "if self.cycle is last or True:", "tests/web/test_app.py::test_a_connection_that_asks_for_nothing_is_closed_and_a_slow_answer_is_not"),
+    Mutant("a proxy's headers believed without one", "web.middleware", "if not self.behind_proxy:", "if False:", "tests/web/test_app.py::test_the_headers_of_a_proxy_are_believed_only_behind_one"),
+    Mutant("any host name allowed", "web.middleware", "if self.hosts is not None and host_name(host) not in self.hosts:", "if False:", f"{MIDDLEWARE}::test_other_hosts_origins_methods_and_routes_are_refused"),
+    Mutant("another origin allowed", "web.middleware", "if origin is not None and origin not in [", "if origin is not None and not origin and origin not in [", f"{MIDDLEWARE}::test_other_hosts_origins_methods_and_routes_are_refused"),
+    Mutant("events of a session that nobody opened", "web.middleware", "if not self.has_session(session):", "if False:", f"{MIDDLEWARE}::test_events_are_for_a_session_that_has_called"),
+    Mutant("a body of any size", "web.middleware", "if len(body) > limit:", "if False:", f"{MIDDLEWARE}::test_a_body_is_read_whole_up_to_its_limit_of_size_and_time"),
+    Mutant("a call with too few values", "web.middleware", "or len(data) != self.input_counts[number]", "", f"{MIDDLEWARE}::test_a_call_is_of_a_function_of_the_page_with_its_values"),
+    Mutant("what a killed conversion left is kept", "runtime.atomic", "file=sys.stderr)\n                    _remove(path)", "file=sys.stderr)", "tests/weights/test_conversion_edges.py::test_what_a_killed_conversion_left_is_removed_by_the_next_one_to_the_same_target"),
+    Mutant("what a live process writes is removed", "runtime.atomic", "fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "tests/weights/test_conversion_edges.py::test_what_a_killed_conversion_left_is_removed_by_the_next_one_to_the_same_target"),
+    Mutant("a resumed run leaves out a validation", "training.loop", "self.is_validated(progress.step) and log.lacks_validation(progress.step)", "False", "tests/training/test_resume.py::test_stopped_and_resumed_is_bit_equal_also_across_an_epoch"),
+    Mutant("top-k keeps one more", "generation.sampling", "lambda mask: mask.sum(axis=-1) >= k)", "lambda mask: mask.sum(axis=-1) > k)", DRAWS),
+    Mutant("top-p of all tokens, not of those top-k kept", "generation.sampling", "mass = jnp.where(top_k, relative, 0)", "mass = relative", DRAWS),
+    Mutant("min-p of the whole probability", "generation.sampling", "(relative >= sampling.min_p[:, None])", "(relative / relative.sum(axis=-1, keepdims=True) >= sampling.min_p[:, None])", DRAWS),
+    Mutant("the penalty multiplies positive logits", "generation.sampling", "jnp.where(logits < 0, logits * penalty, logits / penalty)", "jnp.where(logits < 0, logits / penalty, logits * penalty)", DRAWS),
+    Mutant("the penalty of the first row for all", "generation.sampling", "penalty = penalty[:, None].astype(logits.dtype)", "penalty = penalty[:1, None].astype(logits.dtype)", ALONE),
+    Mutant("the noise of the first row for all", "generation.sampling", "jax.vmap(gumbel)(sampling.seed, count)", "gumbel(sampling.seed[0], count[0])[None]", ALONE),
+    Mutant("the same noise at every token", "generation.sampling", "jax.random.fold_in(jax.random.key(seed), count)", "jax.random.key(seed)", DRAWS),
+    Mutant("the noise divided by the temperature", "generation.sampling", "jnp.where(mask, scaled + noise, -jnp.inf)", "jnp.where(mask, shifted + noise, -jnp.inf)", DRAWS),
+    Mutant("a threshold 16 bits too coarse", "generation.sampling", "jax.lax.fori_loop(0, 31, bisect", "jax.lax.fori_loop(0, 15, bisect", KEPT),
+    Mutant("one moment of two planned", "training.memory", "optimizer_state=2 * trained // fsdp", "optimizer_state=trained // fsdp", f"{TERMS}::test_in_float32_on_one_device"),
+    Mutant("planned residuals of one layer", "training.memory", "residuals = L * M * elements * (wide if", "residuals = M * elements * (wide if", f"{TERMS}::test_in_float32_on_one_device"),
+    Mutant("a planned softmax without its logsumexp", "training.memory", 'residuals += L * M * wide * N if execution.remat != "full" else 0', "residuals += 0", f"{TERMS}::test_what_layers_keep_depends_on_remat"),
+    Mutant("gathered parameters not planned", "training.memory", "gathered_parameters=_gathered_parameters(shape) if fsdp > 1 else 0", "gathered_parameters=0", f"{TERMS}::test_on_a_mesh_of_four_with_two_micro_batches"),
+    Mutant("sums over micro-batches not planned", "training.memory", "accumulated_gradients=trained if execution.accumulation_steps > 1 else 0", "accumulated_gradients=0", f"{TERMS}::test_on_a_mesh_of_four_with_two_micro_batches"),
+    Mutant("a planned batch not divided by its micro-batches", "training.memory", "(self.execution.devices * self.execution.accumulation_steps)", "self.execution.devices", f"{TERMS}::test_on_a_mesh_of_four_with_two_micro_batches"),
 ]  # fmt: skip

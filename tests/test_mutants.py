@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from smollm_parity.mutants import MUTANTS, ROOT
+from smollm_parity.tool_mutants import PACKAGES, Survivor, equivalents
 
 
 def functions_of(path):
@@ -26,6 +27,34 @@ def test_its_text_occurs_once_and_its_test_is_there(mutant):
     path, _, function = mutant.test.partition("::")
     assert (ROOT / path).is_file()
     assert not function or function in functions_of(path)
+
+
+def test_each_equivalent_mutant_is_of_a_line_that_is_there():
+    assert equivalents()
+    for mutant in equivalents():
+        source = " ".join(line.strip() for line in (ROOT / mutant.file).read_text(encoding="utf-8").splitlines())
+        assert mutant.old in source, mutant
+        assert mutant.old != mutant.new
+
+
+def test_files_and_tests_of_each_package_are_there():
+    for name, package in PACKAGES.items():
+        for pattern in package.files:
+            assert list((ROOT / "smollm_jax").glob(pattern)), (name, pattern)
+        for path in package.tests:
+            assert (ROOT / path).exists(), (name, path)
+
+
+def test_a_guard_of_lengths_is_told_from_a_change():
+    line = "for a, b in zip(x, y, strict=True):"
+    for new, alone in {
+        "for a, b in zip(x, y, ):": True,
+        "for a, b in zip(x, y, strict=None):": True,
+        "for a, b in zip(x, y, strict=False):": True,
+        "for a, b in zip(x, None, strict=True):": False,
+        "for a, b in zip(y, strict=True):": False,
+    }.items():
+        assert Survivor("x", line, new).changes_a_guard_alone is alone
 
 
 IMPORTERS = """

@@ -19,9 +19,8 @@ from smollm_jax.errors import InputFileError
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The position of T + 1 tokens: the mixture's source, the token file, and the index of the first token in it."""
+    """The position of T + 1 tokens: the token file, and the index of the first token in it."""
 
-    source: int
     file: TokenFile
     start: int
 
@@ -92,7 +91,7 @@ class Batches:
         for source_id, source in enumerate(self._sources):
             count = min(int((source_ids == source_id).sum()), source.held_out.count)
             indices = np.linspace(0, source.held_out.count - 1, count).round().astype(int)
-            windows += [Window(source_id, *source.held_out[index]) for index in indices]
+            windows += [Window(*source.held_out[index]) for index in indices]
         for start in range(0, len(windows), B):
             yield self._read(windows[start : start + B])
 
@@ -109,7 +108,7 @@ class Batches:
                 key = (self.recipe.seed, int(epoch), source_id)
                 permuted = permute(indices_in_epoch[selected], source.train.count, key)
                 for row, index in zip(selected, permuted, strict=True):
-                    windows[row] = Window(source_id, *source.train[index])
+                    windows[row] = Window(*source.train[index])
         return [window for window in windows if window is not None]
 
     def _read(self, windows: list[Window]) -> np.ndarray:

@@ -72,7 +72,9 @@ def results(layout: str | None) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
     environment = ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.parallel.test_four_devices"]
+    # conftest plants the mutant of this test run, if it has one.
+    program = "import conftest, runpy; runpy.run_module('tests.parallel.test_four_devices', run_name='__main__')"
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from smollm_jax.errors import InputFileError, UsageError
-from smollm_jax.tokenizer import Tokenizer
+from smollm_jax.tokenizer import Tokenizer, template_process, template_worker
 from smollm_jax.tokenizer.conversation import Conversation
 from smollm_jax.tokenizer.template_process import TemplateProcess
 from tests.chat_templates import CONFIG, SPECIAL, TEMPLATES, write_chat_folder
@@ -265,6 +265,13 @@ def test_a_template_that_takes_too_much_time_or_memory_is_refused(limited, templ
     assert limited.render("{{ word }}", "x", {"word": "o\ud800"}) == "o\ud800"
 
 
+def test_the_length_of_a_text_is_bounded_in_the_process_that_renders():
+    assert template_worker._render("{{ x * 4 }}", "x", {"x": "a"}, 4) == ("text", "aaaa")
+    assert template_worker._render("{{ x * 5 }}", "x", {"x": "a"}, 4) == ("MemoryError", "")
+    assert template_worker._render("{{ x.y.z }}", "x", {"x": "a"}, 4)[0] == "UndefinedError"
+    assert template_worker._render("{% if %}", "x", {}, 4)[0] == "InputFileError"
+
+
 def test_a_huge_template_is_refused_by_its_file(tmp_path):
     with pytest.raises(InputFileError, match=r"tokenizer_config\.json: chat_template: takes more than 5 s, 1,024 MiB"):
         with_template(tmp_path, HUGE["a product"]).apply_chat_template(HI)
@@ -273,8 +280,10 @@ def test_a_huge_template_is_refused_by_its_file(tmp_path):
 def test_a_fork_and_an_interrupt_do_not_mix_up_renderings(monkeypatch):
     process = TemplateProcess()
     assert process.render("{{ x }}", "a", {"x": 1}) == "1"
-    with monkeypatch.context() as patch:
-        patch.setattr(json, "loads", mock.Mock(side_effect=KeyboardInterrupt))
+    with monkeypatch.context() as patch:  # between the length of a reply and the reply
+        patch.setattr(
+            template_process, "int", mock.Mock(from_bytes=mock.Mock(side_effect=KeyboardInterrupt)), raising=False
+        )
         with pytest.raises(KeyboardInterrupt):
             process.render("{{ x }}", "a", {"x": 2})
     assert process.render("{{ x }}", "a", {"x": 3}) == "3"
@@ -283,6 +292,7 @@ def test_a_fork_and_an_interrupt_do_not_mix_up_renderings(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: 0)  # as in a fork
         assert process.render("{{ x }}", "a", {"x": 4}) == "4"
+        assert process._process is not started, "a fork shares the pipes of its parent"
         assert started.poll() is None, "a fork ended the process of its parent"
         process.close()
     started.kill()

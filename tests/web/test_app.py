@@ -330,7 +330,7 @@ def test_a_connection_that_asks_for_nothing_is_closed_and_a_slow_answer_is_not(m
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        idle, slow = (socket.create_connection(listener.getsockname(), timeout=60) for _ in range(2))
+        idle, slow = (socket.create_connection(listener.getsockname(), timeout=10) for _ in range(2))
         slow.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow")
         assert idle.recv(1) == slow.recv(1) == b""
         assert httpx.get(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60).text == "late"

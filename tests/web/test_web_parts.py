@@ -1,6 +1,7 @@
 """The parts of the web page without HTTP: the model store, curves of runs, the comparison of checkpoints."""
 
 import html
+import io
 import json
 import os
 import re
@@ -305,6 +306,18 @@ def test_a_log_that_is_a_device_or_has_a_huge_line_is_told(tmp_path, monkeypatch
     assert log.error == "metrics.jsonl: line 2 is not a row of metrics"
     assert log.curves["loss"] == [(1, 1.0)]
     with pytest.raises(InputFileError, match=r"line 2 is not a row of metrics: it has more than 100 bytes"):
+        read_metrics(tmp_path)
+
+
+def test_a_log_without_a_line_end_is_not_read_whole(tmp_path, monkeypatch):
+    class Log(io.BytesIO):
+        def readline(self, size: int | None = -1) -> bytes:
+            assert size == metrics.MAX_ROW_BYTES + 1
+            return super().readline(size)
+
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.setattr(Path, "open", lambda *_: Log(row(1, loss=1.0).encode() + b" " * (3 << 20)))
+    with pytest.raises(InputFileError, match=r"line 2 is not a row of metrics: it has more than 1,048,576 bytes"):
         read_metrics(tmp_path)
 
 
