@@ -190,13 +190,23 @@ def json_values(pieces: Lines, file: Path, limit: int) -> Iterator[tuple[str, fl
 # -------------------------------------------------------------------------------------------- Parquet and Arrow
 
 
+@contextlib.contextmanager
+def _arrow_errors(file: Path, kind: str) -> Iterator[None]:
+    """Turns what pyarrow raises into one `InputFileError`; a string that is not UTF-8 is a ValueError."""
+    arrow = import_optional("pyarrow", file, extra="data")
+    try:
+        yield
+    except InputFileError:
+        raise
+    except (OSError, ValueError, arrow.ArrowException) as error:
+        raise InputFileError(f"{file}: not a readable {kind} file: {one_line(error)}") from error
+
+
 def open_parquet(file: Path) -> Any:
     """A Parquet file that is read a page at a time; raises `InputFileError` if it is not one."""
     reader = import_optional("pyarrow.parquet", file, extra="data")
-    try:
+    with _arrow_errors(file, "Parquet"):
         return reader.ParquetFile(file, memory_map=False, buffer_size=1 << 20, pre_buffer=False)
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise InputFileError(f"{file}: not a readable Parquet file: {one_line(error)}") from error
 
 
 def text_column_index(parquet: Any, file: Path, column: str) -> int:
@@ -245,27 +255,19 @@ def parquet_rows(file_slice: FileSlice, column: str, bad_text: BadTextHandler, l
     counts = [parquet.metadata.row_group(i).num_rows for i in range(file_slice.stop)]
     first, rows = sum(counts[: file_slice.start]), max(1, sum(counts[file_slice.start :]))
     groups = list(range(file_slice.start, file_slice.stop))
-    try:
+    with _arrow_errors(file, "Parquet"):
         columns = (batch.column(0) for batch in _parquet_batches(parquet, file, groups, column, limit))
         for number, text in enumerate(_texts(columns, file, column, bad_text, first, limit), 1):
             if text is not None:
                 yield TextChunk(text, True, f"{file}: row {first + number}", number / rows)
-    except InputFileError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputFileError(f"{file}: not a readable Parquet file: {one_line(error)}") from error
 
 
 def parquet_records(file: Path, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row of a Parquet file as a dictionary, and where it stands."""
     parquet = open_parquet(file)
-    try:
+    with _arrow_errors(file, "Parquet"):
         batches = _parquet_batches(parquet, file, range(parquet.metadata.num_row_groups), None, limit)
         yield from _numbered(file, (row for batch in batches for row in batch.to_pylist()))
-    except InputFileError:
-        raise
-    except (OSError, ValueError) as error:  # also a string that is not UTF-8
-        raise InputFileError(f"{file}: not a readable Parquet file: {one_line(error)}") from error
 
 
 def arrow_rows(file: Path, column: str, bad_text: BadTextHandler, limit: int) -> Iterator[TextChunk]:
@@ -295,17 +297,12 @@ def _open_arrow(file: Path) -> Iterator[tuple[Any, Any, Any]]:
     """
     arrow = import_optional("pyarrow", file, extra="data")
     ipc = import_optional("pyarrow.ipc", file, extra="data")
-    try:
-        # With a memory map, a wrong length in the file allocates no memory.
-        with arrow.memory_map(str(file)) as source:
-            is_file = source.read(6) == b"ARROW1"
-            source.seek(0)
-            reader = (ipc.open_file if is_file else ipc.open_stream)(source)
-            yield reader, source, range(reader.num_record_batches) if is_file else itertools.repeat(None)
-    except InputFileError:
-        raise
-    except (OSError, ValueError, arrow.ArrowException) as error:
-        raise InputFileError(f"{file}: not a readable Arrow file: {one_line(error)}") from error
+    # With a memory map, a wrong length in the file allocates no memory.
+    with _arrow_errors(file, "Arrow"), arrow.memory_map(str(file)) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader = (ipc.open_file if is_file else ipc.open_stream)(source)
+        yield reader, source, range(reader.num_record_batches) if is_file else itertools.repeat(None)
 
 
 def _numbered(file: Path, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
