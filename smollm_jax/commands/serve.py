@@ -110,6 +110,7 @@ def build(flags: Flags):
     import jax
 
     from smollm_jax.generation.engine import Engine
+    from smollm_jax.generation.grammar import Grammars
     from smollm_jax.generation.slots import SlotEngine
     from smollm_jax.serve.app import Served
     from smollm_jax.serve.app import build as build_app
@@ -129,6 +130,7 @@ def build(flags: Flags):
     slots.start()
     print(f"ready after {time.perf_counter() - began:.1f} s", flush=True)
     longest_token = max((len(token.encode()) for token in engine.tokenizer.core.get_vocab()), default=1)
-    app = build_app(Served(name, slots, int(time.time()), longest_token))
+    grammars = Grammars(engine.tokenizer, engine.config.vocab_size, engine.eos_token_ids)
+    app = build_app(Served(name, slots, int(time.time()), longest_token, grammars))
     hosts = frozenset({"localhost", "127.0.0.1", "::1", flags.host}) if local else None
     return Guard(app, Policy(hosts, frozenset(flags.allowed_origins), keys))

@@ -94,6 +94,16 @@ def prefill(
     return cache.first_layer(), model.logits(last)[:, 0], logprobs
 
 
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy_slot(cache: SlotCache, source: Int[Array, ""], target: Int[Array, ""]) -> SlotCache:
+    """The cache with the tokens of one slot in another one, too."""
+
+    def copied(x: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, jax.lax.dynamic_slice_in_dim(x, source, 1, 1), target, 1)
+
+    return dataclasses.replace(cache, keys=copied(cache.keys), values=copied(cache.values))
+
+
 @functools.partial(jax.jit, static_argnames="eos", donate_argnames="state")
 def begin(
     state: SlotState,

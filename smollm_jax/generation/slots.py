@@ -18,6 +18,7 @@ import numpy as np
 from smollm_jax.errors import UsageError
 from smollm_jax.generation import slot_programs as programs
 from smollm_jax.generation.engine import Chunk, Engine, RowText, Token
+from smollm_jax.generation.grammar import Matcher
 from smollm_jax.generation.programs import DecodeOutput
 from smollm_jax.generation.quantized import Quantized
 from smollm_jax.generation.sampling import GREEDY, BatchedSampling, Sampling
@@ -29,6 +30,7 @@ from smollm_jax.model.slot_cache import SlotCache
 CPU_TOKENS_PER_CALL, TOKENS_PER_CALL = 1, 8
 PROMPT_TOKENS = 512  # read between two decode calls, so that running texts do not stall
 MAX_SLOTS = 256
+SMALLEST_COPY = 64  # tokens; to compute fewer takes no longer than to copy a slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Job:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    grammar: Matcher | None = None  # of the text; of this job only
     row: int = 0  # of its chunks
 
 
@@ -73,6 +76,7 @@ class Ticket:
     def __init__(self, job: Job, deliver: Deliver):
         self.job, self.deliver = job, deliver
         self.cancelled = False
+        self.cached_tokens = 0  # of the prompt, that another text left in the cache
 
     def cancel(self) -> None:
         """Ends the text; its slot is free after the current device call. Nothing is delivered any more."""
@@ -88,11 +92,17 @@ class _Text:
         self.began = False  # whether its prompt is read and its first token sampled
         self.text = RowText(engine, job.row, job.max_new_tokens, job.stop, job.alternatives)
         self.read = 0  # tokens of the prompt in the cache
+        self.ids: list[int] = []  # of the text
         self.prompt_tokens = [Token(job.prompt[0], engine.token_text(job.prompt[0]), None, ())]
 
     @property
     def wants_logprobs(self) -> bool:
         return self.job.alternatives is not None
+
+    @property
+    def cached(self) -> list[int]:
+        """The tokens in the cache: of the prompt, and of the text all but the last."""
+        return [*self.job.prompt[: self.read], *self.ids[:-1]]
 
 
 class SlotEngine:
@@ -120,6 +130,8 @@ class SlotEngine:
         self._words = -(-engine.config.vocab_size // 32)
         self._decode = programs.decode_quantized if isinstance(engine.decoder, Quantized) else programs.decode
         self._slots: list[_Text | None] = [None] * slots
+        self._left: list[list[int]] = [[] for _ in range(slots)]  # tokens that an ended text left in each free slot
+        self._last_used = [0] * slots  # number of the slot's last text
         self._queue: collections.deque[Ticket] = collections.deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -163,8 +175,9 @@ class SlotEngine:
                     self.engine.model, self._cache, zero, zero, tokens, one, tokens, no
                 )
                 self._begin(0, logits, Job([0], 1))
+            self._cache = programs.copy_slot(self._cache, zero, zero)
             for rows in self._row_counts:
-                jax.block_until_ready(self._call(rows, np.zeros(rows, bool), 1, False))
+                jax.block_until_ready(self._call(rows, np.zeros(rows, bool), 1, False, {}))
         self._thread.start()
         return self
 
@@ -229,26 +242,66 @@ class SlotEngine:
     def _reset(self) -> None:
         """Makes an empty cache and state."""
         config = self.engine.config
+        self._left = [[] for _ in self._slots]
         self._cache = SlotCache.empty(config, len(self._slots), self.context, self._dtype)
         self._state = SlotState.empty(config, len(self._slots))
 
     def _drop_cancelled(self) -> None:
         for slot, text in enumerate(self._slots):
             if text is not None and text.ticket.cancelled:
-                self._slots[slot] = None
+                self._free(slot, text)
         with self._changed:
             if any(ticket.cancelled for ticket in self._queue):
                 self._queue = collections.deque(ticket for ticket in self._queue if not ticket.cancelled)
 
     def _admit(self) -> None:
-        """Gives the texts that have waited longest the free slots, lowest first: few slots decode faster."""
-        for slot, text in enumerate(self._slots):
-            if text is None:
-                with self._changed:
-                    if not self._queue:
-                        return
-                    self._slots[slot] = _Text(self._queue.popleft(), self.engine, slot, self._admitted)
-                    self._admitted += 1
+        """Gives the texts that have waited longest the free slots."""
+        while None in self._slots:
+            with self._changed:
+                if not self._queue:
+                    return
+                ticket = self._queue.popleft()
+            self._admitted += 1
+            slot, cached = self._place(ticket.job)
+            self._left[slot], self._last_used[slot] = [], self._admitted
+            text = self._slots[slot] = _Text(ticket, self.engine, slot, self._admitted)
+            text.read = ticket.cached_tokens = cached
+
+    def _place(self, job: Job) -> tuple[int, int]:
+        """The slot for a text, and how many tokens of its prompt are in it already.
+
+        Another text may have left them in the slot, or they are copied from one that begins with the same tokens. A low
+        slot is taken, because few slots decode faster; what it loses is kept in the slot that was used least recently.
+        """
+        free = [slot for slot, text in enumerate(self._slots) if text is None]
+        rows = next(count for count in self._row_counts if count > free[0])
+        low = [slot for slot in free if slot < rows]
+        held = [self._left[slot] if text is None else text.cached for slot, text in enumerate(self._slots)]
+        # At least the last token of the prompt is computed, for the logits after it.
+        most = 0 if job.prompt_alternatives is not None else len(job.prompt) - 1
+        common = [min(_common_prefix(tokens, job.prompt), most) for tokens in held]
+        source = max(range(len(held)), key=lambda slot: (common[slot], slot in low))
+        in_place = source in low and common[source] > 0
+        last_used = self._last_used.__getitem__
+        target = source if in_place else min((s for s in low if s != source), key=last_used, default=low[0])
+        cached = common[source] if in_place or common[source] >= SMALLEST_COPY else 0
+        lost = len(held[target]) - common[target]
+        spare = min((s for s in free if s not in (source, target)), key=last_used, default=target)
+        if lost >= SMALLEST_COPY and last_used(spare) < last_used(target):
+            self._copy(target, spare)
+            self._left[spare], self._last_used[spare] = held[target], last_used(target)
+        if target != source and cached:
+            self._copy(source, target)
+            if source in free and cached == len(held[source]):
+                self._last_used[source] = 0  # the target has all of it
+        return target, cached
+
+    def _copy(self, source: int, target: int) -> None:
+        self._cache = programs.copy_slot(self._cache, np.int32(source), np.int32(target))
+
+    def _free(self, slot: int, text: _Text) -> None:
+        """Ends a text; what it has in the cache stays for texts that begin with the same tokens."""
+        self._slots[slot], self._left[slot] = None, text.cached
 
     def _read_prompts(self) -> None:
         """Reads at least one chunk of prompts, as long as there are any, and begins the texts whose prompt is read."""
@@ -296,7 +349,7 @@ class SlotEngine:
         text.began = True
         if text.job.max_new_tokens == 0:
             self._deliver(text.ticket, Chunk(text.job.row, "", (), "length"))
-            self._slots[text.slot] = None
+            self._free(text.slot, text)
             return
         output = self._begin(text.slot, logits, text.job)
         self._add(text, jax.tree.map(np.asarray, output), 0)
@@ -312,8 +365,8 @@ class SlotEngine:
         settings = SlotSettings(BatchedSampling.stack([job.sampling]), jnp.asarray(bias), *map(jnp.asarray, penalties))
         length, zero, remaining = (jnp.array([n], jnp.int32) for n in (len(job.prompt), 0, job.max_new_tokens))
         counts = jnp.zeros((1, vocabulary), jnp.int32)
+        allowed = self._allowed(1, {0: job.grammar})
         row = SlotState(length, zero, remaining, zero, jnp.asarray(seen), counts, settings)
-        allowed = np.full((1, self._words), -1, np.int32)
         self._state, output = programs.begin(self._state, np.int32(slot), logits, row, allowed, eos=self._eos)
         return output
 
@@ -326,13 +379,26 @@ class SlotEngine:
         rows = next(count for count in self._row_counts if count > highest)
         running = np.zeros(rows, bool)
         running[[text.slot for text in texts]] = True
-        output = self._call(rows, running, self._tokens_per_call, any(text.wants_logprobs for text in texts))
+        grammars = {text.slot: text.job.grammar for text in texts if text.job.grammar is not None}
+        # What a grammar allows next is known only when a token is read.
+        steps = 1 if grammars else self._tokens_per_call
+        output = self._call(rows, running, steps, any(text.wants_logprobs for text in texts), grammars)
         output = jax.tree.map(np.asarray, output)
         for text in texts:
             self._add(text, output, text.slot)
 
-    def _call(self, rows: int, running: np.ndarray, steps: int, want_logprobs: bool) -> DecodeOutput:
+    def _allowed(self, rows: int, grammars: Mapping[int, Matcher | None]) -> np.ndarray:
+        """A bit for each token that may follow in each row."""
         allowed = np.full((rows, self._words), -1, np.int32)
+        for row, grammar in grammars.items():
+            if grammar is not None:
+                grammar.write_allowed(allowed[row])
+        return allowed
+
+    def _call(
+        self, rows: int, running: np.ndarray, steps: int, want_logprobs: bool, grammars: Mapping[int, Matcher]
+    ) -> DecodeOutput:
+        allowed = self._allowed(rows, grammars)
         self._cache, self._state, output = self._decode(
             self.engine.decoder,
             self._cache,
@@ -349,8 +415,12 @@ class SlotEngine:
     def _add(self, text: _Text, output: DecodeOutput, row: int) -> None:
         """Delivers the new tokens of a text, and frees its slot if they end it."""
         chunk = text.text.add(output, row)
+        if text.job.grammar is not None:
+            for token in chunk.tokens:
+                text.job.grammar.add(token.id)
+        text.ids += [token.id for token in chunk.tokens]
         if chunk.finish:
-            self._slots[text.slot] = None
+            self._free(text.slot, text)
         self._deliver(text.ticket, chunk)
 
     def _deliver(self, ticket: Ticket, event: Event) -> None:
@@ -361,6 +431,11 @@ class SlotEngine:
         except Exception:  # such as an event loop that was closed: nobody waits for this text any more
             logging.getLogger(__name__).exception("a text could not be delivered")
             ticket.cancel()
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with together."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _padded(ids: np.ndarray, size: int) -> np.ndarray:

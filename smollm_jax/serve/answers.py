@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from smollm_jax.generation.engine import Chunk, Token
+from smollm_jax.serve import tools
 from smollm_jax.tokenizer import Tokenizer
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -52,6 +53,7 @@ class Answer:
 
     def __init__(self, kind: Literal["chat", "text"], model: str, tokenizer: Tokenizer, *, logprobs: bool):
         self.kind, self.tokenizer, self.logprobs = kind, tokenizer, logprobs
+        self.calls: Literal["only", "amid"] | None = None  # whether a text is a call of a tool, or may have some
         self.base = {
             "id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}",
             "object": "chat.completion" if kind == "chat" else "text_completion",
@@ -67,7 +69,24 @@ class Answer:
         content = {"index": choice.index, "finish_reason": choice.finish, "logprobs": self._logprobs(choice.tokens, 0)}
         if self.kind == "text":
             return {"text": choice.text, **content}
-        return {"message": {"role": "assistant", "content": choice.text, "refusal": None}, **content}
+        text, calls = self._parsed(choice)
+        message = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message, content = message | {"tool_calls": calls}, content | {"finish_reason": "tool_calls"}
+        return {"message": message, **content}
+
+    def _parsed(self, choice: Choice) -> tuple[str | None, list[dict[str, Any]]]:
+        """The text of a choice, and its calls of tools."""
+        return tools.parse(choice.text, only_call=self.calls == "only") if self.calls else (choice.text, [])
+
+    def with_calls(self, choice: Choice) -> str:
+        """The event of a whole choice that may have calls of tools."""
+        text, calls = self._parsed(choice)
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if calls:
+            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
+        finish, logprobs = "tool_calls" if calls else choice.finish, self._logprobs(choice.tokens, 0)
+        return self._event([{"index": choice.index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}])
 
     def opening(self, index: int) -> str:
         """The first event of a chat's choice."""

@@ -15,12 +15,14 @@ from starlette.exceptions import HTTPException
 
 from smollm_jax.errors import InputFileError, UsageError, short_repr
 from smollm_jax.generation.engine import Chunk
+from smollm_jax.generation.grammar import Grammars
 from smollm_jax.generation.slots import ClosedError, Event, Job, PromptTokens, QueueFullError, SlotEngine, Ticket
 from smollm_jax.runtime.files import utf8
 from smollm_jax.serve import answers, fields
 from smollm_jax.serve.answers import Answer, Choice, Usage, error_body
 from smollm_jax.serve.fields import COMPLETION_TOKENS, ChatRequest, CompletionRequest, FieldError, TokenizeRequest
 from smollm_jax.serve.metrics import Metrics, Stopwatch
+from smollm_jax.serve.tools import with_tools
 
 RETRY_SECONDS = 1  # after which a refused client may try again
 
@@ -33,6 +35,7 @@ class Served:
     slots: SlotEngine
     created: int  # seconds since 1970
     longest_token: int  # bytes
+    grammars: Grammars
 
     def encode(self, field: str, text: str) -> list[int]:
         """The ids of a prompt; special tokens written in it are parsed, as by vLLM and llama-server."""
@@ -106,6 +109,14 @@ class Outcome:
             self._left -= 1
             self._watches[chunk.row].end()
             self._metrics.finished(answers.FINISH[chunk.finish])
+            ticket = self._tickets[chunk.row]
+            self._metrics.prefix_queries.inc(len(ticket.job.prompt))
+            self._metrics.prefix_hits.inc(ticket.cached_tokens)
+
+    @property
+    def cached_tokens(self) -> list[int]:
+        """How many tokens of each text's prompt were in the cache."""
+        return [ticket.cached_tokens for ticket in self._tickets]
 
 
 class Routes:
@@ -118,17 +129,20 @@ class Routes:
     async def chat(self, request: fastapi.Request, body: ChatRequest) -> Response:
         """Answers a conversation."""
         self._check(body)
-        messages = fields.as_conversation(body.messages)
+        messages, offered = fields.as_conversation(body.messages), body.offered
         self.served.check_size("messages", sum(len(str(message.get("content", ""))) for message in messages))
 
         def encode() -> list[int]:
             with _names("messages"):
-                return self.engine.chat(messages)
+                if "tools" in self.engine.tokenizer.templates.source(tools=bool(offered)):
+                    return self.engine.chat(messages, tools=offered or None)
+                return self.engine.chat(with_tools(messages, offered))
 
         prompt = await asyncio.to_thread(encode)
         field, limit = body.max_new_tokens
-        jobs = self._jobs(body, [prompt], field, limit, body.alternatives)
+        jobs = await self._jobs(body, [prompt], field, limit, body.alternatives)
         answer = Answer("chat", self.served.name, self.engine.tokenizer, logprobs=body.alternatives is not None)
+        answer.calls = "only" if offered and body.must_call else "amid" if offered else None
         return await self._respond(request, body, answer, jobs, [""])
 
     async def completions(self, request: fastapi.Request, body: CompletionRequest) -> Response:
@@ -136,7 +150,7 @@ class Routes:
         self._check(body)
         prompts = await asyncio.to_thread(self._encode_prompts, body)
         limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        jobs = self._jobs(body, prompts, "max_tokens", limit, body.logprobs)
+        jobs = await self._jobs(body, prompts, "max_tokens", limit, body.logprobs)
         if body.echo and body.logprobs is not None:
             jobs = [dataclasses.replace(job, prompt_alternatives=body.logprobs) for job in jobs]
         answer = Answer("text", self.served.name, self.engine.tokenizer, logprobs=body.logprobs is not None)
@@ -167,7 +181,7 @@ class Routes:
                 404, f"no such model: {short_repr(name)}, only {self.served.name}", {"x-code": "model_not_found"}
             )
 
-    def _jobs(
+    async def _jobs(
         self,
         body: ChatRequest | CompletionRequest,
         prompts: Sequence[list[int]],
@@ -180,6 +194,7 @@ class Routes:
         if (count := len(prompts) * body.choices) > most:
             raise FieldError("n", f"n: {count:,} texts in a request, at most {most:,} can run and wait")
         bias = body.biases(self.engine.config.vocab_size)
+        grammar = await asyncio.to_thread(body.grammar, self.served.grammars)
         jobs = []
         for prompt in prompts:
             space = self.slots.context - len(prompt)
@@ -201,6 +216,7 @@ class Routes:
                         logit_bias=bias,
                         frequency_penalty=body.frequency_penalty or 0.0,
                         presence_penalty=body.presence_penalty or 0.0,
+                        grammar=grammar and grammar.copy(),
                         row=len(jobs),
                     )
                 )
@@ -234,6 +250,7 @@ class Routes:
 
         if not await _unless_gone(request, collect()):
             return Response(status_code=499)  # nobody reads it
+        usage.cached_tokens = sum(outcome.cached_tokens[:: body.choices])
         return JSONResponse(answer.whole(choices, usage))
 
     async def _stream(
@@ -246,7 +263,7 @@ class Routes:
         *,
         include_usage: bool,
     ) -> AsyncIterator[str]:
-        offsets = [0] * count
+        offsets, held = [0] * count, [Choice(row) for row in range(count)]
         choices = count // len(echoes)
         pending = {row: echo for row, echo in ((row, echoes[row // choices]) for row in range(count)) if echo}
         try:
@@ -260,9 +277,15 @@ class Routes:
                 if not isinstance(event, PromptTokens):
                     usage.completion_tokens += len(event.tokens)
                 finish = None if finish is None else answers.FINISH[finish]
+                if answer.calls and isinstance(event, Chunk):  # where a call ends is known at the end
+                    held[row].add(event)
+                    if finish:
+                        yield answer.with_calls(held[row])
+                    continue
                 if piece := answer.piece(row, text, event.tokens, finish, offsets[row]):
                     yield piece
                 offsets[row] += len(text)
+            usage.cached_tokens = sum(outcome.cached_tokens[::choices])
             if include_usage:
                 yield answer.usage(usage)
         except Exception:  # logged where it was raised

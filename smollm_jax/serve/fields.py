@@ -5,7 +5,7 @@ answer and is not supported is refused by name, see `IGNORED` and `NEUTRAL`.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -13,8 +13,10 @@ from pydantic import Field
 
 from smollm_jax.config.generation_config import GenerationConfig
 from smollm_jax.errors import UsageError, short_repr
+from smollm_jax.generation.grammar import Grammars, Matcher
 from smollm_jax.generation.programs import MAX_ALTERNATIVES
 from smollm_jax.generation.sampling import Sampling
+from smollm_jax.serve.tools import call_schema
 
 MAX_MESSAGES = 1000
 MAX_PROMPTS = 256
@@ -22,6 +24,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_BIASES = 1024
 MAX_CHOICES = 128
+MAX_TOOLS = 128
+MAX_PATTERN = 1 << 16  # characters of a regular expression or grammar
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 
 # Fields of OpenAI's API that change nothing in an answer here.
@@ -75,6 +79,26 @@ class StreamOptions(_Strict):
     include_usage: bool | None = None
 
 
+class JsonSchema(_Strict):
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None  # every schema is followed strictly
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(_Strict):
+    """What a text must be, by vLLM's names: exactly one of these."""
+
+    json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    regex: Annotated[str, Field(max_length=MAX_PATTERN)] | None = None
+    grammar: Annotated[str, Field(max_length=MAX_PATTERN)] | None = None
+
+
 class _Request(_Strict):
     """What both endpoints have in common. A field that is null is as if it were not there."""
 
@@ -97,6 +121,8 @@ class _Request(_Strict):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def reject_unsupported(self) -> None:
         """Raises `FieldError` for a field that this server does not know and that may change the answer."""
@@ -137,6 +163,56 @@ class _Request(_Strict):
                 raise FieldError("logit_bias", f"logit_bias: {short_repr(key)} is not a token id below {vocab_size:,}")
         return {int(key): value for key, value in (self.logit_bias or {}).items()}
 
+    def grammar(self, grammars: Grammars) -> Matcher | None:
+        """What the text must follow; raises `FieldError` for an invalid schema, pattern or grammar."""
+        form, outputs = self.response_format, self.structured_outputs
+        chosen: list[tuple[str, Callable[[], Matcher]]] = []
+        if form is not None and form.type == "json_object":
+            chosen.append(("response_format", lambda: grammars.json_schema({"type": "object"})))
+        if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
+            raise FieldError("response_format", "response_format: json_schema goes with type json_schema")
+        if form is not None and (schema := form.json_schema) is not None:
+            chosen.append(("response_format", lambda: grammars.json_schema(schema.schema_)))
+        if outputs is not None:
+            given = {"json": outputs.json_, "regex": outputs.regex, "grammar": outputs.grammar}
+            compilers = {"json": grammars.json_schema, "regex": grammars.regex, "grammar": grammars.lark}
+            kinds = [name for name, value in given.items() if value is not None]
+            if len(kinds) != 1:
+                raise FieldError("structured_outputs", "structured_outputs must have one of json, regex and grammar")
+            chosen.append(("structured_outputs", lambda: compilers[kinds[0]](given[kinds[0]])))
+        if len(chosen) > 1:
+            raise FieldError("structured_outputs", "give response_format or structured_outputs, not both")
+        return compiled(*chosen[0]) if chosen else None
+
+
+def compiled(field: str, compile: Callable[[], Matcher]) -> Matcher:
+    """The result of `compile`; its error names the field."""
+    try:
+        return compile()
+    except UsageError as error:
+        raise FieldError(field, f"{field}: {error}") from error
+
+
+class Function(_Strict):
+    name: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(_Strict):
+    name: str
+
+
+class ToolChoice(_Strict):
+    type: Literal["function"]
+    function: FunctionName
+
 
 class TextPart(_Strict):
     type: Literal["text"]
@@ -170,6 +246,34 @@ class ChatRequest(_Request):
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the model may call."""
+        if self.tool_choice is not None and self.tool_choice != "none" and not self.tools:
+            raise FieldError("tool_choice", "tool_choice needs tools")
+        return [] if self.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in self.tools or []]
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
+
+    def grammar(self, grammars: Grammars) -> Matcher | None:
+        """As in a completion; for tools a call, or a text with calls."""
+        form, functions = super().grammar(grammars), [tool["function"] for tool in self.offered]
+        if not functions:
+            return form
+        if form is not None:
+            raise FieldError("tools", "tools cannot be combined with response_format or structured_outputs")
+        if isinstance(self.tool_choice, ToolChoice):
+            functions = [function for function in functions if function["name"] == self.tool_choice.function.name]
+            if not functions:
+                raise FieldError("tool_choice", "tool_choice: no tool has this name")
+        make = grammars.json_schema if self.must_call else grammars.calls_in_text
+        return compiled("tools", lambda: make(call_schema(functions)))
 
     @property
     def max_new_tokens(self) -> tuple[str, int | None]:

@@ -31,6 +31,8 @@ class Metrics:
         gauge("vllm:kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it.", lambda: slots.cache_usage)
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of answered texts.")
         self.generation_tokens = counter("vllm:generation_tokens", "Generated tokens.")
+        self.prefix_queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.")
+        self.prefix_hits = counter("vllm:prefix_cache_hits", "Prompt tokens found there.")
         self.first_token = histogram(
             "vllm:time_to_first_token_seconds", "From the request to its first token.", FIRST_TOKEN
         )

@@ -163,3 +163,32 @@ def test_a_number_that_cannot_be_is_refused_by_its_flag(engine, name, value):
     numbers = {"slots": 1, "context": 64, "queue_size": 1} | {name: value}
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be"):
         SlotEngine(engine, **numbers)
+
+
+def test_what_a_text_left_in_the_cache_is_not_computed_again(engine):
+    """Turns of two chats by turns, with one slot that decodes alone: what one slot held moves to another."""
+    rng = random.Random(5)
+    slots = SlotEngine(engine, slots=4, context=CONTEXT, queue_size=8, tokens_per_call=2).start()
+    try:
+        system = [rng.randrange(1, 40_000) for _ in range(20)]  # both begin with it
+        chats = [[*system, *(rng.randrange(1, 40_000) for _ in range(80))] for _ in range(2)]
+        for turn in range(3):
+            for chat in chats:
+                job = Job(list(chat), 12, alternatives=1)
+                reader = run(slots, job)
+                ids = [token.id for token in reader.tokens(0)]
+                (alone,) = engine.complete([job.prompt], max_new_tokens=12, alternatives=1)
+                assert ids == [token.id for token in alone.tokens]
+                for token, other in zip(reader.tokens(0), alone.tokens, strict=True):
+                    assert token.logprob == pytest.approx(other.logprob, abs=1e-5)
+                # All of the last turn but its last token, which was never read.
+                assert reader.tickets[0].cached_tokens == (len(chat) - 6 if turn else 20 if chat is chats[1] else 0)
+                chat += [*ids, *(rng.randrange(1, 40_000) for _ in range(5))]
+        jobs = [Job(chats[0][:90], 20, Sampling(temperature=1.0, seed=seed)) for seed in range(3)]
+        reader = run(slots, *jobs, Job(chats[0][:90], 0, prompt_alternatives=0))
+        assert [ticket.cached_tokens for ticket in reader.tickets] == [89, 89, 89, 0]
+        for row, job in enumerate(jobs):
+            (alone,) = engine.complete([job.prompt], max_new_tokens=20, sampling=job.sampling)
+            assert [token.id for token in reader.tokens(row)] == [token.id for token in alone.tokens]
+    finally:
+        slots.close()

@@ -9,18 +9,21 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import uvicorn
 
 from smollm_jax.commands import serve
 from smollm_jax.generation.engine import Engine
+from smollm_jax.generation.grammar import Grammars
 from smollm_jax.generation.sampling import Sampling
+from smollm_jax.serve import tools
 from smollm_jax.web import server
 from tests import trainer
 from tests.serving import tiny_weights
 
-CONTEXT = 256
+CONTEXT = 400
 PROMPT = "The capital of France is"
 MESSAGES = [{"role": "user", "content": "Say something."}]
 
@@ -159,8 +162,8 @@ def test_echo_gives_the_log_probabilities_of_the_prompt(client, engine):
         ("chat/completions", {"stop": ""}, 400, "stop", "at least 1"),
         ("chat/completions", {"logit_bias": {"x": 1}}, 400, "logit_bias", "'x' is not a token id below 49,152"),
         ("chat/completions", {"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
-        ("chat/completions", {"max_tokens": 256}, 400, "max_tokens", "exceed the context of 256 tokens"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "a b " * 200}]}, 400, "messages", "context"),
+        ("chat/completions", {"max_tokens": CONTEXT}, 400, "max_tokens", "exceed the context of 400 tokens"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a b " * 300}]}, 400, "messages", "context"),
         ("chat/completions", {"functions": [{}]}, 400, "functions", "functions is not supported"),
         ("chat/completions", {"min_tokens": 3}, 400, "min_tokens", "unknown field 'min_tokens'"),
         ("chat/completions", {"stream_options": {}}, 400, "stream_options", "needs stream"),
@@ -223,7 +226,7 @@ def busy(http) -> list[float]:
 
 
 def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_slots(url, http):
-    long = {"prompt": PROMPT, "max_tokens": 200, "n": 12, "stream": True}
+    long = {"prompt": PROMPT, "max_tokens": 300, "n": 12, "stream": True}
 
     async def leave() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=60) as visitor:
@@ -243,3 +246,118 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_slots(url, http)
         assert time.monotonic() < deadline, "the slots are still in use"
         time.sleep(0.01)
     assert http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1}).status_code == 200
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["x", "y"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+CITY = {"type": "object", "properties": {"city": {"$ref": "#/$defs/city"}}, "required": ["city"]}
+CITY |= {"additionalProperties": False, "$defs": {"city": {"enum": ["Oslo", "Paris"]}}}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": CITY}} for name in ("weather", "time")]
+
+
+@pytest.fixture(scope="module")
+def no_space(engine) -> dict[str, int]:
+    """A bias against tokens of white space, which random weights would write between the words of JSON for ever."""
+    spaces = [i for i in range(engine.config.vocab_size) if engine.tokenizer.token_bytes(i).isspace()]
+    return {str(i): -100 for i in spaces}
+
+
+def test_a_text_follows_its_schema_beside_others_that_do_not(client, engine, no_space):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    free = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=60, stream=True)
+    options = {"temperature": 1.0, "seed": 1, "n": 3, "max_tokens": 60, "logit_bias": no_space}
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, response_format=form, **options)
+    for choice in answer.choices:
+        value = json.loads(choice.message.content)
+        assert set(value) == {"a", "b"}
+        assert 0 <= value["a"] <= 99
+        assert value["b"] in ("x", "y")
+        assert choice.finish_reason == "stop"
+    assert len({choice.message.content for choice in answer.choices}) > 1
+    expected = alone(engine, engine.encode(PROMPT), max_new_tokens=60)
+    assert "".join(chunk.choices[0].text for chunk in free) == expected.text
+    regex = {"structured_outputs": {"regex": "(ab|cd){3}"}}
+    text = client.completions.create(model="tiny", prompt=PROMPT, extra_body=regex).choices[0]
+    assert re.fullmatch("(ab|cd){3}", text.text)
+    assert text.finish_reason == "stop"
+    anything = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, response_format={"type": "json_object"}, max_tokens=20, logit_bias=no_space
+    )
+    assert anything.choices[0].message.content.startswith("{")
+
+
+def test_a_tool_is_called(client, no_space):
+    options = {"max_tokens": 60, "temperature": 1.0, "logit_bias": no_space, "tools": TOOLS, "seed": 3}
+    named = {"type": "function", "function": {"name": "time"}}
+    for wanted, names in (("required", {"weather", "time"}), (named, {"time"})):
+        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, tool_choice=wanted, **options)
+        (choice,) = answer.choices
+        (call,) = choice.message.tool_calls
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        assert call.function.name in names
+        assert json.loads(call.function.arguments)["city"] in ("Oslo", "Paris")
+    stream = client.chat.completions.create(model="tiny", messages=MESSAGES, tool_choice=named, stream=True, **options)
+    (delta,) = [chunk.choices[0].delta for chunk in stream if chunk.choices[0].delta.tool_calls]
+    assert delta.tool_calls[0].function.model_dump() == call.function.model_dump()
+    replied = [*MESSAGES, choice.message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "4"}]
+    free = client.chat.completions.create(model="tiny", messages=replied, max_tokens=4, tools=TOOLS)
+    assert free.choices[0].message.tool_calls is None
+    assert free.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("changed", "param", "named"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema goes with"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objct"}}}}, None, "objct"),
+        ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", "unclosed group"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs", "one of json, regex"),
+        ({"response_format": {"type": "json_object"}, "tools": TOOLS}, "tools", "cannot be combined"),
+        ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "no tool"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "pattern"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"$defs": 5}}}]}, "tools", "object"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": 5}]}]}, "messages", "a tool call must have"),
+    ],
+    ids=str,
+)
+def test_a_grammar_that_cannot_be_followed_is_refused(http, changed, param, named):
+    response = http.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 1} | changed)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert param in (None, error["param"])
+    assert named in error["message"]
+
+
+def test_calls_are_read_from_a_text_and_what_is_none_stays():
+    call = '<tool_call>{"name": "f", "arguments": {"x": "</tool_call>"}}</tool_call>'
+    content, calls = tools.parse(f"First {call} then\n{call}", only_call=False)
+    assert content == "First  then\n"
+    assert [call["function"] for call in calls] == [{"name": "f", "arguments": '{"x": "</tool_call>"}'}] * 2
+    assert len({call["id"] for call in calls}) == 2
+    assert tools.parse(call, only_call=False)[0] is None
+    for text in (call[:-1], "<tool_call>{}</tool_call>", "<tool_call>5</tool_call>", "none", ""):
+        assert tools.parse(text, only_call=False) == (text, [])
+        assert tools.parse(text, only_call=True) == (text, [])
+
+
+def test_amid_a_text_a_call_must_follow_its_schema(engine):
+    grammars = Grammars(engine.tokenizer, engine.config.vocab_size, engine.eos_token_ids)
+    matcher = grammars.calls_in_text(tools.call_schema([tool["function"] for tool in TOOLS]))
+
+    def allowed() -> np.ndarray:
+        bits = np.zeros(-(-engine.config.vocab_size // 32), np.int32)
+        matcher.write_allowed(bits)
+        return np.unpackbits(bits.view(np.uint8), bitorder="little").astype(bool)
+
+    anything = allowed()
+    assert anything[engine.tokenizer.encode("Well")].all()
+    assert anything[engine.eos_token_ids[0]]
+    for i in engine.tokenizer.encode("Well, <tool_call>"):
+        matcher.add(i)
+    inside = {engine.tokenizer.token_bytes(i).strip()[:1] for i in np.flatnonzero(allowed())}
+    assert inside <= {b"", b"{"}

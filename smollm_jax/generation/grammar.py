@@ -1,0 +1,83 @@
+"""Texts that follow a grammar: a JSON schema, a regular expression, or calls of tools within a free text.
+
+llguidance says which tokens may follow; the device excludes all others before it samples. Needs the extra "serve".
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from smollm_jax.errors import UsageError
+from smollm_jax.runtime.files import import_optional, one_line
+from smollm_jax.tokenizer import Tokenizer
+
+CALL, CALL_END = "<tool_call>", "</tool_call>"  # around the JSON of a call, as in SmolLM2's instruction data
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer. `eos_token_ids` end a text, wherever the grammar allows an end."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]):
+        self._library = import_optional("llguidance", "a grammar", extra="serve")
+        self._ends = list(eos_token_ids)
+        ends = self._ends or [0]  # without any, a grammar is refused when it is compiled
+        self._tokenizer = self._library.LLTokenizer(tokenizer.core.to_str(), n_vocab=vocab_size, eos_token=ends)
+
+    def json_schema(self, schema: Mapping[str, Any]) -> "Matcher":
+        """JSON that a schema describes. Raises `UsageError` for a schema that is invalid or not supported."""
+        text = json.dumps(schema)
+        return self._compile(lambda: self._library.LLMatcher.grammar_from_json_schema(text))
+
+    def regex(self, pattern: str) -> "Matcher":
+        """A text that a regular expression, in the syntax of Rust, matches as a whole; raises as `json_schema`."""
+        return self._compile(lambda: self._library.LLMatcher.grammar_from_regex(pattern))
+
+    def lark(self, grammar: str) -> "Matcher":
+        """A text of a grammar in llguidance's form of Lark; raises as `json_schema`."""
+        return self._compile(lambda: grammar)
+
+    def calls_in_text(self, schema: Mapping[str, Any]) -> "Matcher":
+        """Any text, in which what follows `CALL` is JSON of a schema, and `CALL_END`; raises as `json_schema`."""
+        tag = self._library.StructTag(trigger=CALL, begin=CALL, grammar=dict(schema), end=CALL_END)
+        return self._compile(lambda: self._library.StructTag.to_grammar([tag], assume_special=False))
+
+    def _compile(self, source: Any) -> "Matcher":
+        if not self._ends:
+            raise UsageError("a grammar needs an eos token, and the weights have none")
+        try:
+            matcher = self._library.LLMatcher(self._tokenizer, source(), log_level=0)
+            if matcher.is_error():
+                raise ValueError(matcher.get_error())
+        except (ValueError, TypeError) as error:
+            raise UsageError(one_line(error)) from error
+        return Matcher(matcher, self._ends)
+
+
+class Matcher:
+    """Where one text is in its grammar."""
+
+    def __init__(self, matcher: Any, eos_token_ids: Sequence[int]):
+        self._matcher, self._ends = matcher, list(eos_token_ids)
+
+    def copy(self) -> "Matcher":
+        """The same place, for another text."""
+        return Matcher(self._matcher.deep_copy(), self._ends)
+
+    def write_allowed(self, bits: np.ndarray) -> None:
+        """Sets the bit of each token that may follow, and no other, in 32-bit words, the lowest bit first.
+
+        At the end of the grammar, and where no token may follow, only the ends of a text are allowed.
+        """
+        bits[:] = 0
+        if not (self._matcher.is_stopped() or self._matcher.is_error()):
+            self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if not bits.any():
+            for i in self._ends:
+                bits.view(np.uint32)[i // 32] |= np.uint32(1 << (i % 32))
+
+    def add(self, token: int) -> None:
+        """Goes on by one token of the text."""
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token)
