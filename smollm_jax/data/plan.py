@@ -14,6 +14,7 @@ from typing import Any
 
 from smollm_jax.data.bad_text import Policy
 from smollm_jax.data.file_types import JSON_LINES, PARQUET, PLAIN, FileType, detect_file_type
+from smollm_jax.data.parquet_footer import column_sizes
 from smollm_jax.data.prepare_worker import WorkUnit
 from smollm_jax.data.text import find_cut
 from smollm_jax.data.text_sources import note_of_splits, select_files
@@ -144,8 +145,9 @@ def _slices(file: Path, file_type: FileType, max_bytes: int, metadata: dict[str,
     if file_type.form == PARQUET:
         parquet, slices = open_parquet(file), []
         column = text_column_index(parquet, file, metadata["text_column"])
-        for group in range(parquet.metadata.num_row_groups):
-            group_bytes = parquet.metadata.row_group(group).column(column).total_uncompressed_size
+        sizes_of_groups = column_sizes(file, parquet.metadata.num_row_groups, parquet.metadata.num_columns)
+        for group, sizes in enumerate(sizes_of_groups):
+            group_bytes, _ = sizes[column]
             if slices and slices[-1][2] + group_bytes <= max_bytes:
                 slices[-1] = (slices[-1][0], group + 1, slices[-1][2] + group_bytes)
             else:

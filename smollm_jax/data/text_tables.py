@@ -13,6 +13,7 @@ from typing import Any
 
 from smollm_jax.data.bad_text import BadTextHandler
 from smollm_jax.data.file_types import FileSlice, TextChunk
+from smollm_jax.data.parquet_footer import column_sizes
 from smollm_jax.errors import InputFileError, short_repr
 from smollm_jax.runtime.files import import_optional, one_line, parse_json
 
@@ -233,15 +234,16 @@ def _parquet_batches(parquet: Any, file: Path, groups: Iterable[int], column: st
     sizes bound both. Raises `InputFileError` for a group in which some value must exceed `limit`.
     """
     index = None if column is None else text_column_index(parquet, file, column)
+    sizes = column_sizes(file, parquet.metadata.num_row_groups, parquet.metadata.num_columns)
     for group in groups:
-        metadata = parquet.metadata.row_group(group)
-        chunks = [metadata.column(i) for i in (range(metadata.num_columns) if index is None else [index])]
-        size, stored = (sum(getattr(chunk, f"total_{kind}compressed_size") for chunk in chunks) for kind in ("un", ""))
-        if size > 2 * max(1, metadata.num_rows * len(chunks)) * limit + PAGE_OVERHEAD or (
+        num_rows = parquet.metadata.row_group(group).num_rows
+        chunks = sizes[group] if index is None else [sizes[group][index]]
+        size, stored = (sum(chunk[i] for chunk in chunks) for i in (0, 1))
+        if size > 2 * max(1, num_rows * len(chunks)) * limit + PAGE_OVERHEAD or (
             size > 64 * limit and size > EXPANSION * stored
         ):
             raise InputFileError(
-                f"{file}: row group {group + 1} has {size:,} bytes in {metadata.num_rows:,} rows, compressed to "
+                f"{file}: row group {group + 1} has {size:,} bytes in {num_rows:,} rows, compressed to "
                 f"{stored:,}, so this is not text"
             )
         rows = max(1, min(64, 64 * limit // max(1, size)))
