@@ -299,7 +299,7 @@ MUTANTS = [
     Mutant("a step beyond 64 bits read from a log", "runs.metrics", "if len(digits) > 19 or abs(value := int(digits)) >= 1 << 63:", "if (value := int(digits)) is None:", "tests/web/test_web_parts.py::test_a_line_that_is_no_row_is_told_and_what_came_before_is_kept"),
     Mutant("an export's tensors not compared with their digest", "weights.gguf_reader", "    if exported:", "    if False:", f"{EXPORTED}::test_a_flipped_bit_anywhere_in_an_export_is_refused"),
     Mutant("an export's metadata not compared with their digest", "weights.gguf_reader", "    if stored != actual:", "    if False:", f"{EXPORTED}::test_a_flipped_bit_anywhere_in_an_export_is_refused"),
-    Mutant("a Parquet file larger than its rows allow", "data.text_tables", "if size > 2 * max(1, metadata.num_rows * len(chunks)) * limit + PAGE_OVERHEAD or (", "if (", PARQUET),
+    Mutant("a Parquet file larger than its rows allow", "data.text_tables", "if size > 2 * max(1, num_rows * len(chunks)) * limit + PAGE_OVERHEAD or (", "if (", PARQUET),
     Mutant("a Parquet file that expands a thousandfold", "data.text_tables", "size > 64 * limit and size > EXPANSION * stored", "False", PARQUET),
     Mutant("64 rows of a Parquet file whatever their size", "data.text_tables", "rows = max(1, min(64, 64 * limit // max(1, size)))", "rows = 64", PARQUET),
     Mutant("a text of a table of any length", "data.text_tables", "if text is not None and len(text) > limit:", "if False:", PARQUET),

@@ -77,6 +77,15 @@ def test_continuations_of_one_context_share_its_forward_pass(tiny_model, monkeyp
     assert sum(rows) == sum(map(len, contexts)) + sum(len(request.continuation) - 1 for request in batch)
 
 
+def test_the_log_probabilities_of_a_long_text_are_summed_in_float64(tiny_model, monkeypatch):
+    def constant(model, tokens, positions, segments, indices, targets, **_):
+        return np.full(indices.shape, -0.1, np.float32), np.ones(indices.shape, bool)
+
+    monkeypatch.setattr(loglikelihood, "_score", constant)
+    (score,) = loglikelihood.score(tiny_model, [Request((1,), (2,) * 500)])
+    assert score.logprob == pytest.approx(-500 * float(np.float32(0.1)), rel=1e-12)
+
+
 def test_more_continuations_than_a_row_holds_are_laid_in_several(tiny_model, monkeypatch):
     monkeypatch.setattr(loglikelihood, "LONGEST_SHARED_ROW", 80)
     context = tuple(range(60))

@@ -146,6 +146,7 @@ def test_layers_laid_out_give_the_models_logits(tiny, dtype):
         theirs, other = unrolled.hidden_states(token, positions=positions, attend=attend, cache=cache)
         close = {"rtol": 0, "atol": 1e-5 if dtype == jnp.float32 else 0.1}  # measured: 2.6e-6, 0.039
         np.testing.assert_allclose(model.logits(hidden), unrolled.logits(theirs), **close)
+        assert unrolled.logits(theirs).dtype == jnp.float32, "rounded to bfloat16, equal logits decide by their order"
         np.testing.assert_allclose(*(np.asarray(c.keys, np.float32) for c in (after, other)), **close)
 
 

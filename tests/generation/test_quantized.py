@@ -11,6 +11,7 @@ import pytest
 from smollm_jax import weights
 from smollm_jax.errors import UsageError
 from smollm_jax.generation import programs
+from smollm_jax.generation import quantized as quantized_module
 from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.generate import generate
 from smollm_jax.generation.quantized import Blocks, Quantized, dequantize, quantized_linear, to_blocks
@@ -186,6 +187,15 @@ def test_what_makes_no_sense_is_refused(change, named, tiny_model, tokenizer_pat
     weights.write(tmp_path / "hf", weights.to_bundle(tiny_model, "", read_tokenizer_files(tokenizer_path)), "hf")
     with pytest.raises(UsageError, match=named):
         Engine.load(tmp_path / "hf", **change)
+
+
+def test_bf16_rounds_to_bfloat16_and_int8_to_blocks():
+    matrix = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    rounded = quantized_module._quantize(matrix, "bf16")
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(rounded, np.asarray(jnp.asarray(matrix, jnp.bfloat16)))
+    blocks = quantized_module._quantize(matrix, "int8")
+    np.testing.assert_array_equal(blocks.values, to_blocks(matrix).values)
 
 
 def test_rows_that_are_no_blocks_are_refused():

@@ -10,7 +10,7 @@ import pytest
 from smollm_jax.config import preset
 from smollm_jax.errors import UsageError
 from smollm_jax.model import cost
-from smollm_jax.model.ops import fused_swiglu, rms_norm, swiglu
+from smollm_jax.model.ops import fused_swiglu, rms_norm, rope_cos_sin, swiglu
 from smollm_jax.model.smollm import SmolLM
 from smollm_jax.runs.pytree import flatten
 
@@ -120,6 +120,15 @@ def default_gradients(tiny_model, tiny):
 def test_remat_and_unroll_change_nothing_but_the_schedule(tiny_model, tiny, default_gradients, options):
     for a, b in zip(default_gradients, gradients(tiny_model, tokens(tiny), **options), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(a).max()))
+
+
+def test_rotary_angles_are_not_rounded_to_bfloat16(tiny):
+    """bfloat16 would take position 4,099 for 4,096; of cos and sin only the result is rounded."""
+    positions = np.array([[1, 4099, 8191]])
+    angle = positions[..., None, None] * np.array(tiny.rotary_frequencies)
+    for ours, exact in zip(rope_cos_sin(jnp.asarray(positions), tiny, jnp.bfloat16), (np.cos, np.sin), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(ours, np.float64), exact(angle), rtol=0, atol=2**-8)
 
 
 def test_rms_norm_rounds_before_it_scales():
