@@ -1,12 +1,10 @@
 """Fixtures on the real weights and the real text, and shapes checked at run time in every test."""
 
-import atexit
 import ctypes
 import gc
 import os
 import shutil
 import signal
-import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -24,11 +22,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # step of the tiny model takes 0.16 s so, and 0.07 where threads sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# One compilation cache for a session, its workers and all they start but trainers: a third less to compute.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="smollm-tests-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # XLA's own caches lie in a folder that would be part of each entry's key.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 
@@ -64,6 +59,20 @@ if not SOAK:  # llama.cpp takes ten minutes to build: `make soak` does
     collect_ignore += ["parity_tests/test_llamacpp.py"]
 if not os.environ.get("SMOLLM_CUDA"):  # JAX's CUDA plugin and what it loads are 4.6 GB: `make gpu-program` does
     collect_ignore += ["tests/benchmarks/test_compiled_for_gpu.py"]
+
+# One compilation cache for this checkout, for sessions, their workers and all they start but trainers: who runs the
+# tests again after a change waits for the programs that it changed. Programs of one operation are kept too, for half of
+# those compiled are such.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    from smollm_jax.runtime import compilation_cache
+
+    PROGRAMS = Path(__file__).parent / "build/test-programs"
+    if sum(entry.stat().st_size for entry in PROGRAMS.glob("*/*-cache")) > 2 << 30:
+        shutil.rmtree(PROGRAMS)  # most of it for other versions of the code and of JAX
+    folder = PROGRAMS / compilation_cache.folder().name
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    compilation_cache.remove_broken(folder)
 
 ASSETS = Path(__file__).parent / "assets"
 

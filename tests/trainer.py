@@ -30,16 +30,23 @@ from smollm_jax.config import Config, Recipe
 from smollm_jax.errors import SmolLMError
 from smollm_jax.runs.checkpoint import CheckpointStore, steps_in
 from smollm_jax.runs.metrics import RunLog, read_metrics
-from smollm_jax.runtime import allocator
+from smollm_jax.runtime import allocator, compilation_cache
 from smollm_jax.runtime.signals import StopSignal
 from smollm_jax.training import train_step
 from smollm_jax.training.execution import ExecutionConfig
 
 COMPILE_STEP = train_step.compile_step
 ROOT = Path(__file__).parent.parent
-CACHE, PREPARED, TEXT = (tempfile.mkdtemp(prefix="smollm-tests-") for _ in range(3))
-for folder in (CACHE, PREPARED, TEXT):
+PREPARED, TEXT = (tempfile.mkdtemp(prefix="smollm-tests-") for _ in range(2))
+for folder in (PREPARED, TEXT):
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+# The processes of a worker have a cache of their own, for a kill may leave a broken entry in it. It has links to the
+# session's programs.
+PROGRAMS = os.environ["JAX_COMPILATION_CACHE_DIR"]
+CACHE = f"{PROGRAMS}-trainers-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+os.makedirs(CACHE, exist_ok=True)
+compilation_cache.remove_broken(Path(CACHE))
+LINKED: set[str] = set()
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT),
     "PYTHONUNBUFFERED": "1",
@@ -62,10 +69,11 @@ def speeches() -> Path:
 
 
 def share_programs() -> None:
-    """Gives the processes what this session has compiled."""
-    for entry in Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*-cache"):
+    """Gives the processes what this one and the other worker have compiled."""
+    for name in {name for name in os.listdir(PROGRAMS) if name.endswith("-cache")} - LINKED:
         with contextlib.suppress(FileExistsError):
-            os.link(entry, Path(CACHE) / entry.name)
+            os.link(f"{PROGRAMS}/{name}", f"{CACHE}/{name}")
+        LINKED.add(name)
 
 
 def command(run: Path, *flags: str, preset: str | None = "tiny", data: Path | None = None) -> list[str]:
