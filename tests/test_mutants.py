@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from smollm_parity.mutants import MUTANTS, ROOT
+from smollm_parity.mutants import MUTANTS, ROOT, hunt
 from smollm_parity.tool_mutants import PACKAGES, Survivor, equivalents
 
 
@@ -16,7 +16,7 @@ def functions_of(path):
 
 
 def test_there_are_enough_of_them_each_with_a_name_of_its_own():
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 25
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 120
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -27,6 +27,16 @@ def test_its_text_occurs_once_and_its_test_is_there(mutant):
     path, _, function = mutant.test.partition("::")
     assert (ROOT / path).is_file()
     assert not function or function in functions_of(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["chat protection of the last message only", "the seed ignored from the second epoch on"]
+)
+def test_a_sample_is_noticed(name):
+    """Of the quickest; `make slow` plants five more, `make mutants` all."""
+    (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
+    caught, how = hunt(mutant)
+    assert caught, how
 
 
 def test_each_equivalent_mutant_is_of_a_line_that_is_there():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import pytest
 import smollm_jax.data.text
 from smollm_jax.config import Recipe
 from smollm_jax.data.batches import Batches
-from smollm_jax.data.mixture import Mixture, open_mixture
+from smollm_jax.data.mixture import Mixture, open_mixture, parse_source
 from smollm_jax.data.text import documents
 from smollm_jax.data.token_file import TokenFile, TokenSet
 from smollm_jax.errors import InputFileError, UsageError
@@ -70,7 +71,10 @@ def test_held_out_tokens_are_never_trained_on(numbers):
 
 
 def test_too_little_text_is_refused(numbers):
-    with pytest.raises(InputFileError, match="1000 tokens are too few"):
+    with pytest.raises(
+        InputFileError,
+        match=r"1000 tokens are too few for .* of 600 tokens: shorten --sequence-length or give more text$",
+    ):
         Batches(numbers, recipe(sequence_length=600))
 
 
@@ -248,7 +252,7 @@ def test_the_identity_of_data_is_its_files_its_shares_and_its_order():
     assert len({*hashes, of_tokens(first).sha256, of_tokens(second).sha256}) == 4, "of_tokens names files by position"
 
 
-BAD_WEIGHTS = ("0", "-1", "+0.5", ".5", "1e-3", "inf", "nan")
+BAD_WEIGHTS = ("0", "-1", "+0.5", ".5", "1e-3", "inf", "nan", "INF", "NaN")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +271,33 @@ def test_weights_that_make_no_mixture_are_refused(tmp_path, sources, named):
     paths = [str(tmp_path / source) for source in sources]
     with pytest.raises(UsageError, match=named):
         Batches(open_mixture(paths, tmp_path / "tokenizer", tmp_path / "cache"), recipe())
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "weight"),
+    [
+        ("a", "a", None),
+        ("a:1", "a", "1"),
+        ("a:0.25", "a", "1/4"),
+        ("b:a:2", "b:a", "2"),
+        ("a:b", "a:b", None),
+        ("a:1x", "a:1x", None),
+        ("c:/x", "c:/x", None),
+    ],
+)
+def test_what_follows_the_last_colon_is_a_weight_if_it_is_a_number(source, path, weight):
+    assert parse_source(source) == (Path(path), None if weight is None else Fraction(weight))
+
+
+def test_a_text_is_prepared_on_first_use_as_the_flags_say(tmp_path):
+    tokenizer_folder(tmp_path / "tokenizer")
+    (tmp_path / "x.jsonl").write_text('{"text": "a<|endoftext|>b"}\n{"text": "\\ud800"}\n')
+    options = {"on_bad_text": "skip", "special_tokens": True}
+    mixture = open_mixture(tmp_path / "x.jsonl", tmp_path / "tokenizer", tmp_path / "cache", **options)
+    assert the_file(mixture).tokens.tolist() == [1 + ord("a"), 0, 1 + ord("b"), 0]
+    assert mixture.sets[0].special_tokens
+    with pytest.raises(InputFileError, match="lone surrogate"):
+        open_mixture(tmp_path / "x.jsonl", tmp_path / "tokenizer", tmp_path / "cache")
 
 
 def test_sources_without_weights_are_one_and_with_them_a_mixture(tmp_path):

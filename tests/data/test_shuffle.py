@@ -9,10 +9,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from smollm_jax.data import mixture
 from smollm_jax.data.mixture import Interleaver
 from smollm_jax.data.shuffle import permute
 from smollm_jax.errors import UsageError
 
+PINNED = [5, 0, 1, 8, 6, 4, 3, 9, 2, 7]  # of seed 0, in the first epoch of the first source
 SIZES = [*range(1, 18), 97, 100, 1009, 4096, 65537]
 
 
@@ -42,6 +44,29 @@ def test_every_order_of_few_numbers_comes_about_equally_often(size, keys):
     expected, freedom = keys / orders, orders - 1
     chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
     assert chi_square < freedom + 6 * math.sqrt(2 * freedom)
+
+
+def reference(index: int, size: int, key: tuple[int, ...]) -> int:
+    """`permute` of one index, in Python's own integers."""
+    side, keys = math.isqrt(size - 1) + 1, np.random.SeedSequence(key).generate_state(12, np.uint64)
+    while True:
+        left, right = divmod(index, side)
+        for round_key in keys:
+            x = right ^ int(round_key)
+            x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+            x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+            left, right = right, (left + (x ^ (x >> 31)) % side) % side
+        index = left * side + right
+        if index < size:
+            return index
+
+
+@pytest.mark.parametrize("size", [1, 2, 10, 97, 65537, 10**9])
+def test_the_order_is_feistel_1_as_data_prepared_and_runs_begun_earlier_have_it(size):
+    places = np.unique(np.linspace(0, size - 1, 9).astype(int))
+    for key in ((0, 0, 0), (7, 1, 2), (2**40, 0, 0)):
+        assert permute(places, size, key).tolist() == [reference(int(place), size, key) for place in places]
+    assert permute(np.arange(10), 10, (0, 0, 0)).tolist() == PINNED
 
 
 def test_neighbours_are_torn_apart_and_keys_have_nothing_in_common():
@@ -82,7 +107,15 @@ def test_a_mixture_is_within_one_window_of_its_shares_at_any_point_and_exact_ove
         np.testing.assert_array_equal(places[sources == source], np.arange(had[-1]))  # none left out, none twice
 
 
-def test_weights_that_never_come_out_even_are_refused():
-    with pytest.raises(UsageError, match="repeat only every 3,000,000 windows, at most 1,000,000"):
+def test_weights_that_never_come_out_even_are_refused(monkeypatch):
+    message = (
+        "--data: these weights repeat only every 3,000,000 windows, at most 1,000,000 are allowed: round the weights"
+    )
+    with pytest.raises(UsageError, match=f"^{message}$"):
         Interleaver([Fraction(1, 3_000_000), Fraction(2_999_999, 3_000_000)])
     assert Interleaver([Fraction(1)]).period == 1
+    monkeypatch.setattr(mixture, "MAX_PERIOD", 10)
+    sources, places = Interleaver([Fraction(3, 10), Fraction(7, 10)])(np.arange(20))
+    assert (sources.dtype.kind, places.dtype.kind) == ("i", "i")
+    with pytest.raises(UsageError, match="repeat only every 11 windows"):
+        Interleaver([Fraction(3, 11), Fraction(8, 11)])
