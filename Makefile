@@ -1,6 +1,6 @@
 # make train   environment, text, training          make test    environment, real weights, the tests a person waits for
 # make slow    the other claims, which .ci/run checks too       make overnight   every test that takes many minutes
-# make parity  the whole parity ladder and its report
+# make parity  the whole parity ladder, all mutants, and the report
 # make gpu-program   what XLA makes of a training step for an H100, and tests of it; no GPU, 4.6 GB of packages
 # make gpu-wheels    packages for scripts/gpu_first.sh on a rented machine      make driver  which JAX fits the GPU's driver
 # make docs    the pages under docs/ as a site in build/docs; a broken link is an error
@@ -59,7 +59,7 @@ overnight: $(READY)
 
 parity: $(READY)
 	$(BIN)/python scripts/fetch_assets.py
-	$(BIN)/python -m pytest parity_tests -rP $(PYTEST)
+	$(BIN)/python -m pytest parity_tests $(TWO) -rP $(PYTEST)
 	$(BIN)/python scripts/parity_report.py --weights assets/SmolLM2-135M-Instruct --out report --readme docs/parity.md
 
 soak: $(READY)

@@ -8,6 +8,7 @@ import pytest
 
 # The files that take longest after LADDER, longest first, so that no worker is left alone with one of them at the end.
 LONGEST = [
+    "parity_tests/test_mutants.py",  # in `make parity`
     "tests/web/test_browser.py",
     "parity_tests/test_12_finetuning.py",
     "tests/training/test_train.py",
