@@ -11,11 +11,13 @@
 #
 # PYTHON=python3.12 on the command line: another interpreter, in an environment of its own, and so a newer JAX.
 # TORCH=0: without PyTorch, the largest download, and the tests that need it.
+# BROWSER=no: without the tests of the page that need Chromium, which make test installs otherwise where it can.
 # ARGS="..." goes to train_jax.py.
 
 PYTHON ?= python3
 NAMED := $(filter command line,$(origin PYTHON))
 TORCH ?= 1
+BROWSER ?= yes
 VENV ?= $(if $(NAMED),.venv-$(notdir $(PYTHON)),.venv)
 BIN := $(VENV)/bin
 
@@ -27,7 +29,7 @@ OLD := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 JAX := $(if $(CUDA),$(if $(OLD)$(filter 12,$(CUDA)),cuda12,cuda13),)
 comma := ,
 TRAIN_EXTRAS := gguf,plot$(if $(JAX),$(comma)$(JAX))
-TESTED = SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) $(BIN)/python -m pytest $(if $(filter 1,$(TORCH)),,tests)
+TESTED = SMOLLM_WITHOUT_TORCH=$(if $(filter 1,$(TORCH)),,1) SMOLLM_WITHOUT_BROWSER=$(if $(filter no,$(BROWSER)),1) $(BIN)/python -m pytest $(if $(filter 1,$(TORCH)),,tests)
 READY := $(VENV)/.test$(if $(filter 1,$(TORCH)),,-without-torch)
 TEST_EXTRAS := dev$(if $(JAX),$(comma)$(JAX))$(if $(filter 1,$(TORCH)),$(comma)torch$(comma)hf$(comma)eval$(comma)finetune-tests)
 
@@ -38,18 +40,18 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -o fau
 # Whole checkpoints only: a save that was killed leaves a folder with another name.
 RESUME = $(shell ls runs/make-train/checkpoints 2>/dev/null | grep -qx '[0-9][0-9]*' && echo --resume)
 
-.PHONY: train test parity docs slow overnight soak mutants gpu-program gpu-wheels driver lint clean
+.PHONY: train test parity docs slow overnight soak mutants gpu-program gpu-wheels driver browser lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
 	$(BIN)/python scripts/fetch_assets.py
 	$(BIN)/python scripts/train_jax.py --out runs/make-train $(RESUME) $(ARGS)
 
-test: $(READY)
+test: $(READY) browser
 	$(BIN)/python scripts/fetch_assets.py
 	$(TESTED) -m "not slow and not overnight" $(TWO) $(PYTEST)
 
-slow: $(READY)
+slow: $(READY) browser
 	$(BIN)/python scripts/fetch_assets.py
 	$(TESTED) -m slow $(TWO) $(PYTEST)
 
@@ -126,10 +128,17 @@ $(VENV)/.train: pyproject.toml | driver $(VENV)/bin/python
 $(READY): pyproject.toml | driver $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[$(TEST_EXTRAS)]"$(if $(filter 1,$(TORCH)), || { \
 	  echo "error: is there no PyTorch for this interpreter? make TORCH=0 runs the tests that need none" >&2; exit 1; })
-	@command -v chromium chromium-browser google-chrome >/dev/null || { command -v apt-get >/dev/null && \
-	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
-	  echo "no Chromium: tests/web/test_browser.py is skipped, and says so"
 	@touch $@ $(VENV)/.train
+
+# The page is tested in the Chromium or Chrome that is installed, otherwise in one of the system's packages.
+browser:
+	@if [ "$(BROWSER)" = no ] || command -v chromium || command -v chromium-browser || command -v google-chrome; \
+	  then exit 0; fi >/dev/null; \
+	if ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ]; then \
+	  echo "no Chromium: the page is not tested in a browser; install chromium by the system's package manager"; exit 0; fi; \
+	echo "installing Chromium by apt-get to test the page in it; make BROWSER=no leaves it out"; \
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium || \
+	  echo "apt-get cannot install Chromium: the page is not tested in a browser"
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info

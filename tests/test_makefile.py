@@ -1,6 +1,7 @@
 """`make` chooses the build of JAX for the NVIDIA driver, or prints one line that says why none fits."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -96,3 +97,44 @@ def test_what_a_rented_machine_lacks_is_fetched_by_one_command():
     (fetch,) = [line for line in planned.replace("\\\n", " ").splitlines() if " pip download " in line]
     assert fetch.split()[-4:] == ["tyro", "docstring-parser", "typeguard", "gguf"]
     assert ".whl/" in (ROOT / ".gitignore").read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("programs", "user", "arguments", "printed"),
+    [
+        (("chromium",), 0, (), ""),
+        (("google-chrome",), 0, (), ""),
+        ((), 0, ("BROWSER=no",), ""),
+        (("apt-get",), 1000, (), "no Chromium: the page is not tested in a browser; install chromium by the system's"),
+        ((), 0, (), "no Chromium: the page is not tested in a browser; install chromium by the system's"),
+        (("apt-get",), 0, (), "installing Chromium by apt-get to test the page in it; make BROWSER=no leaves it out"),
+    ],
+)
+def test_chromium_is_installed_only_where_there_is_none_and_said_so_before(
+    tmp_path, programs, user, arguments, printed
+):
+    for name in ("sh", "sed", "head", "awk", "grep", "ls"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    for name, line in {"id": f"echo {user}", **dict.fromkeys(programs, f'echo "$@" >> {tmp_path}/called')}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    result = subprocess.run(
+        [shutil.which("make"), "--no-print-directory", "browser", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(printed)
+    assert len(result.stdout.splitlines()) == bool(printed)
+    installs = printed.startswith("installing")
+    assert (tmp_path / "called").exists() == installs
+    if installs:
+        assert (tmp_path / "called").read_text() == "update -qq\ninstall -y -qq --no-install-recommends chromium\n"
+
+
+def test_the_browser_can_be_left_out():
+    planned = subprocess.run(["make", "-n", "test", "BROWSER=no"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "SMOLLM_WITHOUT_BROWSER=1" in planned.stdout

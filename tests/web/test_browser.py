@@ -23,10 +23,13 @@ from tests import trainer
 from tests.serving import served, tiny_run, tiny_weights
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("CI"),
-    reason="no chromium on the PATH: the system's package manager has it (apt-get install chromium)",
-)
+pytestmark = [
+    pytest.mark.skipif(bool(os.environ.get("SMOLLM_WITHOUT_BROWSER")), reason="make BROWSER=no leaves the browser out"),
+    pytest.mark.skipif(
+        CHROMIUM is None and not os.environ.get("CI"),
+        reason="no chromium on the PATH: the system's package manager has it (apt-get install chromium)",
+    ),
+]
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync --disable-component-update"
 SCREENSHOTS = os.environ.get("SMOLLM_SCREENSHOTS")
 FILL = "([place, html]) => { document.querySelector(place).innerHTML = html }"  # what a slow server or a model may say
