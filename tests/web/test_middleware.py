@@ -19,11 +19,34 @@ def page(app: Any = None, **options: Any) -> RequestFilter:
     return RequestFilter(app, frozenset({"localhost", "::1"}), {2: 3}, lambda session: session == "abc", **options)
 
 
+REASONS = {
+    "this host name is not allowed": 421,
+    "requests from another origin are refused": 403,
+    "uploads are refused": 403,
+    "only GET, HEAD and POST are allowed": 405,
+    "no such page": 404,
+    "no such session": 404,
+    "session_hash must be 1 to 64 letters or digits": 422,
+    "the body must be a JSON object": 422,
+    "event_id must be a string of at most 64 characters": 422,
+    "fn_index must be an integer": 422,
+    "fn_index must be the number of a function of this page": 422,
+    "data must be a list of 3 values": 422,
+    "the body is larger than 256 KB": 413,
+    "the client disconnected": 400,
+    "the body did not arrive within 0 seconds": 408,
+    "only HTTP is supported": 400,
+}
+
+
 def status_of(call: Any) -> int:
     with pytest.raises(RefusedError) as raised:
         call()
-    assert len(raised.value.reason.splitlines()) == 1
-    return raised.value.status
+    status, reason = raised.value.status, raised.value.reason
+    assert len(reason.splitlines()) == 1
+    expected = 400 if reason.startswith("the body is not valid JSON: ") else REASONS[reason]
+    assert status == expected
+    return status
 
 
 @pytest.mark.parametrize(
@@ -58,6 +81,7 @@ def test_calls_are_allowed_by_post_alone(path):
         ("PUT", "/", HOST, 405),
         ("POST", "/", HOST, 404),
         ("GET", "/assets/../x", HOST, 404),
+        ("GET", "/assets/a/../x", HOST, 404),
         ("GET", "/assets/.x", HOST, 404),
         ("GET", "/gradio_api/file=x", HOST, 404),
         ("GET", f"/gradio_api/heartbeat/{'a' * 65}", HOST, 404),
@@ -153,13 +177,18 @@ def test_a_body_is_read_whole_up_to_its_limit_of_size_and_time(monkeypatch):
     assert status_of(lambda: received(part(b"a", True))) == 408
 
 
-def asked(method: str, path: str, body: bytes = b"", query: bytes = b"") -> tuple[Any, list[Any]]:
-    """The body that the app behind the filter gets (None: it is not asked), and what is sent back."""
+PROXY = [(b"X-Forwarded-Host", b"page.example"), (b"Forwarded", b"a"), (b"x-gradio-server", b"a"), (b"x", b"y")]
+
+
+def asked(
+    method: str, path: str, body: bytes = b"", query: bytes = b"", headers: Any = (), **options: Any
+) -> tuple[Any, list[Any]]:
+    """What the app behind the filter gets (None: it is not asked), and what is sent back."""
     sent, seen = [], []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append((await receive())["body"])
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
+        seen.append((scope, await receive(), await receive()))
+        await send({"type": "http.response.start", "status": 200} | ({"headers": [(b"a", b"b")]} if body else {}))
         await send({"type": "http.response.body", "body": b"fine"})
 
     async def receive() -> dict[str, Any]:
@@ -168,19 +197,24 @@ def asked(method: str, path: str, body: bytes = b"", query: bytes = b"") -> tupl
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": method, "path": path, "headers": [(b"Host", b"localhost")]}
-    asyncio.run(page(app)(scope | {"query_string": query}, receive, send))
+    scope = {"type": "http", "method": method, "path": path, "headers": [(b"Host", b"localhost"), *headers]}
+    asyncio.run(page(app, **options)(scope | {"query_string": query}, receive, send))
     return (seen or [None])[0], sent
 
 
 def test_an_answer_and_a_refusal_have_the_headers_of_the_page(caplog):
     content = json.dumps(CALL).encode()
-    body, (start, _) = asked("POST", "/gradio_api/queue/join", content)
-    assert body == content
+    got, (start, _) = asked("POST", "/gradio_api/queue/join", content)
+    scope, first, second = got
+    assert first == {"type": "http.request", "body": content, "more_body": False}
+    assert second == part(content), "after the body the app hears of the client itself"
+    assert (scope["path"], scope["headers"]) == ("/gradio_api/queue/join", [(b"Host", b"localhost")])
     assert start["headers"] == [(b"a", b"b"), *middleware.HEADERS]
-    body, (start, answer) = asked("POST", "/gradio_api/queue/join", b"{")
-    assert (body, start["status"]) == (None, 400)
+    assert asked("GET", "/")[1][0]["headers"] == middleware.HEADERS
+    got, (start, answer) = asked("POST", "/gradio_api/queue/join", b"{")
+    assert (got, start["status"], answer["type"]) == (None, 400, "http.response.body")
     headers = dict(start["headers"])
+    assert headers[b"content-type"] == b"application/json"
     assert headers[b"connection"] == b"close"
     assert headers[b"content-length"] == str(len(answer["body"])).encode()
     assert headers[b"content-security-policy"] == middleware.CONTENT_SECURITY_POLICY.encode()
@@ -188,6 +222,37 @@ def test_an_answer_and_a_refusal_have_the_headers_of_the_page(caplog):
     assert [record.getMessage()[:55] for record in caplog.records] == [
         "refused: POST '/gradio_api/queue/join': 400, the body i"
     ]
+    assert caplog.records[0].name == middleware.__name__
+
+
+def test_a_proxys_headers_reach_the_app_and_allow_its_name_only_behind_a_proxy():
+    scope, *_ = asked("GET", "/", headers=PROXY)[0]
+    assert scope["headers"] == [(b"Host", b"localhost"), (b"x", b"y")]
+    scope, *_ = asked("GET", "/", headers=PROXY, behind_proxy=True)[0]
+    assert scope["headers"] == [(b"Host", b"localhost"), *PROXY]
+    for origin, behind_proxy, status in (
+        (b"https://page.example", True, 200),
+        (b"https://page.example", False, 403),
+        (b"https://localhost", True, 200),
+        (b"https://other.example", True, 403),
+    ):
+        sent = asked("GET", "/", headers=[*PROXY, (b"origin", origin)], behind_proxy=behind_proxy)[1]
+        assert sent[0]["status"] == status
+
+
+def test_the_start_of_the_app_passes_and_what_is_not_http_is_refused():
+    seen = []
+
+    async def app(*arguments: Any) -> None:
+        seen.append(arguments)
+
+    async def nothing(*_: Any) -> Any:
+        return None
+
+    scope = {"type": "lifespan"}
+    asyncio.run(page(app)(scope, nothing, nothing))
+    assert seen == [(scope, nothing, nothing)]
+    assert status_of(lambda: asyncio.run(page(app)({"type": "websocket"}, nothing, nothing))) == 400
 
 
 def test_events_are_for_a_session_that_has_called():

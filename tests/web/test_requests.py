@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from smollm_jax.errors import UsageError
+from smollm_jax.errors import UsageError, short_repr
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.web import requests
 from smollm_jax.web.middleware import MAX_BODY
@@ -20,9 +20,11 @@ def test_a_slider_takes_its_ends_and_nothing_beyond_or_of_another_type(name):
         assert requests.number(name, value) == value
         assert type(requests.number(name, value)) is (int if slider.whole else float)
     for value in (slider.low - 0.001, slider.high + 0.001, float("nan"), float("inf"), "1", None, [1], True):
-        with pytest.raises(UsageError, match=rf"^{name} must be a (whole )?number from {slider.low:g} to ") as raised:
+        kind = "a whole number" if slider.whole else "a number"
+        with pytest.raises(UsageError) as raised:
             requests.number(name, value)
-        assert ("whole" in str(raised.value)) is slider.whole
+        limits = f"from {slider.low:g} to {slider.high:.10g}"
+        assert str(raised.value) == f"{name} must be {kind} {limits}, got {short_repr(value)}"
     if slider.whole:
         assert requests.number(name, float(slider.low + 1)) == slider.low + 1
         with pytest.raises(UsageError, match=f"{name} must be a whole number"):
@@ -82,5 +84,6 @@ def test_a_chat_is_a_list_of_turns_without_anything_else():
 def test_a_choice_is_one_of_the_options():
     assert requests.choice("run", "a", {"a": 1}) == "a"
     for value in ("b", None, 1, ["a"]):
-        with pytest.raises(UsageError, match=r"^run: .* is not one of the options listed on the page$"):
+        with pytest.raises(UsageError) as raised:
             requests.choice("run", value, {"a": 1})
+        assert str(raised.value) == f"run: {short_repr(value)} is not one of the options listed on the page"
