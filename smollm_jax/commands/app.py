@@ -89,7 +89,9 @@ def main(argv: list[str] | None = None) -> None:
         "server_header": False,
         "timeout_graceful_shutdown": 2,
     }
-    settings |= {"http": server.protocol(), "proxy_headers": flags.behind_proxy}
+    # Behind a proxy every connection has the proxy's address.
+    most = None if flags.behind_proxy else server.per_address(flags.host, flags.connections)
+    settings |= {"http": server.protocol(most), "proxy_headers": flags.behind_proxy}
     config = uvicorn.Config(app, limit_concurrency=flags.connections, ws="none", **settings)
     uvicorn.Server(config).run(sockets=[listener])
 

@@ -81,8 +81,9 @@ def main(argv: list[str] | None = None) -> None:
 
     shown = f"[{flags.host}]" if ":" in flags.host else flags.host
     settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False, "ws": "none"}
-    settings |= {"http": server.protocol(), "proxy_headers": False}
     connections = IDLE_CONNECTIONS + flags.queue_size + flags.slots
+    most = server.per_address(flags.host, connections)
+    settings |= {"http": server.protocol(most), "proxy_headers": False}
     running = Server(uvicorn.Config(app, limit_concurrency=connections, lifespan="on", **settings))
     print(f"http://{shown}:{bound.getsockname()[1]}/v1", flush=True)
     running.run(sockets=[bound])

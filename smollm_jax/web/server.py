@@ -1,7 +1,9 @@
 """The page as a server: its ASGI app and its socket. Frameworks are imported only when the app is built."""
 
 import asyncio
+import collections
 import ipaddress
+import logging
 import os
 import socket
 from pathlib import Path
@@ -116,20 +118,33 @@ def build(
     )
 
 
-def protocol() -> type[asyncio.Protocol]:
+def protocol(per_address: int | None = None) -> type[asyncio.Protocol]:
     """Uvicorn's protocol, which also closes a connection that has sent no whole request for `IDLE_SECONDS`.
 
-    Such connections count against the limit of open ones: without this, one client could shut the page for all.
+    It closes at once what exceeds `per_address` connections of one client address. Both count against the limit of open
+    connections: without this, one client could shut the page for all.
     """
     from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    counts: collections.Counter[str] = collections.Counter()  # open connections by address
 
     class Protocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self._address = transport.get_extra_info("peername")[0]
+            counts[self._address] += 1
+            if per_address is not None and counts[self._address] > per_address:
+                logging.getLogger(__name__).warning(
+                    "refused: a connection of %s, which has %d open", self._address, per_address
+                )
+                transport.close()
             self._watch()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._timer.cancel()
+            counts[self._address] -= 1
+            if not counts[self._address]:
+                del counts[self._address]
             super().connection_lost(exc)
 
         def _watch(self) -> None:
@@ -143,6 +158,11 @@ def protocol() -> type[asyncio.Protocol]:
                 self._watch()
 
     return Protocol
+
+
+def per_address(host: str, connections: int) -> int | None:
+    """How many of the open connections one client address may have: a quarter, or all where only this machine asks."""
+    return None if is_loopback(host) else connections // 4
 
 
 def is_loopback(host: str) -> bool:

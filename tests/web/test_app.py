@@ -1,6 +1,7 @@
 """The web page over HTTP: its answers, its errors, and its limits."""
 
 import asyncio
+import contextlib
 import gc
 import html
 import http.client
@@ -317,28 +318,58 @@ def test_the_headers_of_a_proxy_are_believed_only_behind_one(behind_proxy):
     assert asyncio.run(ask("other.example"))["status"] == 403
 
 
-def test_a_connection_that_asks_for_nothing_is_closed_and_a_slow_answer_is_not(monkeypatch):
-    monkeypatch.setattr(server, "IDLE_SECONDS", 0.2)
+@contextlib.contextmanager
+def answering_after(seconds: float, protocol):
+    """The address of a server that answers every request so late."""
 
     async def app(scope, receive, send):
-        await asyncio.sleep(1)
+        await asyncio.sleep(seconds)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"late"})
 
     listener = server.listen("127.0.0.1", 0)
-    running = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", http=server.protocol()))
+    running = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", http=protocol))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        idle, slow = (socket.create_connection(listener.getsockname(), timeout=10) for _ in range(2))
-        slow.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow")
-        assert idle.recv(1) == slow.recv(1) == b""
-        assert httpx.get(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60).text == "late"
+        yield listener.getsockname()
     finally:
         running.should_exit = True
         thread.join()
+
+
+def test_a_connection_that_asks_for_nothing_is_closed_and_a_slow_answer_is_not(monkeypatch):
+    monkeypatch.setattr(server, "IDLE_SECONDS", 0.2)
+    with answering_after(1, server.protocol()) as address:
+        idle, slow = (socket.create_connection(address, timeout=10) for _ in range(2))
+        slow.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow")
+        assert idle.recv(1) == slow.recv(1) == b""
+        assert httpx.get(f"http://127.0.0.1:{address[1]}", timeout=60).text == "late"
     idle.close()
     slow.close()
+
+
+def test_an_address_has_as_many_connections_as_it_may_and_new_ones_when_they_end(caplog):
+    request = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
+    def opened(source: str) -> socket.socket:
+        client = socket.create_connection(address, timeout=10, source_address=(source, 0))
+        with contextlib.suppress(ConnectionError):  # closed already
+            client.sendall(request)
+        return client
+
+    def answer(client: socket.socket) -> bytes:
+        with client, contextlib.suppress(ConnectionError):
+            return client.makefile("rb").read()
+        return b""
+
+    with answering_after(1, server.protocol(2)) as address:
+        clients = [opened(source) for source in ("127.0.0.1", "127.0.0.1", "127.0.0.1", "127.0.0.2")]
+        assert [b"late" in answer(client) for client in clients] == [True, True, False, True]
+        assert b"late" in answer(opened("127.0.0.1"))
+    assert "refused: a connection of 127.0.0.1, which has 2 open" in caplog.text
+    assert server.per_address("0.0.0.0", 400) == 100
+    assert server.per_address("127.0.0.1", 400) is None
 
 
 def test_a_prompt_of_ten_megabytes_is_refused_before_it_is_read_whole(client):
