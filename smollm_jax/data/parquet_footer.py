@@ -110,6 +110,8 @@ class _Compact:
         """Passes over a value; a bool is in its field's header, as an element of a list it has a byte."""
         if depth > MAX_DEPTH:
             raise ValueError("nested too deeply")
+        if self.at >= len(self.data):  # which a list of 2**60 booleans would pass one by one
+            raise IndexError("the footer ends")
         if kind in (TRUE, FALSE):
             self.at += element
         elif kind == BYTE:

@@ -49,7 +49,9 @@ def test_a_malformed_footer_is_one_line(tmp_path):
         path.write_bytes(content[: start + cut] + cut.to_bytes(4, "little") + b"PAR1")
         with pytest.raises(InputFileError, match=r"x\.parquet: not a readable Parquet file: its footer is malformed"):
             column_sizes(path, 1, 8)
-    for footer in (b"\x49" * 400, b"\x4c" * 400, b"\x15" + b"\xff" * 20, b"\x1d\x00", b"\x19\xfc\xff\xff\xff\xff\x0f"):
+    endless = b"\x19\xf1" + b"\xff" * 8 + b"\x0f"  # a list of 2**60 booleans
+    footers = b"\x49" * 400, b"\x4c" * 400, b"\x15" + b"\xff" * 20, b"\x1d\x00", b"\x19\xfc\xff\xff\xff\xff\x0f"
+    for footer in (*footers, endless):
         path.write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
         with pytest.raises(InputFileError, match="its footer is malformed"):
             column_sizes(path, 1, 8)
