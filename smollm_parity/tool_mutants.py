@@ -106,12 +106,14 @@ def prepare(name: str, package: Package) -> Path:
         else:
             shutil.copy2(source, target)
     shutil.copy2(ROOT / "pyproject.toml", folder)
-    if not (folder / "assets").exists():
-        (folder / "assets").symlink_to((ROOT / "assets").resolve())
+    for place in (folder, folder / "mutants"):  # mutmut would copy what is linked
+        place.mkdir(exist_ok=True)
+        if not (place / "assets").exists():
+            (place / "assets").symlink_to((ROOT / "assets").resolve())
     options = {
         "source_paths": ["smollm_jax"],
         "only_mutate": [f"smollm_jax/{pattern}" for pattern in package.files],
-        "also_copy": [*COPIED, "assets"],
+        "also_copy": list(COPIED),
         "pytest_add_cli_args_test_selection": list(package.tests),
         "pytest_add_cli_args": ["-m", "not slow and not overnight", "-p", "no:cacheprovider"],
     }

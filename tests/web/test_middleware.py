@@ -73,6 +73,7 @@ def test_calls_are_allowed_by_post_alone(path):
         ("GET", "/", {b"host": "other"}, 421),
         ("GET", "/", {b"host": "["}, 421),
         ("GET", "/", HOST | {b"origin": "null"}, 403),
+        ("GET", "/", HOST | {b"origin": "http://None"}, 403),
         ("GET", "/", HOST | {b"origin": "http://localhost"}, 403),
         ("GET", "/", HOST | {b"origin": "ftp://localhost:7860"}, 403),
         ("POST", "/upload", HOST, 403),
@@ -94,6 +95,7 @@ def test_other_hosts_origins_methods_and_routes_are_refused(method, path, header
 def test_any_host_is_allowed_where_none_are_named():
     RequestFilter(None, None, {}, bool).check("GET", "/", {b"host": "page.example"})
     RequestFilter(None, None, {}, bool).check("GET", "/", {b"host": "page.example", b"origin": "https://page.example"})
+    assert status_of(lambda: RequestFilter(None, None, {}, bool).check("GET", "/", {b"origin": "http://None"})) == 403
 
 
 @pytest.mark.parametrize(("host", "name"), [("a:1", "a"), ("A", "a"), ("[::1]:1", "::1"), ("", ""), ("[", "")])
