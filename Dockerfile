@@ -1,7 +1,8 @@
-# A small image that runs every `smollm` verb but those that need PyTorch.
+# A small image that serves SmolLM2-135M-Instruct, and runs every `smollm` verb but those that need PyTorch.
 #
 #   docker build -t smollm .                          # for a CPU
 #   docker build -t smollm --build-arg JAX=cuda13 .   # for an NVIDIA GPU (cuda12 for a driver that supports CUDA 12 only)
+#   docker run --rm -v smollm-cache:/cache -p 8000:8000 -e SMOLLM_API_KEY smollm   # OpenAI's API, for who has the key
 #   docker run --rm -v smollm-cache:/cache smollm generate \
 #     --weights assets/SmolLM2-135M-Instruct --prompt "The capital of France is"
 #   docker run --rm -v smollm-cache:/cache -v "$PWD":/work --user "$(id -u)" smollm train   # --gpus all for a GPU
@@ -28,4 +29,4 @@ VOLUME /cache
 WORKDIR /work
 
 ENTRYPOINT ["smollm"]
-CMD ["--help"]
+CMD ["serve", "--host", "0.0.0.0"]

@@ -14,6 +14,13 @@ CACHE = "tests/model/test_attention.py::test_prefill_in_chunks_equals_at_once"
 LOSS = "tests/model/test_cross_entropy.py::test_it_equals_the_dense_loss_in_float64"
 BLOCKS = "tests/model/test_attention.py::test_blocks_give_the_values_and_gradients_of_attention_at_once"
 GENERATE = "tests/generation/test_generate.py"
+SLOTS, SERVE, GUARD = (
+    "tests/generation/test_slots.py",
+    "tests/serve/test_serve.py",
+    "tests/serve/test_guard.py",
+)
+TEXT_ALONE = f"{SLOTS}::test_every_text_is_the_one_it_gets_alone"
+CACHED_PREFIX = f"{SLOTS}::test_what_a_text_left_in_the_cache_is_not_computed_again"
 MODEL = "tests/model/test_model.py"
 OPERANDS = "tests/model/test_operands.py"
 QUANTIZED = "tests/generation/test_quantized.py"
@@ -366,4 +373,22 @@ MUTANTS = [
     Mutant("decay on the norms in fine-tuning", "training.optimizer", 'lambda path, _: "norm" not in', 'lambda path, _: "nothing" not in', "tests/finetuning/test_finetune.py::test_weight_decay_leaves_the_norms_alone"),
     Mutant("a gradient larger than the limit by its factor", "training.optimizer", "jnp.where(norm < limit, 1, limit / norm)", "jnp.where(norm < limit, 1, norm / limit)", ADAMW),
     Mutant("an update that is not finite applied", "training.train_step", "update_where(jnp.isfinite(loss) & jnp.isfinite(norm), update, state)", "update_where(jnp.isfinite(loss) | jnp.isfinite(norm), update, state)", "tests/training/test_resume.py::test_an_update_that_is_not_finite_leaves_the_state_as_it_was"),
+    Mutant("a slot that sees one token too few", "model.slot_cache", "jnp.arange(block) <= last", "jnp.arange(block) < last", TEXT_ALONE),
+    Mutant("idle slots written to", "model.slot_cache", "jnp.where(active, length, cache.keys.shape[-1])", "length", TEXT_ALONE),
+    Mutant("blocks of a cache not corrected for a larger score", "model.slot_cache", "out * correction + new", "out + new", TEXT_ALONE),
+    Mutant("a part of a prompt at the first positions", "generation.slot_programs", "(length + jnp.arange(T))[None]", "jnp.arange(T)[None]", TEXT_ALONE),
+    Mutant("the noise of a slot stands still", "generation.slot_programs", "count=rows.count + active", "count=rows.count", TEXT_ALONE),
+    Mutant("the sampling of a slot forgets its text", "generation.slot_programs", "seen=rows.seen.at[index].max(active)", "seen=rows.seen", f"{SLOTS}::test_penalties_count_the_tokens_of_the_text_and_not_of_the_prompt"),
+    Mutant("a frequency penalty counts once", "generation.slot_programs", "frequency * rows.counts", "frequency * (rows.counts > 0)", f"{SLOTS}::test_penalties_count_the_tokens_of_the_text_and_not_of_the_prompt"),
+    Mutant("log-probabilities after the bias", "generation.slot_programs", "lambda: token_logprobs(logits, token)", "lambda: token_logprobs(adjusted, token)", f"{SLOTS}::test_a_bias_forbids_or_forces_a_token_and_log_probabilities_stay_the_models"),
+    Mutant("a part of a prompt beyond the end of the cache", "generation.slots", "start = min(text.read, self._cache.keys.shape[-1] - size)", "start = text.read", CACHED_PREFIX),
+    Mutant("the last token of a text counted as cached", "generation.slots", "*self.ids[:-1]]", "*self.ids]", CACHED_PREFIX),
+    Mutant("a slot not copied", "generation.slot_programs", "jax.lax.dynamic_slice_in_dim(x, source, 1, 1), target, 1)", "jax.lax.dynamic_slice_in_dim(x, target, 1, 1), target, 1)", CACHED_PREFIX),
+    Mutant("what a slot held is lost", "generation.slots", "lost >= SMALLEST_COPY and", "lost < 0 and", CACHED_PREFIX),
+    Mutant("a queue without an end", "generation.slots", "if len(self._queue) + len(jobs) > self.queue_size + free", "if len(jobs) > self.queue_size + free", f"{SLOTS}::test_more_than_can_wait_is_refused_whole"),
+    Mutant("the same seed for every choice", "serve.fields", "seed=(seed + i) % 2**32", "seed=seed % 2**32", f"{SERVE}::test_a_stream_joins_to_the_whole_answer_and_ends_with_the_usage"),
+    Mutant("a grammar that stands still", "generation.slots", "text.job.grammar.add(token.id)", "pass", f"{SERVE}::test_a_text_follows_its_schema_beside_others_that_do_not"),
+    Mutant("a client that leaves keeps its slots", "serve.app", "    async def events(self) -> AsyncIterator[PromptTokens | Chunk]:", "    def cancel(self) -> None: ...\n    async def events(self) -> AsyncIterator[PromptTokens | Chunk]:", f"{SERVE}::test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_slots"),
+    Mutant("any key will do", "serve.guard", "return any(matches) and header", "return header", f"{GUARD}::test_hosts_origins_keys_and_sizes"),
+    Mutant("every page may ask", "serve.guard", "return origin in own or origin in self.origins", "return True or origin in self.origins", f"{GUARD}::test_hosts_origins_keys_and_sizes"),
 ]  # fmt: skip

@@ -66,6 +66,7 @@ DEFAULT_CONTEXT = 2048
 
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
+    api_keys(flags)  # before a port is taken
     bound = server.bind(flags.host, flags.port)
     app = build(flags)
     import uvicorn
@@ -89,6 +90,18 @@ def main(argv: list[str] | None = None) -> None:
     running.run(sockets=[bound])
 
 
+def api_keys(flags: Flags) -> tuple[str, ...]:
+    """The keys of which a client must send one; raises `UsageError` where others could send requests without any."""
+    from smollm_jax.serve.guard import read_keys
+
+    keys = read_keys(flags.api_key_file, os.environ.get(KEY_VARIABLE))
+    if not keys and not server.is_loopback(flags.host):
+        raise errors.UsageError(
+            f"--host {flags.host} lets others send requests: give --api-key-file, or set {KEY_VARIABLE}"
+        )
+    return keys
+
+
 def build(flags: Flags):
     """The ASGI app of these flags, with a running engine, which ends with the app."""
     try:
@@ -97,14 +110,6 @@ def build(flags: Flags):
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise errors.UsageError(install.needs("serve.py", "serve")) from error
-    from smollm_jax.serve.guard import Guard, Policy, read_keys
-
-    keys = read_keys(flags.api_key_file, os.environ.get(KEY_VARIABLE))
-    local = server.is_loopback(flags.host)
-    if not local and not keys:
-        raise errors.UsageError(
-            f"--host {flags.host} lets others send requests: give --api-key-file, or set {KEY_VARIABLE}"
-        )
     from smollm_jax.runtime import compilation_cache
 
     compilation_cache.enable()
@@ -115,6 +120,7 @@ def build(flags: Flags):
     from smollm_jax.generation.slots import SlotEngine
     from smollm_jax.serve.app import Served
     from smollm_jax.serve.app import build as build_app
+    from smollm_jax.serve.guard import Guard, Policy
 
     began = time.perf_counter()
     engine = Engine.load(
@@ -133,5 +139,6 @@ def build(flags: Flags):
     longest_token = max((len(token.encode()) for token in engine.tokenizer.core.get_vocab()), default=1)
     grammars = Grammars(engine.tokenizer, engine.config.vocab_size, engine.eos_token_ids)
     app = build_app(Served(name, slots, int(time.time()), longest_token, grammars))
-    hosts = frozenset({"localhost", "127.0.0.1", "::1", flags.host}) if local else None
-    return Guard(app, Policy(hosts, frozenset(flags.allowed_origins), keys))
+    names = frozenset({"localhost", "127.0.0.1", "::1", flags.host})
+    hosts = names if server.is_loopback(flags.host) else None
+    return Guard(app, Policy(hosts, frozenset(flags.allowed_origins), api_keys(flags)))

@@ -4,7 +4,9 @@ llguidance says which tokens may follow; the device excludes all others before i
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from smollm_jax.errors import UsageError
 from smollm_jax.runtime.files import import_optional, one_line
 from smollm_jax.tokenizer import Tokenizer
 
+MAX_MULTIPLE = 100_000  # half a second
 CALL, CALL_END = "<tool_call>", "</tool_call>"  # around the JSON of a call, as in SmolLM2's instruction data
 
 
@@ -27,6 +30,7 @@ class Grammars:
 
     def json_schema(self, schema: Mapping[str, Any]) -> "Matcher":
         """JSON that a schema describes. Raises `UsageError` for a schema that is invalid or not supported."""
+        check_multiples(schema)
         text = json.dumps(schema)
         return self._compile(lambda: self._library.LLMatcher.grammar_from_json_schema(text))
 
@@ -48,11 +52,29 @@ class Grammars:
             raise UsageError("a grammar needs an eos token, and the weights have none")
         try:
             matcher = self._library.LLMatcher(self._tokenizer, source(), log_level=0)
-            if matcher.is_error():
-                raise ValueError(matcher.get_error())
         except (ValueError, TypeError) as error:
             raise UsageError(one_line(error)) from error
-        return Matcher(matcher, self._ends)
+        first = Matcher(matcher, self._ends)
+        first.write_allowed(np.zeros(-(-self._tokenizer.vocab_size // 32), np.int32))  # fails for one too complex
+        if first.problem:
+            raise UsageError(first.problem)
+        return first
+
+
+def check_multiples(schema: Any) -> None:
+    """Raises `UsageError` for a schema whose multipleOf would take llguidance minutes: it makes a state for each."""
+    values, found = [schema], []
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            multiple = value.get("multipleOf")
+            if isinstance(multiple, int | float) and type(multiple) is not bool and 0 < multiple < float("inf"):
+                found.append(Fraction(str(multiple)))
+        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    unit = math.lcm(*(multiple.denominator for multiple in found))
+    common = math.lcm(*(int(multiple * unit) for multiple in found))
+    if common > MAX_MULTIPLE:
+        raise UsageError(f"multipleOf: the least common multiple is beyond {MAX_MULTIPLE:,} in the smallest unit")
 
 
 class Matcher:
@@ -64,6 +86,11 @@ class Matcher:
     def copy(self) -> "Matcher":
         """The same place, for another text."""
         return Matcher(self._matcher.deep_copy(), self._ends)
+
+    @property
+    def problem(self) -> str | None:
+        """Why the grammar is too complex or contradicts itself; None as long as it can be followed."""
+        return one_line(ValueError(self._matcher.get_error())) if self._matcher.is_error() else None
 
     def write_allowed(self, bits: np.ndarray) -> None:
         """Sets the bit of each token that may follow, and no other, in 32-bit words, the lowest bit first.

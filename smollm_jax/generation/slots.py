@@ -93,6 +93,7 @@ class _Text:
         self.text = RowText(engine, job.row, job.max_new_tokens, job.stop, job.alternatives)
         self.read = 0  # tokens of the prompt in the cache
         self.ids: list[int] = []  # of the text
+        self.allowed: np.ndarray | None = None  # the tokens that its grammar allows next, a bit each
         self.prompt_tokens = [Token(job.prompt[0], engine.token_text(job.prompt[0]), None, ())]
 
     @property
@@ -177,7 +178,7 @@ class SlotEngine:
                 self._begin(0, logits, Job([0], 1))
             self._cache = programs.copy_slot(self._cache, zero, zero)
             for rows in self._row_counts:
-                jax.block_until_ready(self._call(rows, np.zeros(rows, bool), 1, False, {}))
+                jax.block_until_ready(self._call(rows, np.zeros(rows, bool), 1, False, self._all_allowed(rows)))
         self._thread.start()
         return self
 
@@ -365,7 +366,9 @@ class SlotEngine:
         settings = SlotSettings(BatchedSampling.stack([job.sampling]), jnp.asarray(bias), *map(jnp.asarray, penalties))
         length, zero, remaining = (jnp.array([n], jnp.int32) for n in (len(job.prompt), 0, job.max_new_tokens))
         counts = jnp.zeros((1, vocabulary), jnp.int32)
-        allowed = self._allowed(1, {0: job.grammar})
+        allowed = self._all_allowed(1)
+        if job.grammar is not None:
+            job.grammar.write_allowed(allowed[0])
         row = SlotState(length, zero, remaining, zero, jnp.asarray(seen), counts, settings)
         self._state, output = programs.begin(self._state, np.int32(slot), logits, row, allowed, eos=self._eos)
         return output
@@ -379,26 +382,24 @@ class SlotEngine:
         rows = next(count for count in self._row_counts if count > highest)
         running = np.zeros(rows, bool)
         running[[text.slot for text in texts]] = True
-        grammars = {text.slot: text.job.grammar for text in texts if text.job.grammar is not None}
+        allowed = self._all_allowed(rows)
+        constrained = [text for text in texts if text.job.grammar is not None]
+        for text in constrained:
+            allowed[text.slot] = text.allowed
         # What a grammar allows next is known only when a token is read.
-        steps = 1 if grammars else self._tokens_per_call
-        output = self._call(rows, running, steps, any(text.wants_logprobs for text in texts), grammars)
+        steps = 1 if constrained else self._tokens_per_call
+        output = self._call(rows, running, steps, any(text.wants_logprobs for text in texts), allowed)
         output = jax.tree.map(np.asarray, output)
         for text in texts:
             self._add(text, output, text.slot)
 
-    def _allowed(self, rows: int, grammars: Mapping[int, Matcher | None]) -> np.ndarray:
-        """A bit for each token that may follow in each row."""
-        allowed = np.full((rows, self._words), -1, np.int32)
-        for row, grammar in grammars.items():
-            if grammar is not None:
-                grammar.write_allowed(allowed[row])
-        return allowed
+    def _all_allowed(self, rows: int) -> np.ndarray:
+        """Bits that allow every token in each row."""
+        return np.full((rows, self._words), -1, np.int32)
 
     def _call(
-        self, rows: int, running: np.ndarray, steps: int, want_logprobs: bool, grammars: Mapping[int, Matcher]
+        self, rows: int, running: np.ndarray, steps: int, want_logprobs: bool, allowed: np.ndarray
     ) -> DecodeOutput:
-        allowed = self._allowed(rows, grammars)
         self._cache, self._state, output = self._decode(
             self.engine.decoder,
             self._cache,
@@ -415,13 +416,19 @@ class SlotEngine:
     def _add(self, text: _Text, output: DecodeOutput, row: int) -> None:
         """Delivers the new tokens of a text, and frees its slot if they end it."""
         chunk = text.text.add(output, row)
-        if text.job.grammar is not None:
-            for token in chunk.tokens:
-                text.job.grammar.add(token.id)
         text.ids += [token.id for token in chunk.tokens]
         if chunk.finish:
             self._free(text.slot, text)
         self._deliver(text.ticket, chunk)
+        if text.job.grammar is None or chunk.finish:
+            return
+        for token in chunk.tokens:
+            text.job.grammar.add(token.id)
+        (text.allowed,) = allowed = self._all_allowed(1)
+        text.job.grammar.write_allowed(allowed[0])
+        if problem := text.job.grammar.problem:
+            self._free(text.slot, text)
+            self._deliver(text.ticket, UsageError(f"the grammar cannot be followed any further: {problem}"))
 
     def _deliver(self, ticket: Ticket, event: Event) -> None:
         if ticket.cancelled:

@@ -288,6 +288,8 @@ class Routes:
             usage.cached_tokens = sum(outcome.cached_tokens[::choices])
             if include_usage:
                 yield answer.usage(usage)
+        except UsageError as error:
+            yield answers.event(error_body(str(error), kind="invalid_request_error"))
         except Exception:  # logged where it was raised
             yield answers.event(error_body("internal error: see the server's log", kind="server_error"))
         finally:
@@ -365,6 +367,9 @@ def build(served: Served) -> fastapi.FastAPI:
         assert isinstance(error, FieldError)
         return refuse(400, str(error), param=error.param, code=error.code)
 
+    async def on_usage(_: fastapi.Request, error: Exception) -> Response:
+        return refuse(400, str(error))
+
     async def on_invalid(_: fastapi.Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         # Of a value that may be of several types, the error of the type that it has.
@@ -383,6 +388,7 @@ def build(served: Served) -> fastapi.FastAPI:
         return refuse(500, "internal error: see the server's log")
 
     app.add_exception_handler(FieldError, on_field)
+    app.add_exception_handler(UsageError, on_usage)  # of a text that had begun
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_bug)

@@ -9,16 +9,29 @@ import numpy as np
 import pytest
 
 from smollm_jax.errors import UsageError
+from smollm_jax.generation import slot_programs
+from smollm_jax.generation import slots as slots_module
 from smollm_jax.generation.engine import Chunk, Engine
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.generation.slots import ClosedError, Job, PromptTokens, QueueFullError, SlotEngine
+from smollm_jax.model import slot_cache
 
-CONTEXT = 300
+CONTEXT = 256  # and the cache has no more, so that the last part of a prompt may have to begin earlier
 
 
 @pytest.fixture(scope="module")
 def engine(tiny_model, tokenizer):
     return Engine(tiny_model, tokenizer)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_chunks():
+    """A prompt is read in several parts, and running texts go on between them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slot_programs, "CHUNK_SIZES", (64,))
+        patch.setattr(slots_module, "PROMPT_TOKENS", 64)
+        patch.setattr(slot_cache, "CPU_BLOCK", 64)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +75,7 @@ def run(slots, *jobs):
 
 
 def a_job(rng: random.Random) -> Job:
-    prompt = [rng.randrange(1, 40_000) for _ in range(rng.choice([1, 3, 20, 70, 150, 270]))]
+    prompt = [rng.randrange(1, 40_000) for _ in range(rng.choice([1, 3, 20, 70, 150, 225]))]
     settings = {"temperature": 1.0, "top_k": 50, "repetition_penalty": 1.2} if rng.random() < 0.5 else {}
     stop = ("a", "e") if rng.random() < 0.3 else ()
     return Job(prompt, rng.randrange(1, 25), Sampling(**settings, seed=rng.randrange(2**32)), stop, alternatives=3)
@@ -98,7 +111,7 @@ def test_every_text_is_the_one_it_gets_alone(slots, engine, seed):
 
 
 def test_a_cancelled_text_frees_its_slot_and_says_no_more(slots):
-    reader = Reader(slots, [Job([5], 250, row=row) for row in range(5)])
+    reader = Reader(slots, [Job([5], 240, row=row) for row in range(5)])
     while not reader.chunks[0]:
         reader.next()
     for ticket in reader.tickets:
@@ -106,13 +119,13 @@ def test_a_cancelled_text_frees_its_slot_and_says_no_more(slots):
     after = run(slots, Job([7], 2))
     assert slots.running == slots.waiting == 0
     assert len(after.tokens(0)) == 2
-    assert max(len(reader.tokens(row)) for row in range(5)) < 250
+    assert max(len(reader.tokens(row)) for row in range(5)) < 240
 
 
 def test_log_probabilities_of_a_prompt_are_the_models_own(slots, tiny_model, engine):
     rng = random.Random(3)
-    prompt = [rng.randrange(1, 40_000) for _ in range(290)]  # two chunks, the second moved to fit into the cache
-    for count in (2, 70, 290):
+    prompt = [rng.randrange(1, 40_000) for _ in range(150)]
+    for count in (2, 150):
         reader = run(slots, Job(prompt[:count], 0, prompt_alternatives=2))
         (chunk,) = reader.chunks[0]
         assert (chunk.text, chunk.tokens, chunk.finish) == ("", (), "length")
@@ -141,6 +154,8 @@ def test_penalties_count_the_tokens_of_the_text_and_not_of_the_prompt(slots):
     assert [token.id for token in once] == [77, 78, 77, 77]
     often = run(slots, Job([77, 77], 6, frequency_penalty=60.0, **forced)).tokens(0)
     assert [token.id for token in often] == [77, 77, 78, 77, 78, 77]
+    divided = run(slots, Job([5], 4, Sampling(repetition_penalty=10.0), **forced)).tokens(0)
+    assert [token.id for token in divided] == [77, 78, 77, 77]
 
 
 def test_more_than_can_wait_is_refused_whole(engine):
@@ -184,6 +199,9 @@ def test_what_a_text_left_in_the_cache_is_not_computed_again(engine):
                 # All of the last turn but its last token, which was never read.
                 assert reader.tickets[0].cached_tokens == (len(chat) - 6 if turn else 20 if chat is chats[1] else 0)
                 chat += [*ids, *(rng.randrange(1, 40_000) for _ in range(5))]
+        reader = run(slots, Job([*chats[0], *range(100, 245 - len(chats[0]) + 100)], 4))
+        (alone,) = engine.complete([reader.tickets[0].job.prompt], max_new_tokens=4)
+        assert [token.id for token in reader.tokens(0)] == [token.id for token in alone.tokens]
         jobs = [Job(chats[0][:90], 20, Sampling(temperature=1.0, seed=seed)) for seed in range(3)]
         reader = run(slots, *jobs, Job(chats[0][:90], 0, prompt_alternatives=0))
         assert [ticket.cached_tokens for ticket in reader.tickets] == [89, 89, 89, 0]

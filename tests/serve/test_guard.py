@@ -95,7 +95,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path):
 def test_without_a_key_others_are_not_served(monkeypatch, tmp_path):
     monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
     with pytest.raises(UsageError, match=r"--host 0\.0\.0\.0 lets others send requests: give --api-key-file"):
-        serve.build(serve.Flags(weights=tmp_path, host="0.0.0.0"))
+        serve.main(["--weights", str(tmp_path), "--host", "0.0.0.0"])
 
 
 def test_the_port_does_not_open_before_it_is_asked_to():

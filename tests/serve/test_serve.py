@@ -4,23 +4,23 @@ import asyncio
 import contextlib
 import json
 import re
-import threading
+import socket
 import time
 from pathlib import Path
 
 import httpx
+import hypothesis
 import numpy as np
 import openai
 import pytest
-import uvicorn
+from hypothesis import strategies as st
 
 from smollm_jax.commands import serve
 from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.grammar import Grammars
 from smollm_jax.generation.sampling import Sampling
-from smollm_jax.serve import tools
-from smollm_jax.web import server
-from tests import trainer
+from smollm_jax.serve import fields, tools
+from tests.api_server import serving
 from tests.serving import tiny_weights
 
 CONTEXT = 400
@@ -39,27 +39,9 @@ def engine(weights) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def app(weights):
-    flags = serve.Flags(weights=weights, slots=4, context=CONTEXT, queue_size=8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", trainer.CACHE)
-        patch.delenv(serve.KEY_VARIABLE, raising=False)
-        return serve.build(flags)
-
-
-@pytest.fixture(scope="module")
-def url(app):
-    listener = server.bind("127.0.0.1", 0)
-    running = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", lifespan="on", http=server.protocol()))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        while not running.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        running.should_exit = True
-        thread.join()
+def url(weights):
+    with serving(serve.Flags(weights=weights, slots=4, context=CONTEXT, queue_size=8)) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +298,8 @@ def test_a_tool_is_called(client, no_space):
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objct"}}}}, None, "objct"),
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", "unclosed group"),
         ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs", "one of json, regex"),
+        ({"structured_outputs": {"regex": "(a{1000}){1000}"}, "max_tokens": 9}, None, "too many expressions"),
+        ({"structured_outputs": {"json": {"allOf": [{"multipleOf": 997}, {"multipleOf": 0.503}]}}}, None, "multipleOf"),
         ({"response_format": {"type": "json_object"}, "tools": TOOLS}, "tools", "cannot be combined"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "no tool"),
@@ -361,3 +345,56 @@ def test_amid_a_text_a_call_must_follow_its_schema(engine):
         matcher.add(i)
     inside = {engine.tokenizer.token_bytes(i).strip()[:1] for i in np.flatnonzero(allowed())}
     assert inside <= {b"", b"{"}
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = st.sampled_from(
+    sorted({*fields.ChatRequest.model_fields, *fields.CompletionRequest.model_fields, *fields.IGNORED, "x"})
+)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.sampled_from(["v1/chat/completions", "v1/completions", "tokenize"]),
+    st.dictionaries(FIELDS, VALUES, max_size=3),
+    st.booleans(),
+)
+def test_no_body_is_an_error_of_the_server(http, path, changed, whole):
+    base = {"messages": MESSAGES} if path == "v1/chat/completions" else {"prompt": PROMPT}
+    body = (base | {"max_tokens": 1, "max_completion_tokens": 1} if whole else {}) | changed
+    if path == "v1/completions":
+        body.pop("max_completion_tokens", None)
+    response = http.post(f"/{path}", content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400, 404, 429), response.text
+    if response.status_code != 200:
+        assert response.json()["error"]["message"]
+
+
+@pytest.mark.slow
+def test_clients_that_send_or_read_nothing_harm_no_other(url, http, engine):
+    host, port = url.removeprefix("http://").split(":")
+    long = json.dumps({"prompt": PROMPT, "max_tokens": 300, "stream": True})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with contextlib.ExitStack() as stack:
+        for i in range(200):
+            connection = stack.enter_context(socket.create_connection((host, int(port))))
+            if i < 4:  # never reads
+                connection.sendall(f"{head}Content-Length: {len(long)}\r\n\r\n{long}".encode())
+            elif i < 50:  # never ends
+                connection.sendall(f"{head}Content-Length: {len(long)}\r\n\r\n{{".encode())
+            elif i < 100:
+                connection.sendall(b"GET /he")
+        expected = alone(engine, engine.encode(PROMPT), max_new_tokens=8)
+        answer = http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 8}).json()
+        assert answer["choices"][0]["text"] == expected.text
+        late = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+        late.sendall(f"{head}Content-Length: 10\r\n\r\n{{".encode())
+        assert b" 408 " in late.recv(100)
+    deadline = time.monotonic() + 60
+    while any(value > 0 for value in busy(http)):
+        assert time.monotonic() < deadline, "the slots are still in use"
+        time.sleep(0.1)
