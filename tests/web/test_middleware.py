@@ -193,8 +193,10 @@ def asked(
         await send({"type": "http.response.start", "status": 200} | ({"headers": [(b"a", b"b")]} if body else {}))
         await send({"type": "http.response.body", "body": b"fine"})
 
+    waiting = [part(body)]
+
     async def receive() -> dict[str, Any]:
-        return part(body)
+        return waiting.pop() if waiting else {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
         sent.append(message)
@@ -209,7 +211,7 @@ def test_an_answer_and_a_refusal_have_the_headers_of_the_page(caplog):
     got, (start, _) = asked("POST", "/gradio_api/queue/join", content)
     scope, first, second = got
     assert first == {"type": "http.request", "body": content, "more_body": False}
-    assert second == part(content), "after the body the app hears of the client itself"
+    assert second == {"type": "http.disconnect"}, "after the body the app hears of the client itself"
     assert (scope["path"], scope["headers"]) == ("/gradio_api/queue/join", [(b"Host", b"localhost")])
     assert start["headers"] == [(b"a", b"b"), *middleware.HEADERS]
     assert asked("GET", "/")[1][0]["headers"] == middleware.HEADERS
