@@ -1,6 +1,6 @@
 """Deliberate, realistic bugs in the JAX code; for each a named fast test must fail.
 
-    python -m smollm_parity.mutants            # all of them, about 12 minutes on 2 cores; exit status 1 if one survives
+    python -m smollm_parity.mutants            # all of them; exit status 1 if one survives
     python -m smollm_parity.mutants gelu       # those whose name contains a word
 
 A mutant of `mutant_list` is one replacement in one module's source, made when the module is imported (`conftest.py`),
