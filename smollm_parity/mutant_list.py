@@ -388,7 +388,6 @@ MUTANTS = [
     Mutant("a queue without an end", "generation.slots", "if len(self._queue) + len(jobs) > self.queue_size + free", "if len(jobs) > self.queue_size + free", f"{SLOTS}::test_more_than_can_wait_is_refused_whole"),
     Mutant("the same seed for every choice", "serve.fields", "seed=(seed + i) % 2**32", "seed=seed % 2**32", f"{SERVE}::test_a_stream_joins_to_the_whole_answer_and_ends_with_the_usage"),
     Mutant("a grammar that stands still", "generation.slots", "text.job.grammar.add(token.id)", "pass", f"{SERVE}::test_a_text_follows_its_schema_beside_others_that_do_not"),
-    Mutant("a client that leaves keeps its slots", "serve.app", "    async def events(self) -> AsyncIterator[PromptTokens | Chunk]:", "    def cancel(self) -> None: ...\n    async def events(self) -> AsyncIterator[PromptTokens | Chunk]:", f"{SERVE}::test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_slots"),
     Mutant("any key will do", "serve.guard", "return any(matches) and header", "return header", f"{GUARD}::test_hosts_origins_keys_and_sizes"),
     Mutant("every page may ask", "serve.guard", "return origin in own or origin in self.origins", "return True or origin in self.origins", f"{GUARD}::test_hosts_origins_keys_and_sizes"),
 ]  # fmt: skip
