@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from smollm_jax.config import Recipe
 from smollm_jax.config.finetune_recipe import FinetuneRecipe
 from smollm_jax.data.batches import Batches
+from smollm_jax.data.examples import packing
 from smollm_jax.data.examples.examples import Example
 from smollm_jax.data.examples.packing import Rows, packed, padded
 from smollm_jax.data.mixture import Mixture
@@ -166,3 +167,11 @@ def test_packed_and_padded_rows_have_each_token_once_and_each_but_an_examples_fi
         ]
         assert sorted(spans) == [(int(example.ids[0]), len(example.ids)) for example in examples]
     assert len(packed(examples, 12)) <= len(padded(examples, 12)) == len(lengths)
+
+
+def test_examples_beyond_the_first_batch_of_a_thousand_are_packed_too(monkeypatch):
+    monkeypatch.setattr(packing, "MAP_BATCH", 4)
+    examples = [Example(np.array([i, i], np.int32), np.ones(2, bool)) for i in range(10)]
+    rows = packed(examples, 6)
+    assert sorted(rows.tokens[rows.documents >= 0][::2]) == list(range(10))
+    assert len(rows) == 2 + 2 + 1, "examples of two batches share a row"
