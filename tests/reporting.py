@@ -24,6 +24,8 @@ LONGEST = [
     "parity_tests/test_11_evaluation.py",
     "parity_tests/test_4_modules.py",
     "tests/generation/test_engine.py",
+    "tests/generation/test_slots.py",
+    "tests/serve/test_serve.py",
     "tests/commands/test_chat.py",
     "tests/parallel/test_sharding.py",
     "tests/runs/test_store.py",

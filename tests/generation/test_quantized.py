@@ -131,7 +131,7 @@ def test_a_q8_0_gguf_is_decoded_as_it_lies(tiny_model, tokenizer_path, tmp_path)
     bundle = weights.to_bundle(tiny_model, "random", read_tokenizer_files(tokenizer_path))
     weights.write(path, bundle, "gguf", gguf_type="q8_0")
     halve_values(path)
-    stored = Engine.load(path, quantize="int8")._model
+    stored = Engine.load(path, quantize="int8").decoder
     assert isinstance(stored, Quantized)
     raw = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for i, layer in enumerate(stored.layers):
