@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 Target = Callable[[bytes], object]
@@ -70,11 +71,19 @@ def template(content: bytes) -> object:
     from smollm_jax.tokenizer.conversation import Conversation
     from smollm_jax.tokenizer.template_environment import compile_template
 
-    template_process.PROCESS._limits = (1, 256 << 20, 1 << 20)
     source = content.decode(errors="replace")
     compile_template(source, "x")
     chat = Conversation([{"role": "user", "content": "Hi"}])
-    return ChatTemplates({"default": ("x", source)}).render(chat, {"bos_token": "<s>", "eos_token": "</s>"})
+    with mock.patch.object(template_process, "PROCESS", quick_template_process()):
+        return ChatTemplates({"default": ("x", source)}).render(chat, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+@functools.cache
+def quick_template_process():
+    """One with smaller limits than the commands', for many inputs that reach them."""
+    from smollm_jax.tokenizer.template_process import TemplateProcess
+
+    return TemplateProcess(cpu_seconds=1, memory_bytes=256 << 20)
 
 
 def json_lines(content: bytes) -> object:
