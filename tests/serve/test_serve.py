@@ -19,6 +19,7 @@ from smollm_jax.commands import serve
 from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.grammar import Grammars
 from smollm_jax.generation.sampling import Sampling
+from smollm_jax.generation.slots import SlotEngine
 from smollm_jax.serve import fields, tools
 from tests.api_server import serving
 from tests.serving import tiny_weights
@@ -207,7 +208,14 @@ def busy(http) -> list[float]:
     ]
 
 
-def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_slots(url, http):
+def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_slots(url, http, monkeypatch):
+    free, lengths = SlotEngine._free, []
+
+    def recorded(self, slot, text):
+        lengths.append(len(text.ids))
+        free(self, slot, text)
+
+    monkeypatch.setattr(SlotEngine, "_free", recorded)
     long = {"prompt": PROMPT, "max_tokens": 300, "n": 12, "stream": True}
 
     async def leave() -> None:
@@ -227,6 +235,8 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_slots(url, http)
     while any(value > 0 for value in busy(http)):
         assert time.monotonic() < deadline, "the slots are still in use"
         time.sleep(0.01)
+    assert lengths
+    assert max(lengths) < 300, "a text that nobody waits for ran to its end"
     assert http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1}).status_code == 200
 
 
