@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
-            """Finishes what was begun; at a second signal ends at once. The process then exits with 0."""
+            """Finishes the accepted requests; at a second signal ends at once. The process then exits with 0."""
             if self.should_exit:
                 self.force_exit = True
             else:

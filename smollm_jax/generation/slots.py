@@ -192,7 +192,7 @@ class SlotEngine:
             )
 
     def submit(self, jobs: Sequence[Job], deliver: Deliver) -> list[Ticket]:
-        """Queues all of some jobs, or none; their events are told apart by `row`.
+        """Queues all of these jobs or none of them; the `row` of an event names its job.
 
         Raises `QueueFullError` when they would be more than can wait, and `ClosedError` after `close`.
         """

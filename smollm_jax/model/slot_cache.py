@@ -61,7 +61,7 @@ class SlotCache:
         """
         (R, T, N, H), K, block = q.shape, self.keys.shape[2], self.block
         q = (q * H**-0.5).reshape(R, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(R, K, -1, H)
-        last = jnp.tile(positions, N // K)[:, None, :, None]  # of each query, as q is laid out
+        last = jnp.tile(positions, N // K)[:, None, :, None]  # position of each query, in the order of q
 
         def add_block(i, carry):
             top, total, out = carry

@@ -388,7 +388,7 @@ def build(served: Served) -> fastapi.FastAPI:
         return refuse(500, "internal error: see the server's log")
 
     app.add_exception_handler(FieldError, on_field)
-    app.add_exception_handler(UsageError, on_usage)  # of a text that had begun
+    app.add_exception_handler(UsageError, on_usage)  # raised while a text is generated
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_bug)

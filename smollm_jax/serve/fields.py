@@ -220,7 +220,7 @@ class TextPart(_Strict):
 
 
 class ChatMessage(_Strict):
-    """A message; its text may be in parts, which are joined. All other fields go to the chat template."""
+    """A message; the text parts of its content are joined. All other fields go to the chat template."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="allow")
 
