@@ -38,10 +38,15 @@ hypothesis.settings.register_profile("same", derandomize=True, deadline=None, ma
 hypothesis.settings.register_profile("soak", deadline=None, max_examples=5000)
 hypothesis.settings.load_profile("soak" if SOAK else "same")
 
-# A deliberate bug, for smollm_parity/mutants.py to see that a test catches it.
+# A deliberate bug, for smollm_parity/mutants.py to see that a test catches it. That a test fails is enough: no smaller
+# example is looked for.
 if mutant := os.environ.get("SMOLLM_MUTANT"):
+    from hypothesis import Phase
+
     from smollm_parity import mutants
 
+    hypothesis.settings.register_profile("mutant", hypothesis.settings(), phases=[Phase.explicit, Phase.generate])
+    hypothesis.settings.load_profile("mutant")
     mutants.apply(mutant)
 
 # Before any import of the package: every jaxtyping annotation in it is checked on every call.
