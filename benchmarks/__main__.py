@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.compare import busy_seconds
 from benchmarks.workload import GEMM, Workload
 from smollm_jax.runtime import allocator
 from smollm_jax.runtime.program import run_main
@@ -56,12 +57,6 @@ def timed_gemm(gemm: Callable[[], int]) -> float:
     """FLOP/s of a matmul; `gemm` returns how many it ran."""
     began = time.perf_counter()
     return gemm() * 2 * GEMM**3 / (time.perf_counter() - began)
-
-
-def busy_seconds() -> float:
-    """Seconds that this machine's cores have worked, for all processes."""
-    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:8])
-    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

@@ -118,6 +118,12 @@ def anonymous_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
+def busy_seconds() -> float:
+    """Seconds that this machine's cores have worked, for all processes."""
+    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:8])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
 def check_equal(dtypes: dict[str, str], ready: dict[str, dict[str, Any]]) -> None:
     """Raises unless every backend computes what ours does: losses and samples within `TOLERANCE`, on the same platform.
 

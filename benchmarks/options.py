@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import tyro
 
 from benchmarks.compare import PROMPT, ROOT
+from benchmarks.serving import CONTEXT, check_installed
 from smollm_jax import errors
 from smollm_jax.config import preset
 from smollm_jax.config.recipe import Remat
@@ -24,6 +25,7 @@ Baseline = Literal[
     "twin", "twin-compile", "plain", "freed-memory",
     "remat-none", "remat-swiglu", "remat-dots", "remat-full", "tokenizers", "datasets",
     "every-trl", "trl", "trl-compile", "trl-packed", "trl-packed-compile",
+    "transformers", "llama-server", "llama-cpp-python",
 ]  # fmt: skip
 HF_FLOAT32, TWIN = ("hf", "hf-compile", "hf-compile-max"), ("twin", "twin-compile")
 HF = (*HF_FLOAT32, *(f"{name}-bf16" for name in HF_FLOAT32))
@@ -35,7 +37,7 @@ BASELINES = {"decode": (*HF, *LLAMACPP), "prefill": (*HF, *FREEZE, *LLAMACPP), "
 BASELINES |= {"checkpoint": (), "prepare": ("tokenizers", "datasets"), "first-token": ("hf", "llamacpp")}
 BASELINES |= {"startup": (*HF, *TWIN), "memory": (*HF, *TWIN, *REMAT), "train": (*HF, *TWIN, "freed-memory", *REMAT)}
 TRL = ("trl", "trl-compile", "trl-packed", "trl-packed-compile")
-BASELINES |= {"finetune": TRL}
+BASELINES |= {"finetune": TRL, "serve": ("transformers", "llama-server", "llama-cpp-python")}
 BASELINES |= dict.fromkeys(("loss", "attention", "gemm"), HF)
 LLAMACPP_MISSING = (
     "--against llamacpp needs a package: CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python "
@@ -60,6 +62,7 @@ class Flags:
             "checkpoint",
             "prepare",
             "finetune",
+            "serve",
         ]
     ]
     """What to measure; see above."""
@@ -70,7 +73,9 @@ class Flags:
     supports. For "packed": our plain causal attention. For "train": ours with glibc returning freed memory, and as for
     "memory" ours with another --remat. For "prepare": one call of `tokenizers`, which writes nothing (default), and
     load_dataset and map of `datasets`. For "finetune": TRL's trainers with padded rows ("trl", the default) or packed
-    ones, or all of these ("every-trl"). An empty list measures ours alone."""
+    ones, or all of these ("every-trl"). For "serve": `transformers serve` with continuous batching (default),
+    llama.cpp's own server, and that of llama-cpp-python, which answers one request after another. An empty list
+    measures ours alone."""
     preset: str = "smollm2-135m"
     """Model, with seeded random weights."""
     rounds: int = 5
@@ -93,8 +98,12 @@ class Flags:
     """Only ours: layers unrolled per step of the layer scan; default: as in train_jax.py."""
     method: Literal["sft", "lora", "dpo"] = "sft"
     """For "finetune": SFT of all parameters, SFT of a LoRA adapter of rank 16 on all projections, or DPO."""
+    clients: tuple[int, ...] = (1, 4, 16)
+    """For "serve": clients that ask at once, one after another number of them."""
+    llama_server: str = "llama-server"
+    """For "serve": llama.cpp's server, a program's name or path."""
     text: Path = ROOT / "assets/sotu"
-    """For "prepare": text to tokenise."""
+    """For "prepare": text to tokenise. For "serve": text whose parts are the prompts."""
     copies: int = 6
     """For "prepare": copies of the text, each in its own files; four cores need 64 MB or more to be busy."""
     out: Path | None = None
@@ -104,7 +113,7 @@ class Flags:
 
     def workload(self, backend: str) -> dict[str, Any]:
         """The fields of `benchmarks.workload.Workload` for a backend."""
-        parent_only = ("against", "text", "out", "debug")
+        parent_only = ("against", "clients", "llama_server", "text", "out", "debug")
         flags = {key: value for key, value in dataclasses.asdict(self).items() if key not in parent_only}
         dtype = self.dtype if backend == "ours" else self.dtype_of(backend)
         return flags | {"remat": REMAT.get(backend, self.remat), "dtype": dtype}
@@ -141,7 +150,13 @@ def check_flags(flags: Flags) -> None:
         if backend not in BASELINES[flags.what]:
             allowed = f"only {', '.join(BASELINES[flags.what])}" if BASELINES[flags.what] else "it has no baselines"
             raise errors.UsageError(f"{flags.what} cannot be measured --against {backend}: {allowed}")
-    if flags.what == "prepare" and not flags.text.exists():
+    if flags.what == "serve":
+        if not flags.clients or min(flags.clients) < 1:
+            raise errors.UsageError(f"--clients must be numbers of at least 1, got {flags.clients}")
+        if flags.new_tokens > CONTEXT // 2:
+            raise errors.UsageError(f"--new-tokens must be at most {CONTEXT // 2} for serve, got {flags.new_tokens}")
+        check_installed(flags)
+    if flags.what in ("prepare", "serve") and not flags.text.exists():
         raise errors.UsageError(f"--text {flags.text}: no such file or folder")
     if "datasets" in flags.baselines:
         if importlib.util.find_spec("datasets") is None:

@@ -16,6 +16,7 @@
     python scripts/benchmark.py checkpoint                               # the manifest and the check for finite numbers
     python scripts/benchmark.py prepare --against tokenizers datasets    # tokenising text into a data set
     python scripts/benchmark.py finetune --against every-trl --method lora --batch-size 2 --sequence-length 512
+    python scripts/benchmark.py serve --against transformers llama-server   # requests of 1, 4 and 16 clients at once
 
 Each backend runs in its own process with the same seeded weights, tokens and optimizer (AdamW, clip 1.0, float32 state,
 fused in PyTorch). The script checks that their results agree before it times anything. One process runs at a time, the
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: `b
 
 from benchmarks.compare import process_environment
 from benchmarks.options import Flags, check_flags
+from benchmarks.serving import serve, version_of
 from benchmarks.starts import first_token, startup
 from benchmarks.subjects import checkpoint, finetune, memory, prepare, speed
 from smollm_jax.commands import command_line
@@ -44,6 +46,17 @@ from smollm_jax.runs.provenance import environment
 from smollm_jax.runtime import cpu
 from smollm_jax.runtime.program import run_main
 
+PACKAGES = (
+    "torch",
+    "transformers",
+    "llama-cpp-python",
+    "tokenizers",
+    "datasets",
+    "trl",
+    "peft",
+    "llguidance",
+    "uvicorn",
+)
 SETTINGS = (
     "JAX_PLATFORMS",
     "XLA_FLAGS",
@@ -59,20 +72,23 @@ def main(argv: list[str] | None = None) -> None:
     check_flags(flags)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # sent by a time limit: clean up before exiting
     special = {"finetune": finetune, "startup": startup, "first-token": first_token, "memory": memory}
+    special |= {"serve": serve}
     measure = (special | {"checkpoint": checkpoint, "prepare": prepare}).get(flags.what, speed)
     with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark-") as folder:  # not in /tmp, which may be in memory
         device, rows = measure(flags, Path(folder).resolve())
     for name, row in rows.items():
         print(f"{name:44} {'  '.join(f'{what} {value:.4g}' for what, value in row.items())}")
     size = f"-{flags.batch_size}x{flags.new_tokens if flags.what == 'decode' else flags.sequence_length}"
-    size = "" if flags.what in ("checkpoint", "prepare", "first-token") else size
+    size = "" if flags.what in ("checkpoint", "prepare", "first-token", "serve") else size
     what = f"{flags.what}-{flags.method}" if flags.what == "finetune" else flags.what
     name = f"{what}{size}-{device.lower().replace(' ', '-')}-{time.strftime('%Y-%m-%d')}.json"
     out = flags.out or unused(Path("benchmarks/results") / name)
     versions = environment(device, 1) | {"cpu": cpu.name(), "cpu_features": cpu.features()}
-    for package in ("torch", "transformers", "llama-cpp-python", "tokenizers", "datasets", "trl", "peft"):
+    for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
+    if "llama-server" in flags.baselines:
+        versions["llama-server"] = version_of(flags.llama_server)
     content = {
         "command": f"python scripts/benchmark.py {' '.join(argv if argv is not None else sys.argv[1:])}",
         "date": time.strftime("%Y-%m-%d"),
