@@ -14,10 +14,11 @@ CACHE = "tests/model/test_attention.py::test_prefill_in_chunks_equals_at_once"
 LOSS = "tests/model/test_cross_entropy.py::test_it_equals_the_dense_loss_in_float64"
 BLOCKS = "tests/model/test_attention.py::test_blocks_give_the_values_and_gradients_of_attention_at_once"
 GENERATE = "tests/generation/test_generate.py"
-SLOTS, SERVE, GUARD = (
+SLOTS, SERVE, GUARD, MODELS = (
     "tests/generation/test_slots.py",
     "tests/serve/test_serve.py",
     "tests/serve/test_guard.py",
+    "tests/serve/test_models.py",
 )
 TEXT_ALONE = f"{SLOTS}::test_every_text_is_the_one_it_gets_alone"
 CACHED_PREFIX = f"{SLOTS}::test_what_a_text_left_in_the_cache_is_not_computed_again"
@@ -388,6 +389,8 @@ MUTANTS = [
     Mutant("a queue without an end", "generation.slots", "if len(self._queue) + len(jobs) > self.queue_size + free", "if len(jobs) > self.queue_size + free", f"{SLOTS}::test_more_than_can_wait_is_refused_whole"),
     Mutant("the same seed for every choice", "serve.fields", "seed=(seed + i) % 2**32", "seed=seed % 2**32", f"{SERVE}::test_a_stream_joins_to_the_whole_answer_and_ends_with_the_usage"),
     Mutant("a grammar that stands still", "generation.slots", "text.job.grammar.add(token.id)", "pass", f"{SERVE}::test_a_text_follows_its_schema_beside_others_that_do_not"),
+    Mutant("every name gets the first model", "serve.app", "return self.models_by_name[name]", "return self.default", f"{MODELS}::test_each_model_gives_its_own_text_whoever_else_is_asked"),
+    Mutant("the adapters share all weights", "generation.engine", "theirs if np.array_equal(mine, theirs) else mine", "theirs", f"{MODELS}::test_what_an_adapter_does_not_change_is_in_memory_once"),
     Mutant("any key will do", "serve.guard", "return any(matches) and header", "return header", f"{GUARD}::test_hosts_origins_keys_and_sizes"),
     Mutant("every page may ask", "serve.guard", "return origin in own or origin in self.origins", "return True or origin in self.origins", f"{GUARD}::test_hosts_origins_keys_and_sizes"),
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
     python scripts/serve.py                                          # the Instruct weights on 127.0.0.1:8000
     python scripts/serve.py --weights runs/my-run --adapter runs/my-lora --slots 16 --context 2048
+    python scripts/serve.py --adapter legal=runs/lora-1 --adapter mail=runs/lora-2   # three models by name
     python scripts/serve.py --host 0.0.0.0 --api-key-file key        # open to others who have the key
 
 Needs the extra "serve". Many texts are generated at once, each in a slot of its own. The port opens when all programs
@@ -11,9 +12,12 @@ that run and wait finish; a second signal ends at once. No request is logged, an
 
 import dataclasses
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any, Literal
+
+import tyro
 
 from smollm_jax import errors
 from smollm_jax.commands import command_line
@@ -29,18 +33,19 @@ IDLE_CONNECTIONS = 256  # open at once beside those of texts that run and wait
 class Flags:
     weights: Path = FOLDER / "SmolLM2-135M-Instruct"
     """Weights in any format."""
-    adapter: Path | None = None
-    """A LoRA adapter for these weights: a folder in peft's layout, or a run that trained one."""
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A LoRA adapter for these weights: a folder in peft's layout, or a run that trained one. With NAME=PATH, which can
+    be repeated, requests choose by `model` between each name and the weights themselves."""
     host: str = "127.0.0.1"
     """Address to listen on; any but a loopback address needs an API key."""
     port: int = 8000
     """Port; 0 takes a free one."""
     slots: int = 16
-    """Texts that are generated at once."""
+    """Texts that each model generates at once."""
     context: int | None = None
     """Tokens of a text, prompt included; default: the model's context, at most 2,048."""
     queue_size: int = 64
-    """Texts that can wait for a slot; more are refused with status 429."""
+    """Texts that can wait for a slot of a model; more are refused with status 429."""
     api_key_file: Path | None = None
     """File with API keys, one a line, of which a client must send one; or set SMOLLM_API_KEY to a key."""
     allowed_origins: tuple[str, ...] = ()
@@ -67,6 +72,7 @@ DEFAULT_CONTEXT = 2048
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__, weights=("weights",))
     api_keys(flags)  # before a port is taken
+    models = adapters(flags)
     bound = server.bind(flags.host, flags.port)
     app = build(flags)
     import uvicorn
@@ -82,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
     shown = f"[{flags.host}]" if ":" in flags.host else flags.host
     settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False, "ws": "none"}
-    connections = IDLE_CONNECTIONS + flags.queue_size + flags.slots
+    connections = IDLE_CONNECTIONS + len(models) * (flags.queue_size + flags.slots)
     most = server.per_address(flags.host, connections)
     settings |= {"http": server.protocol(most), "proxy_headers": False}
     running = Server(uvicorn.Config(app, limit_concurrency=connections, lifespan="on", **settings))
@@ -102,8 +108,27 @@ def api_keys(flags: Flags) -> tuple[str, ...]:
     return keys
 
 
+def adapters(flags: Flags) -> dict[str, Path | None]:
+    """The adapter of each model by the model's name; None for the weights themselves."""
+    base = flags.weights.name
+    if not flags.adapter:
+        return {base: None}
+    if len(flags.adapter) == 1 and ("=" not in flags.adapter[0] or Path(flags.adapter[0]).exists()):
+        path = Path(flags.adapter[0])
+        return {f"{base}+{path.name}": path}
+    models: dict[str, Path | None] = {base: None}
+    for text in flags.adapter:
+        name, _, path = text.partition("=")
+        if not re.fullmatch(r"[\w.:-]+", name) or not path:
+            raise errors.UsageError(f"--adapter {text}: must be NAME=PATH, with a name of letters, digits, or _.:-")
+        if name in models:
+            raise errors.UsageError(f"--adapter {text}: two models have the name {name}")
+        models[name] = Path(path)
+    return models
+
+
 def build(flags: Flags):
-    """The ASGI app of these flags, with a running engine, which ends with the app."""
+    """The ASGI app of these flags, with an engine for each model, which ends with the app."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -122,23 +147,30 @@ def build(flags: Flags):
     from smollm_jax.serve.app import build as build_app
     from smollm_jax.serve.guard import Guard, Policy
 
-    began = time.perf_counter()
-    engine = Engine.load(
-        flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer, quantize=flags.quantize, adapter=flags.adapter
-    )
-    longest = engine.config.max_position_embeddings
-    context = min(longest, DEFAULT_CONTEXT) if flags.context is None else flags.context
-    slots = SlotEngine(engine, slots=flags.slots, context=context, queue_size=flags.queue_size)
-    name = flags.weights.name if flags.adapter is None else f"{flags.weights.name}+{flags.adapter.name}"
-    device, precision = jax.devices()[0].device_kind, flags.quantize or flags.dtype
-    print(
-        f"model {name}, {precision}, device {device}, {flags.slots} slots of {context:,} tokens: compiling", flush=True
-    )
-    slots.start()
-    print(f"ready after {time.perf_counter() - began:.1f} s", flush=True)
-    longest_token = max((len(token.encode()) for token in engine.tokenizer.core.get_vocab()), default=1)
-    grammars = Grammars(engine.tokenizer, engine.config.vocab_size, engine.eos_token_ids)
-    app = build_app(Served(name, slots, int(time.time()), longest_token, grammars))
+    device, precision, models = jax.devices()[0].device_kind, flags.quantize or flags.dtype, []
+    for name, adapter in adapters(flags).items():
+        began = time.perf_counter()
+        engine = Engine.load(
+            flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer, quantize=flags.quantize, adapter=adapter
+        )
+        if models:
+            engine.share_equal_weights(models[0].engine)
+        longest = engine.config.max_position_embeddings
+        context = min(longest, DEFAULT_CONTEXT) if flags.context is None else flags.context
+        slots = SlotEngine(engine, slots=flags.slots, context=context, queue_size=flags.queue_size)
+        print(
+            f"model {name}, {precision}, device {device}, {flags.slots} slots of {context:,} tokens: compiling",
+            flush=True,
+        )
+        slots.start()
+        print(f"ready after {time.perf_counter() - began:.1f} s", flush=True)
+        longest_token = max((len(token.encode()) for token in engine.tokenizer.core.get_vocab()), default=1)
+        if models:
+            grammars = models[0].grammars  # every adapter of these weights has their tokenizer
+        else:
+            grammars = Grammars(engine.tokenizer, engine.config.vocab_size, engine.eos_token_ids)
+        models.append(Served(name, slots, int(time.time()), longest_token, grammars))
+    app = build_app(models)
     names = frozenset({"localhost", "127.0.0.1", "::1", flags.host})
     hosts = names if server.is_loopback(flags.host) else None
     return Guard(app, Policy(hosts, frozenset(flags.allowed_origins), api_keys(flags)))

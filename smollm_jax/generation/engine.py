@@ -6,7 +6,9 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from smollm_jax.config.generation_config import GenerationConfig
 from smollm_jax.errors import UsageError, short_repr
@@ -111,6 +113,12 @@ class Engine:
     def model(self) -> "SmolLM":
         """The model itself."""
         return self.decoder.model
+
+    def share_equal_weights(self, other: "Engine") -> None:
+        """Replaces each array that equals one of an engine of the same shape by that one, so that both need it once."""
+        self.decoder = jax.tree.map(
+            lambda mine, theirs: theirs if np.array_equal(mine, theirs) else mine, self.decoder, other.decoder
+        )
 
     def encode(self, prompt: str, *, parse_special: bool = False, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer adds.

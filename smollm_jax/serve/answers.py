@@ -14,6 +14,18 @@ from smollm_jax.tokenizer import Tokenizer
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 DONE = "data: [DONE]\n\n"
+_TEXT, _PERHAPS = {"type": "string"}, {"type": ["string", "null"]}
+ERROR_SCHEMA = {  # of `error_body`
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {"message": _TEXT, "type": _TEXT, "param": _PERHAPS, "code": _PERHAPS},
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
 
 
 @dataclasses.dataclass

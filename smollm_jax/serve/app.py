@@ -14,17 +14,24 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from smollm_jax.errors import InputFileError, UsageError, short_repr
-from smollm_jax.generation.engine import Chunk
+from smollm_jax.generation.engine import Chunk, Engine
 from smollm_jax.generation.grammar import Grammars
 from smollm_jax.generation.slots import ClosedError, Event, Job, PromptTokens, QueueFullError, SlotEngine, Ticket
 from smollm_jax.runtime.files import utf8
 from smollm_jax.serve import answers, fields
 from smollm_jax.serve.answers import Answer, Choice, Usage, error_body
 from smollm_jax.serve.fields import COMPLETION_TOKENS, ChatRequest, CompletionRequest, FieldError, TokenizeRequest
-from smollm_jax.serve.metrics import Metrics, Stopwatch
+from smollm_jax.serve.metrics import Metrics, ModelMetrics, Stopwatch
 from smollm_jax.serve.tools import with_tools
 
 RETRY_SECONDS = 1  # after which a refused client may try again
+# In the published document; without it FastAPI would promise its own form of an error, with status 422.
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "description": "An error in OpenAI's envelope",
+        "content": {"application/json": {"schema": answers.ERROR_SCHEMA}},
+    }
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +44,20 @@ class Served:
     longest_token: int  # bytes
     grammars: Grammars
 
+    @property
+    def engine(self) -> Engine:
+        return self.slots.engine
+
+    def card(self) -> dict[str, Any]:
+        """What /v1/models says of it."""
+        card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "smollm-jax"}
+        return {**card, "max_model_len": self.slots.context}
+
     def encode(self, field: str, text: str) -> list[int]:
         """The ids of a prompt; special tokens written in it are parsed, as by vLLM and llama-server."""
         self.check_size(field, len(text.encode("utf-8", "surrogatepass")))
         with _names(field):
-            return self.slots.engine.encode(text, parse_special=True)
+            return self.engine.encode(text, parse_special=True)
 
     def check_size(self, field: str, size: int) -> None:
         """Raises `FieldError` for a text that exceeds the context even if it consists of the longest tokens."""
@@ -67,7 +83,7 @@ def _names(field: str):
 class Outcome:
     """The texts of one request: the events of its jobs, as the engine's thread delivers them."""
 
-    def __init__(self, served: Served, jobs: Sequence[Job], metrics: Metrics):
+    def __init__(self, served: Served, jobs: Sequence[Job], metrics: ModelMetrics):
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         self._metrics = metrics
         self._watches = {job.row: Stopwatch(metrics) for job in jobs}
@@ -120,69 +136,64 @@ class Outcome:
 
 
 class Routes:
-    """The handlers of all routes."""
+    """The handlers of all routes. A request that names no model gets the first."""
 
-    def __init__(self, served: Served):
-        self.served, self.slots, self.engine = served, served.slots, served.slots.engine
-        self.metrics = Metrics(served.slots, served.name)
+    def __init__(self, models: Sequence[Served]):
+        self.models_by_name = {model.name: model for model in models}
+        self.default = models[0]
+        self.metrics = Metrics({model.name: model.slots for model in models})
 
     async def chat(self, request: fastapi.Request, body: ChatRequest) -> Response:
         """Answers a conversation."""
-        self._check(body)
+        served = self._check(body)
+        engine = served.engine
         messages, offered = fields.as_conversation(body.messages), body.offered
-        self.served.check_size("messages", sum(len(str(message.get("content", ""))) for message in messages))
+        served.check_size("messages", sum(len(str(message.get("content", ""))) for message in messages))
 
         def encode() -> list[int]:
             with _names("messages"):
-                if "tools" in self.engine.tokenizer.templates.source(tools=bool(offered)):
-                    return self.engine.chat(messages, tools=offered or None)
-                return self.engine.chat(with_tools(messages, offered))
+                if "tools" in engine.tokenizer.templates.source(tools=bool(offered)):
+                    return engine.chat(messages, tools=offered or None)
+                return engine.chat(with_tools(messages, offered))
 
         prompt = await asyncio.to_thread(encode)
         field, limit = body.max_new_tokens
-        jobs = await self._jobs(body, [prompt], field, limit, body.alternatives)
-        answer = Answer("chat", self.served.name, self.engine.tokenizer, logprobs=body.alternatives is not None)
+        jobs = await self._jobs(served, body, [prompt], field, limit, body.alternatives)
+        answer = Answer("chat", served.name, engine.tokenizer, logprobs=body.alternatives is not None)
         answer.calls = "only" if offered and body.must_call else "amid" if offered else None
-        return await self._respond(request, body, answer, jobs, [""])
+        return await self._respond(served, request, body, answer, jobs, [""])
 
     async def completions(self, request: fastapi.Request, body: CompletionRequest) -> Response:
         """Continues texts."""
-        self._check(body)
-        prompts = await asyncio.to_thread(self._encode_prompts, body)
+        served = self._check(body)
+        prompts = await asyncio.to_thread(_encode_prompts, served, body)
         limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        jobs = await self._jobs(body, prompts, "max_tokens", limit, body.logprobs)
+        jobs = await self._jobs(served, body, prompts, "max_tokens", limit, body.logprobs)
         if body.echo and body.logprobs is not None:
             jobs = [dataclasses.replace(job, prompt_alternatives=body.logprobs) for job in jobs]
-        answer = Answer("text", self.served.name, self.engine.tokenizer, logprobs=body.logprobs is not None)
-        echoes = [self.engine.tokenizer.decode(prompt) if body.echo else "" for prompt in prompts]
-        return await self._respond(request, body, answer, jobs, echoes)
+        answer = Answer("text", served.name, served.engine.tokenizer, logprobs=body.logprobs is not None)
+        echoes = [served.engine.tokenizer.decode(prompt) if body.echo else "" for prompt in prompts]
+        return await self._respond(served, request, body, answer, jobs, echoes)
 
-    def _encode_prompts(self, body: CompletionRequest) -> list[list[int]]:
-        prompts = [
-            prompt if isinstance(prompt, list) else self.served.encode("prompt", prompt) for prompt in body.prompts
-        ]
-        size = self.engine.config.vocab_size
-        for prompt in prompts:
-            if invalid := next((i for i in prompt if i >= size), None):
-                raise FieldError(
-                    "prompt", f"prompt: token id {short_repr(invalid)} is outside the vocabulary of {size:,}"
-                )
-        return prompts
-
-    def _check(self, body: ChatRequest | CompletionRequest) -> None:
+    def _check(self, body: ChatRequest | CompletionRequest) -> Served:
+        """The model that a request asks for; raises for a request that cannot be answered."""
         body.reject_unsupported()
         if body.stream_options is not None and not body.stream:
             raise FieldError("stream_options", "stream_options needs stream: true")
-        self._check_model(body.model)
+        return self._model(body.model)
 
-    def _check_model(self, name: str | None) -> None:
-        if name not in (None, self.served.name):
-            raise HTTPException(
-                404, f"no such model: {short_repr(name)}, only {self.served.name}", {"x-code": "model_not_found"}
-            )
+    def _model(self, name: str | None) -> Served:
+        """The model of this name; raises `HTTPException` with status 404 if there is none."""
+        if name is None:
+            return self.default
+        if name not in self.models_by_name:
+            message = f"no such model: {short_repr(name)}, only {', '.join(self.models_by_name)}"
+            raise HTTPException(404, message, {"x-code": "model_not_found"})
+        return self.models_by_name[name]
 
     async def _jobs(
         self,
+        served: Served,
         body: ChatRequest | CompletionRequest,
         prompts: Sequence[list[int]],
         field: str,
@@ -190,22 +201,22 @@ class Routes:
         alternatives: int | None,
     ) -> list[Job]:
         """The jobs of every prompt and choice, numbered as the choices of the answer."""
-        most = self.slots.queue_size + self.slots.slot_count
+        most = served.slots.queue_size + served.slots.slot_count
         if (count := len(prompts) * body.choices) > most:
             raise FieldError("n", f"n: {count:,} texts in a request, at most {most:,} can run and wait")
-        bias = body.biases(self.engine.config.vocab_size)
-        grammar = await asyncio.to_thread(body.grammar, self.served.grammars)
+        bias = body.biases(served.engine.config.vocab_size)
+        grammar = await asyncio.to_thread(body.grammar, served.grammars)
         jobs = []
         for prompt in prompts:
-            space = self.slots.context - len(prompt)
+            space = served.slots.context - len(prompt)
             if space < (1 if limit is None else limit):
                 raise FieldError(
                     field if space > 0 else "messages" if isinstance(body, ChatRequest) else "prompt",
                     f"a prompt of {len(prompt):,} tokens and {limit or 1:,} new ones exceed the context of "
-                    f"{self.slots.context:,} tokens",
+                    f"{served.slots.context:,} tokens",
                     "context_length_exceeded",
                 )
-            for sampling in body.samplings(self.engine.generation):
+            for sampling in body.samplings(served.engine.generation):
                 jobs.append(
                     Job(
                         prompt,
@@ -224,6 +235,7 @@ class Routes:
 
     async def _respond(
         self,
+        served: Served,
         request: fastapi.Request,
         body: ChatRequest | CompletionRequest,
         answer: Answer,
@@ -231,8 +243,9 @@ class Routes:
         echoes: Sequence[str],
     ) -> Response:
         usage = Usage(sum(len(job.prompt) for job in jobs[:: body.choices]))
-        outcome = Outcome(self.served, jobs, self.metrics)
-        self.metrics.prompt_tokens.inc(usage.prompt_tokens)
+        metrics = self.metrics.of_model(served.name)
+        outcome = Outcome(served, jobs, metrics)
+        metrics.prompt_tokens.inc(usage.prompt_tokens)
         if body.stream:
             stream = self._stream(outcome, answer, len(jobs), echoes, usage, include_usage=body.include_usage)
             return StreamingResponse(stream, media_type="text/event-stream")
@@ -298,49 +311,59 @@ class Routes:
 
     async def models(self) -> dict[str, Any]:
         """Lists what can be asked for."""
-        card = {"id": self.served.name, "object": "model", "created": self.served.created, "owned_by": "smollm-jax"}
-        return {"object": "list", "data": [{**card, "max_model_len": self.slots.context}]}
+        return {"object": "list", "data": [model.card() for model in self.models_by_name.values()]}
 
     async def model(self, name: str) -> dict[str, Any]:
         """One of them."""
-        self._check_model(name)
-        return (await self.models())["data"][0]
+        return self._model(name).card()
 
     async def health(self) -> Response:
-        """200 once a request can be served at full speed, and until the server fails or stops."""
-        return Response(status_code=200 if self.slots.alive else 503)
+        """200 once a request can be served at full speed, and until an engine fails or the server stops."""
+        alive = all(model.slots.alive for model in self.models_by_name.values())
+        return Response(status_code=200 if alive else 503)
 
     async def report(self) -> Response:
         """The metrics."""
         return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    def _tokenize(self, body: TokenizeRequest) -> list[int]:
-        if body.prompt is not None:
-            self.served.check_size("prompt", len(body.prompt.encode("utf-8", "surrogatepass")))
-            with _names("prompt"):
-                return self.engine.encode(body.prompt, parse_special=True, add_special_tokens=body.add_special_tokens)
-        with _names("messages"):
-            messages = fields.as_conversation(body.messages or [])
-            return self.engine.chat(messages, add_generation_prompt=body.add_generation_prompt)
-
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         """The tokens of a text or of a chat, as vLLM's route of this name gives them."""
-        self._check_model(body.model)
+        served = self._model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise FieldError("prompt", "give either prompt or messages")
-        ids = await asyncio.to_thread(self._tokenize, body)
-        strings = [self.engine.tokenizer.core.id_to_token(i) for i in ids] if body.return_token_strs else None
-        return {"count": len(ids), "max_model_len": self.slots.context, "tokens": ids, "token_strs": strings}
+        ids = await asyncio.to_thread(_tokenize, served, body)
+        strings = [served.engine.tokenizer.core.id_to_token(i) for i in ids] if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": served.slots.context, "tokens": ids, "token_strs": strings}
 
 
-def build(served: Served) -> fastapi.FastAPI:
-    """The ASGI app of a model, whose engine was started and ends with the app."""
-    routes = Routes(served)
+def _encode_prompts(served: Served, body: CompletionRequest) -> list[list[int]]:
+    prompts = [prompt if isinstance(prompt, list) else served.encode("prompt", prompt) for prompt in body.prompts]
+    size = served.engine.config.vocab_size
+    for prompt in prompts:
+        if invalid := next((i for i in prompt if i >= size), None):
+            raise FieldError("prompt", f"prompt: token id {short_repr(invalid)} is outside the vocabulary of {size:,}")
+    return prompts
+
+
+def _tokenize(served: Served, body: TokenizeRequest) -> list[int]:
+    if body.prompt is not None:
+        served.check_size("prompt", len(body.prompt.encode("utf-8", "surrogatepass")))
+        with _names("prompt"):
+            return served.engine.encode(body.prompt, parse_special=True, add_special_tokens=body.add_special_tokens)
+    with _names("messages"):
+        messages = fields.as_conversation(body.messages or [])
+        return served.engine.chat(messages, add_generation_prompt=body.add_generation_prompt)
+
+
+def build(models: Sequence[Served]) -> fastapi.FastAPI:
+    """The ASGI app of some models, the first for requests that name none. Their started engines end with the app."""
+    routes = Routes(models)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(served.slots.close)
+        for model in models:
+            await asyncio.to_thread(model.slots.close)
 
     app = fastapi.FastAPI(title="smollm serve", docs_url=None, redoc_url=None, lifespan=lifespan)
     table: list[tuple[str, str, Callable[..., Any]]] = [
@@ -353,7 +376,7 @@ def build(served: Served) -> fastapi.FastAPI:
         ("POST", "/tokenize", routes.tokenize),
     ]
     for method, path, handler in table:
-        app.add_api_route(path, handler, methods=[method], response_model=None)
+        app.add_api_route(path, handler, methods=[method], response_model=None, responses=REFUSALS)
 
     def refuse(status: int, message: str, **fields: Any) -> JSONResponse:
         routes.metrics.refused(status)

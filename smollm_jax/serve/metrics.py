@@ -1,6 +1,7 @@
 """What /metrics reports, under vLLM's names where the meaning is the same, so that its dashboards work."""
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -9,44 +10,49 @@ from smollm_jax.generation.slots import SlotEngine
 FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)  # seconds
 NEXT_TOKEN = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 REQUEST = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 600.0)
+COUNTERS = (
+    ("vllm:prompt_tokens", "Prompt tokens of answered texts."),
+    ("vllm:generation_tokens", "Generated tokens."),
+    ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache."),
+    ("vllm:prefix_cache_hits", "Prompt tokens found there."),
+)
+HISTOGRAMS = (  # with their buckets in seconds
+    ("vllm:time_to_first_token_seconds", "From the request to its first token.", FIRST_TOKEN),
+    ("vllm:inter_token_latency_seconds", "Between two tokens of a text.", NEXT_TOKEN),
+    ("vllm:e2e_request_latency_seconds", "From the request to its last token.", REQUEST),
+)
 
 
 class Metrics:
-    """The counters of one server."""
+    """The counters of one server, each with the name of a model as a label."""
 
-    def __init__(self, slots: SlotEngine, model: str):
+    def __init__(self, models: Mapping[str, SlotEngine]):
         self.registry = CollectorRegistry()
 
-        def gauge(name: str, text: str, read) -> None:
-            Gauge(name, text, ["model_name"], registry=self.registry).labels(model).set_function(read)
+        def gauge(name: str, text: str, read: Callable[[SlotEngine], float]) -> None:
+            metric = Gauge(name, text, ["model_name"], registry=self.registry)
+            for model, slots in models.items():
+                metric.labels(model).set_function(lambda slots=slots: read(slots))
 
-        def counter(name: str, text: str) -> Counter:
-            return Counter(name, text, ["model_name"], registry=self.registry).labels(model)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets).labels(model)
-
-        gauge("vllm:num_requests_running", "Texts that are generated now.", lambda: slots.running)
-        gauge("vllm:num_requests_waiting", "Texts that wait for a slot.", lambda: slots.waiting)
-        gauge("vllm:kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it.", lambda: slots.cache_usage)
-        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of answered texts.")
-        self.generation_tokens = counter("vllm:generation_tokens", "Generated tokens.")
-        self.prefix_queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.")
-        self.prefix_hits = counter("vllm:prefix_cache_hits", "Prompt tokens found there.")
-        self.first_token = histogram(
-            "vllm:time_to_first_token_seconds", "From the request to its first token.", FIRST_TOKEN
+        gauge("vllm:num_requests_running", "Texts that are generated now.", lambda slots: slots.running)
+        gauge("vllm:num_requests_waiting", "Texts that wait for a slot.", lambda slots: slots.waiting)
+        gauge(
+            "vllm:kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it.", lambda slots: slots.cache_usage
         )
-        self.next_token = histogram("vllm:inter_token_latency_seconds", "Between two tokens of a text.", NEXT_TOKEN)
-        self.request = histogram("vllm:e2e_request_latency_seconds", "From the request to its last token.", REQUEST)
-        self._success = Counter(
+        success = Counter(
             "vllm:request_success", "Finished texts.", ["model_name", "finished_reason"], registry=self.registry
         )
         self._refused = Counter("smollm:requests_refused", "Refused requests.", ["status"], registry=self.registry)
-        self._model = model
+        counters = [Counter(*row, ["model_name"], registry=self.registry) for row in COUNTERS]
+        histograms = [
+            Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets)
+            for name, text, buckets in HISTOGRAMS
+        ]
+        self._models = {model: ModelMetrics(model, counters, histograms, success) for model in models}
 
-    def finished(self, reason: str) -> None:
-        """Counts a finished text."""
-        self._success.labels(self._model, reason).inc()
+    def of_model(self, name: str) -> "ModelMetrics":
+        """The counters of one model."""
+        return self._models[name]
 
     def refused(self, status: int) -> None:
         """Counts a request that was answered with an error."""
@@ -57,10 +63,24 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+class ModelMetrics:
+    """The counters of one model, in the order of `COUNTERS` and `HISTOGRAMS`."""
+
+    def __init__(self, model: str, counters: Sequence[Counter], histograms: Sequence[Histogram], success: Counter):
+        by_model = [counter.labels(model) for counter in counters]
+        self.prompt_tokens, self.generation_tokens, self.prefix_queries, self.prefix_hits = by_model
+        self.first_token, self.next_token, self.request = (histogram.labels(model) for histogram in histograms)
+        self._model, self._success = model, success
+
+    def finished(self, reason: str) -> None:
+        """Counts a finished text."""
+        self._success.labels(self._model, reason).inc()
+
+
 class Stopwatch:
     """The times of one text's tokens."""
 
-    def __init__(self, metrics: Metrics):
+    def __init__(self, metrics: ModelMetrics):
         self._metrics, self._began = metrics, time.monotonic()
         self._last = 0.0
 
