@@ -13,10 +13,15 @@ an H100, plus an allowance for cuDNN's workspace, which that program lacks.
 import dataclasses
 import math
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from smollm_jax import errors
 from smollm_jax.commands import command_line
+from smollm_jax.config.recipe import Remat
+
+if TYPE_CHECKING:
+    from smollm_jax.config import Config, Recipe
+    from smollm_jax.config.finetune_recipe import FinetuneRecipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,48 +63,110 @@ GROUPS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class PlannedStep:
+    """A training step, all but how much of a layer it keeps for the backward pass."""
+
+    config: "Config"
+    recipe: "Recipe | FinetuneRecipe"
+    attention: Any
+    platform: str
+    mesh: Any  # of `jax.sharding`; an abstract one is enough for an estimate
+    separator_id: int | None
+    compile_options: dict[str, Any]  # of `train_step.compile_step`
+
+    def column(self, remat: Remat, limit: int, *, check: bool) -> dict[str, str]:
+        """The table's column for a remat policy: GB of each term, then what fits in `limit` bytes."""
+        from smollm_jax.model import precision
+        from smollm_jax.training import memory, train_step
+        from smollm_jax.training.execution import ExecutionConfig
+
+        config, recipe, platform, mesh = self.config, self.recipe, self.platform, self.mesh
+        dtype, operands = precision.activation_and_operand_dtypes(recipe.dtype, platform)
+        steps = recipe.gradient_accumulation_steps
+        execution = ExecutionConfig(dtype, self.attention, remat, 1, steps, mesh, self.separator_id, operands)
+        estimate = memory.estimate(config, recipe, execution, platform)
+        cells = {name: f"{value / 1e9:.3f}" for name, value in dataclasses.asdict(estimate).items()}
+        cells |= {"**peak**": f"**{estimate.total / 1e9:.3f}**", "fits": "yes" if estimate.total <= limit else "no"}
+        try:
+            cells["--batch-size auto"] = str(
+                memory.largest_batch(config, recipe, execution, platform, limit).batch_size
+            )
+        except errors.UsageError:
+            cells["--batch-size auto"] = "none"
+        if check:
+            compiled = memory.compiled_bytes(train_step.compile_step(config, recipe, execution, **self.compile_options))
+            cells |= {"XLA's figure": f"{compiled / 1e9:.3f}"}
+            cells |= {"estimate against it": f"{estimate.total / compiled - 1:+.1%}"}
+        return cells
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = command_line.parse(Flags, argv, __doc__)
     if flags.sequence_length < 1 or not 0 < (flags.memory or 1) < math.inf:
         raise errors.UsageError("--sequence-length and --memory must be positive")
+    step, limit = plan(flags)
+    size = f"{flags.batch_size} x {flags.sequence_length} tokens of {flags.preset} in {flags.dtype}"
+    if flags.lora_rank:
+        size += f", an adapter of rank {flags.lora_rank} on {flags.lora_targets} trained"
+    devices = flags.mesh or "one device"
+    print(f"{size}, attention {step.attention}, on {devices}, {step.platform}, {limit / 1e9:.1f} GB each\n")
+    columns = {remat: step.column(remat, limit, check=flags.check) for remat in get_args(Remat)}
+    print(f"| GB per device, --remat | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
+    for name in columns["none"]:
+        print(f"| {name} | {' | '.join(column[name] for column in columns.values())} |")
+
+
+def plan(flags: Flags) -> tuple[PlannedStep, int]:
+    """The step that the flags describe, and the bytes of memory of a device; raises `UsageError` for a bad flag."""
     import jax
 
-    from smollm_jax.config import Recipe, preset
-    from smollm_jax.config.finetune_recipe import FinetuneRecipe
-    from smollm_jax.config.recipe import Remat, check_batch_divides
-    from smollm_jax.finetuning import lora
-    from smollm_jax.finetuning.objectives import LearntTokens
-    from smollm_jax.model import precision
-    from smollm_jax.parallel import sharding
-    from smollm_jax.training import memory, train_step
-    from smollm_jax.training.execution import ExecutionConfig, fastest_attention
+    from smollm_jax.config import preset
+    from smollm_jax.training.execution import fastest_attention
 
-    config, accumulation_steps = preset(flags.preset), flags.gradient_accumulation_steps
+    config = preset(flags.preset)
     if flags.sequence_length > config.max_position_embeddings:
         length = f"--sequence-length {flags.sequence_length}"
         raise errors.UsageError(f"{length} exceeds the model's {config.max_position_embeddings} positions")
-    sizes = sharding.parse_mesh(flags.mesh or "data=1")
-    devices = math.prod(sizes.values())
-    check_batch_divides(flags.batch_size, devices, accumulation_steps)
-    jax.config.update("jax_num_cpu_devices", devices)
-    local_platform = jax.devices()[0].platform
-    platform = flags.platform or local_platform
-    if platform != local_platform and (flags.check or flags.memory is None):
-        raise errors.UsageError(f"--platform {platform}: this machine has none: add --memory, and leave out --check")
+    platform, mesh, limit = _devices(flags)
     device = SimpleNamespace(platform=platform, compute_capability="8.0")  # as a GPU one with cuDNN attention
     documents = flags.lora_rank > 0  # the examples of a row do not see each other
     fastest, _ = fastest_attention(device, flags.dtype, flags.sequence_length, config.head_dim, documents=documents)
-    attention: Any = flags.attention or fastest
-    mesh: Any = None
-    if flags.mesh:  # estimates need only an abstract mesh
-        mesh = (
-            sharding.make_mesh(flags.mesh) if flags.check else jax.sharding.AbstractMesh((*sizes.values(),), (*sizes,))
-        )
     if flags.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "float32")
-    limit = int(flags.memory * 1e9) if flags.memory else memory.device_limit(jax.devices()[0], devices)
+    recipe, options = _recipe(flags, config)
+    separator_id = 0 if documents else None  # any id
+    return PlannedStep(config, recipe, flags.attention or fastest, platform, mesh, separator_id, options), limit
+
+
+def _devices(flags: Flags) -> tuple[str, Any, int]:
+    """The platform, the mesh or None, and the bytes of memory of each device."""
+    import jax
+
+    from smollm_jax.config.recipe import check_batch_divides
+    from smollm_jax.parallel import sharding
+    from smollm_jax.training import memory
+
+    sizes = sharding.parse_mesh(flags.mesh or "data=1")
+    count = math.prod(sizes.values())
+    check_batch_divides(flags.batch_size, count, flags.gradient_accumulation_steps)
+    jax.config.update("jax_num_cpu_devices", count)
+    device = jax.devices()[0]
+    platform = flags.platform or device.platform
+    if platform != device.platform and (flags.check or flags.memory is None):
+        raise errors.UsageError(f"--platform {platform}: this machine has none: add --memory, and leave out --check")
+    limit = int(flags.memory * 1e9) if flags.memory else memory.device_limit(device, count)
     if not limit:
-        raise errors.UsageError(f"JAX does not say how much memory {jax.devices()[0].device_kind} has: give --memory")
+        raise errors.UsageError(f"JAX does not say how much memory {device.device_kind} has: give --memory")
+    if flags.mesh is None:
+        return platform, None, limit
+    if flags.check:
+        return platform, sharding.make_mesh(flags.mesh), limit
+    return platform, jax.sharding.AbstractMesh((*sizes.values(),), (*sizes,)), limit
+
+
+def _recipe(flags: Flags, config: "Config") -> tuple["Recipe | FinetuneRecipe", dict[str, Any]]:
+    """The recipe, and what compiling its step takes more."""
     fields: dict[str, Any] = {
         "steps": 1000,
         "batch_size": flags.batch_size,
@@ -107,36 +174,20 @@ def main(argv: list[str] | None = None) -> None:
         "learning_rate": 1e-3,
         "warmup_steps": 0,
         "dtype": flags.dtype,
-        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_accumulation_steps": flags.gradient_accumulation_steps,
     }
-    recipe, separator_id, options = Recipe(**fields), None, {}
-    if flags.lora_rank:
-        separator_id = 0  # any id, of documents
-        recipe = FinetuneRecipe(**fields, lora_rank=flags.lora_rank, lora_alpha=1.0, lora_targets=flags.lora_targets)
-        options = lora.compile_options(config, recipe) | {"objective": lora.Adapted(LearntTokens(), 1.0)}
-        rows = jax.ShapeDtypeStruct((flags.batch_size, flags.sequence_length), "int32")
-        options["batch"] = dict.fromkeys(("tokens", "targets", "documents"), rows)
-    size = f"{recipe.batch_size} x {recipe.sequence_length} tokens of {flags.preset} in {flags.dtype}"
-    if flags.lora_rank:
-        size += f", an adapter of rank {flags.lora_rank} on {flags.lora_targets} trained"
-    print(f"{size}, attention {attention}, on {flags.mesh or 'one device'}, {platform}, {limit / 1e9:.1f} GB each\n")
-    names = [field.name for field in dataclasses.fields(memory.MemoryEstimate)]
-    columns: dict[str, list[str]] = {}
-    for remat in get_args(Remat):
-        dtype, operands = precision.activation_and_operand_dtypes(flags.dtype, platform)
-        execution = ExecutionConfig(dtype, attention, remat, 1, accumulation_steps, mesh, separator_id, operands)
-        estimate = memory.estimate(config, recipe, execution, platform)
-        cells = [f"{getattr(estimate, name) / 1e9:.3f}" for name in names]
-        try:
-            largest = str(memory.largest_batch(config, recipe, execution, platform, limit).batch_size)
-        except errors.UsageError:
-            largest = "none"
-        cells += [f"**{estimate.total / 1e9:.3f}**", "yes" if estimate.total <= limit else "no", largest]
-        if flags.check:
-            compiled = memory.compiled_bytes(train_step.compile_step(config, recipe, execution, **options))
-            cells += [f"{compiled / 1e9:.3f}", f"{estimate.total / compiled - 1:+.1%}"]
-        columns[remat] = cells
-    rows = [*names, "**peak**", "fits", "--batch-size auto"] + ["XLA's figure", "estimate against it"] * flags.check
-    print(f"| GB per device, --remat | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
-    for name, *cells in zip(rows, *columns.values(), strict=False):
-        print(f"| {name} | {' | '.join(cells)} |")
+    if not flags.lora_rank:
+        from smollm_jax.config import Recipe
+
+        return Recipe(**fields), {}
+    import jax
+
+    from smollm_jax.config.finetune_recipe import FinetuneRecipe
+    from smollm_jax.finetuning import lora
+    from smollm_jax.finetuning.objectives import LearntTokens
+
+    recipe = FinetuneRecipe(**fields, lora_rank=flags.lora_rank, lora_alpha=1.0, lora_targets=flags.lora_targets)
+    rows = jax.ShapeDtypeStruct((flags.batch_size, flags.sequence_length), "int32")
+    batch = dict.fromkeys(("tokens", "targets", "documents"), rows)
+    objective = lora.Adapted(LearntTokens(), 1.0)
+    return recipe, lora.compile_options(config, recipe) | {"objective": objective, "batch": batch}

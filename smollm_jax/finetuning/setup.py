@@ -58,6 +58,21 @@ class Setup:
     restored: RestoredRun | None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What a run begins with: of its flags and the weights, or of its checkpoint."""
+
+    tokenizer: Tokenizer
+    config: Config
+    generation_config: dict[str, Any] | None
+    named: NamedFinetuning | None  # None: the recipe of the checkpoint
+    recipe_name: str
+    given: dict[str, Any]  # fields of the recipe that are decided
+    draft: FinetuneRecipe  # as if there were one step in an epoch
+    sources: Sequence[str]
+    weights: str
+
+
 def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
     """What to train, and how; raises an error that names the flag, the file or the field that does not fit.
 
@@ -68,65 +83,23 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
     devices = mesh.size if mesh else 1
     limit = memory.device_limit(device, devices)
     restored = _restore(flags, run, mesh) if bundle is None else None
-    given = flags.recipe_fields()
-    if restored is None:
-        assert bundle is not None
-        assert flags.weights is not None
-        tokenizer, config, generation_config = with_chat_format(Tokenizer.of_weights(flags.weights), bundle.config)
-        generation_config = bundle.generation_config if generation_config is None else generation_config
-        (recipe_name, named), start_from = choose(flags.recipe, flags.method), str(flags.weights)
-        known = named.fields | given
-        if "dtype" not in known:
-            fast = device.platform == "gpu" or cpu.has_fast_bfloat16()
-            given["dtype"] = "bfloat16" if fast else "float32"
-        if flags.eval_every == 0:
-            given.setdefault("validation_fraction", 0.0)
-        sources = flags.data
-        given |= _adapter_fields(flags, bundle, named)
-        _check_method(flags, named.method)
-        if named.method == "dpo" and "base_sha256" not in given:
-            given["base_sha256"] = fingerprint(bundle)
-        draft = named.resolve(given, 1)
-    else:
-        saved = restored.provenance
-        assert isinstance(saved.recipe, FinetuneRecipe)
-        tokenizer, config, generation_config = Tokenizer.of_weights(run), read_config(run / "config.json"), None
-        named, recipe_name, start_from = None, flags.recipe or "that of the run", saved.start_from
-        _check_method(flags, saved.recipe.method)
-        _check_same_adapter(flags, saved.recipe)
-        given.pop("lora_targets", None)  # checked above, and perhaps spelt in another way
-        draft = dataclasses.replace(saved.recipe, **given)
-        sources = flags.data or tuple(shlex.split(saved.data))
-    if not sources:
-        raise UsageError("--data: name the chats to learn from, a .jsonl file for example")
-    if draft.sequence_length > config.max_position_embeddings:
-        raise UsageError(
-            f"--sequence-length {draft.sequence_length} exceeds the model's {config.max_position_embeddings} positions"
-        )
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UsageError(f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
-    examples, shares, notes = _read(sources, tokenizer, draft, flags)
-    if named and named.method == "dpo" and flags.sequence_length is None:
-        given["sequence_length"] = min(draft.sequence_length, pair_length(list(itertools.chain(*examples))))
-        draft = named.resolve(given, 1)
-    parts = [split(source, draft.validation_fraction, draft.seed) for source in examples]
-    batches = RowBatches.of(parts, draft, shares)
-    recipe = named.resolve(given, len(batches.train)) if named else draft
-    batches = batches.with_recipe(recipe)
-    in_turn = itertools.chain(*itertools.zip_longest(*(held_out for _, held_out in parts)))
-    held_out = [example for example in in_turn if example is not None]
+    start = _resumed(flags, run, restored.provenance) if restored else _new(flags, bundle, device)
+    _check_fits(start)
+    recipe, parts, batches, notes = _batches(flags, start)
+    config, tokenizer = start.config, start.tokenizer
     check_batch_divides(recipe.batch_size, devices, recipe.gradient_accumulation_steps)
     execution = _execution(flags, recipe, config, tokenizer, device, mesh, limit)
     usual = GPU_INTERVALS if device.platform == "gpu" else CPU_INTERVALS
     intervals = dataclasses.replace(restored.intervals if restored else usual, **flags.interval_fields())
-    source = shlex.join(sources)
-    provenance = Provenance(recipe, config, source, batches.sha256, tokenizer.sha256, start_from)
+    source = shlex.join(start.sources)
+    in_turn = itertools.chain(*itertools.zip_longest(*(held_out for _, held_out in parts)))
+    held_out = [example for example in in_turn if example is not None]
     return Setup(
         recipe=recipe,
-        recipe_name=recipe_name,
+        recipe_name=start.recipe_name,
         config=config,
         tokenizer=tokenizer,
-        generation_config=generation_config,
+        generation_config=start.generation_config,
         execution=execution,
         intervals=intervals,
         limit=limit,
@@ -135,9 +108,73 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
         held_out=[example.chosen if isinstance(example, Pair) else example for example in held_out],
         train=sum(len(train) for train, _ in parts),
         notes=notes,
-        provenance=provenance,
+        provenance=Provenance(recipe, config, source, batches.sha256, tokenizer.sha256, start.weights),
         restored=restored,
     )
+
+
+def _new(flags: Flags, bundle: Bundle | None, device: Any) -> _Start:
+    """The start of a run from the weights in `bundle`."""
+    assert bundle is not None
+    assert flags.weights is not None
+    tokenizer, config, generation_config = with_chat_format(Tokenizer.of_weights(flags.weights), bundle.config)
+    generation_config = bundle.generation_config if generation_config is None else generation_config
+    recipe_name, named = choose(flags.recipe, flags.method)
+    given = flags.recipe_fields()
+    known = named.fields | given
+    if "dtype" not in known:
+        fast = device.platform == "gpu" or cpu.has_fast_bfloat16()
+        given["dtype"] = "bfloat16" if fast else "float32"
+    if flags.eval_every == 0:
+        given.setdefault("validation_fraction", 0.0)
+    given |= _adapter_fields(flags, bundle, named)
+    _check_method(flags, named.method)
+    if named.method == "dpo" and "base_sha256" not in given:
+        given["base_sha256"] = fingerprint(bundle)
+    draft, weights = named.resolve(given, 1), str(flags.weights)
+    return _Start(tokenizer, config, generation_config, named, recipe_name, given, draft, flags.data or (), weights)
+
+
+def _resumed(flags: Flags, run: Path, saved: Provenance) -> _Start:
+    """The start of a run from its checkpoint."""
+    assert isinstance(saved.recipe, FinetuneRecipe)
+    _check_method(flags, saved.recipe.method)
+    _check_same_adapter(flags, saved.recipe)
+    given = flags.recipe_fields()
+    given.pop("lora_targets", None)  # checked above, and perhaps spelt in another way
+    draft = dataclasses.replace(saved.recipe, **given)
+    sources = flags.data or tuple(shlex.split(saved.data))
+    config, tokenizer = read_config(run / "config.json"), Tokenizer.of_weights(run)
+    recipe_name = flags.recipe or "that of the run"
+    return _Start(tokenizer, config, None, None, recipe_name, given, draft, sources, saved.start_from)
+
+
+def _check_fits(start: _Start) -> None:
+    """Raises `UsageError` if there is no data, or the sequences or the tokenizer exceed the model."""
+    if not start.sources:
+        raise UsageError("--data: name the chats to learn from, a .jsonl file for example")
+    length, most = start.draft.sequence_length, start.config.max_position_embeddings
+    if length > most:
+        raise UsageError(f"--sequence-length {length} exceeds the model's {most} positions")
+    tokenizer = start.tokenizer
+    if tokenizer.vocab_size > start.config.vocab_size:
+        raise UsageError(f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {start.config.vocab_size}")
+
+
+def _batches(
+    flags: Flags, start: _Start
+) -> tuple[FinetuneRecipe, list[tuple[list[Any], list[Any]]], RowBatches, list[str]]:
+    """The recipe with its number of steps; the examples trained on and held out, by source; batches; and notes."""
+    draft, given, named = start.draft, start.given, start.named
+    examples, shares, notes = _read(start.sources, start.tokenizer, draft, flags)
+    if named and named.method == "dpo" and flags.sequence_length is None:
+        longest = pair_length(list(itertools.chain(*examples)))
+        given = given | {"sequence_length": min(draft.sequence_length, longest)}
+        draft = named.resolve(given, 1)
+    parts = [split(source, draft.validation_fraction, draft.seed) for source in examples]
+    batches = RowBatches.of(parts, draft, shares)
+    recipe = named.resolve(given, len(batches.train)) if named else draft
+    return recipe, parts, batches.with_recipe(recipe), notes
 
 
 def _read(

@@ -14,6 +14,9 @@ from smollm_jax.runtime import install
 from smollm_jax.runtime.assets import fetch_command
 
 if TYPE_CHECKING:
+    import fastapi
+    import gradio
+
     from smollm_jax.generation.quantized import Quantize
 
 
@@ -48,23 +51,12 @@ def build(
 
     if initial_weights is not None:
         weights.kind_of(initial_weights)
-    # Before the import of Gradio: send no usage statistics, and keep few, because it sums them up at every request.
-    os.environ |= {
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "GRADIO_RUN_HISTORY": "False",
-        "GRADIO_ANALYTICS_MAX_EVENTS": "1",
-        "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9),
-    }
-    try:
-        import gradio
-    except ImportError as error:
-        raise errors.UsageError(install.needs("app.py", "web")) from error
-    import fastapi
+    _prepare_gradio()
     import jax
 
     from smollm_jax.web.middleware import RequestFilter
     from smollm_jax.web.model_store import ModelStore
-    from smollm_jax.web.page import CSS, SCRIPT, page, theme
+    from smollm_jax.web.page import page
     from smollm_jax.web.responses import Handlers
 
     compilation_cache.enable()
@@ -89,11 +81,44 @@ def build(
     device = jax.devices()[0].device_kind
     handlers = Handlers(store, device=device, time_limit=time_limit)
     print(f"weights {first}, device {device}, {quantize or dtype}", flush=True)
-    # Without FastAPI's documentation pages, which load scripts from another host.
-    outer = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     blocks = page(handlers, queue_size=queue_size)
     blocks.state_session_capacity = connections  # Gradio's default is 10,000, of 0.1 MB and more each
-    mounted = gradio.mount_gradio_app(
+    local_names = {"localhost", "127.0.0.1", "::1", host}
+    input_counts = {number: len(function.inputs) for number, function in blocks.fns.items()}
+    return RequestFilter(
+        _mount(blocks),
+        frozenset(local_names) if is_loopback(host) and not behind_proxy else None,
+        input_counts,
+        lambda session: session in blocks._queue.pending_messages_per_session,
+        behind_proxy=behind_proxy,
+    )
+
+
+def _prepare_gradio() -> None:
+    """Sees that Gradio can be imported, with settings that it reads when it is."""
+    # Send no usage statistics, and keep few, because Gradio sums them up at every request.
+    os.environ |= {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_RUN_HISTORY": "False",
+        "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+        "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9),
+    }
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise errors.UsageError(install.needs("app.py", "web")) from error
+
+
+def _mount(blocks: "gradio.Blocks") -> "fastapi.FastAPI":
+    """An app with the page at its root."""
+    import fastapi
+    import gradio
+
+    from smollm_jax.web.page import CSS, SCRIPT, theme
+
+    # Without FastAPI's documentation pages, which load scripts from another host.
+    outer = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    return gradio.mount_gradio_app(
         outer,
         blocks,
         path="/",
@@ -106,15 +131,6 @@ def build(
         show_error=True,
         pwa=False,
         enable_monitoring=False,
-    )
-    local_names = {"localhost", "127.0.0.1", "::1", host}
-    input_counts = {number: len(function.inputs) for number, function in blocks.fns.items()}
-    return RequestFilter(
-        mounted,
-        frozenset(local_names) if is_loopback(host) and not behind_proxy else None,
-        input_counts,
-        lambda session: session in blocks._queue.pending_messages_per_session,
-        behind_proxy=behind_proxy,
     )
 
 
