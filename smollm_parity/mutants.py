@@ -92,7 +92,7 @@ def hunt(mutant: Mutant) -> tuple[bool, str]:
     if margins:
         return caught, f"{max(margins):.1e} times the bound"
     lines = [line[1:].strip() for line in result.stdout.splitlines() if line.startswith("E  ")]
-    return caught, lines[0][:90] if lines else result.stdout.strip()[-300:]
+    return caught, lines[0][:90] if lines else (result.stdout + result.stderr).strip()[-300:]
 
 
 def main() -> None:

@@ -20,10 +20,11 @@ def test_there_are_enough_of_them_each_with_a_name_of_its_own():
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_its_text_occurs_once_and_its_test_is_there(mutant):
+def test_its_text_occurs_once_and_becomes_python_and_its_test_is_there(mutant):
     source = (ROOT / f"{mutant.qualified.replace('.', '/')}.py").read_text(encoding="utf-8")
     assert source.count(mutant.old) == 1
     assert mutant.old != mutant.new
+    compile(source.replace(mutant.old, mutant.new), mutant.name, "exec")
     path, _, function = mutant.test.partition("::")
     assert (ROOT / path).is_file()
     assert not function or function in functions_of(path)
