@@ -127,7 +127,7 @@ def tab(page, name: str) -> None:
 
 
 def test_a_typed_prompt_is_continued_token_by_token_with_its_alternatives_at_hand(visit):
-    page = visit(height=980)
+    page = visit(height=1060)
     assert REAL in page.inner_text("#status")
     assert "cpu" in page.inner_text("#status")
     assert "tokens/s" in page.inner_text("#status")
