@@ -16,6 +16,8 @@ from smollm_jax.runtime.files import import_optional, one_line
 from smollm_jax.tokenizer import Tokenizer
 
 MAX_MULTIPLE = 100_000  # half a second
+# Without it a text in which the grammar leaves no choice has one tokenization only, which may not be the model's.
+ANY_TOKENS = '%llguidance {"no_forcing": true}\n'
 CALL, CALL_END = "<tool_call>", "</tool_call>"  # around the JSON of a call, as in SmolLM2's instruction data
 
 
@@ -31,12 +33,12 @@ class Grammars:
     def json_schema(self, schema: Mapping[str, Any]) -> "Matcher":
         """JSON that a schema describes. Raises `UsageError` for a schema that is invalid or not supported."""
         check_multiples(schema)
-        text = json.dumps(schema)
-        return self._compile(lambda: self._library.LLMatcher.grammar_from_json_schema(text))
+        return self._compile(lambda: f"start: %json {json.dumps(schema)}")
 
     def regex(self, pattern: str) -> "Matcher":
         """A text that a regular expression, in the syntax of Rust, matches as a whole; raises as `json_schema`."""
-        return self._compile(lambda: self._library.LLMatcher.grammar_from_regex(pattern))
+        grammar = json.loads(self._library.LLMatcher.grammar_from_regex(pattern))
+        return self._compile(lambda: grammar["grammars"][0]["lark_grammar"])
 
     def lark(self, grammar: str) -> "Matcher":
         """A text of a grammar in llguidance's form of Lark; raises as `json_schema`."""
@@ -51,7 +53,8 @@ class Grammars:
         if not self._ends:
             raise UsageError("a grammar needs an eos token, and the weights have none")
         try:
-            matcher = self._library.LLMatcher(self._tokenizer, source(), log_level=0)
+            grammar = ANY_TOKENS + source().removeprefix("%llguidance {}\n")
+            matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)
         except (ValueError, TypeError) as error:
             raise UsageError(one_line(error)) from error
         first = Matcher(matcher, self._ends)
