@@ -9,7 +9,7 @@ from typing import Any
 
 import fastapi
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
@@ -26,12 +26,14 @@ from smollm_jax.serve.tools import with_tools
 
 RETRY_SECONDS = 1  # after which a refused client may try again
 # In the published document; without it FastAPI would promise its own form of an error, with status 422.
-REFUSALS: dict[int | str, dict[str, Any]] = {
+Responses = dict[int | str, dict[str, Any]]
+REFUSALS: Responses = {
     "4XX": {
         "description": "An error in OpenAI's envelope",
         "content": {"application/json": {"schema": answers.ERROR_SCHEMA}},
     }
 }
+STREAM: Responses = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,17 +368,18 @@ def build(models: Sequence[Served]) -> fastapi.FastAPI:
             await asyncio.to_thread(model.slots.close)
 
     app = fastapi.FastAPI(title="smollm serve", docs_url=None, redoc_url=None, lifespan=lifespan)
-    table: list[tuple[str, str, Callable[..., Any]]] = [
-        ("POST", "/v1/chat/completions", routes.chat),
-        ("POST", "/v1/completions", routes.completions),
-        ("GET", "/v1/models", routes.models),
-        ("GET", "/v1/models/{name:path}", routes.model),
-        ("GET", "/health", routes.health),
-        ("GET", "/metrics", routes.report),
-        ("POST", "/tokenize", routes.tokenize),
+    table: list[tuple[str, str, Callable[..., Any], type[Response], Responses]] = [
+        ("POST", "/v1/chat/completions", routes.chat, JSONResponse, STREAM),
+        ("POST", "/v1/completions", routes.completions, JSONResponse, STREAM),
+        ("GET", "/v1/models", routes.models, JSONResponse, {}),
+        ("GET", "/v1/models/{name:path}", routes.model, JSONResponse, {}),
+        ("GET", "/health", routes.health, Response, {}),
+        ("GET", "/metrics", routes.report, PlainTextResponse, {}),
+        ("POST", "/tokenize", routes.tokenize, JSONResponse, {}),
     ]
-    for method, path, handler in table:
-        app.add_api_route(path, handler, methods=[method], response_model=None, responses=REFUSALS)
+    for method, path, handler, kind, responses in table:
+        options: dict[str, Any] = {"response_class": kind, "response_model": None, "responses": REFUSALS | responses}
+        app.add_api_route(path, handler, methods=[method], **options)
 
     def refuse(status: int, message: str, **fields: Any) -> JSONResponse:
         routes.metrics.refused(status)
