@@ -3,9 +3,11 @@
 llguidance says which tokens may follow; the device excludes all others before it samples. Needs the extra "serve".
 """
 
+import concurrent.futures
 import json
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -16,6 +18,7 @@ from smollm_jax.runtime.files import import_optional, one_line
 from smollm_jax.tokenizer import Tokenizer
 
 MAX_MULTIPLE = 100_000  # half a second
+STACK = 512 << 20  # bytes; llguidance recurses along rules and $ref, 8 KB each, and a body of 1 MB has 30,000 of them
 # Without it a text in which the grammar leaves no choice has one tokenization only, which may not be the model's.
 ANY_TOKENS = '%llguidance {"no_forcing": true}\n'
 CALL, CALL_END = "<tool_call>", "</tool_call>"  # around the JSON of a call, as in SmolLM2's instruction data
@@ -29,6 +32,10 @@ class Grammars:
         self._ends = list(eos_token_ids)
         ends = self._ends or [0]  # without any, a grammar is refused when it is compiled
         self._tokenizer = self._library.LLTokenizer(tokenizer.core.to_str(), n_vocab=vocab_size, eos_token=ends)
+        self._compiler = concurrent.futures.ThreadPoolExecutor(1, "grammars")
+        usual = threading.stack_size(STACK)
+        self._compiler.submit(int).result()  # its thread exists from now on
+        threading.stack_size(usual)
 
     def json_schema(self, schema: Mapping[str, Any]) -> "Matcher":
         """JSON that a schema describes. Raises `UsageError` for a schema that is invalid or not supported."""
@@ -49,9 +56,12 @@ class Grammars:
         tag = self._library.StructTag(trigger=CALL, begin=CALL, grammar=dict(schema), end=CALL_END)
         return self._compile(lambda: self._library.StructTag.to_grammar([tag], assume_special=False))
 
-    def _compile(self, source: Any) -> "Matcher":
+    def _compile(self, source: Callable[[], str]) -> "Matcher":
         if not self._ends:
             raise UsageError("a grammar needs an eos token, and the weights have none")
+        return self._compiler.submit(self._compiled, source).result()
+
+    def _compiled(self, source: Callable[[], str]) -> "Matcher":
         try:
             grammar = ANY_TOKENS + source().removeprefix("%llguidance {}\n")
             matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)

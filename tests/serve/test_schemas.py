@@ -9,6 +9,8 @@ import os
 import queue
 import random
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from smollm_jax.generation.engine import Engine
 from smollm_jax.generation.grammar import Grammars
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.generation.slots import Job, SlotEngine
+from tests.trainer import ENVIRONMENT
 
 SOAK = bool(os.environ.get("SMOLLM_SOAK"))
 COUNT = 1000 if SOAK else 20
@@ -195,6 +198,24 @@ def test_a_text_that_would_have_been_valid_anyway_is_unchanged(slots, grammars, 
         )
         jobs.append(dataclasses.replace(job, grammar=grammars.regex(pattern)))
     assert texts_of(slots, jobs) == expected
+
+
+DEEP = """
+from smollm_jax.generation.grammar import Grammars
+from smollm_jax.tokenizer import Tokenizer
+import sys
+grammars = Grammars(Tokenizer.load(sys.argv[1]), 49_152, [2])
+rules = 4000
+grammars.lark("start: r0\\n" + "\\n".join(f"r{i}: r{i + 1}" for i in range(rules)) + f"\\nr{rules}: /a/")
+refs = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(20_000)}
+grammars.json_schema({"$ref": "#/$defs/a0", "$defs": refs | {"a20000": {"type": "integer"}}})
+"""
+
+
+def test_rules_that_lead_to_each_other_in_a_long_row_end_no_process(tokenizer_path):
+    command = [sys.executable, "-c", DEEP, str(tokenizer_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
 
 
 def quoted(text: str) -> str:
