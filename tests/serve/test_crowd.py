@@ -4,7 +4,6 @@ SMOLLM_SOAK=1 asks 10,000 times, and more examples of each property; `make soak`
 """
 
 import asyncio
-import functools
 import itertools
 import json
 import os
@@ -57,21 +56,17 @@ JOBS = jobs()
 
 @pytest.fixture(scope="module")
 def alone(weights):
-    """What each job gives alone: the text and the log-probability of each token."""
-    engine = Engine.load(weights)
-
-    @functools.cache
-    def alone(number: int) -> tuple[str, list[float]]:
-        job = JOBS[number]
+    """What each job gives alone, before any client asks: the text and the log-probability of each token."""
+    engine, answers = Engine.load(weights), []
+    for job in JOBS:
         (completion,) = engine.complete(
             [job["prompt"]],
             max_new_tokens=job["max_tokens"],
             sampling=Sampling(temperature=job["temperature"], seed=job["seed"]),
             alternatives=1,
         )
-        return completion.text, [token.logprob for token in completion.tokens]
-
-    return alone
+        answers.append((completion.text, [token.logprob for token in completion.tokens]))
+    return answers
 
 
 async def ask(http: httpx.AsyncClient, number: int, *, stream: bool, leave_after: int | None = None):
@@ -128,7 +123,7 @@ def test_fifty_clients_each_get_what_they_get_alone(url, alone, clients):
     answers = crowd(url, lambda http: [client(http, *values) for values in clients])
     for (number, *_), answer in zip(clients, answers, strict=True):
         if answer is not None:
-            check(answer, alone(number))
+            check(answer, alone[number])
 
 
 @pytest.mark.slow
@@ -143,6 +138,6 @@ def test_no_answer_is_mixed_with_another(url, alone):
                 http, number, stream=leaves or rng.random() < 0.5, leave_after=rng.randrange(10) if leaves else None
             )
             if answer is not None:
-                check(answer, alone(number))
+                check(answer, alone[number])
 
     crowd(url, lambda http: [client(http) for _ in range(CLIENTS)])
