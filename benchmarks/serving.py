@@ -170,7 +170,9 @@ def commands(flags: "Flags", weights: Path, ports: dict[str, int]) -> dict[str, 
         "ours": f"--slots {slots} --context {CONTEXT} --queue-size {slots}",
         "transformers": f"--device cpu --dtype float32 --continuous-batching --cb-block-size {TRANSFORMERS_BLOCK} "
         f"--cb-num-blocks {blocks} --cb-max-batch-tokens {CONTEXT}",
-        "llama-server": f"--parallel {slots} --ctx-size {slots * CONTEXT} --cache-type-k f32 --cache-type-v f32",
+        # With its flash attention, which rounds, two fifths of the texts are others.
+        "llama-server": f"--parallel {slots} --ctx-size {slots * CONTEXT} --cache-type-k f32 --cache-type-v f32 "
+        "--flash-attn off",
         # It has no slots: requests wait for each other. Without the last option each would end the one before.
         "llama-cpp-python": f"--n_ctx {CONTEXT} --n_threads {threads} --n_threads_batch {threads} "
         "--type_k 0 --type_v 0 --interrupt_requests False",
