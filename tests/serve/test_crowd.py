@@ -98,7 +98,8 @@ def crowd(url: str, clients: Callable[[httpx.AsyncClient], list[Any]]) -> list[A
     """The results of clients that run at once, each a coroutine."""
 
     async def run():
-        limits = httpx.Limits(max_connections=2 * CLIENTS)
+        # A connection for each request: one that is used again may just be closed by the server as idle.
+        limits = httpx.Limits(max_connections=2 * CLIENTS, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
             return await asyncio.gather(*clients(http))
 
