@@ -164,11 +164,12 @@ def protocol(per_address: int | None = None) -> type[asyncio.Protocol]:
             super().connection_lost(exc)
 
         def _watch(self) -> None:
-            self._timer = self.loop.call_later(IDLE_SECONDS, self._close_if_idle, self.cycle)
+            answered = self.cycle is None or self.cycle.response_complete
+            self._timer = self.loop.call_later(IDLE_SECONDS, self._close_if_idle, self.cycle, answered)
 
-        def _close_if_idle(self, last: object) -> None:
-            """Closes the connection if no request began since the timer was set, and the last one is answered."""
-            if self.cycle is last and (self.cycle is None or self.cycle.response_complete):
+        def _close_if_idle(self, last: object, answered: bool) -> None:
+            """Closes the connection if the last request was answered when the timer was set, and none began since."""
+            if self.cycle is last and answered:
                 self.transport.close()
             else:
                 self._watch()

@@ -15,7 +15,8 @@ import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import GeneratorType
+from types import GeneratorType, SimpleNamespace
+from unittest import mock
 
 import httpx
 import jax
@@ -347,6 +348,23 @@ def test_a_connection_that_asks_for_nothing_is_closed_and_a_slow_answer_is_not(m
         assert httpx.get(f"http://127.0.0.1:{address[1]}", timeout=60).text == "late"
     idle.close()
     slow.close()
+
+
+def test_a_connection_is_not_closed_just_after_a_long_answer():
+    """Its client may use it again at that moment."""
+    kind, cycle = server.protocol(), SimpleNamespace(response_complete=False)
+    connection = SimpleNamespace(cycle=cycle, loop=mock.Mock(), transport=mock.Mock())
+    connection._watch = lambda: kind._watch(connection)
+    connection._close_if_idle = lambda *values: kind._close_if_idle(connection, *values)
+
+    def fire() -> int:
+        _, callback, *values = connection.loop.call_later.call_args.args
+        callback(*values)
+        return connection.transport.close.call_count
+
+    connection._watch()
+    cycle.response_complete = True
+    assert [fire(), fire()] == [0, 1]
 
 
 def test_an_address_has_as_many_connections_as_it_may_and_new_ones_when_they_end(caplog):
