@@ -5,7 +5,8 @@
 # make gpu-wheels    packages for scripts/gpu_first.sh on a rented machine      make driver  which JAX fits the GPU's driver
 # make docs    the pages under docs/ as a site in build/docs; a broken link is an error
 # make soak    200 kills, 200 signals, 500 random lives of a checkpoint folder; thousands of examples of each property;
-#              llama.cpp, built here; fuzzing of every reader, 10 minutes each: over three hours
+#              10,000 requests and 1,000 schemas to the server; llama.cpp, built here; fuzzing of every reader, 10 minutes
+#              each: over three hours
 # make mutants   bugs planted in the code, each of which a test must notice: a list of ours, and mutmut's; hours
 # The first two are idempotent. Needs Python >= 3.11, make and a package index; a CUDA GPU is used when nvidia-smi is there.
 #
@@ -68,7 +69,8 @@ soak: $(READY)
 	$(BIN)/python scripts/fetch_assets.py
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install --quiet --no-binary llama-cpp-python "llama-cpp-python[server]<0.4"
 	SMOLLM_SOAK=1 $(BIN)/python -m pytest tests/training/test_survival.py tests/runs/test_store.py parity_tests/test_llamacpp.py \
-	  tests/data/test_batches.py tests/tokenizer/test_chat_protection.py tests/web/test_middleware.py -rP $(PYTEST)
+	  tests/data/test_batches.py tests/tokenizer/test_chat_protection.py tests/web/test_middleware.py \
+	  tests/serve/test_crowd.py tests/serve/test_schemas.py tests/serve/test_published.py -rP $(PYTEST)
 	$(BIN)/python -m pip install --quiet "atheris>=3,<4"
 	$(BIN)/python -m tests.fuzzing all 600
 
