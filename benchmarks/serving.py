@@ -21,8 +21,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from benchmarks.compare import (
     ROOT,
     Rows,
@@ -215,6 +213,8 @@ def version_of(program: str) -> str:
 
 def prompts_of(flags: "Flags") -> list[list[list[str]]]:
     """For each round and one before, for one client and each of `--clients`, as many texts of `WORDS` words."""
+    import numpy as np  # not for --help
+
     words = " ".join(text for file in text_files(flags.text) for text in documents(file)).split()
     rng = np.random.default_rng(0)
 
