@@ -82,7 +82,7 @@ class TokenFile:
         if self.eos_token_id != tokenizer.eos_token_id:
             raise InputFileError(
                 f"{self.path.parent}: ends its documents with token {self.eos_token_id}, but the eos token of {folder} "
-                f"is {tokenizer.eos_token_id}"
+                f"is {tokenizer.eos_token_id}: give the text itself as --data, or prepare it with --tokenizer {folder}"
             )
         if self.largest_id >= tokenizer.vocab_size:
             index = int(np.argmax(self.tokens >= tokenizer.vocab_size))
