@@ -41,11 +41,10 @@ hypothesis.settings.load_profile("soak" if SOAK else "same")
 # A deliberate bug, for smollm_parity/mutants.py to see that a test catches it. That a test fails is enough: no smaller
 # example is looked for.
 if mutant := os.environ.get("SMOLLM_MUTANT"):
-    from hypothesis import Phase
-
     from smollm_parity import mutants
 
-    hypothesis.settings.register_profile("mutant", hypothesis.settings(), phases=[Phase.explicit, Phase.generate])
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    hypothesis.settings.register_profile("mutant", hypothesis.settings(), phases=phases)
     hypothesis.settings.load_profile("mutant")
     mutants.apply(mutant)
 

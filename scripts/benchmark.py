@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     check_flags(flags)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # sent by a time limit: clean up before exiting
     special = {"finetune": finetune, "startup": startup, "first-token": first_token, "memory": memory}
-    special |= {"serve": serve}
-    measure = (special | {"checkpoint": checkpoint, "prepare": prepare}).get(flags.what, speed)
+    special |= {"checkpoint": checkpoint, "prepare": prepare, "serve": serve}
+    measure = special.get(flags.what, speed)
     with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark-") as folder:  # not in /tmp, which may be in memory
         device, rows = measure(flags, Path(folder).resolve())
     for name, row in rows.items():

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -24,6 +24,9 @@ from smollm_jax.commands import command_line
 from smollm_jax.runtime import install
 from smollm_jax.runtime.assets import FOLDER
 from smollm_jax.web import server
+
+if TYPE_CHECKING:
+    from smollm_jax.serve.app import Served
 
 KEY_VARIABLE = "SMOLLM_API_KEY"
 IDLE_CONNECTIONS = 256  # open at once beside those of texts that run and wait
@@ -138,39 +141,43 @@ def build(flags: Flags):
     from smollm_jax.runtime import compilation_cache
 
     compilation_cache.enable()
+    from smollm_jax.serve.app import build as build_app
+    from smollm_jax.serve.guard import Guard, Policy
+
+    models: list[Served] = []
+    for name, adapter in adapters(flags).items():
+        models.append(start(flags, name, adapter, models[0] if models else None))
+    app = build_app(models)
+    names = frozenset({"localhost", "127.0.0.1", "::1", flags.host})
+    hosts = names if server.is_loopback(flags.host) else None
+    return Guard(app, Policy(hosts, frozenset(flags.allowed_origins), api_keys(flags)))
+
+
+def start(flags: Flags, name: str, adapter: Path | None, base: "Served | None") -> "Served":
+    """A model with its running engine; what it has in common with `base`, the model of the weights, is shared."""
     import jax
 
     from smollm_jax.generation.engine import Engine
     from smollm_jax.generation.grammar import Grammars
     from smollm_jax.generation.slots import SlotEngine
     from smollm_jax.serve.app import Served
-    from smollm_jax.serve.app import build as build_app
-    from smollm_jax.serve.guard import Guard, Policy
 
-    device, precision, models = jax.devices()[0].device_kind, flags.quantize or flags.dtype, []
-    for name, adapter in adapters(flags).items():
-        began = time.perf_counter()
-        engine = Engine.load(
-            flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer, quantize=flags.quantize, adapter=adapter
-        )
-        if models:
-            engine.share_equal_weights(models[0].engine)
-        longest = engine.config.max_position_embeddings
-        context = min(longest, DEFAULT_CONTEXT) if flags.context is None else flags.context
-        slots = SlotEngine(engine, slots=flags.slots, context=context, queue_size=flags.queue_size)
-        print(
-            f"model {name}, {precision}, device {device}, {flags.slots} slots of {context:,} tokens: compiling",
-            flush=True,
-        )
-        slots.start()
-        print(f"ready after {time.perf_counter() - began:.1f} s", flush=True)
-        longest_token = max((len(token.encode()) for token in engine.tokenizer.core.get_vocab()), default=1)
-        if models:
-            grammars = models[0].grammars  # every adapter of these weights has their tokenizer
-        else:
-            grammars = Grammars(engine.tokenizer, engine.config.vocab_size, engine.eos_token_ids)
-        models.append(Served(name, slots, int(time.time()), longest_token, grammars))
-    app = build_app(models)
-    names = frozenset({"localhost", "127.0.0.1", "::1", flags.host})
-    hosts = names if server.is_loopback(flags.host) else None
-    return Guard(app, Policy(hosts, frozenset(flags.allowed_origins), api_keys(flags)))
+    began = time.perf_counter()
+    engine = Engine.load(
+        flags.weights, dtype=flags.dtype, tokenizer=flags.tokenizer, quantize=flags.quantize, adapter=adapter
+    )
+    if base is not None:
+        engine.share_equal_weights(base.engine)
+    longest = engine.config.max_position_embeddings
+    context = min(longest, DEFAULT_CONTEXT) if flags.context is None else flags.context
+    slots = SlotEngine(engine, slots=flags.slots, context=context, queue_size=flags.queue_size)
+    device, precision = jax.devices()[0].device_kind, flags.quantize or flags.dtype
+    print(
+        f"model {name}, {precision}, device {device}, {flags.slots} slots of {context:,} tokens: compiling", flush=True
+    )
+    slots.start()
+    print(f"ready after {time.perf_counter() - began:.1f} s", flush=True)
+    longest_token = max((len(token.encode()) for token in engine.tokenizer.core.get_vocab()), default=1)
+    # Every adapter of these weights has their tokenizer.
+    grammars = base.grammars if base else Grammars(engine.tokenizer, engine.config.vocab_size, engine.eos_token_ids)
+    return Served(name, slots, int(time.time()), longest_token, grammars)

@@ -82,8 +82,11 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
     mesh = sharding.make_mesh(flags.mesh) if flags.mesh else None
     devices = mesh.size if mesh else 1
     limit = memory.device_limit(device, devices)
-    restored = _restore(flags, run, mesh) if bundle is None else None
-    start = _resumed(flags, run, restored.provenance) if restored else _new(flags, bundle, device)
+    if bundle is None:
+        restored = _restore(flags, run, mesh)
+        start = _resumed(flags, run, restored.provenance)
+    else:
+        restored, start = None, _new(flags, bundle, device)
     _check_fits(start)
     recipe, parts, batches, notes = _batches(flags, start)
     config, tokenizer = start.config, start.tokenizer
@@ -92,8 +95,6 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
     usual = GPU_INTERVALS if device.platform == "gpu" else CPU_INTERVALS
     intervals = dataclasses.replace(restored.intervals if restored else usual, **flags.interval_fields())
     source = shlex.join(start.sources)
-    in_turn = itertools.chain(*itertools.zip_longest(*(held_out for _, held_out in parts)))
-    held_out = [example for example in in_turn if example is not None]
     return Setup(
         recipe=recipe,
         recipe_name=start.recipe_name,
@@ -105,7 +106,7 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
         limit=limit,
         planned=memory.estimate(config, recipe, execution, device.platform).total,
         batches=batches,
-        held_out=[example.chosen if isinstance(example, Pair) else example for example in held_out],
+        held_out=_in_turn([held_out for _, held_out in parts]),
         train=sum(len(train) for train, _ in parts),
         notes=notes,
         provenance=Provenance(recipe, config, source, batches.sha256, tokenizer.sha256, start.weights),
@@ -113,9 +114,14 @@ def set_up(flags: Flags, run: Path, bundle: Bundle | None) -> Setup:
     )
 
 
-def _new(flags: Flags, bundle: Bundle | None, device: Any) -> _Start:
+def _in_turn(sources: Sequence[Sequence[Any]]) -> list[Example]:
+    """The first example of each source, the second of each, and so on; of a pair, the chosen answer."""
+    examples = [example for turn in itertools.zip_longest(*sources) for example in turn if example is not None]
+    return [example.chosen if isinstance(example, Pair) else example for example in examples]
+
+
+def _new(flags: Flags, bundle: Bundle, device: Any) -> _Start:
     """The start of a run from the weights in `bundle`."""
-    assert bundle is not None
     assert flags.weights is not None
     tokenizer, config, generation_config = with_chat_format(Tokenizer.of_weights(flags.weights), bundle.config)
     generation_config = bundle.generation_config if generation_config is None else generation_config

@@ -44,8 +44,8 @@ class Grammars:
 
     def regex(self, pattern: str) -> "Matcher":
         """A text that a regular expression, in the syntax of Rust, matches as a whole; raises as `json_schema`."""
-        grammar = json.loads(self._library.LLMatcher.grammar_from_regex(pattern))
-        return self._compile(lambda: grammar["grammars"][0]["lark_grammar"])
+        (grammar,) = json.loads(self._library.LLMatcher.grammar_from_regex(pattern))["grammars"]
+        return self.lark(grammar["lark_grammar"])
 
     def lark(self, grammar: str) -> "Matcher":
         """A text of a grammar in llguidance's form of Lark; raises as `json_schema`."""

@@ -381,8 +381,15 @@ def build(models: Sequence[Served]) -> fastapi.FastAPI:
         options: dict[str, Any] = {"response_class": kind, "response_model": None, "responses": REFUSALS | responses}
         app.add_api_route(path, handler, methods=[method], **options)
 
+    _answer_errors(app, routes.metrics)
+    return app
+
+
+def _answer_errors(app: fastapi.FastAPI, metrics: Metrics) -> None:
+    """Answers every error in OpenAI's envelope, and counts it."""
+
     def refuse(status: int, message: str, **fields: Any) -> JSONResponse:
-        routes.metrics.refused(status)
+        metrics.refused(status)
         kind = {404: "not_found_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
         headers = fields.pop("headers", None)
         return JSONResponse(
@@ -418,7 +425,6 @@ def build(models: Sequence[Served]) -> fastapi.FastAPI:
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_bug)
-    return app
 
 
 async def _unless_gone(request: fastapi.Request, work: Any) -> bool:

@@ -301,6 +301,10 @@ def test_a_tool_is_called(client, no_space):
     assert free.choices[0].message.content
 
 
+# A text of the letter a, whose id is 81: llguidance gives up after 13.
+SOON_TOO_COMPLEX = {"structured_outputs": {"regex": "(a.{0,1000}){1000}"}, "logit_bias": {"81": 100}}
+
+
 @pytest.mark.parametrize(
     ("changed", "param", "named"),
     [
@@ -308,6 +312,8 @@ def test_a_tool_is_called(client, no_space):
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objct"}}}}, None, "objct"),
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", "unclosed group"),
         ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs", "one of json, regex"),
+        ({"structured_outputs": {"regex": "(.{0,300}){300}"}}, "structured_outputs", "too many expressions"),
+        (SOON_TOO_COMPLEX | {"max_tokens": 30}, None, "cannot be followed any further: lexer error: too many"),
         ({"structured_outputs": {"json": {"allOf": [{"multipleOf": 997}, {"multipleOf": 0.503}]}}}, None, "multipleOf"),
         ({"response_format": {"type": "json_object"}, "tools": TOOLS}, "tools", "cannot be combined"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
